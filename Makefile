@@ -1,0 +1,51 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+NT := $(BIN)/nnunet-torchserve
+MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,dev]'
+	touch $@
+
+.PHONY: help setup demo archive serve stop test test-long lint type parity bench clean
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/ready ## make .venv with everything in it
+
+demo: .venv/ready ## segment a real MR image with the demo model, and show the result
+	$(BIN)/python demo/run.py
+
+archive: .venv/ready ## package MODEL=<trained model folder> into model_store/
+	$(NT) archive $(MODEL)
+
+serve: .venv/ready ## serve every archive of model_store/
+	$(NT) serve
+
+stop: .venv/ready ## stop that server
+	$(NT) stop
+
+test: .venv/ready ## run the tests (minutes)
+	$(BIN)/pytest -m "not long"
+
+test-long: .venv/ready ## run all tests, the long ones too
+	$(BIN)/pytest
+
+lint: .venv/ready ## ruff, and the layers of the serving core
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+type: .venv/ready ## mypy --strict
+	$(BIN)/mypy
+
+parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
+	$(BIN)/pytest tests/parity
+
+bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
+	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+clean: ## remove what these verbs made
+	rm -rf .venv model_store/*.mar demo/output .nnunet-torchserve .pytest_cache .mypy_cache .ruff_cache

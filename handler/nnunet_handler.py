@@ -1,0 +1,102 @@
+"""TorchServe's entry point of an nnU-Net model archive: the only file that knows TorchServe.
+
+TorchServe imports this module from the directory that it unpacked the archive to, makes one object of the class and
+calls ``initialize`` once and ``handle`` for each request. An ImportError at the top of this file would be swallowed
+and reported as a missing ``ts.torch_handler``; so everything else is imported in ``initialize``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+LOAD_FAILED = "NNUNET_TORCHSERVE_LOAD_FAILED"
+"""What a worker that cannot serve writes to its log; ``nnunet-torchserve serve`` looks for it."""
+
+_DEFAULT_RESPONSE_TIMEOUT_S = 1200
+_MARGIN_S = 10
+"""Our deadline passes this much before TorchServe's, which kills the worker."""
+
+
+class NnunetHandler:
+    """One TorchServe worker's view of one model."""
+
+    def __init__(self) -> None:
+        self._pipeline: Any = None
+
+    def initialize(self, context: Any) -> None:
+        """Load the archive and put the networks on the worker's device.
+
+        Raises:
+            Exception: anything that keeps this worker from serving; the reason is logged in one line first.
+        """
+        try:
+            self._pipeline = _load(context)
+        except Exception as error:
+            logger.error("%s %s: %s", LOAD_FAILED, type(error).__name__, " ".join(str(error).split()))
+            raise
+
+    def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
+        """Answer a batch, which has one request: batchSize above 1 is refused at load."""
+        return [self._answer(parts, context, index) for index, parts in enumerate(data)]
+
+    def _answer(self, parts: dict[str, Any], context: Any, index: int) -> bytes:
+        from nnunet_torchserve.pipeline import Request
+
+        raw_headers = context.get_all_request_header(index) or {}
+        headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
+        if headers.get("describe") == "True":
+            response = self._pipeline.description()
+        else:
+            response = self._pipeline.answer(Request(parts, headers))
+        context.set_response_status(int(response.status), response.status.phrase, index)
+        context.set_response_content_type(index, response.content_type)
+        for name, value in response.headers.items():
+            context.set_response_header(index, name, value)
+        body: bytes = response.body
+        return body
+
+
+def _load(context: Any) -> Any:
+    model_dir = Path(context.system_properties["model_dir"]).resolve()
+    try:
+        import nnunet_torchserve
+        import torch
+        from nnunet_torchserve.bundle import ModelBundle
+        from nnunet_torchserve.engine.local import LocalEngine
+        from nnunet_torchserve.limits import Limits
+        from nnunet_torchserve.pipeline import Pipeline
+    except ImportError as error:
+        msg = f"{error}; install the server's packages: pip install 'nnunet-torchserve[server]'"
+        raise RuntimeError(msg) from error
+
+    core = Path(nnunet_torchserve.__file__).resolve()
+    if model_dir not in core.parents:
+        msg = f"the serving core was imported from {core.parent}, not from the archive; unset PYTHONPATH"
+        raise RuntimeError(msg)
+    config = context.model_yaml_config or {}
+    batch_size = int(context.system_properties.get("batch_size") or 1)
+    if batch_size != 1:
+        msg = f"batchSize is {batch_size}; it must be 1: patches are batched by the engine, not requests by TorchServe"
+        raise RuntimeError(msg)
+    settings = config.get("handler") or {}
+    bundle = ModelBundle(model_dir)
+    device = _device(context.system_properties.get("gpu_id"), torch)
+    timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
+    limits = Limits.from_settings(settings.get("limits") or {})
+    return Pipeline(
+        bundle=bundle,
+        engine=LocalEngine(bundle, device, int(settings.get("max_patch_batch") or 1)),
+        limits=limits,
+        time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
+    )
+
+
+def _device(gpu_id: Any, torch: Any) -> Any:
+    """``cuda:<gpu_id>`` as TorchServe assigned it; it does not set CUDA_VISIBLE_DEVICES."""
+    if gpu_id is not None and torch.cuda.is_available():
+        return torch.device(f"cuda:{int(gpu_id)}")
+    return torch.device("cpu")

@@ -1,0 +1,228 @@
+"""What an archive holds, read without opening a pickle.
+
+``bundle.json`` describes the model and carries the sha256 of every other file, the serving core included; its own
+sha256 is the model's digest. Weights are safetensors; plans.json and dataset.json are nnU-Net's own. What plans.json
+names to be imported was checked when the archive was made, and the checksum says it has not changed since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
+
+from .errors import BundleError
+from .options import FoldName
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+SCHEMA_VERSION = 1
+BUNDLE_FILE = "bundle.json"
+PLANS_FILE = "plans.json"
+DATASET_FILE = "dataset.json"
+GOLDEN_FILE = "golden.safetensors"
+ALIASES_KEY = "aliases"
+"""Key of the safetensors metadata: JSON, name of an aliased tensor -> name under which it is stored."""
+
+_HASH_CHUNK_BYTES = 1024**2
+
+
+class NetworkBuilder(StrEnum):
+    """Who builds the network: nnU-Net's ``get_network_from_plans``, or the trainer class's own method."""
+
+    PLANS = "plans"
+    TRAINER = "trainer"
+
+
+class FoldDescription(BaseModel):
+    """One trained fold.
+
+    Attributes:
+        fold: its number, or ``"all"``.
+        mirroring_axes: the checkpoint's ``inference_allowed_mirroring_axes``, spatial axes from 0.
+        checkpoint_sha256: of the .pth file it came from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fold: FoldName
+    mirroring_axes: tuple[int, ...] | None
+    checkpoint_sha256: str
+
+    @property
+    def weights_file(self) -> str:
+        """Where the archive keeps the weights."""
+        return f"fold_{self.fold}.safetensors"
+
+
+class BundleDescription(BaseModel):
+    """The content of ``bundle.json``.
+
+    Attributes:
+        requires: package -> version specifier, checked at load.
+        built_with: package -> version, for the record.
+        files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
+        source: trained model folder (its last two names) and checkpoint file name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int
+    name: str
+    version: str
+    dataset: str
+    trainer: str
+    plans: str
+    configuration: str
+    network_builder: NetworkBuilder
+    folds: tuple[FoldDescription, ...]
+    requires: dict[str, str]
+    built_with: dict[str, str]
+    source: dict[str, str]
+    files: dict[str, str]
+
+
+class ModelBundle:
+    """A model folder as TorchServe unpacks it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read ``bundle.json``, check requirements and every file's checksum.
+
+        Raises:
+            BundleError: damaged, of another schema, or its requirements are not met; the message says which.
+        """
+        self.folder = folder
+        try:
+            text = (folder / BUNDLE_FILE).read_bytes()
+            schema = json.loads(text).get("schema_version")
+        except (OSError, ValueError, AttributeError) as error:
+            msg = f"the archive has no readable {BUNDLE_FILE}; make it with 'nnunet-torchserve archive'"
+            raise BundleError(msg) from error
+        if schema != SCHEMA_VERSION:
+            msg = f"the archive has schema {schema}, this serving core reads {SCHEMA_VERSION}; make the archive again"
+            raise BundleError(msg)
+        try:
+            self.description = BundleDescription.model_validate_json(text)
+        except ValidationError as error:
+            msg = f"{BUNDLE_FILE} is not valid: {error}"
+            raise BundleError(msg) from error
+        self.digest = hashlib.sha256(text).hexdigest()
+        check_requirements(self.description.requires)
+        for name, expected in self.description.files.items():
+            if (actual := sha256_of_file(folder / name)) != expected:
+                msg = f"{name} has sha256 {actual[:12]}…, the archive was made with {expected[:12]}…: it is damaged"
+                raise BundleError(msg)
+
+    @cached_property
+    def dataset(self) -> dict[str, Any]:
+        """nnU-Net's dataset.json."""
+        return self._json(DATASET_FILE)
+
+    @cached_property
+    def plans(self) -> PlansManager:
+        """nnU-Net's plans."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self._json(PLANS_FILE))
+
+    @cached_property
+    def configuration(self) -> ConfigurationManager:
+        """The configuration that the checkpoints were trained with."""
+        return self.plans.get_configuration(self.description.configuration)
+
+    @cached_property
+    def labels(self) -> LabelManager:
+        """nnU-Net's label manager."""
+        return self.plans.get_label_manager(self.dataset)
+
+    @property
+    def channel_names(self) -> dict[str, str]:
+        """Channel number -> name (``modality`` in old datasets)."""
+        names: dict[str, str] = self.dataset.get("channel_names") or self.dataset["modality"]
+        return names
+
+    @property
+    def channels(self) -> int:
+        """Images that a case consists of."""
+        return len(self.channel_names)
+
+    @property
+    def classes(self) -> int:
+        """Output channels of the network: labels with background, or regions without."""
+        return int(self.labels.num_segmentation_heads)
+
+    @property
+    def patch_size(self) -> tuple[int, ...]:
+        """Voxels per axis of the network's patch: (z, y, x), or (y, x) for a 2-D configuration."""
+        return tuple(int(n) for n in self.configuration.patch_size)
+
+    @property
+    def folds(self) -> tuple[FoldName, ...]:
+        """The folds in the archive."""
+        return tuple(fold.fold for fold in self.description.folds)
+
+    def fold(self, name: FoldName) -> FoldDescription:
+        """The description of one fold; raises KeyError for a fold that the archive lacks."""
+        return {fold.fold: fold for fold in self.description.folds}[name]
+
+    def weights(self, fold: FoldName) -> dict[str, torch.Tensor]:
+        """The state dict of one fold, aliases restored, on the CPU.
+
+        Raises:
+            BundleError: the file is no safetensors file.
+        """
+        return read_tensors(self.folder / self.fold(fold).weights_file)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / name).read_bytes())
+        return content
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file; names in its alias map share the stored tensor's memory."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
+            aliases: dict[str, str] = json.loads((stored.metadata() or {}).get(ALIASES_KEY, "{}"))
+    except Exception as error:
+        msg = f"{file.name} cannot be read as safetensors"
+        raise BundleError(msg) from error
+    return tensors | {name: tensors[target] for name, target in aliases.items()}
+
+
+def check_requirements(requires: Mapping[str, str]) -> None:
+    """Raise :class:`BundleError` unless every package is installed in a version that fits."""
+    for package, specifier in requires.items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            msg = f"the archive needs {package}{specifier}, which is not installed"
+            raise BundleError(msg) from None
+        if not SpecifierSet(specifier).contains(installed, prereleases=True):
+            msg = f"the archive needs {package}{specifier}; {installed} is installed"
+            raise BundleError(msg)
+
+
+def sha256_of_file(file: Path) -> str:
+    """Hex sha256 of a file; raises :class:`BundleError` if it is missing."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        msg = f"{file.name} is missing from the archive"
+        raise BundleError(msg) from error
+    return digest.hexdigest()

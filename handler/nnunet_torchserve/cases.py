@@ -1,0 +1,164 @@
+"""One case and its price: what it will cost in voxels, patches and bytes, known from its header alone.
+
+Everything that a header can give away is refused here, before a voxel is decoded: other channels than the model's,
+a volume that vanishes on the network's grid, more work than the limits allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .bundle import ModelBundle
+from .errors import OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
+from .limits import Limits
+from .options import FoldName, Options
+from .tiling import count_windows, padded_shape
+from .volume import Geometry
+
+_BYTES_FLOAT32 = 4
+_BYTES_FLOAT64 = 8
+_BYTES_HALF = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one case is predicted: the request's options, completed by the model.
+
+    Attributes:
+        folds: in the order of the request, else of the archive.
+        mirroring_axes: spatial axes from 0, or empty.
+        tile_step_size, use_gaussian: as in :class:`~.options.Options`.
+    """
+
+    folds: tuple[FoldName, ...]
+    mirroring_axes: tuple[int, ...]
+    tile_step_size: float
+    use_gaussian: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Upper bounds; cropping to the nonzero region can only make a case cheaper.
+
+    Attributes:
+        grid: (z, y, x) on the network's grid, after transposing, before padding.
+        patches: windows of one fold.
+        passes: forward passes in all: patches x folds x mirrorings.
+        bytes: peak of the worker's arrays for this case: input, resampling scratch, logits and export.
+    """
+
+    grid: tuple[int, int, int]
+    patches: int
+    passes: int
+    bytes: int
+
+
+def settings_for(bundle: ModelBundle, options: Options) -> Settings:
+    """Complete the options by what the archive holds.
+
+    Mirroring axes are those of the first fold, as in ``nnUNetPredictor``.
+
+    Raises:
+        UnknownFold: the archive lacks one of the folds.
+    """
+    folds = bundle.folds if options.folds is None else options.folds
+    for fold in folds:
+        if fold not in bundle.folds:
+            msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}"
+            raise UnknownFold(msg)
+    allowed = bundle.fold(folds[0]).mirroring_axes or ()
+    return Settings(
+        folds=folds,
+        mirroring_axes=() if options.use_mirroring is False else allowed,
+        tile_step_size=options.tile_step_size,
+        use_gaussian=options.use_gaussian,
+    )
+
+
+def price(
+    bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, *, probabilities: bool
+) -> Price:
+    """What a case will cost at most.
+
+    Raises:
+        WrongChannels: the model takes another number of channels.
+        TooThin: no voxel would be left on an axis of the network's grid.
+    """
+    if channels != bundle.channels:
+        names = ", ".join(bundle.channel_names.values())
+        msg = f"the case has {channels} channels, the model takes {bundle.channels} ({ascii(names)[1:-1]})"
+        raise WrongChannels(msg)
+    order = bundle.plans.transpose_forward
+    grid = network_grid(
+        bundle, [geometry.shape[axis] for axis in order], [geometry.spacing_zyx[axis] for axis in order]
+    )
+    if min(grid) < 1:
+        raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx))
+    padded = padded_shape(grid, bundle.patch_size)
+    patches = count_windows(padded, bundle.patch_size, settings.tile_step_size)
+    grid_voxels = grid[0] * grid[1] * grid[2]
+    padded_voxels = padded[0] * padded[1] * padded[2]
+    classes = bundle.classes
+    decode = channels * geometry.voxels * 2 * _BYTES_FLOAT32
+    resample = channels * (geometry.voxels + grid_voxels) * _BYTES_FLOAT64
+    network = padded_voxels * (channels * _BYTES_FLOAT32 + classes * 2 * _BYTES_HALF)
+    export = classes * (grid_voxels * _BYTES_FLOAT64 + geometry.voxels * _BYTES_HALF)
+    if probabilities:
+        export += classes * geometry.voxels * 3 * _BYTES_FLOAT32
+    return Price(
+        grid=grid,
+        patches=patches,
+        passes=patches * len(settings.folds) * 2 ** len(settings.mirroring_axes),
+        bytes=decode + max(resample, network, export + classes * padded_voxels * _BYTES_HALF),
+    )
+
+
+def check_affordable(case: Price, limits: Limits) -> None:
+    """Refuse what can never be done here.
+
+    Raises:
+        TooLarge: above a configured limit.
+        OutOfMemory: within the limits, but above the memory for one case.
+    """
+    voxels = case.grid[0] * case.grid[1] * case.grid[2]
+    if voxels > limits.grid_voxels:
+        msg = (
+            f"the volume would have {voxels} voxels at the network's spacing, the limit is {limits.grid_voxels}; "
+            "check the voxel spacing in the header"
+        )
+        raise TooLarge(msg)
+    if case.passes > limits.passes:
+        msg = (
+            f"the case needs {case.passes} forward passes, the limit is {limits.passes}; "
+            "use a larger tile_step_size, fewer folds or no mirroring"
+        )
+        raise TooLarge(msg)
+    if case.bytes > (memory := limits.memory_bytes):
+        msg = f"the case needs about {case.bytes} bytes of memory, this server has {memory} for one case"
+        raise OutOfMemory(msg)
+
+
+def network_grid(
+    bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[float]
+) -> tuple[int, int, int]:
+    """A shape resampled to the network's spacing (nnU-Net's ``compute_new_shape``).
+
+    Args:
+        bundle: the model; a 2-D configuration keeps the first axis.
+        shape, spacing: three entries in the plan's axis order, spacing in mm.
+    """
+    target = list(bundle.configuration.spacing)
+    target = [*spacing[: 3 - len(target)], *target]
+    first, second, third = (
+        int(round(have / want * n)) for n, have, want in zip(shape, spacing, target, strict=True)
+    )
+    return first, second, third
+
+
+def too_thin_message(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    """The one sentence that says a volume is too thin."""
+    return (
+        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left "
+        "on an axis of the network's grid"
+    )

@@ -1,0 +1,33 @@
+"""What every image codec gives the pipeline: the header at once, the voxels on demand."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..options import OutputFormat
+from ..volume import Geometry, LabelArray
+
+
+class ImageSource(Protocol):
+    """One encoded image. Making it reads the header only."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """The grid, from the header."""
+
+    @property
+    def channels(self) -> int:
+        """Images in the file: the length of a fourth axis, else 1."""
+
+    @property
+    def native_format(self) -> OutputFormat:
+        """The format that answers in kind."""
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """Decode the voxels: float32 (C, Z, Y, X), scaled as the header says. May be called once."""
+
+    def encode_nifti(self, labels: LabelArray) -> bytes:
+        """``labels`` (Z, Y, X) as an uncompressed NIfTI file on this image's grid."""

@@ -1,0 +1,145 @@
+"""The fold networks of one model on one device.
+
+Each fold has a module of its own. nnU-Net keeps one module and loads each fold's weights into it for every case,
+which costs time and makes concurrent requests impossible.
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from ..bundle import GOLDEN_FILE, ModelBundle, NetworkBuilder, read_tensors
+from ..errors import BundleError
+from ..options import FoldName
+
+GOLDEN_SCALE = 1 / 32
+"""The golden patch is stored as int8; the network sees it multiplied by this."""
+
+GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
+"""Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
+processors in the last bits; CUDA runs under float16 autocast, as stock does."""
+
+_GOLDEN_SEED = 20261122
+_GOLDEN_SAMPLES = 4096
+
+
+class FoldNetworks:
+    """Every fold's network, in evaluation mode on one device. Not thread-safe: one thread runs it."""
+
+    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+        """Build and load all folds.
+
+        Raises:
+            BundleError: the weights do not fit the network that the plans describe.
+        """
+        self.device = device
+        self.patch_size = bundle.patch_size
+        self.classes = bundle.classes
+        self.input_channels = int(determine_num_input_channels(bundle.plans, bundle.configuration, bundle.dataset))
+        self._networks: dict[FoldName, torch.nn.Module] = {}
+        for fold in bundle.folds:
+            network = build_network(bundle, self.input_channels, self.classes)
+            try:
+                network.load_state_dict(bundle.weights(fold))
+            except RuntimeError as error:
+                msg = f"the weights of fold {fold} do not fit the network that plans.json describes"
+                raise BundleError(msg) from error
+            self._networks[fold] = network.to(device).eval().requires_grad_(False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """float16 autocast on CUDA, nothing elsewhere, as ``predict_sliding_window_return_logits`` does."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def predict(self, fold: FoldName, patches: torch.Tensor, mirroring_axes: tuple[int, ...]) -> torch.Tensor:
+        """Logits of a batch of patches, averaged over mirrorings.
+
+        Args:
+            fold: whose network.
+            patches: (B, C, *patch) on the device.
+            mirroring_axes: spatial axes from 0; every combination of them is mirrored.
+
+        Returns:
+            (B, classes, *patch), float32 (float16 under autocast).
+        """
+        network = self._networks[fold]
+        logits: torch.Tensor = network(patches)
+        combinations = [
+            tuple(axis + 2 for axis in axes)
+            for count in range(1, len(mirroring_axes) + 1)
+            for axes in itertools.combinations(mirroring_axes, count)
+        ]
+        for axes in combinations:
+            logits += torch.flip(network(torch.flip(patches, axes)), axes)
+        if combinations:
+            logits /= len(combinations) + 1
+        return logits
+
+
+def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:
+    """The untrained network that plans.json describes, without deep supervision."""
+    configuration = bundle.configuration
+    if bundle.description.network_builder is NetworkBuilder.TRAINER:
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        trainer = recursive_find_trainer_class_by_name(bundle.description.trainer)
+        network = trainer.build_network_architecture(
+            bundle.plans, configuration, input_channels, classes, enable_deep_supervision=False
+        )
+    else:
+        network = get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            input_channels,
+            classes,
+            allow_init=False,
+            deep_supervision=False,
+        )
+    module: torch.nn.Module = network
+    return module
+
+
+def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[str, torch.Tensor]:
+    """A patch and the logits that the weights give for it, to be stored with them.
+
+    Returns:
+        ``patch`` int8 (C, *patch), and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
+    """
+    shape = (networks.input_channels, *networks.patch_size)
+    noise = np.random.default_rng(_GOLDEN_SEED).integers(-96, 97, shape, dtype=np.int8)
+    patch = torch.from_numpy(noise)
+    return {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
+
+
+def check_golden(networks: FoldNetworks, bundle: ModelBundle) -> None:
+    """Compare the networks' logits with those stored in the archive.
+
+    Raises:
+        BundleError: they differ by more than the device's tolerance: this machine would give wrong segmentations.
+    """
+    golden = read_tensors(bundle.folder / GOLDEN_FILE)
+    tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
+    for fold in bundle.folds:
+        expected = golden[f"fold_{fold}"]
+        difference = (_golden_logits(networks, fold, golden["patch"]) - expected).abs().max().item()
+        if not difference <= tolerance * expected.abs().max().item():
+            msg = (
+                f"golden patch: the logits of fold {fold} differ by {difference:.3g} from those stored with the "
+                f"weights; this machine or its libraries would give wrong segmentations"
+            )
+            raise BundleError(msg)
+
+
+@torch.inference_mode()
+def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
+    with networks.autocast():
+        logits = networks.predict(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device), ())
+    flat = logits[0].float().cpu().flatten(1)
+    return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()

@@ -1,0 +1,149 @@
+"""Every way a request, an archive or a server can fail, with the HTTP answer that belongs to it.
+
+::
+
+    ServingError                    500 internal
+    ├── RequestError                the client can mend it
+    │   ├── Malformed               400 malformed
+    │   ├── UnknownOption           400 unknown_option
+    │   ├── BadOption               400 bad_option
+    │   ├── TooLarge                413 too_large
+    │   ├── ResponseTooLarge        413 response_too_large
+    │   ├── UnknownFormat           415 unknown_format
+    │   ├── WrongChannels           422 wrong_channels
+    │   ├── ChannelsDisagree        422 channels_disagree
+    │   ├── NonFinite               422 non_finite
+    │   ├── TooThin                 422 too_thin
+    │   ├── BadSpacing              422 bad_spacing
+    │   └── UnknownFold             422 unknown_fold
+    ├── CaseFailed                  500 case_failed
+    ├── Deadline                    504 deadline
+    └── OutOfMemory                 507 out_of_memory
+    BundleError                     the archive cannot be served; the worker does not become READY
+
+Above a configured limit is 413; what the format cannot mean is 400; a valid file that this model cannot take is 422.
+The message of a :class:`ServingError` goes to the client: it says what was wrong and what would be right, and never
+holds a path, a header field's text or anything else that could name a patient.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import ClassVar
+
+
+class ServingError(Exception):
+    """A request failed. ``status`` and ``code`` are class constants; the message is safe to send."""
+
+    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    code: ClassVar[str] = "internal"
+
+
+class RequestError(ServingError):
+    """The request is at fault; the same request will fail again."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "malformed"
+
+
+class Malformed(RequestError):
+    """Bytes that break their own format: a cut gzip stream, a header that contradicts itself, JSON that is none."""
+
+
+class UnknownOption(RequestError):
+    """An option that this server does not have."""
+
+    code = "unknown_option"
+
+
+class BadOption(RequestError):
+    """A known option with a value that it cannot have."""
+
+    code = "bad_option"
+
+
+class TooLarge(RequestError):
+    """Above a configured limit: body bytes, expanded bytes, voxels, patches."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "too_large"
+
+
+class ResponseTooLarge(RequestError):
+    """The answer would not fit the response limit; refused before anything is computed."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "response_too_large"
+
+
+class UnknownFormat(RequestError):
+    """The bytes are no image format that this server reads."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "unknown_format"
+
+
+class WrongChannels(RequestError):
+    """Another number of channels than the model was trained with."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "wrong_channels"
+
+
+class ChannelsDisagree(RequestError):
+    """Channels of one case with different shapes or spacings."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "channels_disagree"
+
+
+class NonFinite(RequestError):
+    """NaN or infinite voxels: stock nnU-Net would answer with a silent all-zero mask."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "non_finite"
+
+
+class TooThin(RequestError):
+    """The volume would have no voxel left on the network's grid."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "too_thin"
+
+
+class BadSpacing(RequestError):
+    """A voxel spacing that is zero, negative or not finite."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "bad_spacing"
+
+
+class UnknownFold(RequestError):
+    """A fold that the archive does not hold."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "unknown_fold"
+
+
+class CaseFailed(ServingError):
+    """The network gave no usable answer for this case."""
+
+    code = "case_failed"
+
+
+class Deadline(ServingError):
+    """The request's time ran out."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT
+    code = "deadline"
+
+
+class OutOfMemory(ServingError):
+    """Within the limits, but more than this server's memory holds."""
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    code = "out_of_memory"
+
+
+class BundleError(Exception):
+    """The archive cannot be served here: damaged, of another schema, or its requirements are not met."""

@@ -1,0 +1,298 @@
+"""One request from bytes to bytes: the whole story on one page.
+
+``Pipeline.answer`` never raises and keeps nothing: whatever a request does, the next one finds the worker as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from . import __version__, codecs
+from .bundle import ModelBundle
+from .cases import check_affordable, price, settings_for
+from .codecs import ImageSource
+from .engine.local import Engine
+from .errors import (
+    ChannelsDisagree,
+    Deadline,
+    Malformed,
+    NonFinite,
+    OutOfMemory,
+    ResponseTooLarge,
+    ServingError,
+    TooLarge,
+    UnknownFormat,
+)
+from .export.stock import export
+from .limits import Limits
+from .options import HEADER, PART, Options, parse_options
+from .preprocess import preprocess
+from .responses import REQUEST_ID, Response, ResponseMaker, too_large_message, usable_request_id
+from .telemetry import Stage, StageClock
+from .volume import Geometry, Volume
+
+RAW_BODY = "body"
+"""TorchServe's name for a body that is not multipart."""
+
+_IMAGE_PART = re.compile(r"image(?:_(\d{4}))?")
+
+Payload = bytes | bytearray | memoryview
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, free of TorchServe.
+
+    Attributes:
+        parts: multipart field -> content, or ``{"body": content}``. A content that is not bytes was parsed by the
+            front end because of its content type.
+        headers: HTTP headers as sent; looked up without regard to case.
+    """
+
+    parts: Mapping[str, object]
+    headers: Mapping[str, str]
+
+    def header(self, name: str) -> str | None:
+        """A header's value, ``None`` if it was not sent."""
+        wanted = name.lower()
+        return next((value for key, value in self.headers.items() if key.lower() == wanted), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Answers requests for one model, one at a time.
+
+    Attributes:
+        bundle: the model.
+        engine: turns patches into logits.
+        limits: what a request may ask for.
+        time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
+    """
+
+    bundle: ModelBundle
+    engine: Engine
+    limits: Limits
+    time_limit_s: float
+
+    def answer(self, request: Request) -> Response:
+        """The response to a request; errors are responses too."""
+        responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
+        request_id = usable_request_id(request.header(REQUEST_ID)) or str(uuid.uuid4())
+        clock = StageClock()
+        try:
+            return self._segment(request, request_id, clock, responses)
+        except ServingError as error:
+            logger.info("request %s: %d %s", request_id, error.status, error.code)
+            return responses.problem(error, request_id)
+        except MemoryError:
+            logger.warning("request %s: out of memory", request_id)
+            msg = "this server's memory does not hold the case; try again later, or send a smaller volume"
+            return responses.problem(OutOfMemory(msg), request_id)
+        except Exception:
+            logger.exception("request %s: unexpected error", request_id)
+            msg = "an unexpected error; the server's log has it under this request_id"
+            return responses.problem(ServingError(msg), request_id)
+
+    def _segment(self, request: Request, request_id: str, clock: StageClock, responses: ResponseMaker) -> Response:
+        started = time.monotonic()
+        options = parse_options(self._options_text(request))
+        deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
+        settings = settings_for(self.bundle, options)
+
+        with clock.stage(Stage.DECODE):
+            images = self._open_images(request)
+            geometry = self._common_geometry(images)
+            channels = sum(image.channels for image in images)
+            case_price = price(
+                self.bundle, geometry, channels, settings, probabilities=options.save_probabilities
+            )
+            check_affordable(case_price, self.limits)
+            output = options.output_format or images[0].native_format
+            self._check_answer_fits(images[0], options)
+            volume = Volume(_decode(images), geometry)
+
+        _check(deadline, "the volume was decoded")
+        with clock.stage(Stage.PREPROCESS):
+            case = preprocess(self.bundle, volume)
+            del volume
+
+        _check(deadline, "the volume was preprocessed")
+        prediction = self.engine.predict(case.data, settings, deadline)
+        clock.add(Stage.QUEUE, prediction.queue_s)
+        clock.add(Stage.NETWORK, prediction.network_s)
+
+        _check(deadline, "the network was done")
+        with clock.stage(Stage.EXPORT):
+            answer = export(
+                self.bundle,
+                prediction.logits,
+                case.properties,
+                geometry,
+                probabilities=options.save_probabilities,
+            )
+            del case, prediction
+
+        _check(deadline, "the segmentation was exported")
+        with clock.stage(Stage.ENCODE):
+            file = codecs.encode(answer, output, images[0])
+
+        timing = clock.server_timing()
+        logger.info(
+            "request %s: 200, shape %s, %d passes, %s", request_id, geometry.shape, case_price.passes, timing
+        )
+        return responses.result(file.body, file.content_type, request_id, timing)
+
+    def description(self) -> Response:
+        """The answer to TorchServe's describe request."""
+        responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
+        return responses.json(self.describe(), str(uuid.uuid4()))
+
+    def describe(self) -> dict[str, object]:
+        """What a client needs to know of the model, for TorchServe's describe API."""
+        bundle, description = self.bundle, self.bundle.description
+        labels = bundle.labels
+        return {
+            "name": description.name,
+            "version": description.version,
+            "digest": f"sha256:{bundle.digest}",
+            "dataset": description.dataset,
+            "trainer": description.trainer,
+            "plans": description.plans,
+            "configuration": description.configuration,
+            "folds": list(bundle.folds),
+            "mirroring_axes": {
+                str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds
+            },
+            "channels": bundle.channel_names,
+            "labels": bundle.dataset["labels"],
+            "regions_class_order": bundle.dataset.get("regions_class_order") if labels.has_regions else None,
+            "classes": bundle.classes,
+            "patch_size": list(bundle.patch_size),
+            "spacing": [float(size) for size in bundle.configuration.spacing],
+            "axis_order": "patch_size and spacing (mm) in the plan's axis order",
+            "limits": {
+                "body_bytes": self.limits.body_bytes,
+                "response_bytes": self.limits.response_bytes,
+                "voxels": self.limits.voxels,
+                "timeout_s": self.time_limit_s,
+            },
+            "options": Options.model_json_schema()["properties"],
+            "serving_core": __version__,
+            "built_with": description.built_with,
+        }
+
+    def model_header(self) -> str:
+        """The value of ``X-Nnunet-Model``."""
+        description = self.bundle.description
+        return f"name={description.name}; version={description.version}; digest=sha256:{self.bundle.digest}"
+
+    def _options_text(self, request: Request) -> bytes | None:
+        part, header = request.parts.get(PART), request.header(HEADER)
+        if part is not None and header is not None:
+            msg = f"options came twice: in the field {PART} and in the header {HEADER}; send one of them"
+            raise Malformed(msg)
+        if header is not None:
+            return header.encode("utf-8", "surrogateescape")
+        if part is None:
+            return None
+        return bytes(_payload(PART, part))
+
+    def _open_images(self, request: Request) -> Sequence[ImageSource]:
+        bodies = _image_parts(request.parts)
+        size = sum(len(body) for body in bodies)
+        if size > self.limits.body_bytes:
+            msg = f"the images have {size} bytes, this server takes at most {self.limits.body_bytes}"
+            raise TooLarge(msg)
+        reader = self.bundle.plans.plans["image_reader_writer"]
+        return [codecs.open_image(body, self.limits, reader) for body in bodies]
+
+    def _common_geometry(self, images: Sequence[ImageSource]) -> Geometry:
+        """The first image's; shapes and spacings must agree, as nnU-Net's readers demand."""
+        first = images[0].geometry
+        for number, image in enumerate(images[1:], start=1):
+            other = image.geometry
+            if (other.shape, other.spacing) != (first.shape, first.spacing):
+                msg = (
+                    f"channel {number} has shape {other.shape} and spacing {other.spacing} mm, channel 0 has "
+                    f"{first.shape} and {first.spacing} mm; resample them to one grid"
+                )
+                raise ChannelsDisagree(msg)
+        return first
+
+    def _check_answer_fits(self, image: ImageSource, options: Options) -> None:
+        size = codecs.smallest_answer(
+            image.geometry,
+            options.output_format or image.native_format,
+            self.bundle.classes,
+            probabilities=options.save_probabilities,
+        )
+        if size > self.limits.response_bytes:
+            raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
+
+
+def _decode(images: Sequence[ImageSource]) -> npt.NDArray[np.float32]:
+    """All channels, float32 (C, Z, Y, X).
+
+    Raises:
+        NonFinite: a voxel is NaN or infinite.
+    """
+    channels = [image.read() for image in images]
+    array = channels[0] if len(channels) == 1 else np.concatenate(channels)
+    if not torch.from_numpy(array).isfinite().all():
+        msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
+        raise NonFinite(msg)
+    return array
+
+
+def _image_parts(parts: Mapping[str, object]) -> list[Payload]:
+    """The images of a request in channel order."""
+    if not parts:
+        msg = "the request has no body; send the image as the raw body or as multipart field image"
+        raise Malformed(msg)
+    numbered: dict[int, Payload] = {}
+    whole: list[Payload] = []
+    for name, content in parts.items():
+        match = _IMAGE_PART.fullmatch(name)
+        if name in (RAW_BODY, "image"):
+            whole.append(_payload(name, content))
+        elif match:
+            numbered[int(match[1])] = _payload(name, content)
+        elif name != PART:
+            msg = f"unknown field {ascii(name)[:80]}; fields are image or image_0000, image_0001, …, and options"
+            raise Malformed(msg)
+    if len(whole) + bool(numbered) != 1:
+        msg = "send either one image, or image_0000, image_0001, … with one channel each"
+        raise Malformed(msg)
+    if whole:
+        return whole
+    if sorted(numbered) != list(range(len(numbered))):
+        msg = f"the channels must be numbered 0000, 0001, … without a gap; got {sorted(numbered)}"
+        raise Malformed(msg)
+    return [numbered[channel] for channel in sorted(numbered)]
+
+
+def _payload(name: str, content: object) -> Payload:
+    if isinstance(content, bytes | bytearray | memoryview):
+        return content
+    if name == PART and isinstance(content, str):
+        return content.encode("utf-8", "surrogateescape")
+    msg = "the image came with a text or JSON content type; send it as application/octet-stream"
+    raise UnknownFormat(msg)
+
+
+def _check(deadline: float, done: str) -> None:
+    if time.monotonic() >= deadline:
+        msg = f"the time for this request ran out after {done}"
+        raise Deadline(msg)
+

@@ -1,0 +1,99 @@
+"""The only maker of responses.
+
+TorchServe builds the HTTP answer outside any ``try``: a header value that is no ``str``, a line break in a header or
+a reason phrase, or a body above its limit kills the worker and with it whatever it does next. So status, content
+type, headers and size are checked here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from .errors import ResponseTooLarge, ServingError
+from .telemetry import SERVER_TIMING
+
+REQUEST_ID = "X-Request-Id"
+MODEL = "X-Nnunet-Model"
+PROBLEM_JSON = "application/problem+json"
+
+_HEADER_TEXT = re.compile(r"[\x20-\x7e]*")
+_REQUEST_ID = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One HTTP answer, ready for TorchServe."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseMaker:
+    """Makes the answers of one model.
+
+    Attributes:
+        model: the value of ``X-Nnunet-Model``.
+        limit: bytes that a body may have; TorchServe's own limit lies above it.
+    """
+
+    model: str
+    limit: int
+
+    def result(self, body: bytes, content_type: str, request_id: str, server_timing: str) -> Response:
+        """A 200 with the segmentation.
+
+        Raises:
+            ResponseTooLarge: the body is above the limit.
+        """
+        if len(body) > self.limit:
+            raise ResponseTooLarge(too_large_message(len(body), self.limit))
+        headers = self._headers(request_id) | {SERVER_TIMING: server_timing}
+        return _checked(Response(HTTPStatus.OK, content_type, body, headers))
+
+    def problem(self, error: ServingError, request_id: str) -> Response:
+        """An RFC 9457 problem: ``status``, a stable ``code``, and a ``detail`` for a person."""
+        document = {
+            "type": "about:blank",
+            "title": error.status.phrase,
+            "status": int(error.status),
+            "code": error.code,
+            "detail": str(error),
+            "request_id": request_id,
+        }
+        body = json.dumps(document, ensure_ascii=True).encode("ascii")
+        return _checked(Response(error.status, PROBLEM_JSON, body, self._headers(request_id)))
+
+    def json(self, document: object, request_id: str) -> Response:
+        """A 200 with a JSON document."""
+        body = json.dumps(document, ensure_ascii=True, indent=2).encode("ascii")
+        return _checked(Response(HTTPStatus.OK, "application/json", body, self._headers(request_id)))
+
+    def _headers(self, request_id: str) -> dict[str, str]:
+        return {REQUEST_ID: request_id, MODEL: self.model}
+
+
+def too_large_message(size: int, limit: int) -> str:
+    """The one sentence that says an answer does not fit."""
+    return (
+        f"the answer would have {size} bytes, this server sends at most {limit}; "
+        "ask without save_probabilities, or for a compressed output_format"
+    )
+
+
+def usable_request_id(candidate: str | None) -> str | None:
+    """The client's request id if it can stand in a header: printable ASCII, 1 to 128 characters."""
+    return candidate if candidate is not None and _REQUEST_ID.fullmatch(candidate) else None
+
+
+def _checked(response: Response) -> Response:
+    for name, value in (*response.headers.items(), ("Content-Type", response.content_type)):
+        if not _HEADER_TEXT.fullmatch(value):
+            msg = f"header {name} holds characters that HTTP does not allow"
+            raise ValueError(msg)
+    return response

@@ -1,0 +1,68 @@
+"""Value types for images and label maps, free of any file format.
+
+Axis order is nnU-Net's: arrays are (C, Z, Y, X), spacings are (z, y, x) in mm. Geometry for the patient is ITK's:
+LPS coordinates, ``spacing``, ``origin`` and the columns of ``direction`` in (x, y, z) order, so that
+``SimpleITK.GetImageFromArray(labels)`` takes them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating[Any]]
+LabelArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where a voxel array lies in the patient.
+
+    Attributes:
+        shape: voxels per axis (Z, Y, X); a 2-D image has Z = 1.
+        spacing_zyx: what nnU-Net's preprocessing gets, in mm. For a 2-D image the first entry is nnU-Net's
+            placeholder, 999 times the larger in-plane spacing.
+        spacing: mm per voxel along x, y, z.
+        origin: LPS mm of voxel (0, 0, 0).
+        direction: 3×3, column k is the unit vector of array axis x, y, z in LPS.
+        ndim: 2 or 3, the dimensions of the file it came from.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_zyx: tuple[float, float, float]
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: npt.NDArray[np.float64]
+    ndim: int
+
+    @property
+    def voxels(self) -> int:
+        """Number of voxels of one channel."""
+        depth, height, width = self.shape
+        return depth * height * width
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """An image: ``array`` is float32 (C, Z, Y, X)."""
+
+    array: npt.NDArray[np.float32]
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True)
+class LabelMap:
+    """A segmentation on its input's grid.
+
+    Attributes:
+        array: (Z, Y, X), uint8, or uint16 where a label is above 254 (nnU-Net's rule).
+        geometry: the input's.
+        probabilities: float32 (C, Z, Y, X) in nnU-Net's channel order, where they were asked for.
+    """
+
+    array: LabelArray
+    geometry: Geometry
+    probabilities: npt.NDArray[np.float32] | None = None

@@ -1,0 +1,337 @@
+"""A trained nnU-Net folder becomes TorchServe model archives (.mar).
+
+An archive holds the serving core, nnU-Net's plans and dataset description, each fold's weights as safetensors, a
+golden patch and a description with checksums. The same folder gives the same bytes on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nnunet_handler
+import nnunet_torchserve
+import torch
+import yaml
+from model_archiver.manifest_components.manifest import RuntimeType
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging_utils import ModelExportUtils
+from nnunet_torchserve.bundle import (
+    ALIASES_KEY,
+    BUNDLE_FILE,
+    DATASET_FILE,
+    GOLDEN_FILE,
+    PLANS_FILE,
+    SCHEMA_VERSION,
+    BundleDescription,
+    FoldDescription,
+    ModelBundle,
+)
+from nnunet_torchserve.engine.network import FoldNetworks, check_golden, golden_tensors
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.options import FoldName
+from safetensors.torch import save_file
+
+from .checkpoint import Checkpoint, read_checkpoint, without_aliases
+from .errors import ToolError, UsageError
+from .plans_check import check_plans, network_builder
+
+MODEL_CONFIG_FILE = "model-config.yaml"
+MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+
+REQUIRES = {
+    "nnunetv2": ">=2.8,<3",
+    "torch": ">=2.4",
+    "numpy": ">=1.26",
+    "scipy": ">=1.11",
+    "scikit-image": ">=0.22",
+    "nibabel": ">=5.2",
+    "safetensors": ">=0.4",
+    "pydantic": ">=2.7",
+    "isal": ">=1.6",
+}
+_BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "SimpleITK", "nnunet-torchserve")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
+_FOLD_FOLDER = re.compile(r"fold_(\d+)")
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
+_COPY_BYTES = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class ServingSettings:
+    """What goes to model-config.yaml.
+
+    Attributes:
+        workers: TorchServe workers in all (``serve`` multiplies its own ``--workers`` by the devices).
+        response_timeout_s: seconds before TorchServe kills a worker that has not answered.
+        startup_timeout_s: seconds that a worker may take to load.
+        max_patch_batch: patches in one forward pass.
+        limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
+    """
+
+    workers: int = 1
+    response_timeout_s: int = 1200
+    startup_timeout_s: int = 600
+    max_patch_batch: int = 1
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
+        document = {
+            "minWorkers": self.workers,
+            "maxWorkers": self.workers,
+            "batchSize": 1,
+            "maxBatchDelay": 1,
+            "responseTimeout": self.response_timeout_s,
+            "startupTimeout": self.startup_timeout_s,
+            "handler": {"max_patch_batch": self.max_patch_batch, "limits": dict(self.limits)},
+        }
+        return yaml.safe_dump(document, sort_keys=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveRequest:
+    """What to package.
+
+    Attributes:
+        model_folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder.
+        output: where the archives go.
+        folds: ``None`` takes every numbered fold.
+        per_fold: also make one archive for each fold.
+        name: ``None`` makes one of dataset and configuration.
+        version: TorchServe model version.
+        checkpoint: file name within each fold's folder.
+        trust_checkpoint: open checkpoints as ordinary pickles.
+        serving: what goes to model-config.yaml.
+    """
+
+    model_folder: Path
+    output: Path
+    folds: tuple[FoldName, ...] | None = None
+    per_fold: bool = False
+    name: str | None = None
+    version: str = "1.0"
+    checkpoint: str = "checkpoint_final.pth"
+    trust_checkpoint: bool = False
+    serving: ServingSettings = field(default_factory=ServingSettings)
+
+
+def make_archives(request: ArchiveRequest) -> list[Path]:
+    """Make the archives.
+
+    Returns:
+        The written files: the one with all chosen folds first.
+
+    Raises:
+        UsageError: the folder, a name or a fold does not exist or cannot be meant.
+        ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
+    """
+    folder = request.model_folder
+    plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
+    folds = request.folds or _numbered_folds(folder, request.checkpoint)
+    checkpoints = _read_checkpoints(folder, folds, request)
+    first = checkpoints[folds[0]]
+    check_plans(plans, first.configuration)
+    name = request.name or _default_name(plans, first.configuration)
+    if not _NAME.fullmatch(name):
+        msg = f"the model name {name!r} may hold only letters, digits, '_' and '-'; choose one with --name"
+        raise UsageError(msg)
+    if not _VERSION.fullmatch(request.version):
+        msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
+        raise UsageError(msg)
+    request.output.mkdir(parents=True, exist_ok=True)
+    contents: list[tuple[str, tuple[FoldName, ...]]] = [(name, folds)]
+    if request.per_fold:
+        contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
+    return [
+        _make_archive(request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen})
+        for archive_name, chosen in contents
+    ]
+
+
+def _make_archive(
+    request: ArchiveRequest,
+    name: str,
+    plans: dict[str, Any],
+    dataset: dict[str, Any],
+    checkpoints: Mapping[FoldName, Checkpoint],
+) -> Path:
+    first = next(iter(checkpoints.values()))
+    with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
+        stage = Path(scratch)
+        for file, source in serving_core_files().items():
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            (stage / file).write_bytes(source.read_bytes())
+        (stage / PLANS_FILE).write_text(json.dumps(plans, indent=1))
+        # nnU-Net numbers its classes in the order of this file's labels: keep it
+        (stage / DATASET_FILE).write_text(json.dumps(dataset, indent=1))
+        folds = tuple(
+            FoldDescription(fold=fold, mirroring_axes=c.mirroring_axes, checkpoint_sha256=c.sha256)
+            for fold, c in checkpoints.items()
+        )
+        for description in folds:
+            tensors, aliases = without_aliases(checkpoints[description.fold].weights)
+            metadata = {ALIASES_KEY: json.dumps(aliases, sort_keys=True)}
+            save_file(tensors, stage / description.weights_file, metadata=metadata)
+        bundle = BundleDescription(
+            schema_version=SCHEMA_VERSION,
+            name=name,
+            version=request.version,
+            dataset=str(plans["dataset_name"]),
+            trainer=first.trainer,
+            plans=str(plans["plans_name"]),
+            configuration=first.configuration,
+            network_builder=network_builder(first.trainer),
+            folds=folds,
+            requires=REQUIRES,
+            built_with=_installed_versions(),
+            source={"folder": "/".join(request.model_folder.resolve().parts[-2:]), "checkpoint": request.checkpoint},
+            files={},
+        )
+        _add_golden_patch(stage, bundle)
+        _write_bundle(stage, bundle)
+        (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
+        (stage / MANIFEST_FILE).parent.mkdir()
+        (stage / MANIFEST_FILE).write_text(_manifest(name, request.version))
+        target = request.output / f"{name}.mar"
+        _write_zip(stage, target)
+    return target
+
+
+def serving_core_files() -> dict[str, Path]:
+    """Archive name -> file, of the entry file and the serving core, from where they are installed."""
+    handler = Path(nnunet_handler.__file__)
+    core = Path(nnunet_torchserve.__file__).parent
+    files = {handler.name: handler}
+    files |= {f"{core.name}/{file.relative_to(core).as_posix()}": file for file in sorted(core.rglob("*.py"))}
+    return files
+
+
+def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
+    """Run the stored weights once on one thread, and check that they give the same again."""
+    _write_bundle(stage, description)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bundle = ModelBundle(stage)
+        networks = FoldNetworks(bundle, torch.device("cpu"))
+        save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
+        check_golden(networks, bundle)
+    except BundleError as error:
+        raise ToolError(str(error)) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_bundle(stage: Path, description: BundleDescription) -> None:
+    files = {
+        file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(stage.rglob("*"))
+        if file.is_file() and file.name != BUNDLE_FILE
+    }
+    complete = description.model_copy(update={"files": files})
+    (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
+
+
+def _write_zip(stage: Path, target: Path) -> None:
+    """Stored, sorted, with fixed times and modes; put in place in one step."""
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as unfinished:
+        try:
+            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                for file in sorted(f for f in stage.rglob("*") if f.is_file()):
+                    entry = zipfile.ZipInfo(file.relative_to(stage).as_posix(), date_time=_ZIP_TIME)
+                    entry.create_system, entry.external_attr = 3, 0o644 << 16
+                    entry.file_size = file.stat().st_size
+                    with file.open("rb") as source, archive.open(entry, "w") as sink:
+                        while chunk := source.read(_COPY_BYTES):
+                            sink.write(chunk)
+            unfinished.close()
+            Path(unfinished.name).chmod(0o644)
+            os.replace(unfinished.name, target)
+        except BaseException:
+            Path(unfinished.name).unlink(missing_ok=True)
+            raise
+
+
+def _manifest(name: str, version: str) -> str:
+    config = ModelArchiverConfig(
+        model_name=name,
+        handler=Path(nnunet_handler.__file__).name,
+        version=version,
+        runtime=RuntimeType.PYTHON.value,
+        config_file=MODEL_CONFIG_FILE,
+    )
+    manifest = json.loads(ModelExportUtils.generate_manifest_json(config))
+    del manifest["createdOn"]
+    return json.dumps(manifest, indent=2, sort_keys=True)
+
+
+def _read_checkpoints(
+    folder: Path, folds: Sequence[FoldName], request: ArchiveRequest
+) -> dict[FoldName, Checkpoint]:
+    checkpoints: dict[FoldName, Checkpoint] = {}
+    for fold in folds:
+        file = folder / f"fold_{fold}" / request.checkpoint
+        if not file.is_file():
+            msg = f"fold {fold} has no {request.checkpoint} in {folder}"
+            raise UsageError(msg)
+        checkpoints[fold] = read_checkpoint(file, trust=request.trust_checkpoint)
+    first_fold, first = next(iter(checkpoints.items()))
+    for fold, checkpoint in checkpoints.items():
+        for what in ("trainer", "configuration"):
+            if (other := getattr(checkpoint, what)) != (expected := getattr(first, what)):
+                msg = f"fold {fold} has the {what} {other}, fold {first_fold} has {expected}: they are no ensemble"
+                raise ToolError(msg)
+    return checkpoints
+
+
+def _numbered_folds(folder: Path, checkpoint: str) -> tuple[FoldName, ...]:
+    found = sorted(
+        int(match[1])
+        for entry in folder.iterdir()
+        if (match := _FOLD_FOLDER.fullmatch(entry.name)) and (entry / checkpoint).is_file()
+    )
+    if not found:
+        msg = f"{folder} has no fold_0 … fold_4 with a {checkpoint}; name folds with --folds or --checkpoint"
+        raise UsageError(msg)
+    return tuple(found)
+
+
+def _default_name(plans: Mapping[str, Any], configuration: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{plans['dataset_name']}_{configuration}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
+        raise UsageError(msg) from error
+    except ValueError as error:
+        msg = f"{file} is no valid JSON"
+        raise ToolError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{file} holds no JSON object"
+        raise ToolError(msg)
+    return content
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {}
+    for package in _BUILT_WITH:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,178 @@
+"""``nnunet-torchserve``: archive, serve, stop. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+
+from .errors import ToolError, UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from nnunet_torchserve.options import FoldName
+
+app = typer.Typer(
+    help="Serve trained nnU-Net v2 models with TorchServe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_P = ParamSpec("_P")
+_MIB = 1024**2
+
+
+def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
+    """A :class:`ToolError` becomes one line on stderr and its exit code."""
+
+    @wraps(command)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ToolError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from error
+        except ModuleNotFoundError as error:
+            hint = "pip install 'nnunet-torchserve[server]'"
+            typer.echo(f"error: {error.name} is not installed; this command needs {hint}", err=True)
+            raise typer.Exit(ToolError.exit_code) from error
+
+    return wrapper
+
+
+@app.command()
+@_reports_errors
+def archive(
+    model_folder: Annotated[Path, typer.Argument(help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder.")],
+    folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
+    per_fold: Annotated[bool, typer.Option("--per-fold", help="Also one archive for each fold.")] = False,
+    name: Annotated[str | None, typer.Option(help="Model name; default: dataset and configuration.")] = None,
+    version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint file in each fold's folder.")] = "checkpoint_final.pth",
+    output: Annotated[Path, typer.Option(help="Where the archives go.")] = Path("model_store"),
+    workers: Annotated[int, typer.Option(min=1, help="TorchServe workers.")] = 1,
+    response_timeout: Annotated[int, typer.Option(min=20, help="Seconds for one request.")] = 1200,
+    max_patch_batch: Annotated[
+        int, typer.Option(min=1, max=64, help="Patches in one forward pass; 1 is bit-equal to nnU-Net on a CPU.")
+    ] = 1,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
+    ] = False,
+) -> None:
+    """Package a trained nnU-Net folder for TorchServe."""
+    from .archive import ArchiveRequest, ServingSettings, make_archives
+
+    serving = ServingSettings(workers=workers, response_timeout_s=response_timeout, max_patch_batch=max_patch_batch)
+    request = ArchiveRequest(
+        model_folder=model_folder,
+        output=output,
+        folds=_folds(folds),
+        per_fold=per_fold,
+        name=name,
+        version=version,
+        checkpoint=checkpoint,
+        trust_checkpoint=trust_checkpoint,
+        serving=serving,
+    )
+    for file in make_archives(request):
+        typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
+
+
+@app.command()
+@_reports_errors
+def serve(
+    model_store: Annotated[Path, typer.Option(help="Folder with the archives.")] = Path("model_store"),
+    models: Annotated[list[str] | None, typer.Option(help="NAME=FILE.mar, repeatable, or all.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers per device; default: the archive's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    management_port: Annotated[int, typer.Option(min=1, max=65535)] = 8081,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8082,
+    grpc_inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 7070,
+    grpc_management_port: Annotated[int, typer.Option(min=1, max=65535)] = 7071,
+    queue: Annotated[int | None, typer.Option(min=1, help="Waiting requests; default: twice the workers.")] = None,
+    body_limit: Annotated[int | None, typer.Option(min=1, help="MiB of a request; default: from the memory.")] = None,
+    heap: Annotated[int | None, typer.Option(min=256, help="MiB of the JVM; default: a quarter of the memory.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Another config.properties to start from.")] = None,
+    state_dir: Annotated[Path, typer.Option(help="State and logs of this server.")] = Path(".nnunet-torchserve"),
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay until SIGTERM or stop.")] = False,
+) -> None:
+    """Start TorchServe and wait until every worker can answer."""
+    from . import launcher
+
+    if device not in list(launcher.DeviceKind):
+        msg = f"--device {device}: auto, cpu or cuda was expected"
+        raise UsageError(msg)
+    request = launcher.ServeRequest(
+        model_store=model_store,
+        models=tuple(models or ("all",)),
+        state_dir=state_dir,
+        ports=launcher.Ports(inference_port, management_port, metrics_port, grpc_inference_port, grpc_management_port),
+        workers=workers,
+        queue=queue,
+        device=launcher.DeviceKind(device),
+        body_limit=None if body_limit is None else body_limit * _MIB,
+        heap=None if heap is None else heap * _MIB,
+        config=config,
+    )
+    with suppress(_Stopped):
+        if foreground:
+            signal.signal(signal.SIGTERM, _stop_serving)
+            signal.signal(signal.SIGINT, _stop_serving)
+        server = launcher.start(request)
+        typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
+        if not foreground:
+            return
+        if launcher.wait(server, state_dir):
+            return
+        msg = f"TorchServe ended by itself; see {server.log_dir}"
+        raise ToolError(msg)
+    launcher.stop(state_dir)
+
+
+@app.command()
+@_reports_errors
+def stop(
+    state_dir: Annotated[Path, typer.Option(help="The server's state directory.")] = Path(".nnunet-torchserve"),
+) -> None:
+    """Stop the server that was started here."""
+    from . import launcher
+
+    if not launcher.stop(state_dir):
+        typer.echo(f"no server of {state_dir} is running", err=True)
+
+
+class _Stopped(Exception):  # noqa: N818 (a signal, no error)
+    """SIGTERM or SIGINT arrived."""
+
+
+def _stop_serving(_signal: int, _frame: FrameType | None) -> Any:
+    raise _Stopped
+
+
+def _folds(text: str | None) -> tuple[FoldName, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple("all" if fold.strip() == "all" else int(fold) for fold in text.split(","))
+    except ValueError as error:
+        msg = f"--folds {text}: numbers separated by commas, or all, were expected"
+        raise UsageError(msg) from error
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("nnUNet_def_n_proc", "1")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Errors of the command line: one sentence for the user, no traceback.
+
+::
+
+    ToolError           exit code 1
+    └── UsageError      exit code 2
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ToolError(Exception):
+    """The command could not do what was asked."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(ToolError):
+    """The command was asked for something that cannot be meant."""
+
+    exit_code = 2

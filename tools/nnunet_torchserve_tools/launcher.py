@@ -1,0 +1,434 @@
+"""Start stock TorchServe for nnU-Net archives, wait until it can answer, and stop it again.
+
+``start`` gives TorchServe a private temporary directory (its pid file, worker sockets and unpacked models would
+collide with another server's), its own worker ports and working directory, no PYTHONPATH, a Java runtime and a heap.
+The server's state lies in ``state_dir/server.json``; ``stop`` finds it there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import yaml
+from nnunet_handler import LOAD_FAILED
+from nnunet_torchserve.bundle import BUNDLE_FILE
+from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
+
+from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE
+from .errors import ToolError, UsageError
+from .java import java_home
+from .sizing import compute_sizes
+
+STATE_FILE = "server.json"
+READY_TIMEOUT_S = 600
+STOP_TIMEOUT_S = 60
+_POLL_S = 0.2
+_LOG_TAIL_LINES = 15
+_WORKER_PORTS = range(20000, 60000, 100)
+
+
+class DeviceKind(StrEnum):
+    """Where the networks run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """TCP ports on loopback."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What to serve, and how.
+
+    Attributes:
+        model_store: folder with the archives.
+        models: ``NAME=FILE.mar`` or ``FILE.mar`` each, or the one word ``all``.
+        state_dir: where the server's state and logs go.
+        ports: see :class:`Ports`.
+        workers: per device and model; ``None`` takes the archive's number.
+        queue: waiting requests a model; ``None`` is twice its workers.
+        device: see :class:`DeviceKind`.
+        body_limit, heap: bytes set by hand, or ``None``.
+        config: another config.properties to start from.
+    """
+
+    model_store: Path
+    models: Sequence[str] = ("all",)
+    state_dir: Path = Path(".nnunet-torchserve")
+    ports: Ports = Ports()
+    workers: int | None = None
+    queue: int | None = None
+    device: DeviceKind = DeviceKind.AUTO
+    body_limit: int | None = None
+    heap: int | None = None
+    config: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What the launcher needs of a .mar file."""
+
+    name: str
+    version: str
+    file: str
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server, as ``server.json`` holds it."""
+
+    pid: int
+    created: float
+    temp_dir: str
+    inference_url: str
+    management_url: str
+    metrics_url: str
+    models: list[str]
+    log_dir: str
+
+    def process(self) -> psutil.Process | None:
+        """The JVM, ``None`` if it is gone."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if same else None
+
+
+def start(request: ServeRequest) -> Server:
+    """Start TorchServe and return when every worker of every model is READY.
+
+    Raises:
+        UsageError: a missing archive or model store, sizes that do not fit, a server that runs already.
+        ToolError: a taken port, no Java, CUDA without a GPU, a model that does not load.
+    """
+    if (running := read_state(request.state_dir)) and running.process():
+        msg = f"a server of this state directory runs already at {running.inference_url}; stop it first"
+        raise UsageError(msg)
+    gpus = _gpus(request.device)
+    archives = find_archives(request.model_store, request.models)
+    workers = {a: request.workers * max(1, gpus) if request.workers else a.workers for a in archives}
+    queue = request.queue or 2 * max(workers.values())
+    held = sum(workers.values()) + queue * len(archives)
+    sizes = compute_sizes(total_memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
+    _check_ports(request.ports)
+    java = java_home()
+
+    state_dir = request.state_dir.resolve()
+    log_dir, work_dir = state_dir / "logs", state_dir / "work"
+    shutil.rmtree(log_dir, ignore_errors=True)
+    for folder in (log_dir, work_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    temp_dir = Path(tempfile.mkdtemp(prefix="nnunet-ts-"))
+    store = request.model_store.resolve()
+    settings = {
+        "inference_address": f"http://127.0.0.1:{request.ports.inference}",
+        "management_address": f"http://127.0.0.1:{request.ports.management}",
+        "metrics_address": f"http://127.0.0.1:{request.ports.metrics}",
+        "grpc_inference_port": request.ports.grpc_inference,
+        "grpc_management_port": request.ports.grpc_management,
+        "allowed_urls": f"file://{re.escape(str(store))}/.*".replace("\\", "\\\\"),
+        "job_queue_size": queue,
+        "max_request_size": sizes.front_end_limit,
+        "max_response_size": sizes.front_end_limit,
+        "vmargs": f"-Xmx{sizes.heap // 1024**2}m -XX:+ExitOnOutOfMemoryError",
+        "initial_worker_port": _worker_ports(),
+        "number_of_gpu": gpus,
+    }
+    config = state_dir / "config.properties"
+    config.write_text(merge_properties(_base_config(request.config), settings))
+    limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "cases": sum(workers.values())}
+    environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
+    _launch(config, store, archives, environment, work_dir, log_dir)
+    server = _server(request.ports, temp_dir, log_dir, archives)
+    try:
+        _write_state(state_dir, server)
+        _wait_ready(server, workers, resize=request.workers is not None)
+    except BaseException:
+        stop(state_dir)
+        raise
+    return server
+
+
+def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
+    """Stop the server of a state directory and remove its temporary files.
+
+    Returns:
+        Whether one was running.
+
+    Raises:
+        ToolError: it did not end in time.
+    """
+    server = read_state(state_dir)
+    if server is None:
+        return False
+    process = server.process()
+    if process is not None:
+        family = [process, *process.children(recursive=True)]
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=timeout_s)
+        for leftover in alive:
+            with suppress(psutil.NoSuchProcess):
+                leftover.kill()
+        if psutil.wait_procs(alive, timeout=5)[1]:
+            msg = f"TorchServe (process {server.pid}) did not end"
+            raise ToolError(msg)
+    shutil.rmtree(server.temp_dir, ignore_errors=True)
+    (state_dir / STATE_FILE).unlink(missing_ok=True)
+    return process is not None
+
+
+def wait(server: Server, state_dir: Path) -> bool:
+    """Block until the server is gone; returns whether it was stopped on purpose."""
+    while server.process() is not None:
+        time.sleep(_POLL_S)
+    return read_state(state_dir) != server
+
+
+def read_state(state_dir: Path) -> Server | None:
+    """The server that ``state_dir`` names, running or not."""
+    try:
+        return Server(**json.loads((state_dir / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
+    """The archives to serve.
+
+    Raises:
+        UsageError: no such folder or file, or a file that 'nnunet-torchserve archive' did not make.
+    """
+    if not model_store.is_dir():
+        msg = f"the model store {model_store} does not exist; make an archive first: nnunet-torchserve archive"
+        raise UsageError(msg)
+    if list(models) == ["all"]:
+        wanted: list[tuple[str | None, str]] = [(None, file.name) for file in sorted(model_store.glob("*.mar"))]
+        if not wanted:
+            msg = f"the model store {model_store} has no archive (*.mar); make one: nnunet-torchserve archive"
+            raise UsageError(msg)
+    else:
+        wanted = [(name or None, file) for name, _, file in (model.rpartition("=") for model in models)]
+    return [_read_archive(model_store, name, file) for name, file in wanted]
+
+
+def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
+    if "/" in file or not (model_store / file).is_file():
+        msg = f"the model store {model_store} has no archive {file}"
+        raise UsageError(msg)
+    try:
+        with zipfile.ZipFile(model_store / file) as archive:
+            archive.getinfo(BUNDLE_FILE)
+            model = json.loads(archive.read(MANIFEST_FILE))["model"]
+            config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
+        return Archive(name or model["modelName"], model["modelVersion"], file, int(config.get("minWorkers", 1)))
+    except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
+        msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
+        raise UsageError(msg) from error
+
+
+def merge_properties(base: str, settings: Mapping[str, object]) -> str:
+    """``base`` with the given keys replaced in place, and those that it lacks added at the end."""
+    left = dict(settings)
+    lines = []
+    for line in base.splitlines():
+        key = line.partition("=")[0].strip()
+        lines.append(f"{key}={left.pop(key)}" if key in left and not line.lstrip().startswith("#") else line)
+    return "\n".join([*lines, *(f"{key}={value}" for key, value in left.items())]) + "\n"
+
+
+def _base_config(config: Path | None) -> str:
+    if config is not None:
+        try:
+            return config.read_text()
+        except OSError as error:
+            msg = f"cannot read {config}: {error.strerror}"
+            raise UsageError(msg) from error
+    packaged = resources.files(__package__) / "config.properties"
+    if packaged.is_file():
+        return packaged.read_text()
+    return (Path(__file__).parents[2] / "config.properties").read_text()  # a source checkout
+
+
+def _gpus(device: DeviceKind) -> int:
+    """GPUs to use, as ``nvidia-smi`` counts them; TorchServe counts them so too."""
+    if device is DeviceKind.CPU:
+        return 0
+    listing = ""
+    if nvidia_smi := shutil.which("nvidia-smi"):
+        answer = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, check=False, timeout=60)
+        listing = answer.stdout if answer.returncode == 0 else ""
+    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if gpus == 0 and device is DeviceKind.CUDA:
+        msg = "--device cuda was asked for, but nvidia-smi shows no GPU; use --device cpu or check the driver"
+        raise ToolError(msg)
+    return gpus
+
+
+def _check_ports(ports: Ports) -> None:
+    numbers = asdict(ports)
+    if len(set(numbers.values())) != len(numbers):
+        msg = f"every port must be another number; got {numbers}"
+        raise UsageError(msg)
+    for name, port in numbers.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                option = name.replace("_", "-")
+                msg = f"port {port} is taken ({error.strerror}); choose another with --{option}-port"
+                raise ToolError(msg) from error
+
+
+def _worker_ports() -> int:
+    """The first of a hundred port numbers for workers, spread by process so that two servers differ."""
+    return _WORKER_PORTS[os.getpid() % len(_WORKER_PORTS)]
+
+
+def _environment(java: Path, temp_dir: Path, log_dir: Path) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
+    search = [str(Path(sys.executable).parent), str(java / "bin"), environment.get("PATH", "")]
+    return environment | {
+        "PATH": os.pathsep.join(search),
+        "JAVA_HOME": str(java),
+        "TEMP": str(temp_dir),
+        "TMPDIR": str(temp_dir),
+        "LOG_LOCATION": str(log_dir),
+        "METRICS_LOCATION": str(log_dir),
+    }
+
+
+def _launch(
+    config: Path, store: Path, archives: Sequence[Archive], environment: dict[str, str], work_dir: Path, log_dir: Path
+) -> None:
+    """Run TorchServe's own starter, which leaves the JVM running and writes its pid."""
+    command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(config)]
+    command += ["--model-store", str(store), "--models", *(f"{a.name}={a.file}" for a in archives)]
+    with (log_dir / "torchserve.out").open("wb") as output:
+        starter = subprocess.run(
+            command,
+            env=environment,
+            cwd=work_dir,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            check=False,
+        )
+    if starter.returncode != 0:
+        msg = f"TorchServe did not start:\n{_tail(log_dir / 'torchserve.out')}"
+        raise ToolError(msg)
+
+
+def _server(ports: Ports, temp_dir: Path, log_dir: Path, archives: Sequence[Archive]) -> Server:
+    try:
+        pid = int((temp_dir / ".model_server.pid").read_text())
+        created = psutil.Process(pid).create_time()
+    except (OSError, ValueError, psutil.NoSuchProcess) as error:
+        msg = f"TorchServe did not start:\n{_tail(log_dir / 'torchserve.out')}"
+        raise ToolError(msg) from error
+    return Server(
+        pid=pid,
+        created=created,
+        temp_dir=str(temp_dir),
+        inference_url=f"http://127.0.0.1:{ports.inference}",
+        management_url=f"http://127.0.0.1:{ports.management}",
+        metrics_url=f"http://127.0.0.1:{ports.metrics}",
+        models=sorted({archive.name for archive in archives}),
+        log_dir=str(log_dir),
+    )
+
+
+def _write_state(state_dir: Path, server: Server) -> None:
+    unfinished = state_dir / f".{STATE_FILE}"
+    unfinished.write_text(json.dumps(asdict(server), indent=2))
+    os.replace(unfinished, state_dir / STATE_FILE)
+
+
+def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool) -> None:
+    """Poll the management API: ``/ping`` says Healthy before a worker can answer."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    waiting = dict(workers)
+    resized: set[Archive] = set()
+    with httpx.Client(base_url=server.management_url, timeout=10, trust_env=False) as management:
+        while waiting:
+            for archive, count in list(waiting.items()):
+                state = _model_state(management, archive)
+                if state is None:
+                    continue
+                if resize and archive not in resized:
+                    path = f"/models/{archive.name}/{archive.version}"
+                    management.put(path, params={"min_worker": count, "max_worker": count}).raise_for_status()
+                    resized.add(archive)
+                statuses = [worker["status"] for worker in state["workers"]]
+                if len(statuses) == count and set(statuses) == {"READY"}:
+                    del waiting[archive]
+            if not waiting:
+                return
+            _check_progress(server, waiting, deadline)
+            time.sleep(_POLL_S)
+
+
+def _model_state(management: httpx.Client, archive: Archive) -> dict[str, Any] | None:
+    try:
+        answer = management.get(f"/models/{archive.name}/{archive.version}")
+    except httpx.TransportError:
+        return None
+    if answer.status_code != httpx.codes.OK:
+        return None
+    state: dict[str, Any] = answer.json()[0]
+    return state
+
+
+def _check_progress(server: Server, waiting: Mapping[Archive, int], deadline: float) -> None:
+    log_dir = Path(server.log_dir)
+    if server.process() is None:
+        msg = f"TorchServe ended while it started:\n{_tail(log_dir / 'torchserve.out')}"
+        raise ToolError(msg)
+    with suppress(OSError):
+        for line in (log_dir / "model_log.log").read_text(errors="replace").splitlines():
+            if LOAD_FAILED in line:
+                msg = f"a model cannot be served: {line.partition(LOAD_FAILED)[2].strip()}"
+                raise ToolError(msg)
+    if time.monotonic() > deadline:
+        names = ", ".join(archive.name for archive in waiting)
+        msg = f"not every worker of {names} was ready after {READY_TIMEOUT_S} s; see {log_dir}"
+        raise ToolError(msg)
+
+
+def _tail(file: Path) -> str:
+    with suppress(OSError):
+        return "\n".join(file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+    return "(no log)"
