@@ -46,12 +46,13 @@ class NnunetHandler:
     def _answer(self, parts: dict[str, Any], context: Any, index: int) -> bytes:
         from nnunet_torchserve.pipeline import Request
 
+
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
         if headers.get("describe") == "True":
-            response = self._pipeline.description()
+            response = self._pipeline.description(context.get_request_id(index))
         else:
-            response = self._pipeline.answer(Request(parts, headers))
+            response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)))
         context.set_response_status(int(response.status), response.status.phrase, index)
         context.set_response_content_type(index, response.content_type)
         for name, value in response.headers.items():
@@ -87,12 +88,14 @@ def _load(context: Any) -> Any:
     device = _device(context.system_properties.get("gpu_id"), torch)
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.get("limits") or {})
-    return Pipeline(
+    pipeline = Pipeline(
         bundle=bundle,
         engine=LocalEngine(bundle, device, int(settings.get("max_patch_batch") or 1)),
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
     )
+    pipeline.dry_run()
+    return pipeline
 
 
 def _device(gpu_id: Any, torch: Any) -> Any:

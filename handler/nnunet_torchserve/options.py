@@ -58,7 +58,9 @@ class Options(BaseModel):
     @field_validator("folds", mode="before")
     @classmethod
     def _one_fold_is_a_list_of_one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, int | str) and not isinstance(value, bool) else value
+        if isinstance(value, list):
+            return tuple(value)
+        return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
 
     @field_validator("folds")
     @classmethod

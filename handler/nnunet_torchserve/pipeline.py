@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,6 +24,7 @@ from .cases import check_affordable, price, settings_for
 from .codecs import ImageSource
 from .engine.local import Engine
 from .errors import (
+    BundleError,
     ChannelsDisagree,
     Deadline,
     Malformed,
@@ -36,12 +39,14 @@ from .export.stock import export
 from .limits import Limits
 from .options import HEADER, PART, Options, parse_options
 from .preprocess import preprocess
-from .responses import REQUEST_ID, Response, ResponseMaker, too_large_message, usable_request_id
+from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, too_large_message, usable_request_id
 from .telemetry import Stage, StageClock
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
 """TorchServe's name for a body that is not multipart."""
+
+_DRY_RUN_VOXELS = 12
 
 _IMAGE_PART = re.compile(r"image(?:_(\d{4}))?")
 
@@ -58,15 +63,22 @@ class Request:
         parts: multipart field -> content, or ``{"body": content}``. A content that is not bytes was parsed by the
             front end because of its content type.
         headers: HTTP headers as sent; looked up without regard to case.
+        server_id: the front end's id of this request.
     """
 
     parts: Mapping[str, object]
     headers: Mapping[str, str]
+    server_id: str | None = None
 
     def header(self, name: str) -> str | None:
         """A header's value, ``None`` if it was not sent."""
         wanted = name.lower()
         return next((value for key, value in self.headers.items() if key.lower() == wanted), None)
+
+    @property
+    def id(self) -> str:
+        """The client's id if it can stand in a header, else the front end's."""
+        return usable_request_id(self.header(CLIENT_REQUEST_ID)) or self.server_id or "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,7 @@ class Pipeline:
     def answer(self, request: Request) -> Response:
         """The response to a request; errors are responses too."""
         responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
-        request_id = usable_request_id(request.header(REQUEST_ID)) or str(uuid.uuid4())
+        request_id = request.id
         clock = StageClock()
         try:
             return self._segment(request, request_id, clock, responses)
@@ -153,10 +165,27 @@ class Pipeline:
         )
         return responses.result(file.body, file.content_type, request_id, timing)
 
-    def description(self) -> Response:
+    def dry_run(self) -> None:
+        """Answer one small made-up case, so that the first real one finds everything loaded.
+
+        Raises:
+            BundleError: it could not be answered; then no request could.
+        """
+        order = self.bundle.plans.transpose_backward
+        target = [1.0, *self.bundle.configuration.spacing][-3:]
+        spacing = [target[axis] for axis in order]
+        noise = np.random.default_rng(0).integers(1, 1000, (_DRY_RUN_VOXELS,) * 3 + (self.bundle.channels,))
+        image = nib.Nifti1Image(noise.astype(np.int16), np.diag([*spacing[::-1], 1.0]))
+        options = {"folds": [self.bundle.folds[0]], "use_mirroring": False}
+        response = self.answer(Request({RAW_BODY: image.to_bytes()}, {HEADER: json.dumps(options)}, "dry-run"))
+        if response.status != HTTPStatus.OK:
+            msg = f"the dry run failed: {response.body.decode()}"
+            raise BundleError(msg)
+
+    def description(self, request_id: str | None) -> Response:
         """The answer to TorchServe's describe request."""
         responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
-        return responses.json(self.describe(), str(uuid.uuid4()))
+        return responses.json(self.describe(), request_id or "-")
 
     def describe(self) -> dict[str, object]:
         """What a client needs to know of the model, for TorchServe's describe API."""

@@ -15,7 +15,12 @@ from http import HTTPStatus
 from .errors import ResponseTooLarge, ServingError
 from .telemetry import SERVER_TIMING
 
-REQUEST_ID = "X-Request-Id"
+CLIENT_REQUEST_ID = "X-Request-Id"
+"""What a client may send. TorchServe's front end puts an id of its own in the response header of this name."""
+
+REQUEST_ID = "X-Nnunet-Request-Id"
+"""The id that the log and a problem have: the client's if it sent a usable one, else the front end's."""
+
 MODEL = "X-Nnunet-Model"
 PROBLEM_JSON = "application/problem+json"
 

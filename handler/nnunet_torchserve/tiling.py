@@ -19,6 +19,10 @@ SIGMA_SCALE = 1 / 8
 PEAK = 10
 """nnU-Net's Gaussian: sigma is an eighth of the patch, the peak is 10 (``value_scaling_factor``)."""
 
+STOCK_THREADS = 8
+"""``default_num_processes``: ``nnUNetPredictor`` runs the network on at most, the export on exactly as many threads,
+and torch's last bits depend on it."""
+
 Slicer = tuple[slice | int, ...]
 
 

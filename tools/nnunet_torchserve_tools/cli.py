@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -170,7 +169,6 @@ def _folds(text: str | None) -> tuple[FoldName, ...] | None:
 
 def main() -> None:
     """The console script."""
-    os.environ.setdefault("nnUNet_def_n_proc", "1")
     app()
 
 

@@ -14,12 +14,9 @@ import torch
 from ..bundle import ModelBundle
 from ..cases import Settings
 from ..errors import Deadline, OutOfMemory
-from ..tiling import Slicer
+from ..tiling import STOCK_THREADS, Slicer
 from .accumulator import CaseAccumulator
 from .network import FoldNetworks, check_golden
-
-STOCK_THREADS = 8
-"""``nnUNetPredictor`` uses at most ``default_num_processes`` (8) threads; more could change bits."""
 
 
 @dataclass(frozen=True, slots=True)

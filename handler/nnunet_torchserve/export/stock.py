@@ -9,6 +9,7 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from ..bundle import ModelBundle
+from ..tiling import STOCK_THREADS
 from ..volume import Geometry, LabelArray, LabelMap
 
 _UINT8_LABELS = 255
@@ -25,7 +26,8 @@ def export(
         logits: float16 (classes, z, y, x) on the network's grid.
         properties: nnU-Net's ``data_properties`` from preprocessing.
         geometry: the input's grid.
-        probabilities: also give float32 (classes, Z, Y, X) on the input's grid.
+        probabilities: also give float32 (classes, Z, Y, X) on the input's grid. How torch splits a softmax among
+            threads decides its last bit, so it runs on as many as stock's.
     """
     answer = convert_predicted_logits_to_segmentation_with_correct_shape(
         logits,
@@ -34,7 +36,7 @@ def export(
         bundle.labels,
         properties,
         return_probabilities=probabilities,
-        num_threads_torch=torch.get_num_threads(),
+        num_threads_torch=STOCK_THREADS if probabilities else torch.get_num_threads(),
     )
     labels, class_probabilities = answer if probabilities else (answer, None)
     wide = labels.size > 0 and int(labels.max()) >= _UINT8_LABELS

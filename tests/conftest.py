@@ -1,0 +1,93 @@
+"""Fixtures: trained models, archives of them, and pipelines and servers that serve them."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from support.models import cache_key, train_all
+from support.server import LiveServer, running
+
+MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
+
+
+@pytest.fixture(scope="session")
+def models(pytestconfig: pytest.Config) -> dict[str, Path]:
+    """Name -> trained model folder; trained once, then kept in pytest's cache."""
+    return train_all(pytestconfig.cache.mkdir(f"nnunet-models-{cache_key()}"))  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="session")
+def model_store(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one archive, ``NAME.mar``, for each trained model."""
+    store = tmp_path_factory.mktemp("model_store")
+    for name, folder in models.items():
+        make_archives(ArchiveRequest(folder, store, name=name))
+    return store
+
+
+@pytest.fixture(scope="session")
+def unpacked(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a model -> its archive, unpacked as TorchServe does it."""
+
+    @cache
+    def unpack(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        zipfile.ZipFile(model_store / f"{name}.mar").extractall(folder)
+        return folder
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def pipeline(unpacked: Callable[[str], Path]) -> Callable[[str], Pipeline]:
+    """Name of a model -> the pipeline that a worker has, in this process."""
+
+    @cache
+    def load(name: str) -> Pipeline:
+        bundle = ModelBundle(unpacked(name))
+        return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def server(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A real TorchServe that serves every test model, with a body limit of 2 MiB."""
+    with running(model_store, tmp_path_factory.mktemp("server"), body_limit=2 * 1024**2) as live:
+        yield live
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """The folder with more models and images; the test is skipped where there is none."""
+    folder = os.environ.get(MATERIAL_VARIABLE)
+    if not folder:
+        pytest.skip(f"{MATERIAL_VARIABLE} is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def material_pipeline(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pipeline]:
+    """Dataset and configuration of the material -> a pipeline that serves all its folds."""
+
+    @cache
+    def load(dataset: str, configuration: str) -> Pipeline:
+        folder = material / "models" / dataset / f"nnUNetTrainer__nnUNetPlans__{configuration}"
+        [archive] = make_archives(ArchiveRequest(folder, tmp_path_factory.mktemp("material_store")))
+        target = tmp_path_factory.mktemp("material_model")
+        zipfile.ZipFile(archive).extractall(target)
+        bundle = ModelBundle(target)
+        return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
+
+    return load

@@ -1,0 +1,89 @@
+"""A real TorchServe on free ports of this machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from nnunet_torchserve_tools import launcher
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A running server."""
+
+    server: launcher.Server
+    state_dir: Path
+
+    def predict(
+        self,
+        model: str,
+        body: bytes | None = None,
+        *,
+        options: str | None = None,
+        files: dict[str, bytes] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> httpx.Response:
+        """One prediction request; ``options`` go to the header, ``files`` make it multipart."""
+        sent = dict(headers or {})
+        if options is not None:
+            sent["X-Nnunet-Options"] = options
+        parts = None if files is None else {name: (name, content) for name, content in files.items()}
+        url = f"{self.server.inference_url}/predictions/{model}"
+        with httpx.Client(timeout=120, trust_env=False) as client:
+            return client.post(url, content=body, files=parts, headers=sent)
+
+    def describe(self, model: str) -> dict[str, object]:
+        """TorchServe's description of a model, the handler's own included."""
+        url = f"{self.server.management_url}/models/{model}"
+        answer = httpx.get(url, params={"customized": "true"}, timeout=30, trust_env=False)
+        answer.raise_for_status()
+        description: dict[str, object] = answer.json()[0]
+        return description
+
+    def workers(self, model: str) -> list[psutil.Process]:
+        """The worker processes of a model."""
+        workers: list[dict[str, object]] = self.describe(model)["workers"]  # type: ignore[assignment]
+        return [psutil.Process(int(str(worker["pid"]))) for worker in workers]
+
+    def log(self, name: str = "model_log.log") -> str:
+        """A log file's text."""
+        return (Path(self.server.log_dir) / name).read_text()
+
+
+def free_ports() -> launcher.Ports:
+    """Five ports that nothing listens on."""
+    sockets = [socket.socket() for _ in range(5)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    numbers = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return launcher.Ports(*numbers)
+
+
+@contextmanager
+def running(
+    model_store: Path, state_dir: Path, *, models: Sequence[str] = ("all",), body_limit: int | None = None
+) -> Iterator[LiveServer]:
+    """Start a server, and stop it in the end."""
+    server = launcher.start(
+        launcher.ServeRequest(
+            model_store,
+            models,
+            state_dir,
+            free_ports(),
+            device=launcher.DeviceKind.CPU,
+            body_limit=body_limit,
+            heap=1024**3,
+        )
+    )
+    try:
+        yield LiveServer(server, state_dir)
+    finally:
+        launcher.stop(state_dir)

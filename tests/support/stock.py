@@ -1,0 +1,75 @@
+"""Stock nnU-Net, run live: ``nnUNetPredictor`` on a trained model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+
+@dataclass(frozen=True)
+class StockAnswer:
+    """What stock gives: labels (Z, Y, X) and, if asked for, probabilities (C, Z, Y, X)."""
+
+    labels: npt.NDArray[np.integer[Any]]
+    probabilities: npt.NDArray[np.float32] | None
+
+
+def predict(
+    model_folder: Path,
+    images: Sequence[Path],
+    *,
+    folds: Sequence[int] | None = None,
+    use_mirroring: bool = True,
+    tile_step_size: float = 0.5,
+    use_gaussian: bool = True,
+    probabilities: bool = True,
+) -> StockAnswer:
+    """Read ``images`` (a file for each channel) with the plan's own reader and predict them."""
+    predictor = loaded(
+        model_folder,
+        folds=folds,
+        use_mirroring=use_mirroring,
+        tile_step_size=tile_step_size,
+        use_gaussian=use_gaussian,
+    )
+    return run(predictor, images, probabilities=probabilities)
+
+
+def loaded(
+    model_folder: Path,
+    *,
+    folds: Sequence[int] | None = None,
+    use_mirroring: bool = True,
+    tile_step_size: float = 0.5,
+    use_gaussian: bool = True,
+) -> nnUNetPredictor:
+    """A stock predictor with its weights in memory."""
+    predictor = nnUNetPredictor(
+        tile_step_size=tile_step_size,
+        use_gaussian=use_gaussian,
+        use_mirroring=use_mirroring,
+        perform_everything_on_device=False,
+        device=torch.device("cpu"),
+        allow_tqdm=False,
+    )
+    predictor.initialize_from_trained_model_folder(
+        str(model_folder), use_folds=None if folds is None else tuple(folds)
+    )
+    return predictor
+
+
+def run(predictor: nnUNetPredictor, images: Sequence[Path], *, probabilities: bool) -> StockAnswer:
+    """One case through a loaded predictor."""
+    reader = predictor.plans_manager.image_reader_writer_class()
+    array, properties = reader.read_images([str(image) for image in images])
+    answer = predictor.predict_single_npy_array(
+        array, properties, None, None, save_or_return_probabilities=probabilities
+    )
+    return StockAnswer(*answer) if probabilities else StockAnswer(answer, None)
