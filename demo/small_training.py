@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,8 @@ def _train_fold(recipe: Recipe, fold: int) -> None:
 
 def _main() -> None:
     workdir, recipe_file = Path(sys.argv[1]), Path(sys.argv[2])
-    fields = json.loads(recipe_file.read_text())
-    recipe = Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    fields: dict[str, Any] = json.loads(recipe_file.read_text())
+    recipe = Recipe(**fields)
     for variable, folder in (("raw", "raw"), ("preprocessed", "preprocessed"), ("results", "results")):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{variable}"] = str(workdir / folder)

@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
+
 from small_training import Recipe, run
 
 CASES = 12
@@ -54,9 +55,7 @@ def _smooth_noise(generator: torch.Generator, channels: int, coarse: int, shape:
     return F.interpolate(grid, size=shape, mode="trilinear", align_corners=True)[0]
 
 
-def make_case(
-    head: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def make_case(head: torch.Tensor, shape: tuple[int, ...], generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One deformed head.
 
     Args:

@@ -36,7 +36,8 @@ class NnunetHandler:
         try:
             self._pipeline = _load(context)
         except Exception as error:
-            logger.error("%s %s: %s", LOAD_FAILED, type(error).__name__, " ".join(str(error).split()))
+            reason = " ".join(str(error).split())
+            logger.exception("%s %s: %s", LOAD_FAILED, type(error).__name__, reason)
             raise
 
     def handle(self, data: list[dict[str, Any]], context: Any) -> list[bytes]:
@@ -45,7 +46,6 @@ class NnunetHandler:
 
     def _answer(self, parts: dict[str, Any], context: Any, index: int) -> bytes:
         from nnunet_torchserve.pipeline import Request
-
 
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
@@ -64,8 +64,9 @@ class NnunetHandler:
 def _load(context: Any) -> Any:
     model_dir = Path(context.system_properties["model_dir"]).resolve()
     try:
-        import nnunet_torchserve
         import torch
+
+        import nnunet_torchserve
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.engine.local import LocalEngine
         from nnunet_torchserve.limits import Limits

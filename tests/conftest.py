@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
@@ -24,7 +25,7 @@ MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
 @pytest.fixture(scope="session")
 def models(pytestconfig: pytest.Config) -> dict[str, Path]:
     """Name -> trained model folder; trained once, then kept in pytest's cache."""
-    return train_all(pytestconfig.cache.mkdir(f"nnunet-models-{cache_key()}"))  # type: ignore[union-attr]
+    return train_all(pytestconfig.cache.mkdir(f"nnunet-models-{cache_key()}"))
 
 
 @pytest.fixture(scope="session")

@@ -76,9 +76,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
     )
 
 
-def price(
-    bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, *, probabilities: bool
-) -> Price:
+def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, *, probabilities: bool) -> Price:
     """What a case will cost at most.
 
     Raises:
@@ -139,26 +137,22 @@ def check_affordable(case: Price, limits: Limits) -> None:
         raise OutOfMemory(msg)
 
 
-def network_grid(
-    bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[float]
-) -> tuple[int, int, int]:
+def network_grid(bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int, int]:
     """A shape resampled to the network's spacing (nnU-Net's ``compute_new_shape``).
 
     Args:
         bundle: the model; a 2-D configuration keeps the first axis.
-        shape, spacing: three entries in the plan's axis order, spacing in mm.
+        shape: voxels of three axes in the plan's order.
+        spacing: mm of three axes in the plan's order.
     """
     target = list(bundle.configuration.spacing)
     target = [*spacing[: 3 - len(target)], *target]
-    first, second, third = (
-        int(round(have / want * n)) for n, have, want in zip(shape, spacing, target, strict=True)
-    )
+    first, second, third = (int(round(have / want * n)) for n, have, want in zip(shape, spacing, target, strict=True))
     return first, second, third
 
 
 def too_thin_message(shape: Sequence[int], spacing: Sequence[float]) -> str:
     """The one sentence that says a volume is too thin."""
     return (
-        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left "
-        "on an axis of the network's grid"
+        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left on an axis of the network's grid"
     )

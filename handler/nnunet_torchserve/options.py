@@ -92,7 +92,7 @@ def parse_options(text: bytes | None) -> Options:
             msg = f"unknown option {ascii(str(first['loc'][0]))[:80]}; options are {', '.join(Options.model_fields)}"
             raise UnknownOption(msg) from None
         if not first["loc"]:
-            msg = "options must be one JSON object, as in {\"use_mirroring\": false}"
+            msg = 'options must be one JSON object, as in {"use_mirroring": false}'
             raise Malformed(msg) from None
         msg = f"option {first['loc'][0]}: {_explain(first['msg'])}"
         raise BadOption(msg) from None

@@ -126,9 +126,7 @@ class Pipeline:
             images = self._open_images(request)
             geometry = self._common_geometry(images)
             channels = sum(image.channels for image in images)
-            case_price = price(
-                self.bundle, geometry, channels, settings, probabilities=options.save_probabilities
-            )
+            case_price = price(self.bundle, geometry, channels, settings, probabilities=options.save_probabilities)
             check_affordable(case_price, self.limits)
             output = options.output_format or images[0].native_format
             self._check_answer_fits(images[0], options)
@@ -160,9 +158,7 @@ class Pipeline:
             file = codecs.encode(answer, output, images[0])
 
         timing = clock.server_timing()
-        logger.info(
-            "request %s: 200, shape %s, %d passes, %s", request_id, geometry.shape, case_price.passes, timing
-        )
+        logger.info("request %s: 200, shape %s, %d passes, %s", request_id, geometry.shape, case_price.passes, timing)
         return responses.result(file.body, file.content_type, request_id, timing)
 
     def dry_run(self) -> None:
@@ -200,9 +196,7 @@ class Pipeline:
             "plans": description.plans,
             "configuration": description.configuration,
             "folds": list(bundle.folds),
-            "mirroring_axes": {
-                str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds
-            },
+            "mirroring_axes": {str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds},
             "channels": bundle.channel_names,
             "labels": bundle.dataset["labels"],
             "regions_class_order": bundle.dataset.get("regions_class_order") if labels.has_regions else None,
@@ -324,4 +318,3 @@ def _check(deadline: float, done: str) -> None:
     if time.monotonic() >= deadline:
         msg = f"the time for this request ran out after {done}"
         raise Deadline(msg)
-

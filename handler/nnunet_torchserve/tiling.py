@@ -56,9 +56,7 @@ def slicers(shape: Sequence[int], patch_size: Sequence[int], step: float) -> lis
 def count_windows(shape: Sequence[int], patch_size: Sequence[int], step: float) -> int:
     """``len(slicers(...))`` of a padded volume without making them."""
     leading = len(shape) - len(patch_size)
-    per_axis = (
-        math.ceil((n - p) / (p * step)) + 1 for n, p in zip(shape[leading:], patch_size, strict=True)
-    )
+    per_axis = (math.ceil((n - p) / (p * step)) + 1 for n, p in zip(shape[leading:], patch_size, strict=True))
     return math.prod(shape[:leading]) * math.prod(per_axis)
 
 

@@ -12,7 +12,8 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
+
 from nnunet_torchserve.pipeline import Pipeline, Request
 from support import stock, volumes
 from support.server import LiveServer
@@ -25,7 +26,7 @@ THIN_SLICES = volumes.oblique((1.3, 0.8, 0.9))
 
 FIVE = [0, 1, 2, 3, 4]
 
-CASES = {
+CASES: dict[str, tuple[str, tuple[int, int, int], npt.NDArray[np.floating], dict[str, object]]] = {
     "3d, one fold, no mirroring": ("five_folds", (46, 41, 39), STRAIGHT, {"folds": [0], "use_mirroring": False}),
     "3d, one fold, mirroring": ("five_folds", (46, 41, 39), STRAIGHT, {"folds": [3]}),
     "3d, five folds": ("five_folds", (38, 40, 36), STRAIGHT, {"folds": FIVE, "use_mirroring": False}),

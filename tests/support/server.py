@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+
 from nnunet_torchserve_tools import launcher
 
 

@@ -59,9 +59,7 @@ def loaded(
         device=torch.device("cpu"),
         allow_tqdm=False,
     )
-    predictor.initialize_from_trained_model_folder(
-        str(model_folder), use_folds=None if folds is None else tuple(folds)
-    )
+    predictor.initialize_from_trained_model_folder(str(model_folder), use_folds=None if folds is None else tuple(folds))
     return predictor
 
 

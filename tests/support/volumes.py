@@ -36,7 +36,7 @@ def oblique(spacing: tuple[float, float, float], angle: float = 0.2, origin: tup
 
 def nifti(array: npt.NDArray[np.generic], affine: npt.NDArray[np.floating] | None = None) -> bytes:
     """``array`` (x, y, z[, c]) as the bytes of a .nii file."""
-    image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine)
+    image = nib.Nifti1Image(array, np.eye(4) if affine is None else affine, dtype=array.dtype)
     image.set_qform(image.affine, 1)
     image.set_sform(image.affine, 1)
     content: bytes = image.to_bytes()

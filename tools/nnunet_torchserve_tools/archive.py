@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import tempfile
 import zipfile
@@ -18,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nnunet_handler
-import nnunet_torchserve
 import torch
 import yaml
 from model_archiver.manifest_components.manifest import RuntimeType
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging_utils import ModelExportUtils
+from safetensors.torch import save_file
+
+import nnunet_handler
+import nnunet_torchserve
 from nnunet_torchserve.bundle import (
     ALIASES_KEY,
     BUNDLE_FILE,
@@ -39,7 +40,6 @@ from nnunet_torchserve.bundle import (
 from nnunet_torchserve.engine.network import FoldNetworks, check_golden, golden_tensors
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.options import FoldName
-from safetensors.torch import save_file
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
 from .errors import ToolError, UsageError
@@ -258,7 +258,7 @@ def _write_zip(stage: Path, target: Path) -> None:
                             sink.write(chunk)
             unfinished.close()
             Path(unfinished.name).chmod(0o644)
-            os.replace(unfinished.name, target)
+            Path(unfinished.name).replace(target)
         except BaseException:
             Path(unfinished.name).unlink(missing_ok=True)
             raise
@@ -277,9 +277,7 @@ def _manifest(name: str, version: str) -> str:
     return json.dumps(manifest, indent=2, sort_keys=True)
 
 
-def _read_checkpoints(
-    folder: Path, folds: Sequence[FoldName], request: ArchiveRequest
-) -> dict[FoldName, Checkpoint]:
+def _read_checkpoints(folder: Path, folds: Sequence[FoldName], request: ArchiveRequest) -> dict[FoldName, Checkpoint]:
     checkpoints: dict[FoldName, Checkpoint] = {}
     for fold in folds:
         file = folder / f"fold_{fold}" / request.checkpoint

@@ -19,7 +19,7 @@ import torch
 
 from .errors import ToolError
 
-_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]  # noqa: SLF001
 SAFE_GLOBALS: list[Any] = [
     _SCALAR,
     (_SCALAR, "numpy.core.multiarray.scalar"),  # the name in files written under numpy 1

@@ -149,7 +149,7 @@ def stop(
         typer.echo(f"no server of {state_dir} is running", err=True)
 
 
-class _Stopped(Exception):  # noqa: N818 (a signal, no error)
+class _Stopped(Exception):
     """SIGTERM or SIGINT arrived."""
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
+
 from nnunet_handler import LOAD_FAILED
 from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
@@ -374,7 +375,7 @@ def _server(ports: Ports, temp_dir: Path, log_dir: Path, archives: Sequence[Arch
 def _write_state(state_dir: Path, server: Server) -> None:
     unfinished = state_dir / f".{STATE_FILE}"
     unfinished.write_text(json.dumps(asdict(server), indent=2))
-    os.replace(unfinished, state_dir / STATE_FILE)
+    unfinished.replace(state_dir / STATE_FILE)
 
 
 def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool) -> None:

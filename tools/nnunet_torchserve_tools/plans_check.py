@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from nnunet_torchserve.bundle import NetworkBuilder
 
 from .errors import ToolError

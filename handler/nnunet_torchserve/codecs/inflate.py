@@ -38,7 +38,7 @@ class ByteSource:
     def read_exactly(self, size: int) -> npt.NDArray[np.uint8]:
         """``size`` bytes in a writable array, uint8 (size,)."""
         buffer = np.empty(size, np.uint8)
-        view, filled = memoryview(buffer), 0
+        view, filled = buffer.data, 0
         with _gzip_errors():
             while filled < size:
                 count = self._stream.readinto(view[filled:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -40,7 +41,7 @@ _GEOMETRY_FIELDS = (
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
-def header_class(head: bytes) -> type[Nifti1Header] | None:
+def header_class(head: bytes) -> Any:
     """The header type that the first bytes announce, ``None`` if they are no single-file NIfTI.
 
     Raises:
@@ -59,9 +60,7 @@ def header_class(head: bytes) -> type[Nifti1Header] | None:
 class NiftiSource:
     """One NIfTI image, as an :class:`~.source.ImageSource`."""
 
-    def __init__(
-        self, head: bytes, kind: type[Nifti1Header], source: ByteSource, limits: Limits, *, length_unit: bool
-    ) -> None:
+    def __init__(self, head: bytes, kind: Any, source: ByteSource, limits: Limits, *, length_unit: bool) -> None:
         """Read and check the header; the voxels stay compressed.
 
         Args:
@@ -124,8 +123,9 @@ class NiftiSource:
         slope, intercept = self._scaling()
         with np.errstate(over="ignore", invalid="ignore"):
             if (slope, intercept) != (1.0, 0.0):
-                return (stored * slope + intercept).astype(np.float32)
-            return stored.astype(np.float32)
+                stored = stored * slope + intercept
+            voxels: npt.NDArray[np.float32] = stored.astype(np.float32)
+        return voxels
 
     def encode_nifti(self, labels: LabelArray) -> bytes:
         """``labels`` (Z, Y, X) as an uncompressed NIfTI file with this image's affine fields."""
@@ -162,7 +162,7 @@ class NiftiSource:
         if not math.isfinite(declared) or not 0 <= declared < 2**31 or 0 < declared < smallest:
             msg = f"the NIfTI header puts the voxels at byte {declared}; {smallest} or more was expected"
             raise Malformed(msg)
-        return max(int(declared), smallest)
+        return int(max(declared, smallest))
 
     def _scaling(self) -> tuple[float, float]:
         """NIfTI-1 scl_slope and scl_inter; a slope of 0 or NaN means none."""

@@ -32,9 +32,7 @@ class CaseAccumulator:
             settings: tile step, weighting, folds.
             device: where the volume and the sums are held.
         """
-        padded, self._unpad = pad_nd_image(
-            data.to(device), patch_size, "constant", {"value": 0}, return_slicer=True
-        )
+        padded, self._unpad = pad_nd_image(data.to(device), patch_size, "constant", {"value": 0}, return_slicer=True)
         self._data: torch.Tensor = padded
         self.windows: Sequence[Slicer] = slicers(tuple(padded.shape[1:]), patch_size, settings.tile_step_size)
         self._gaussian = gaussian(patch_size, device) if settings.use_gaussian else None

@@ -1,0 +1,254 @@
+"""NIfTI in and out, against SimpleITK, which nnU-Net reads with."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
+from nnunet_torchserve import codecs
+from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
+from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import OutputFormat
+from nnunet_torchserve.volume import LabelMap
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from support import volumes
+
+LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000)
+RNG = np.random.default_rng(5)
+
+
+def open_image(body: bytes, reader: str = "SimpleITKIO") -> codecs.ImageSource:
+    return codecs.open_image(body, LIMITS, reader)
+
+
+def some(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
+    values = RNG.integers(0, 100, shape)
+    return values.astype(dtype) if np.dtype(dtype).kind != "f" else (values / 7).astype(dtype)
+
+
+def with_fields(content: bytes, **fields: object) -> bytes:
+    """A NIfTI-1 file with header fields set as they are, unchecked."""
+    header = nib.Nifti1Header.from_fileobj(io.BytesIO(content), check=False)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            for index, entry in value.items():
+                header[name][index] = entry
+        else:
+            header[name] = value
+    return bytes(header.binaryblock) + content[348:]
+
+
+DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_voxels_and_spacing_are_those_of_nnunets_reader(dtype: str, reader: type, tmp_path: Path) -> None:
+    content = volumes.nifti_gz(some((7, 6, 5), dtype), volumes.oblique((0.7, 1.3, 2.9)))
+    expected, properties = reader().read_images([str(volumes.write(tmp_path, "a.nii.gz", content))])
+    image = open_image(content, reader.__name__)
+    np.testing.assert_array_equal(image.read(), expected, strict=True)
+    assert list(image.geometry.spacing_zyx) == list(properties["spacing"])
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2, 3])
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_length_units_are_read_as_nnunets_reader_reads_them(reader: type, unit: int, tmp_path: Path) -> None:
+    content = with_fields(volumes.nifti(some((4, 5, 6), "int16"), np.diag([2.0, 3.0, 4.0, 1.0])), xyzt_units=unit)
+    _, properties = reader().read_images([str(volumes.write(tmp_path, "a.nii", content))])
+    np.testing.assert_allclose(open_image(content, reader.__name__).geometry.spacing_zyx, properties["spacing"])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
+@pytest.mark.parametrize(("slope", "intercept"), [(2.5, -1024), (0.1, 0), (1, 7), (0, 0), (np.nan, 0)])
+def test_scaled_voxels_are_those_of_simpleitk(dtype: str, slope: float, intercept: float, tmp_path: Path) -> None:
+    content = with_fields(volumes.nifti(some((4, 5, 6), dtype)), scl_slope=slope, scl_inter=intercept)
+    expected, _ = SimpleITKIO().read_images([str(volumes.write(tmp_path, "a.nii", content))])
+    np.testing.assert_array_equal(open_image(content).read(), expected)
+
+
+def test_big_endian_and_nifti_2_are_read(tmp_path: Path) -> None:
+    array = some((4, 5, 6), "int16")
+    big = nib.Nifti1Image(array.astype(">i2"), np.eye(4), nib.Nifti1Header(endianness=">"))
+    second = nib.Nifti2Image(array, np.eye(4))
+    for image in (big, second):
+        np.testing.assert_array_equal(open_image(image.to_bytes()).read()[0].T, array)
+
+
+def test_origin_and_direction_are_itks(tmp_path: Path) -> None:
+    content = volumes.nifti(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9)))
+    itk = sitk.ReadImage(str(volumes.write(tmp_path, "a.nii", content)))
+    geometry = open_image(content).geometry
+    np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-5)
+    np.testing.assert_allclose(geometry.direction.ravel(), itk.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(geometry.spacing, itk.GetSpacing())
+
+
+def test_two_dimensional_images_get_nnunets_spacing_between_slices(tmp_path: Path) -> None:
+    content = bytes(nib.Nifti1Image(some((8, 9), "int16"), np.diag([0.5, 0.8, 1, 1])).to_bytes())
+    expected, properties = SimpleITKIO().read_images([str(volumes.write(tmp_path, "a.nii", content))])
+    image = open_image(content)
+    np.testing.assert_array_equal(image.read(), expected, strict=True)
+    np.testing.assert_allclose(image.geometry.spacing_zyx, properties["spacing"])
+    written = nib.Nifti1Image.from_bytes(image.encode_nifti(np.ones((1, 9, 8), np.uint8)))
+    assert written.shape == (8, 9)
+
+
+def test_the_fourth_axis_is_the_channel() -> None:
+    array = some((4, 5, 6, 3), "int16")
+    image = open_image(volumes.nifti(array))
+    assert image.channels == 3
+    np.testing.assert_array_equal(image.read(), array.transpose(3, 2, 1, 0))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 2), (0, 0)])
+def test_labels_are_written_on_the_inputs_grid(
+    kind: type, compressed: bool, codes: tuple[int, int], tmp_path: Path
+) -> None:
+    affine = volumes.oblique((0.7, 1.3, 2.9), angle=0.4)
+    source = kind(some((7, 6, 5), "int16"), affine)
+    source.set_qform(affine, codes[0])
+    source.set_sform(affine, codes[1])
+    source.header["descrip"] = b"NAME OF A PATIENT"
+    content = source.to_bytes()
+    image = open_image(gzip.compress(content) if compressed else content)
+    labels = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    file = codecs.encode(LabelMap(labels, image.geometry), image.native_format, image)
+
+    name = "labels.nii.gz" if compressed else "labels.nii"
+    written = kind.from_bytes(gzip.decompress(file.body) if compressed else file.body)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.asarray(written.dataobj), labels.T)
+    assert written.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(written.affine, kind.from_bytes(content).affine)  # type: ignore[attr-defined]
+    assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == codes
+    assert b"PATIENT" not in bytes(written.header.binaryblock)
+
+    if kind is nib.Nifti2Image:  # which ITK does not read
+        return
+    itk_in = sitk.ReadImage(str(volumes.write(tmp_path, "in.nii", content)))
+    itk_out = sitk.ReadImage(str(volumes.write(tmp_path, name, file.body)))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(itk_out), labels)
+    for itk in ("GetOrigin", "GetSpacing", "GetDirection", "GetSize"):
+        assert getattr(itk_out, itk)() == getattr(itk_in, itk)()
+
+
+def test_npz_carries_itks_geometry() -> None:
+    image = open_image(volumes.nifti(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9))))
+    labels = np.ones((6, 5, 4), np.uint8)
+    loaded = np.load(io.BytesIO(codecs.encode(LabelMap(labels, image.geometry), OutputFormat.NPZ, image).body))
+    itk = sitk.GetImageFromArray(loaded["labels"])
+    itk.SetSpacing(loaded["spacing"].tolist())
+    itk.SetOrigin(loaded["origin"].tolist())
+    itk.SetDirection(loaded["direction"].ravel().tolist())
+    assert itk.GetSize() == (4, 5, 6)
+
+
+def test_the_same_answer_has_the_same_bytes() -> None:
+    image = open_image(volumes.nifti_gz(some((4, 5, 6), "int16")))
+    labels = LabelMap(np.ones((6, 5, 4), np.uint8), image.geometry, np.zeros((2, 6, 5, 4), np.float32))
+    for output in OutputFormat:
+        assert codecs.encode(labels, output, image) == codecs.encode(labels, output, image)
+
+
+PLAIN = volumes.nifti(some((9, 8, 7), "int16"))
+MALFORMED = {
+    "cut gzip": gzip.compress(PLAIN)[:-20],
+    "gzip cut in its header": gzip.compress(PLAIN)[:5],
+    "wrong checksum": gzip.compress(PLAIN)[:-8] + struct.pack("<II", 1, len(PLAIN)),
+    "damaged deflate stream": gzip.compress(PLAIN)[:60] + b"\xff" * 40 + gzip.compress(PLAIN)[100:],
+    "garbage after the gzip stream": gzip.compress(PLAIN) + b"garbage",
+    "cut voxels": PLAIN[:-1],
+    "header only": PLAIN[:352],
+    "unknown voxel type": with_fields(PLAIN, datatype=77),
+    "no dimensions": with_fields(PLAIN, dim={0: 0}),
+    "eight dimensions": with_fields(PLAIN, dim={0: 8}),
+    "dimension of zero": with_fields(PLAIN, dim={2: 0}),
+    "negative dimension": with_fields(PLAIN, dim={3: -7}),
+    "voxels inside the header": with_fields(PLAIN, vox_offset=200.0),
+    "voxels at NaN": with_fields(PLAIN, vox_offset=np.nan),
+    "voxels before the file": with_fields(PLAIN, vox_offset=-352.0),
+    "zero sform": with_fields(PLAIN, srow_x=0, srow_y=0, srow_z=0),
+    "NaN in the sform": with_fields(PLAIN, srow_y={1: np.nan}),
+    "impossible quaternion": with_fields(PLAIN, sform_code=0, quatern_b=5.0, quatern_c=5.0),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_bytes_that_break_their_format_are_malformed(name: str) -> None:
+    with pytest.raises(Malformed):
+        open_image(MALFORMED[name]).read()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x1f\x8b",
+        b"not an image",
+        b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        bytes(5000),
+        gzip.compress(bytes(5000)),
+        with_fields(PLAIN, magic=b"ni1"),
+        with_fields(PLAIN, magic=b"xxx"),
+        with_fields(PLAIN, datatype=128, bitpix=24),
+        with_fields(PLAIN, datatype=32, bitpix=64),
+    ],
+    ids=["empty", "two bytes", "text", "png", "zeros", "zeros in gzip", "pair header", "no magic", "rgb", "complex"],
+)
+def test_other_formats_are_named_as_unknown(body: bytes) -> None:
+    with pytest.raises(ServingError) as refused:
+        open_image(body).read()
+    assert isinstance(refused.value, UnknownFormat) or body == b"\x1f\x8b"
+
+
+def test_five_dimensions_are_more_channels_than_a_model_has() -> None:
+    with pytest.raises(WrongChannels):
+        open_image(volumes.nifti(some((3, 3, 3, 1, 2), "int16")))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_spacing_must_be_positive(value: float) -> None:
+    with pytest.raises(BadSpacing):
+        open_image(with_fields(PLAIN, pixdim={2: value}))
+
+
+def test_a_header_that_claims_a_trillion_voxels_is_refused_at_once() -> None:
+    with pytest.raises(TooLarge):
+        open_image(with_fields(PLAIN, dim={1: 10_000, 2: 10_000, 3: 10_000}))
+
+
+def test_expanded_bytes_are_bounded_by_the_header() -> None:
+    with pytest.raises(TooLarge):
+        codecs.open_image(PLAIN, Limits(expanded_bytes=len(PLAIN) - 1), "SimpleITKIO")
+
+
+def test_a_gzip_bomb_is_not_inflated() -> None:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = compressor.compress(PLAIN) + b"".join(compressor.compress(bytes(2**20)) for _ in range(64))
+    bomb += compressor.flush()
+    assert len(bomb) < 200_000
+    image = open_image(bomb)
+    with pytest.raises(TooLarge):
+        image.read()
+
+
+def test_a_little_padding_after_the_voxels_is_taken() -> None:
+    padded = gzip.compress(PLAIN + bytes(SLACK_BYTES))
+    np.testing.assert_array_equal(open_image(padded).read(), open_image(PLAIN).read())
+
+
+def test_gzip_members_in_a_row_are_one_stream() -> None:
+    source = ByteSource(gzip.compress(b"abc") + gzip.compress(b"def"))
+    assert source.read(10) + source.read(10) == b"abcdef"
