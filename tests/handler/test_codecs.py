@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
 from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import OutputFormat
 from nnunet_torchserve.volume import LabelMap
-from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from support import volumes
 
 LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from nnunet_torchserve.errors import BadOption, Malformed, UnknownOption
 from nnunet_torchserve.options import MAX_OPTIONS_BYTES, Options, OutputFormat, parse_options
 

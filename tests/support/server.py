@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,9 +53,14 @@ class LiveServer:
         workers: list[dict[str, object]] = self.describe(model)["workers"]  # type: ignore[assignment]
         return [psutil.Process(int(str(worker["pid"]))) for worker in workers]
 
-    def log(self, name: str = "model_log.log") -> str:
-        """A log file's text."""
-        return (Path(self.server.log_dir) / name).read_text()
+    def logs(self, text: str, within_s: float = 10) -> bool:
+        """Whether ``text`` is in the workers' log, which TorchServe writes a little after it answers."""
+        deadline = time.monotonic() + within_s
+        while text not in (Path(self.server.log_dir) / "model_log.log").read_text():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def free_ports() -> launcher.Ports:

@@ -193,6 +193,8 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
     server = read_state(state_dir)
     if server is None:
         return False
+    state_file, stopping = state_dir / STATE_FILE, state_dir / f"{STATE_FILE}.stopping"
+    state_file.rename(stopping)  # so that a serve in the foreground knows that this is on purpose
     process = server.process()
     if process is not None:
         family = [process, *process.children(recursive=True)]
@@ -203,10 +205,11 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
             with suppress(psutil.NoSuchProcess):
                 leftover.kill()
         if psutil.wait_procs(alive, timeout=5)[1]:
+            stopping.rename(state_file)
             msg = f"TorchServe (process {server.pid}) did not end"
             raise ToolError(msg)
     shutil.rmtree(server.temp_dir, ignore_errors=True)
-    (state_dir / STATE_FILE).unlink(missing_ok=True)
+    stopping.unlink()
     return process is not None
 
 
@@ -389,6 +392,9 @@ def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool)
                 state = _model_state(management, archive)
                 if state is None:
                     continue
+                if not state:
+                    msg = f"TorchServe refused {archive.file}: {_load_warning(Path(server.log_dir), archive.file)}"
+                    raise ToolError(msg)
                 if resize and archive not in resized:
                     path = f"/models/{archive.name}/{archive.version}"
                     management.put(path, params={"min_worker": count, "max_worker": count}).raise_for_status()
@@ -403,10 +409,17 @@ def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool)
 
 
 def _model_state(management: httpx.Client, archive: Archive) -> dict[str, Any] | None:
+    """A model as the management API describes it.
+
+    ``None`` while the API does not answer; empty if there is no such model. TorchServe unpacks the archives of its
+    command line before it opens its ports, so what is missing then was refused.
+    """
     try:
         answer = management.get(f"/models/{archive.name}/{archive.version}")
     except httpx.TransportError:
         return None
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        return {}
     if answer.status_code != httpx.codes.OK:
         return None
     state: dict[str, Any] = answer.json()[0]
@@ -427,6 +440,16 @@ def _check_progress(server: Server, waiting: Mapping[Archive, int], deadline: fl
         names = ", ".join(archive.name for archive in waiting)
         msg = f"not every worker of {names} was ready after {READY_TIMEOUT_S} s; see {log_dir}"
         raise ToolError(msg)
+
+
+def _load_warning(log_dir: Path, file: str) -> str:
+    """TorchServe's own reason for refusing an archive."""
+    with suppress(OSError):
+        lines = (log_dir / "ts_log.log").read_text(errors="replace").splitlines()
+        for number, line in enumerate(lines):
+            if file in line and "Failed to load model" in line:
+                return " ".join(lines[number : number + 2]).partition("Failed to load model: ")[2]
+    return f"see {log_dir}"
 
 
 def _tail(file: Path) -> str:

@@ -93,7 +93,7 @@ def _check_lookups(manager: Any, configuration: Any) -> None:
     for key, look_up in found.items():
         try:
             target = look_up()
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             target = None
         if not getattr(target, "__module__", "").startswith("nnunetv2."):
             msg = f"plans.json names a {key} that nnunetv2 does not have"

@@ -1,0 +1,267 @@
+"""What the benchmarks share: the case material, a live server and its client, and one shape of result file.
+
+A benchmark compares one request, from an image file to a segmentation file, with stock nnU-Net on the same file. All
+run on the CPU with fold 0 and without mirroring, one after the other, so that what is not measured is idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import nibabel as nib
+import numpy as np
+import psutil
+from scipy.ndimage import zoom
+
+from nnunet_torchserve.options import HEADER
+from nnunet_torchserve.telemetry import SERVER_TIMING
+from nnunet_torchserve_tools import launcher
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
+
+from support.server import LiveServer, free_ports
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
+FOLD = 0
+TRAINER, PLANS, CONFIGURATION = "nnUNetTrainer", "nnUNetPlans", "3d_fullres"
+OPTIONS = {"folds": [FOLD], "use_mirroring": False}
+
+_MODEL = "benchmark"
+_TRAINED = f"{TRAINER}__{PLANS}__{CONFIGURATION}"
+_VERSIONS = ("nnunet-torchserve", "nnunetv2", "torch", "torchserve", "numpy", "scipy", "SimpleITK", "httpx")
+_REQUEST_TIMEOUT_S = 600
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """A trained model and one head at two resolutions.
+
+    Attributes:
+        source: what was used, for the result file.
+        model_folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder.
+        fine, coarse: T1 images (.nii.gz) at 1 mm and 2 mm.
+    """
+
+    source: str
+    model_folder: Path
+    fine: Path
+    coarse: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A promise and what was measured."""
+
+    claim: str
+    measured: float
+    met: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request.
+
+    Attributes:
+        seconds: from before the image file is read until the answer is written.
+        stages_ms: the server's own account (Server-Timing), milliseconds.
+    """
+
+    seconds: float
+    stages_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Sends image files over one kept connection."""
+
+    live: LiveServer
+    http: httpx.Client
+
+    def segment(self, image: Path, answer: Path) -> Answer:
+        """Send ``image`` as the raw body and write what comes back to ``answer``.
+
+        Raises:
+            RuntimeError: the server did not answer 200.
+        """
+        started = time.perf_counter()
+        response = self._post(image.read_bytes())
+        answer.write_bytes(response.content)
+        seconds = time.perf_counter() - started
+        if response.status_code != httpx.codes.OK:
+            msg = f"the server answered {response.status_code}: {response.text[:500]}"
+            raise RuntimeError(msg)
+        return Answer(seconds, _stages(response.headers[SERVER_TIMING]))
+
+    def status(self, body: bytes) -> int:
+        """The HTTP status of the answer to ``body``."""
+        return self._post(body).status_code
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that serve the model."""
+        return self.live.workers(_MODEL)
+
+    def _post(self, body: bytes) -> httpx.Response:
+        return self.http.post(f"/predictions/{_MODEL}", content=body, headers={HEADER: json.dumps(OPTIONS)})
+
+
+def find_material(scratch: Path) -> Material:
+    """The material folder that the environment names, else the demo model and nilearn's template."""
+    if folder := os.environ.get(MATERIAL_VARIABLE):
+        dataset = "Dataset501_BrainTissue"
+        images = Path(folder) / "images" / dataset
+        return Material(
+            source=f"material folder: {dataset} {CONFIGURATION}, test_000 (2 mm) and test_002 (1 mm)",
+            model_folder=Path(folder) / "models" / dataset / _TRAINED,
+            fine=images / "test_002_0000.nii.gz",
+            coarse=images / "test_000_0000.nii.gz",
+        )
+    from train_model import load_template
+
+    template = load_template("t1")
+    fine, coarse = scratch / "template_1mm.nii.gz", scratch / "template_2mm.nii.gz"
+    nib.save(template, fine)
+    nib.save(resampled(template, 2.0), coarse)
+    return Material(
+        source="demo model, and the ICBM152 template of the installed nilearn (1 mm), resampled to 2 mm",
+        model_folder=ROOT / "demo" / "model" / "Dataset811_BrainTissueDemo" / _TRAINED,
+        fine=fine,
+        coarse=coarse,
+    )
+
+
+def resampled(image: nib.Nifti1Image, spacing: float) -> nib.Nifti1Image:
+    """``image`` (x, y, z) as int16 with cubic voxels of ``spacing`` mm, interpolated linearly."""
+    old = image.header.get_zooms()[:3]
+    voxels = zoom(np.asarray(image.dataobj, np.float32), [size / spacing for size in old], order=1)
+    return nib.Nifti1Image(voxels.astype(np.int16), image.affine @ np.diag([*(spacing / size for size in old), 1.0]))
+
+
+@contextmanager
+def serving(material: Material, scratch: Path) -> Iterator[Client]:
+    """A live server of the model's fold 0 with the launcher's own sizes, made from the working tree."""
+    store, state_dir = scratch / "model_store", scratch / "server"
+    make_archives(ArchiveRequest(material.model_folder, store, folds=(FOLD,), name=_MODEL))
+    request = launcher.ServeRequest(store, state_dir=state_dir, ports=free_ports(), device=launcher.DeviceKind.CPU)
+    server = launcher.start(request)
+    try:
+        with httpx.Client(base_url=server.inference_url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as http:
+            yield Client(LiveServer(server, state_dir), http)
+    finally:
+        launcher.stop(state_dir)
+
+
+def different_voxels(one: Path, other: Path) -> int:
+    """Voxels in which two label maps differ.
+
+    Raises:
+        ValueError: they have different shapes.
+    """
+    first, second = (np.asarray(nib.load(file).dataobj) for file in (one, other))
+    if first.shape != second.shape:
+        msg = f"label maps of {first.shape} and {second.shape} cannot be compared"
+        raise ValueError(msg)
+    return int(np.count_nonzero(first != second))
+
+
+def describe_image(file: Path) -> dict[str, object]:
+    """Shape (x, y, z), spacing (mm), type and size of an image file."""
+    image = nib.load(file)
+    return {
+        "shape": list(image.shape),
+        "spacing_mm": [round(float(size), 4) for size in image.header.get_zooms()],
+        "voxel_type": str(image.get_data_dtype()),
+        "file_type": ".nii.gz" if file.suffix == ".gz" else file.suffix,
+        "file_bytes": file.stat().st_size,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and quartiles."""
+    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
+    found = {"min": min(values), "q1": first, "median": middle, "q3": third, "max": max(values)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def stage_medians(answers: Sequence[Answer]) -> dict[str, float]:
+    """The median of each stage, and of what no stage accounts for: TorchServe, HTTP and the client; milliseconds."""
+    medians = {stage: statistics.median(a.stages_ms[stage] for a in answers) for stage in answers[0].stages_ms}
+    outside = statistics.median(a.seconds * 1000 - sum(a.stages_ms.values()) for a in answers)
+    return {name: round(value, 1) for name, value in (medians | {"outside_stages": outside}).items()}
+
+
+def two_or_more(text: str) -> int:
+    """An argparse type: how often something is measured; twice at least, so that there is a spread."""
+    count = int(text)
+    if count < 2:
+        msg = f"must be 2 or more, got {count}"
+        raise argparse.ArgumentTypeError(msg)
+    return count
+
+
+def write_results(name: str, material: Material, measured: Mapping[str, object], targets: Sequence[Target]) -> int:
+    """Write ``results/NAME.json`` and print the targets.
+
+    Returns:
+        The exit code: 0 if every target was met.
+    """
+    document = {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "material": material.source,
+        "options": OPTIONS,
+        **measured,
+        "targets": [asdict(target) for target in targets],
+        "passed": all(target.met for target in targets),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+    for target in targets:
+        print(f"{'met   ' if target.met else 'MISSED'} {target.claim}: measured {target.measured:.4g}")
+    return 0 if document["passed"] else 1
+
+
+def copy_to(file: Path, folder: Path, name: str) -> Path:
+    """Copy ``file`` to ``folder/name``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(file, folder / name))
+
+
+def _stages(server_timing: str) -> dict[str, float]:
+    stages = (entry.partition(";dur=") for entry in server_timing.split(", "))
+    return {name: float(duration) for name, _, duration in stages}
+
+
+def _machine() -> dict[str, object]:
+    """What the numbers depend on; nothing that names the machine or its user."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
+        "os": platform.freedesktop_os_release()["PRETTY_NAME"],
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "packages": {package: importlib.metadata.version(package) for package in _VERSIONS},
+        "load_average_at_end": [round(load, 2) for load in os.getloadavg()],
+    }

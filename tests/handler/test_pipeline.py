@@ -1,0 +1,169 @@
+"""One request through the pipeline, in this process: what is refused, what is left behind, what is answered."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http import HTTPStatus
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from nnunet_torchserve.engine.local import Prediction
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.pipeline import Pipeline, Request
+from support import volumes
+from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
+
+Load = Callable[[str], Pipeline]
+
+
+@pytest.fixture
+def limited(pipeline: Load) -> Load:
+    limits = Limits(body_bytes=BODY_LIMIT, response_bytes=BODY_LIMIT)
+    return lambda name: replace(pipeline(name), limits=limits)
+
+
+def ask(bad: BadRequest) -> Request:
+    headers = dict(bad.headers) | ({} if bad.options is None else {"x-nnunet-options": bad.options})
+    body: object = bad.body
+    if bad.headers.get("content-type") == "application/json" and bad.body is not None:
+        body = json.loads(bad.body)
+    return Request(bad.files if bad.files is not None else {"body": body}, headers)
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_is_refused_with_its_reason(name: str, limited: Load) -> None:
+    bad = BAD_REQUESTS[name]
+    response = limited(bad.model).answer(ask(bad))
+    problem = json.loads(response.body)
+    assert (int(response.status), problem["code"]) == (bad.status, bad.code), problem["detail"]
+    assert response.content_type == "application/problem+json"
+    assert bad.says in problem["detail"]
+    assert "/" not in problem["detail"].replace(".hdr/.img", "").replace("application/octet-stream", "")
+
+
+def test_the_request_after_a_bad_one_is_answered_as_before(limited: Load) -> None:
+    pipeline = limited("five_folds")
+    good = Request({"body": GOOD}, {"X-Nnunet-Options": FAST})
+    before = pipeline.answer(good)
+    for bad in BAD_REQUESTS.values():
+        pipeline.answer(ask(bad))
+    after = pipeline.answer(good)
+    assert before.status == after.status == HTTPStatus.OK
+    assert before.body == after.body
+
+
+def test_bad_requests_leave_no_memory_and_no_thread_behind(limited: Load) -> None:
+    def everything() -> None:
+        for bad in BAD_REQUESTS.values():
+            limited(bad.model).answer(ask(bad))
+        gc.collect()
+
+    everything()
+    everything()
+    process, threads = psutil.Process(), threading.active_count()
+    before = process.memory_full_info().uss
+    for _ in range(3):
+        everything()
+    assert threading.active_count() == threads
+    assert process.memory_full_info().uss - before < 16 * 1024**2
+
+
+class BrokenEngine:
+    """Fails as it is told."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def predict(self, *_: object) -> Prediction:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (MemoryError(), 507, "out_of_memory"),
+        (RuntimeError("/secret/path of a patient"), 500, "internal"),
+        (KeyError("x"), 500, "internal"),
+    ],
+)
+def test_an_unexpected_error_is_a_problem_without_its_text(
+    error: Exception, status: int, code: str, pipeline: Load
+) -> None:
+    broken = replace(pipeline("five_folds"), engine=BrokenEngine(error))
+    response = broken.answer(Request({"body": GOOD}, {}, "front-end-id"))
+    problem = json.loads(response.body)
+    assert (int(response.status), problem["code"]) == (status, code)
+    assert "secret" not in problem["detail"]
+    assert problem["request_id"] == "front-end-id"
+
+
+def test_a_clients_request_id_is_kept(pipeline: Load) -> None:
+    response = pipeline("five_folds").answer(
+        Request({"body": GOOD}, {"x-request-id": "study 7", "x-nnunet-options": FAST}, "front-end-id")
+    )
+    assert response.headers["X-Nnunet-Request-Id"] == "study 7"
+
+
+def test_one_4d_file_is_the_same_as_a_file_for_each_channel(pipeline: Load) -> None:
+    affine = np.diag([1.5, 1.5, 1.5, 1])
+    second = (INT16.max() - INT16).astype(np.int16)
+    files = {"image_0000": GOOD, "image_0001": volumes.nifti_gz(second, affine)}
+    stacked = volumes.nifti_gz(np.stack([INT16, second], axis=-1), affine)
+    regions = pipeline("regions")
+    apart = regions.answer(Request(files, {"X-Nnunet-Options": FAST}))
+    together = regions.answer(Request({"image": stacked}, {"X-Nnunet-Options": FAST}))
+    assert apart.status == together.status == HTTPStatus.OK
+    labels = [np.asarray(nib.Nifti1Image.from_bytes(volumes.gunzip(r.body)).dataobj) for r in (apart, together)]
+    assert labels[1].shape == INT16.shape
+    np.testing.assert_array_equal(labels[0], labels[1])
+
+
+def test_an_all_zero_image_is_answered_as_stock_does(pipeline: Load) -> None:
+    response = pipeline("five_folds").answer(
+        Request({"body": volumes.nifti(np.zeros((30, 30, 30), np.int16))}, {"X-Nnunet-Options": FAST})
+    )
+    assert response.status == HTTPStatus.OK
+
+
+def test_several_patches_at_once_give_the_same_labels(pipeline: Load, unpacked: Callable[[str], object]) -> None:
+    from nnunet_torchserve.engine.local import LocalEngine
+
+    single = pipeline("five_folds")
+    batched = replace(single, engine=LocalEngine(single.bundle, torch.device("cpu"), max_patch_batch=4))
+    options = json.loads(FAST) | {"save_probabilities": True, "output_format": "npz"}
+    request = Request({"body": GOOD}, {"X-Nnunet-Options": json.dumps(options)})
+    one, four = (np.load(io.BytesIO(p.answer(request).body)) for p in (single, batched))
+    np.testing.assert_allclose(four["probabilities"], one["probabilities"], atol=0.02)
+    assert np.count_nonzero(four["labels"] != one["labels"]) <= one["labels"].size // 1000
+
+
+def test_nan_weights_are_an_error_and_never_a_mask(pipeline: Load) -> None:
+    from nnunet_torchserve.engine.local import LocalEngine
+
+    whole = pipeline("five_folds")
+    engine = LocalEngine(whole.bundle, torch.device("cpu"))
+    parameter = next(engine._networks._networks[0].parameters())
+    parameter.view(-1)[0] = float("nan")
+    response = replace(whole, engine=engine).answer(Request({"body": GOOD}, {"X-Nnunet-Options": FAST}))
+    assert (int(response.status), json.loads(response.body)["code"]) == (500, "case_failed")
+
+
+def test_the_dry_run_answers(pipeline: Load) -> None:
+    for name in ("five_folds", "flat", "regions", "anisotropic"):
+        pipeline(name).dry_run()
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_as_they_were() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == threads

