@@ -35,7 +35,9 @@ def measure(client: Client, material: Material, image: Path, count: int, scratch
 
     answers, command_s, different = [], [], []
     for number in range(1, count + 1):
+        _common.wait_for_quiet()
         answers.append(client.segment(image, ours))
+        _common.wait_for_quiet()
         command_s.append(run_command(material, inputs, outputs, scratch))
         different.append(_common.different_voxels(ours, stock))
         print(f"  {number}/{count}: request {answers[-1].seconds:.2f} s, command {command_s[-1]:.2f} s")

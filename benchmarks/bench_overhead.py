@@ -70,6 +70,7 @@ def measure(client: Client, predictor: Any, case: Case, scratch: Path) -> dict[s
     ]
     for number in range(case.count + 1):
         for step in steps if number % 2 else reversed(steps):
+            _common.wait_for_quiet()
             step()
         different.append(_common.different_voxels(ours, theirs))
         print(f"  {number}/{case.count}: server {answers[-1].seconds:.3f} s, stock {file_s[-1]:.3f} s")
@@ -97,7 +98,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions-2mm", type=_common.two_or_more, default=15)
     parser.add_argument("--repetitions-1mm", type=_common.two_or_more, default=9)
-    parser.add_argument("--repetitions-large-body", type=_common.two_or_more, default=5)
+    parser.add_argument("--repetitions-large-body", type=_common.two_or_more, default=7)
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the server's worker inherits it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,17 +62,6 @@ class LiveServer:
         return True
 
 
-def free_ports() -> launcher.Ports:
-    """Five ports that nothing listens on."""
-    sockets = [socket.socket() for _ in range(5)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    numbers = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return launcher.Ports(*numbers)
-
-
 @contextmanager
 def running(
     model_store: Path, state_dir: Path, *, models: Sequence[str] = ("all",), body_limit: int | None = None
@@ -84,7 +72,7 @@ def running(
             model_store,
             models,
             state_dir,
-            free_ports(),
+            launcher.free_ports(),
             device=launcher.DeviceKind.CPU,
             body_limit=body_limit,
             heap=1024**3,

@@ -300,6 +300,15 @@ def _gpus(device: DeviceKind) -> int:
     return gpus
 
 
+def free_ports() -> Ports:
+    """Ports that nothing listens on at this moment."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    numbers = [int(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return Ports(*numbers)
+
+
 def _check_ports(ports: Ports) -> None:
     numbers = asdict(ports)
     if len(set(numbers.values())) != len(numbers):
