@@ -163,7 +163,9 @@ def serving(material: Material, scratch: Path) -> Iterator[Client]:
     """A live server of the model's fold 0 with the launcher's own sizes, made from the working tree."""
     store, state_dir = scratch / "model_store", scratch / "server"
     make_archives(ArchiveRequest(material.model_folder, store, folds=(FOLD,), name=_MODEL))
-    request = launcher.ServeRequest(store, state_dir=state_dir, ports=launcher.free_ports(), device=launcher.DeviceKind.CPU)
+    request = launcher.ServeRequest(
+        store, state_dir=state_dir, ports=launcher.free_ports(), device=launcher.DeviceKind.CPU
+    )
     server = launcher.start(request)
     try:
         with httpx.Client(base_url=server.inference_url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as http:

@@ -59,8 +59,12 @@ def measure(client: Client, material: Material, image: Path, count: int, scratch
 
 
 def run_command(material: Material, inputs: Path, outputs: Path, scratch: Path) -> float:
-    """Seconds that the stock command takes for the one image of ``inputs``."""
-    dataset = material.model_folder.parent
+    """Seconds that the stock command takes for the one image of ``inputs``.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    dataset = material.model_folder.parent.resolve()
     results = scratch / "results"
     results.mkdir(exist_ok=True)
     if not (results / dataset.name).exists():
@@ -70,14 +74,14 @@ def run_command(material: Material, inputs: Path, outputs: Path, scratch: Path) 
     command += ["-d", str(int(dataset.name[7:10])), "-c", _common.CONFIGURATION, "-f", str(_common.FOLD)]
     command += ["-tr", _common.TRAINER, "-p", _common.PLANS, "--disable_tta", "-device", "cpu"]
     command += ["-npp", "1", "-nps", "1"]
+    environment = os.environ | {name: str(folder) for name, folder in folders.items()}
     started = time.perf_counter()
-    subprocess.run(
-        command,
-        env=os.environ | {name: str(folder) for name, folder in folders.items()},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    return time.perf_counter() - started
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if ended.returncode != 0:
+        msg = f"nnUNetv2_predict ended with {ended.returncode}:\n{ended.stderr[-2000:]}"
+        raise RuntimeError(msg)
+    return seconds
 
 
 def main() -> int:
