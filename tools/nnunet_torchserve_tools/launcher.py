@@ -136,9 +136,10 @@ def start(request: ServeRequest) -> Server:
     if (running := read_state(request.state_dir)) and running.process():
         msg = f"a server of this state directory runs already at {running.inference_url}; stop it first"
         raise UsageError(msg)
+    stop(request.state_dir)  # what a server that ended by itself left
     gpus = _gpus(request.device)
     archives = find_archives(request.model_store, request.models)
-    workers = {a: request.workers * max(1, gpus) if request.workers else a.workers for a in archives}
+    workers = {a: request.workers * max(1, gpus) if request.workers else max(a.workers, gpus) for a in archives}
     queue = request.queue or 2 * max(workers.values())
     held = sum(workers.values()) + queue * len(archives)
     sizes = compute_sizes(total_memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
@@ -170,13 +171,14 @@ def start(request: ServeRequest) -> Server:
     config.write_text(merge_properties(_base_config(request.config), settings))
     limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "cases": sum(workers.values())}
     environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
-    _launch(config, store, archives, environment, work_dir, log_dir)
-    server = _server(request.ports, temp_dir, log_dir, archives)
     try:
+        _launch(config, store, archives, environment, work_dir, log_dir)
+        server = _server(request.ports, temp_dir, log_dir, archives)
         _write_state(state_dir, server)
-        _wait_ready(server, workers, resize=request.workers is not None)
+        _wait_ready(server, workers)
     except BaseException:
         stop(state_dir)
+        shutil.rmtree(temp_dir, ignore_errors=True)
         raise
     return server
 
@@ -392,7 +394,7 @@ def _write_state(state_dir: Path, server: Server) -> None:
     unfinished.replace(state_dir / STATE_FILE)
 
 
-def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool) -> None:
+def _wait_ready(server: Server, workers: Mapping[Archive, int]) -> None:
     """Poll the management API: ``/ping`` says Healthy before a worker can answer."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     waiting = dict(workers)
@@ -406,7 +408,7 @@ def _wait_ready(server: Server, workers: Mapping[Archive, int], *, resize: bool)
                 if not state:
                     msg = f"TorchServe refused {archive.file}: {_load_warning(Path(server.log_dir), archive.file)}"
                     raise ToolError(msg)
-                if resize and archive not in resized:
+                if count != archive.workers and archive not in resized:
                     path = f"/models/{archive.name}/{archive.version}"
                     management.put(path, params={"min_worker": count, "max_worker": count}).raise_for_status()
                     resized.add(archive)
