@@ -151,7 +151,7 @@ def test_nan_weights_are_an_error_and_never_a_mask(pipeline: Load) -> None:
 
     whole = pipeline("five_folds")
     engine = LocalEngine(whole.bundle, torch.device("cpu"))
-    parameter = next(engine._networks._networks[0].parameters())
+    parameter = next(engine._core.networks._networks[0].parameters())
     parameter.view(-1)[0] = float("nan")
     response = replace(whole, engine=engine).answer(Request({"body": GOOD}, {"X-Nnunet-Options": FAST}))
     assert (int(response.status), json.loads(response.body)["code"]) == (500, "case_failed")

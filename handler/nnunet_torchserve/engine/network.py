@@ -6,7 +6,6 @@ which costs time and makes concurrent requests impossible.
 
 from __future__ import annotations
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,28 +56,17 @@ class FoldNetworks:
         """float16 autocast on CUDA, nothing elsewhere, as ``predict_sliding_window_return_logits`` does."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
-    def predict(self, fold: FoldName, patches: torch.Tensor, mirroring_axes: tuple[int, ...]) -> torch.Tensor:
-        """Logits of a batch of patches, averaged over mirrorings.
+    def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch of patches.
 
         Args:
             fold: whose network.
             patches: (B, C, *patch) on the device.
-            mirroring_axes: spatial axes from 0; every combination of them is mirrored.
 
         Returns:
             (B, classes, *patch), float32 (float16 under autocast).
         """
-        network = self._networks[fold]
-        logits: torch.Tensor = network(patches)
-        combinations = [
-            tuple(axis + 2 for axis in axes)
-            for count in range(1, len(mirroring_axes) + 1)
-            for axes in itertools.combinations(mirroring_axes, count)
-        ]
-        for axes in combinations:
-            logits += torch.flip(network(torch.flip(patches, axes)), axes)
-        if combinations:
-            logits /= len(combinations) + 1
+        logits: torch.Tensor = self._networks[fold](patches)
         return logits
 
 
@@ -140,6 +128,6 @@ def check_golden(networks: FoldNetworks, bundle: ModelBundle) -> None:
 @torch.inference_mode()
 def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
     with networks.autocast():
-        logits = networks.predict(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device), ())
+        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
     flat = logits[0].float().cpu().flatten(1)
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()

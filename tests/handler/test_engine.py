@@ -1,0 +1,170 @@
+"""Cases in flight: who goes first, who shares a batch, and who pays when one goes wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Settings
+from nnunet_torchserve.engine.accumulator import CaseAccumulator, mirrorings
+from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
+from nnunet_torchserve.engine.local import LocalEngine, load_networks
+from nnunet_torchserve.engine.network import FoldNetworks
+from nnunet_torchserve.engine.scheduler import Policy
+from nnunet_torchserve.errors import CaseFailed, Deadline
+
+CPU = torch.device("cpu")
+PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+MIRRORED = Settings(folds=(0, 2), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+
+
+@pytest.fixture(scope="module")
+def bundle(unpacked: Callable[[str], Path]) -> ModelBundle:
+    return ModelBundle(unpacked("five_folds"))
+
+
+@pytest.fixture(scope="module")
+def networks(bundle: ModelBundle) -> FoldNetworks:
+    return load_networks(bundle, CPU)
+
+
+def volume(size: int, seed: int) -> torch.Tensor:
+    return torch.randn((1, size, size, size), generator=torch.Generator().manual_seed(seed))
+
+
+def case(
+    networks: FoldNetworks, number: int, data: torch.Tensor, settings: Settings = PLAIN, **fields: object
+) -> CaseInFlight:
+    accumulator = CaseAccumulator(data, networks.classes, networks.patch_size, settings, CPU)
+    return CaseInFlight(number, accumulator, arrived=float(number), **fields)  # type: ignore[arg-type]
+
+
+def run(core: EngineCore, now: float = 10.0) -> dict[int, Exception | torch.Tensor]:
+    ended: dict[int, Exception | torch.Tensor] = {}
+    while len(core):
+        for outcome in core.step(now):
+            ended[outcome.case.case_id] = outcome.error or outcome.case.accumulator.result()
+    return ended
+
+
+def test_mirrorings_are_in_nnunets_order() -> None:
+    assert mirrorings((0, 2)) == [(), (1,), (3,), (1, 3)]
+    assert mirrorings(()) == [()]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_answer_does_not_depend_on_who_else_is_served(batch: int, networks: FoldNetworks) -> None:
+    sizes = {0: 40, 1: 26, 2: 33}
+    alone = {}
+    for number, size in sizes.items():
+        core = EngineCore(networks, batch)
+        core.admit(case(networks, number, volume(size, number), MIRRORED if number == 1 else PLAIN))
+        alone |= run(core)
+    together = EngineCore(networks, batch)
+    for number, size in sizes.items():
+        together.admit(case(networks, number, volume(size, number), MIRRORED if number == 1 else PLAIN))
+    ended = run(together)
+    for number in sizes:
+        assert torch.equal(ended[number], alone[number])  # type: ignore[arg-type]
+
+
+def test_a_batch_holds_patches_of_several_cases(networks: FoldNetworks) -> None:
+    batches: list[list[int]] = []
+    core = EngineCore(networks, 4, before_pass=lambda cases: batches.append(list(cases)))
+    for number in range(3):
+        core.admit(case(networks, number, volume(24, number)))
+    run(core)
+    assert any(len(batch) > 1 for batch in batches)
+    assert batches[-1] == []
+
+
+def test_a_small_case_is_not_held_up_by_a_large_one(networks: FoldNetworks) -> None:
+    core = EngineCore(networks)
+    core.admit(case(networks, 0, volume(40, 0), MIRRORED))
+    for _ in range(3):
+        core.step(0.1)
+    small = case(networks, 1, volume(20, 1))
+    core.admit(small)
+    steps = len(small.accumulator)
+    ended = [outcome.case.case_id for _ in range(steps) for outcome in core.step(1.0)]
+    assert ended == [1]
+
+
+def test_first_come_first_served_on_request(networks: FoldNetworks) -> None:
+    core = EngineCore(networks, policy=Policy.FIFO)
+    core.admit(case(networks, 0, volume(30, 0)))
+    core.admit(case(networks, 1, volume(20, 1)))
+    assert list(run(core)) == [0, 1]
+
+
+def test_only_the_case_with_bad_logits_fails(networks: FoldNetworks) -> None:
+    core = EngineCore(networks, 2)
+    bad = volume(24, 0)
+    bad[0, 10, 10, 10] = float("nan")
+    core.admit(case(networks, 0, bad))
+    core.admit(case(networks, 1, volume(24, 1)))
+    ended = run(core)
+    assert isinstance(ended[0], CaseFailed)
+    assert isinstance(ended[1], torch.Tensor)
+
+
+def test_only_the_case_that_the_network_fails_on_fails(networks: FoldNetworks) -> None:
+    core = EngineCore(networks, 4)
+    for number in range(3):
+        core.admit(case(networks, number, volume(24, number)))
+    poison = case(networks, 3, volume(24, 3))
+    poison.accumulator._data = poison.accumulator._data[:, :, :, :10]  # a patch of another shape
+    core.admit(poison)
+    ended = run(core)
+    assert isinstance(ended[3], CaseFailed)
+    assert all(isinstance(ended[number], torch.Tensor) for number in range(3))
+
+
+def test_a_case_out_of_time_is_given_up(networks: FoldNetworks) -> None:
+    core = EngineCore(networks)
+    core.admit(case(networks, 0, volume(30, 0), deadline=5.0))
+    core.admit(case(networks, 1, volume(24, 1)))
+    ended = run(core, now=6.0)
+    assert isinstance(ended[0], Deadline)
+    assert isinstance(ended[1], torch.Tensor)
+
+
+def test_a_dropped_case_is_forgotten(networks: FoldNetworks) -> None:
+    core = EngineCore(networks)
+    core.admit(case(networks, 0, volume(30, 0)))
+    core.step(1.0)
+    assert core.drop(0)
+    assert not core.drop(0)
+    assert core.step(1.0) == []
+
+
+def test_threads_share_one_local_engine(bundle: ModelBundle) -> None:
+    engine = LocalEngine(bundle, CPU)
+    alone = {number: engine.predict(volume(26, number), PLAIN).logits for number in range(4)}
+    together: dict[int, torch.Tensor] = {}
+
+    def predict(number: int) -> None:
+        together[number] = engine.predict(volume(26, number), PLAIN).logits
+
+    threads = [threading.Thread(target=predict, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(together[number], alone[number]) for number in range(4))
+    assert len(engine._core) == 0
+    assert not engine._outcomes
+
+
+def test_a_local_engine_keeps_nothing_of_a_case_out_of_time(bundle: ModelBundle) -> None:
+    engine = LocalEngine(bundle, CPU)
+    with pytest.raises(Deadline):
+        engine.predict(volume(40, 0), MIRRORED, deadline=time.monotonic() + 0.05)
+    assert len(engine._core) == 0
+    assert not engine._outcomes

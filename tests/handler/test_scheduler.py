@@ -1,0 +1,90 @@
+"""The order of cases, as properties that hold for every state."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_torchserve.engine.scheduler import AGEING_PASSES_PER_S, Policy, Waiting, in_order, next_batch
+
+NOW = 1000.0
+
+
+@st.composite
+def states(draw: st.DrawFn) -> list[Waiting]:
+    count = draw(st.integers(0, 12))
+    cases = []
+    for case_id in range(count):
+        remaining = draw(st.integers(1, 5000))
+        cases.append(
+            Waiting(
+                case_id,
+                arrived=draw(st.floats(0, NOW)),
+                remaining=remaining,
+                fold=draw(st.integers(0, 2)),
+                fold_remaining=draw(st.integers(1, remaining)),
+                suspect=draw(st.booleans()),
+            )
+        )
+    return cases
+
+
+policies = st.sampled_from(Policy)
+
+
+@given(states(), policies, st.integers(1, 8))
+def test_a_batch_is_never_too_large_and_of_one_fold(state: list[Waiting], policy: Policy, size: int) -> None:
+    shares = next_batch(state, policy, NOW, size)
+    by_id = {case.case_id: case for case in state}
+    assert bool(shares) == bool(state)
+    assert sum(share.passes for share in shares) <= size
+    assert len({by_id[share.case_id].fold for share in shares}) <= 1
+    for share in shares:
+        assert 1 <= share.passes <= by_id[share.case_id].fold_remaining
+
+
+@given(states(), policies, st.integers(1, 8))
+def test_the_most_urgent_case_is_always_served(state: list[Waiting], policy: Policy, size: int) -> None:
+    shares = next_batch(state, policy, NOW, size)
+    if state:
+        assert shares[0].case_id == in_order(state, policy, NOW)[0].case_id
+
+
+@given(states(), policies, st.integers(2, 8))
+def test_a_suspect_shares_its_batch_with_nobody(state: list[Waiting], policy: Policy, size: int) -> None:
+    shares = next_batch(state, policy, NOW, size)
+    suspects = {case.case_id for case in state if case.suspect}
+    if any(share.case_id in suspects for share in shares):
+        assert len(shares) == 1
+
+
+@given(states(), policies, st.integers(1, 8))
+def test_a_batch_is_filled_while_somebody_can_fill_it(state: list[Waiting], policy: Policy, size: int) -> None:
+    shares = next_batch(state, policy, NOW, size)
+    taken = {share.case_id for share in shares}
+    if not shares or sum(share.passes for share in shares) == size:
+        return
+    first = next(case for case in state if case.case_id == shares[0].case_id)
+    left = [c for c in state if c.case_id not in taken and c.fold == first.fold and not c.suspect]
+    assert first.suspect or not left
+
+
+@given(st.integers(1, 20_000), st.integers(1, 50))
+def test_a_large_case_is_not_starved_by_a_stream_of_small_ones(large: int, small: int) -> None:
+    """Every second small cases arrive that would keep the device busy for good."""
+    arrived, waited = 0.0, 0
+    while True:
+        now = float(waited)
+        stream = [Waiting(1 + k, now, small, 0, small) for k in range(10)]
+        big = Waiting(0, arrived, large, 0, large)
+        if in_order([big, *stream], Policy.SHORTEST_REMAINING, now)[0] is big:
+            break
+        waited += 1
+    assert waited <= large / AGEING_PASSES_PER_S + 1
+
+
+def test_the_shorter_of_two_goes_first_and_fifo_does_not_care() -> None:
+    long = Waiting(0, NOW - 1, 1000, 0, 1000)
+    short = Waiting(1, NOW, 8, 0, 8)
+    assert in_order([long, short], Policy.SHORTEST_REMAINING, NOW) == [short, long]
+    assert in_order([long, short], Policy.FIFO, NOW) == [long, short]
