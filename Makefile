@@ -7,6 +7,7 @@ MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fu
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing about 7 GB into .venv (PyTorch mostly); this takes minutes"
 	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,dev]'
 	touch $@
@@ -20,13 +21,13 @@ setup: .venv/ready ## make .venv with everything in it
 demo: .venv/ready ## segment a real MR image with the demo model, and show the result
 	$(BIN)/python demo/run.py
 
-archive: .venv/ready ## package MODEL=<trained model folder> into model_store/
+archive: .venv/ready ## package MODEL=<trained model folder> (default: the demo model) into model_store/
 	$(NT) archive $(MODEL)
 
 serve: .venv/ready ## serve every archive of model_store/
 	$(NT) serve
 
-stop: .venv/ready ## stop that server
+stop: ## stop that server
 	$(NT) stop
 
 test: .venv/ready ## run the tests (minutes)
@@ -47,5 +48,6 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
 	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
 
-clean: ## remove what these verbs made
+clean: ## remove what these verbs made (stops the server first)
+	test ! -x $(NT) || $(NT) stop
 	rm -rf .venv model_store/*.mar demo/output .nnunet-torchserve .pytest_cache .mypy_cache .ruff_cache

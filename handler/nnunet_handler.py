@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 LOAD_FAILED = "NNUNET_TORCHSERVE_LOAD_FAILED"
 """What a worker that cannot serve writes to its log; ``nnunet-torchserve serve`` looks for it."""
 
+_FIRST_ERROR_STATUS = 400
 _DEFAULT_RESPONSE_TIMEOUT_S = 1200
 _MARGIN_S = 10
 """Our deadline passes this much before TorchServe's, which kills the worker."""
@@ -49,10 +50,12 @@ class NnunetHandler:
 
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
-        if headers.get("describe") == "True":
-            response = self._pipeline.description(context.get_request_id(index))
-        else:
-            response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)))
+        response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)))
+        if response.status >= _FIRST_ERROR_STATUS and not any(name.lower() == "host" for name in headers):
+            # gRPC has no headers, and would hand the problem over as if it were a mask
+            from ts.utils.util import PredictionException
+
+            raise PredictionException(response.body.decode(), int(response.status))
         context.set_response_status(int(response.status), response.status.phrase, index)
         context.set_response_content_type(index, response.content_type)
         for name, value in response.headers.items():
@@ -100,7 +103,10 @@ def _load(context: Any) -> Any:
 
 
 def _device(gpu_id: Any, torch: Any) -> Any:
-    """``cuda:<gpu_id>`` as TorchServe assigned it; it does not set CUDA_VISIBLE_DEVICES."""
-    if gpu_id is not None and torch.cuda.is_available():
-        return torch.device(f"cuda:{int(gpu_id)}")
-    return torch.device("cpu")
+    """``cuda:<gpu_id>`` as TorchServe assigned it, else the CPU; TorchServe does not set CUDA_VISIBLE_DEVICES."""
+    if gpu_id is None or int(gpu_id) < 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or int(gpu_id) >= torch.cuda.device_count():
+        msg = f"TorchServe assigned GPU {gpu_id}, but this PyTorch sees {torch.cuda.device_count()}; use --device cpu"
+        raise RuntimeError(msg)
+    return torch.device(f"cuda:{int(gpu_id)}")

@@ -16,9 +16,19 @@ from .options import FoldName, Options
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
 
-_BYTES_FLOAT32 = 4
-_BYTES_FLOAT64 = 8
-_BYTES_HALF = 2
+_HALF, _FLOAT32, _FLOAT64 = 2, 4, 8
+
+_DECODE_BYTES = 40
+"""Bytes for a voxel while it is decoded, at worst: 64-bit voxels with a scaling, as sent, copied, scaled, rounded."""
+
+_PREPROCESS_BYTES = 36
+"""Bytes for a voxel as sent, beside the volume, while stock's preprocessor works on it; measured."""
+
+_SAFETY = 1.2
+
+_PREPROCESS_S, _EXPORT_S = 5e-8, 1.5e-8
+"""Seconds that stock's preprocessing takes for a voxel, and its export for a voxel and class, on a fast machine: a
+request that has less time left than that is given up before and not after the stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +49,23 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Upper bounds; cropping to the nonzero region can only make a case cheaper.
+    """What a case costs; cropping to the nonzero region can only make it cheaper.
 
     Attributes:
         grid: (z, y, x) on the network's grid, after transposing, before padding.
         patches: windows of one fold.
         passes: forward passes in all: patches x folds x mirrorings.
         bytes: peak of the worker's arrays for this case: input, resampling scratch, logits and export.
+        preprocess_s: seconds that preprocessing takes at least.
+        export_s: seconds that the export takes at least.
     """
 
     grid: tuple[int, int, int]
     patches: int
     passes: int
     bytes: int
+    preprocess_s: float
+    export_s: float
 
 
 def settings_for(bundle: ModelBundle, options: Options) -> Settings:
@@ -98,17 +112,21 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     grid_voxels = grid[0] * grid[1] * grid[2]
     padded_voxels = padded[0] * padded[1] * padded[2]
     classes = bundle.classes
-    decode = channels * geometry.voxels * 2 * _BYTES_FLOAT32
-    resample = channels * (geometry.voxels + grid_voxels) * _BYTES_FLOAT64
-    network = padded_voxels * (channels * _BYTES_FLOAT32 + classes * 2 * _BYTES_HALF)
-    export = classes * (grid_voxels * _BYTES_FLOAT64 + geometry.voxels * _BYTES_HALF)
+    volume = channels * geometry.voxels * _FLOAT32
+    decode = channels * geometry.voxels * _DECODE_BYTES
+    resample = volume + channels * (geometry.voxels * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32))
+    logits = classes * padded_voxels * _HALF * min(2, len(settings.folds))
+    network = channels * (grid_voxels + padded_voxels) * _FLOAT32 + logits
+    export = logits + classes * (grid_voxels * _FLOAT64 + geometry.voxels * (_HALF + _FLOAT64 / classes))
     if probabilities:
-        export += classes * geometry.voxels * 3 * _BYTES_FLOAT32
+        export += classes * geometry.voxels * 3 * _FLOAT32
     return Price(
         grid=grid,
         patches=patches,
         passes=patches * len(settings.folds) * 2 ** len(settings.mirroring_axes),
-        bytes=decode + max(resample, network, export + classes * padded_voxels * _BYTES_HALF),
+        bytes=int(_SAFETY * max(decode, resample, network, export)),
+        preprocess_s=channels * geometry.voxels * _PREPROCESS_S,
+        export_s=classes * geometry.voxels * _EXPORT_S,
     )
 
 

@@ -44,13 +44,16 @@ class Limits:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Limits:
-        """Limits from an archive's ``limits`` settings, then the environment that ``serve`` sets.
+        """The archive's ``limits`` settings, no larger than what ``serve`` hands over in the environment.
 
         Raises:
             TypeError: a name that is no limit.
         """
-        given = dict(settings) | json.loads(environ.get(LIMITS_VARIABLE, "{}"))
-        return cls(**{name: int(value) for name, value in given.items()})
+        limits = {name: int(value) for name, value in settings.items()}
+        for name, value in json.loads(environ.get(LIMITS_VARIABLE, "{}")).items():
+            larger_wins = name == "cases"
+            limits[name] = (max if larger_wins else min)(int(value), limits.get(name, int(value)))
+        return cls(**limits)
 
     @property
     def memory_bytes(self) -> int:
@@ -58,8 +61,9 @@ class Limits:
         return int(total_memory_bytes() * _SHARE_FOR_CASES / self.cases)
 
 
-_SHARE_FOR_CASES = 0.6
-"""Of the machine's memory: a quarter is the JVM's, the rest is for the workers' code and the networks."""
+_SHARE_FOR_CASES = 0.4
+"""Of the machine's memory: the JVM may take half (a quarter each of heap and direct memory); the rest is for the
+workers' code and the networks."""
 
 
 def total_memory_bytes() -> int:

@@ -66,7 +66,7 @@ class Options(BaseModel):
     @classmethod
     def _folds_are_distinct(cls, value: tuple[FoldName, ...] | None) -> tuple[FoldName, ...] | None:
         if value is not None and (not value or len(set(value)) != len(value)):
-            msg = "folds must be a non-empty list without repeats"
+            msg = 'folds must be a number, "all", or a non-empty list of them without repeats'
             raise ValueError(msg)
         return value
 

@@ -22,7 +22,7 @@ from . import __version__, codecs
 from .bundle import ModelBundle
 from .cases import check_affordable, price, settings_for
 from .codecs import ImageSource
-from .engine.local import Engine
+from .engine.prediction import Engine
 from .errors import (
     BundleError,
     ChannelsDisagree,
@@ -39,7 +39,7 @@ from .export.stock import export
 from .limits import Limits
 from .options import HEADER, PART, Options, parse_options
 from .preprocess import preprocess
-from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, too_large_message, usable_request_id
+from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
 from .telemetry import Stage, StageClock
 from .volume import Geometry, Volume
 
@@ -47,6 +47,7 @@ RAW_BODY = "body"
 """TorchServe's name for a body that is not multipart."""
 
 _DRY_RUN_VOXELS = 12
+_ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
 
 _IMAGE_PART = re.compile(r"image(?:_(\d{4}))?")
 
@@ -76,6 +77,11 @@ class Request:
         return next((value for key, value in self.headers.items() if key.lower() == wanted), None)
 
     @property
+    def is_describe(self) -> bool:
+        """Whether TorchServe's describe API asks; a client's header of that name on a real request does not count."""
+        return self.headers.get("describe") == "True" and not any(self.parts.values())
+
+    @property
     def id(self) -> str:
         """The client's id if it can stand in a header, else the front end's."""
         return usable_request_id(self.header(CLIENT_REQUEST_ID)) or self.server_id or "-"
@@ -101,6 +107,8 @@ class Pipeline:
         """The response to a request; errors are responses too."""
         responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
         request_id = request.id
+        if request.is_describe:
+            return responses.json(self.describe(), request_id)
         clock = StageClock()
         try:
             return self._segment(request, request_id, clock, responses)
@@ -125,24 +133,27 @@ class Pipeline:
         with clock.stage(Stage.DECODE):
             images = self._open_images(request)
             geometry = self._common_geometry(images)
+            warnings = _warnings(images)
             channels = sum(image.channels for image in images)
             case_price = price(self.bundle, geometry, channels, settings, probabilities=options.save_probabilities)
             check_affordable(case_price, self.limits)
             output = options.output_format or images[0].native_format
             self._check_answer_fits(images[0], options)
             volume = Volume(_decode(images), geometry)
+            if volume.array.min() == volume.array.max():
+                warnings.append(Warnings.CONSTANT_IMAGE)
 
-        _check(deadline, "the volume was decoded")
+        _check(deadline - case_price.preprocess_s, "decoding the volume")
         with clock.stage(Stage.PREPROCESS):
             case = preprocess(self.bundle, volume)
             del volume
 
-        _check(deadline, "the volume was preprocessed")
+        _check(deadline - case_price.export_s, "preprocessing")
         prediction = self.engine.predict(case.data, settings, deadline)
         clock.add(Stage.QUEUE, prediction.queue_s)
         clock.add(Stage.NETWORK, prediction.network_s)
 
-        _check(deadline, "the network was done")
+        _check(deadline - case_price.export_s, "the network")
         with clock.stage(Stage.EXPORT):
             answer = export(
                 self.bundle,
@@ -153,13 +164,13 @@ class Pipeline:
             )
             del case, prediction
 
-        _check(deadline, "the segmentation was exported")
+        _check(deadline, "the export")
         with clock.stage(Stage.ENCODE):
             file = codecs.encode(answer, output, images[0])
 
         timing = clock.server_timing()
         logger.info("request %s: 200, shape %s, %d passes, %s", request_id, geometry.shape, case_price.passes, timing)
-        return responses.result(file.body, file.content_type, request_id, timing)
+        return responses.result(file.body, file.content_type, request_id, timing, warnings)
 
     def dry_run(self) -> None:
         """Answer one small made-up case, so that the first real one finds everything loaded.
@@ -177,11 +188,6 @@ class Pipeline:
         if response.status != HTTPStatus.OK:
             msg = f"the dry run failed: {response.body.decode()}"
             raise BundleError(msg)
-
-    def description(self, request_id: str | None) -> Response:
-        """The answer to TorchServe's describe request."""
-        responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
-        return responses.json(self.describe(), request_id or "-")
 
     def describe(self) -> dict[str, object]:
         """What a client needs to know of the model, for TorchServe's describe API."""
@@ -232,7 +238,7 @@ class Pipeline:
         return bytes(_payload(PART, part))
 
     def _open_images(self, request: Request) -> Sequence[ImageSource]:
-        bodies = _image_parts(request.parts)
+        bodies = _image_parts(request)
         size = sum(len(body) for body in bodies)
         if size > self.limits.body_bytes:
             msg = f"the images have {size} bytes, this server takes at most {self.limits.body_bytes}"
@@ -245,7 +251,7 @@ class Pipeline:
         first = images[0].geometry
         for number, image in enumerate(images[1:], start=1):
             other = image.geometry
-            if (other.shape, other.spacing) != (first.shape, first.spacing):
+            if other.shape != first.shape or not np.allclose(other.spacing, first.spacing):
                 msg = (
                     f"channel {number} has shape {other.shape} and spacing {other.spacing} mm, channel 0 has "
                     f"{first.shape} and {first.spacing} mm; resample them to one grid"
@@ -264,6 +270,17 @@ class Pipeline:
             raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
 
 
+def _warnings(images: Sequence[ImageSource]) -> list[str]:
+    """What stock would print a warning for, from the headers."""
+    first = images[0].geometry
+    aligned = all(
+        np.allclose(image.geometry.origin, first.origin, atol=_ALIGNED_MM)
+        and np.allclose(image.geometry.direction, first.direction, atol=_ALIGNED_DIRECTION)
+        for image in images
+    )
+    return [] if aligned else [Warnings.CHANNELS_MISALIGNED]
+
+
 def _decode(images: Sequence[ImageSource]) -> npt.NDArray[np.float32]:
     """All channels, float32 (C, Z, Y, X).
 
@@ -278,8 +295,12 @@ def _decode(images: Sequence[ImageSource]) -> npt.NDArray[np.float32]:
     return array
 
 
-def _image_parts(parts: Mapping[str, object]) -> list[Payload]:
+def _image_parts(request: Request) -> list[Payload]:
     """The images of a request in channel order."""
+    parts = request.parts
+    if (request.header("Content-Type") or "").startswith("application/x-www-form-urlencoded"):
+        msg = "the image came as a form; send it with curl -T, not --data-binary, or as application/octet-stream"
+        raise UnknownFormat(msg)
     if not parts:
         msg = "the request has no body; send the image as the raw body or as multipart field image"
         raise Malformed(msg)
@@ -314,7 +335,7 @@ def _payload(name: str, content: object) -> Payload:
     raise UnknownFormat(msg)
 
 
-def _check(deadline: float, done: str) -> None:
-    if time.monotonic() >= deadline:
-        msg = f"the time for this request ran out after {done}"
+def _check(latest: float, done: str) -> None:
+    if time.monotonic() >= latest:
+        msg = f"the time for this request ran out: after {done} there is too little left for the next stage"
         raise Deadline(msg)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from http import HTTPStatus
 
 from .errors import ResponseTooLarge, ServingError
@@ -26,6 +28,16 @@ PROBLEM_JSON = "application/problem+json"
 
 _HEADER_TEXT = re.compile(r"[\x20-\x7e]*")
 _REQUEST_ID = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
+
+
+WARNING = "X-Nnunet-Warning"
+
+
+class Warnings(StrEnum):
+    """What a client should know of an answer that was given all the same, as stock gives it."""
+
+    CONSTANT_IMAGE = "constant_image"
+    CHANNELS_MISALIGNED = "channels_misaligned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,9 @@ class ResponseMaker:
     model: str
     limit: int
 
-    def result(self, body: bytes, content_type: str, request_id: str, server_timing: str) -> Response:
+    def result(
+        self, body: bytes, content_type: str, request_id: str, server_timing: str, warnings: Sequence[str] = ()
+    ) -> Response:
         """A 200 with the segmentation.
 
         Raises:
@@ -59,6 +73,8 @@ class ResponseMaker:
         if len(body) > self.limit:
             raise ResponseTooLarge(too_large_message(len(body), self.limit))
         headers = self._headers(request_id) | {SERVER_TIMING: server_timing}
+        if warnings:
+            headers[WARNING] = ", ".join(warnings)
         return _checked(Response(HTTPStatus.OK, content_type, body, headers))
 
     def problem(self, error: ServingError, request_id: str) -> Response:

@@ -14,8 +14,8 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.accumulator import CaseAccumulator, mirrorings
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
-from nnunet_torchserve.engine.local import LocalEngine, load_networks
-from nnunet_torchserve.engine.network import FoldNetworks
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.network import FoldNetworks, load_networks
 from nnunet_torchserve.engine.scheduler import Policy
 from nnunet_torchserve.errors import CaseFailed, Deadline
 
@@ -61,7 +61,7 @@ def test_mirrorings_are_in_nnunets_order() -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_answer_does_not_depend_on_who_else_is_served(batch: int, networks: FoldNetworks) -> None:
     sizes = {0: 40, 1: 26, 2: 33}
-    alone = {}
+    alone: dict[int, Exception | torch.Tensor] = {}
     for number, size in sizes.items():
         core = EngineCore(networks, batch)
         core.admit(case(networks, number, volume(size, number), MIRRORED if number == 1 else PLAIN))

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from nnunet_torchserve.engine.local import Prediction
+from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
 from support import volumes

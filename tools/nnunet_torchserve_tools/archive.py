@@ -22,6 +22,7 @@ import yaml
 from model_archiver.manifest_components.manifest import RuntimeType
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging_utils import ModelExportUtils
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import save_file
 
 import nnunet_handler
@@ -37,13 +38,16 @@ from nnunet_torchserve.bundle import (
     FoldDescription,
     ModelBundle,
 )
-from nnunet_torchserve.engine.network import FoldNetworks, check_golden, golden_tensors
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.network import FoldNetworks, golden_tensors
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
+from nnunet_torchserve.pipeline import Pipeline
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
 from .errors import ToolError, UsageError
-from .plans_check import check_plans, network_builder
+from .plans_check import check_mirroring, check_plans, network_builder
 
 MODEL_CONFIG_FILE = "model-config.yaml"
 MANIFEST_FILE = "MAR-INF/MANIFEST.json"
@@ -61,11 +65,12 @@ REQUIRES = {
 }
 _BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "SimpleITK", "nnunet-torchserve")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
 _FOLD_FOLDER = re.compile(r"fold_(\d+)")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _COPY_BYTES = 1024**2
+_DRY_RUN_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,26 +143,40 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
     """
     folder = request.model_folder
+    if not folder.is_dir():
+        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder"
+        raise UsageError(msg)
     plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
     folds = request.folds or _numbered_folds(folder, request.checkpoint)
     checkpoints = _read_checkpoints(folder, folds, request)
     first = checkpoints[folds[0]]
     check_plans(plans, first.configuration)
+    patch = PlansManager(plans).get_configuration(first.configuration).patch_size
+    for checkpoint in checkpoints.values():
+        check_mirroring(checkpoint.mirroring_axes, len(patch))
     name = request.name or _default_name(plans, first.configuration)
-    if not _NAME.fullmatch(name):
+    if not MODEL_NAME.fullmatch(name):
         msg = f"the model name {name!r} may hold only letters, digits, '_' and '-'; choose one with --name"
         raise UsageError(msg)
     if not _VERSION.fullmatch(request.version):
         msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
         raise UsageError(msg)
-    request.output.mkdir(parents=True, exist_ok=True)
+    try:
+        request.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"cannot make the output folder {request.output}: {error.strerror}"
+        raise UsageError(msg) from error
     contents: list[tuple[str, tuple[FoldName, ...]]] = [(name, folds)]
     if request.per_fold:
         contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
-    return [
-        _make_archive(request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen})
-        for archive_name, chosen in contents
-    ]
+    try:
+        return [
+            _make_archive(request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen})
+            for archive_name, chosen in contents
+        ]
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
+        raise ToolError(msg) from error
 
 
 def _make_archive(
@@ -219,7 +238,7 @@ def serving_core_files() -> dict[str, Path]:
 
 
 def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
-    """Run the stored weights once on one thread, and check that they give the same again."""
+    """Run the stored weights once on one thread, check that they give the same again, and answer one small case."""
     _write_bundle(stage, description)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -227,14 +246,16 @@ def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
         bundle = ModelBundle(stage)
         networks = FoldNetworks(bundle, torch.device("cpu"))
         save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
-        check_golden(networks, bundle)
+        engine = LocalEngine(ModelBundle(_write_bundle(stage, description)), torch.device("cpu"))
+        Pipeline(engine.bundle, engine, Limits(), _DRY_RUN_LIMIT_S).dry_run()
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
 
 
-def _write_bundle(stage: Path, description: BundleDescription) -> None:
+def _write_bundle(stage: Path, description: BundleDescription) -> Path:
+    """Write ``bundle.json`` for the files that are there; returns ``stage``."""
     files = {
         file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(stage.rglob("*"))
@@ -242,6 +263,7 @@ def _write_bundle(stage: Path, description: BundleDescription) -> None:
     }
     complete = description.model_copy(update={"files": files})
     (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
+    return stage
 
 
 def _write_zip(stage: Path, target: Path) -> None:
@@ -282,7 +304,10 @@ def _read_checkpoints(folder: Path, folds: Sequence[FoldName], request: ArchiveR
     for fold in folds:
         file = folder / f"fold_{fold}" / request.checkpoint
         if not file.is_file():
-            msg = f"fold {fold} has no {request.checkpoint} in {folder}"
+            there = ", ".join(sorted(f.parent.name for f in folder.glob(f"fold_*/{request.checkpoint}"))) or "no fold"
+            msg = (
+                f"fold {fold} has no {request.checkpoint} in {folder}, which has {there}; without --folds all are taken"
+            )
             raise UsageError(msg)
         checkpoints[fold] = read_checkpoint(file, trust=request.trust_checkpoint)
     first_fold, first = next(iter(checkpoints.items()))

@@ -89,7 +89,7 @@ def archive(
 @_reports_errors
 def serve(
     model_store: Annotated[Path, typer.Option(help="Folder with the archives.")] = Path("model_store"),
-    models: Annotated[list[str] | None, typer.Option(help="NAME=FILE.mar, repeatable, or all.")] = None,
+    models: Annotated[list[str] | None, typer.Option(help="NAME=FILE.mar or FILE.mar, repeatable, or all.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers per device; default: the archive's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
@@ -145,8 +145,10 @@ def stop(
     """Stop the server that was started here."""
     from . import launcher
 
-    if not launcher.stop(state_dir):
-        typer.echo(f"no server of {state_dir} is running", err=True)
+    if launcher.stop(state_dir):
+        typer.echo("stopped")
+    else:
+        typer.echo(f"no server of {state_dir.resolve()} is running", err=True)
 
 
 class _Stopped(Exception):
@@ -154,6 +156,8 @@ class _Stopped(Exception):
 
 
 def _stop_serving(_signal: int, _frame: FrameType | None) -> Any:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stopping takes a moment: once is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise _Stopped
 
 

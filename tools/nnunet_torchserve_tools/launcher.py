@@ -33,12 +33,15 @@ from nnunet_handler import LOAD_FAILED
 from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
 
-from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE
+from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME
 from .errors import ToolError, UsageError
 from .java import java_home
 from .sizing import compute_sizes
 
 STATE_FILE = "server.json"
+STOPPING_FILE = "stopping"
+"""Tells a ``serve`` in the foreground that its server ended on purpose."""
+
 READY_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 _POLL_S = 0.2
@@ -105,10 +108,8 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server, as ``server.json`` holds it."""
+    """A server, as ``server.json`` holds it. Its private temporary directory names its JVM beyond doubt."""
 
-    pid: int
-    created: float
     temp_dir: str
     inference_url: str
     management_url: str
@@ -117,13 +118,13 @@ class Server:
     log_dir: str
 
     def process(self) -> psutil.Process | None:
-        """The JVM, ``None`` if it is gone."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return None
-        return process if same else None
+        """The JVM, ``None`` if it is not there."""
+        mark = f"-Djava.io.tmpdir={self.temp_dir}"
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if mark in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                    return process
+        return None
 
 
 def start(request: ServeRequest) -> Server:
@@ -138,6 +139,7 @@ def start(request: ServeRequest) -> Server:
         raise UsageError(msg)
     stop(request.state_dir)  # what a server that ended by itself left
     gpus = _gpus(request.device)
+    base_config = _base_config(request.config)
     archives = find_archives(request.model_store, request.models)
     workers = {a: request.workers * max(1, gpus) if request.workers else max(a.workers, gpus) for a in archives}
     queue = request.queue or 2 * max(workers.values())
@@ -148,11 +150,14 @@ def start(request: ServeRequest) -> Server:
 
     state_dir = request.state_dir.resolve()
     log_dir, work_dir = state_dir / "logs", state_dir / "work"
-    shutil.rmtree(log_dir, ignore_errors=True)
+    if log_dir.exists():  # the last server's log may be what somebody looks for
+        previous = state_dir / "logs.previous"
+        shutil.rmtree(previous, ignore_errors=True)
+        log_dir.rename(previous)
     for folder in (log_dir, work_dir):
         folder.mkdir(parents=True, exist_ok=True)
     temp_dir = Path(tempfile.mkdtemp(prefix="nnunet-ts-"))
-    store = request.model_store.resolve()
+    store, heap = request.model_store.resolve(), sizes.heap // 1024**2
     settings = {
         "inference_address": f"http://127.0.0.1:{request.ports.inference}",
         "management_address": f"http://127.0.0.1:{request.ports.management}",
@@ -163,22 +168,29 @@ def start(request: ServeRequest) -> Server:
         "job_queue_size": queue,
         "max_request_size": sizes.front_end_limit,
         "max_response_size": sizes.front_end_limit,
-        "vmargs": f"-Xmx{sizes.heap // 1024**2}m -XX:+ExitOnOutOfMemoryError",
+        "vmargs": f"-Xmx{heap}m -XX:MaxDirectMemorySize={heap}m -XX:+ExitOnOutOfMemoryError",
         "initial_worker_port": _worker_ports(),
         "number_of_gpu": gpus,
     }
     config = state_dir / "config.properties"
-    config.write_text(merge_properties(_base_config(request.config), settings))
+    config.write_text(merge_properties(base_config, settings))
     limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "cases": sum(workers.values())}
     environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
+    server = Server(
+        temp_dir=str(temp_dir),
+        inference_url=f"http://127.0.0.1:{request.ports.inference}",
+        management_url=f"http://127.0.0.1:{request.ports.management}",
+        metrics_url=f"http://127.0.0.1:{request.ports.metrics}",
+        models=sorted({archive.name for archive in archives}),
+        log_dir=str(log_dir),
+    )
+    (state_dir / STOPPING_FILE).unlink(missing_ok=True)
+    _write_state(state_dir, server)  # before there is anything that would have to be found again
     try:
         _launch(config, store, archives, environment, work_dir, log_dir)
-        server = _server(request.ports, temp_dir, log_dir, archives)
-        _write_state(state_dir, server)
         _wait_ready(server, workers)
     except BaseException:
         stop(state_dir)
-        shutil.rmtree(temp_dir, ignore_errors=True)
         raise
     return server
 
@@ -195,23 +207,22 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
     server = read_state(state_dir)
     if server is None:
         return False
-    state_file, stopping = state_dir / STATE_FILE, state_dir / f"{STATE_FILE}.stopping"
-    state_file.rename(stopping)  # so that a serve in the foreground knows that this is on purpose
+    (state_dir / STOPPING_FILE).touch()
     process = server.process()
     if process is not None:
-        family = [process, *process.children(recursive=True)]
+        family = [process]
         with suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
             process.terminate()
         _, alive = psutil.wait_procs(family, timeout=timeout_s)
         for leftover in alive:
             with suppress(psutil.NoSuchProcess):
                 leftover.kill()
         if psutil.wait_procs(alive, timeout=5)[1]:
-            stopping.rename(state_file)
-            msg = f"TorchServe (process {server.pid}) did not end"
+            msg = f"TorchServe (process {process.pid}) did not end"
             raise ToolError(msg)
     shutil.rmtree(server.temp_dir, ignore_errors=True)
-    stopping.unlink()
+    (state_dir / STATE_FILE).unlink(missing_ok=True)
     return process is not None
 
 
@@ -219,7 +230,7 @@ def wait(server: Server, state_dir: Path) -> bool:
     """Block until the server is gone; returns whether it was stopped on purpose."""
     while server.process() is not None:
         time.sleep(_POLL_S)
-    return read_state(state_dir) != server
+    return (state_dir / STOPPING_FILE).exists()
 
 
 def read_state(state_dir: Path) -> Server | None:
@@ -237,21 +248,31 @@ def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
         UsageError: no such folder or file, or a file that 'nnunet-torchserve archive' did not make.
     """
     if not model_store.is_dir():
-        msg = f"the model store {model_store} does not exist; make an archive first: nnunet-torchserve archive"
+        msg = f"the model store {model_store.resolve()} does not exist; first: nnunet-torchserve archive MODEL_FOLDER"
         raise UsageError(msg)
     if list(models) == ["all"]:
         wanted: list[tuple[str | None, str]] = [(None, file.name) for file in sorted(model_store.glob("*.mar"))]
         if not wanted:
-            msg = f"the model store {model_store} has no archive (*.mar); make one: nnunet-torchserve archive"
+            msg = f"the model store {model_store.resolve()} has no archive (*.mar); first: nnunet-torchserve archive MODEL_FOLDER"
             raise UsageError(msg)
     else:
         wanted = [(name or None, file) for name, _, file in (model.rpartition("=") for model in models)]
-    return [_read_archive(model_store, name, file) for name, file in wanted]
+    archives = [_read_archive(model_store, name, file) for name, file in wanted]
+    for number, archive in enumerate(archives):
+        for other in archives[:number]:
+            if (other.name, other.version) == (archive.name, archive.version):
+                msg = f"{other.file} and {archive.file} are both {archive.name} {archive.version}; serve one of them"
+                raise UsageError(msg)
+    return archives
 
 
 def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
+    if name is not None and not MODEL_NAME.fullmatch(name):
+        msg = f"{name!r} is no model name; use --models NAME=FILE.mar, once for each model"
+        raise UsageError(msg)
     if "/" in file or not (model_store / file).is_file():
-        msg = f"the model store {model_store} has no archive {file}"
+        found = ", ".join(sorted(f.name for f in model_store.glob("*.mar"))) or "none"
+        msg = f"the model store {model_store.resolve()} has no archive {file}; it has: {found}"
         raise UsageError(msg)
     try:
         with zipfile.ZipFile(model_store / file) as archive:
@@ -296,8 +317,10 @@ def _gpus(device: DeviceKind) -> int:
         answer = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, check=False, timeout=60)
         listing = answer.stdout if answer.returncode == 0 else ""
     gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # the workers' PyTorch sees only these
+        gpus = min(gpus, len([each for each in visible.split(",") if each.strip() not in ("", "-1")]))
     if gpus == 0 and device is DeviceKind.CUDA:
-        msg = "--device cuda was asked for, but nvidia-smi shows no GPU; use --device cpu or check the driver"
+        msg = "--device cuda was asked for, but no GPU is visible; use --device cpu or check the driver"
         raise ToolError(msg)
     return gpus
 
@@ -316,15 +339,18 @@ def _check_ports(ports: Ports) -> None:
     if len(set(numbers.values())) != len(numbers):
         msg = f"every port must be another number; got {numbers}"
         raise UsageError(msg)
+    taken = []
     for name, port in numbers.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError as error:
-                option = name.replace("_", "-")
-                msg = f"port {port} is taken ({error.strerror}); choose another with --{option}-port"
-                raise ToolError(msg) from error
+                taken.append(
+                    f"port {port} is taken ({error.strerror}): choose another with --{name.replace('_', '-')}-port"
+                )
+    if taken:
+        raise ToolError("; ".join(taken))
 
 
 def _worker_ports() -> int:
@@ -335,7 +361,7 @@ def _worker_ports() -> int:
 def _environment(java: Path, temp_dir: Path, log_dir: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
     search = [str(Path(sys.executable).parent), str(java / "bin"), environment.get("PATH", "")]
-    # threads that spin while they wait keep other processes off the cores: two busy workers were 1.4 times slower
+    # threads that spin while they wait keep each other off busy cores: a request took up to ten times as long
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment | {
         "PATH": os.pathsep.join(search),
@@ -369,25 +395,6 @@ def _launch(
         raise ToolError(msg)
 
 
-def _server(ports: Ports, temp_dir: Path, log_dir: Path, archives: Sequence[Archive]) -> Server:
-    try:
-        pid = int((temp_dir / ".model_server.pid").read_text())
-        created = psutil.Process(pid).create_time()
-    except (OSError, ValueError, psutil.NoSuchProcess) as error:
-        msg = f"TorchServe did not start:\n{_tail(log_dir / 'torchserve.out')}"
-        raise ToolError(msg) from error
-    return Server(
-        pid=pid,
-        created=created,
-        temp_dir=str(temp_dir),
-        inference_url=f"http://127.0.0.1:{ports.inference}",
-        management_url=f"http://127.0.0.1:{ports.management}",
-        metrics_url=f"http://127.0.0.1:{ports.metrics}",
-        models=sorted({archive.name for archive in archives}),
-        log_dir=str(log_dir),
-    )
-
-
 def _write_state(state_dir: Path, server: Server) -> None:
     unfinished = state_dir / f".{STATE_FILE}"
     unfinished.write_text(json.dumps(asdict(server), indent=2))
@@ -410,7 +417,10 @@ def _wait_ready(server: Server, workers: Mapping[Archive, int]) -> None:
                     raise ToolError(msg)
                 if count != archive.workers and archive not in resized:
                     path = f"/models/{archive.name}/{archive.version}"
-                    management.put(path, params={"min_worker": count, "max_worker": count}).raise_for_status()
+                    scaled = management.put(path, params={"min_worker": count, "max_worker": count})
+                    if scaled.is_error:
+                        msg = f"TorchServe would not start {count} workers of {archive.name}: {scaled.text}"
+                        raise ToolError(msg)
                     resized.add(archive)
                 statuses = [worker["status"] for worker in state["workers"]]
                 if len(statuses) == count and set(statuses) == {"READY"}:

@@ -53,7 +53,8 @@ def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
             msg = f"{configuration_name} is the second stage of a cascade, which cannot be served yet"
             raise ToolError(msg)
         _check_lookups(manager, configuration)
-    except (KeyError, TypeError, AttributeError) as error:
+        _check_numbers(manager, configuration)
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         msg = f"plans.json is not complete: {type(error).__name__} {error}"
         raise ToolError(msg) from error
 
@@ -98,6 +99,33 @@ def _check_lookups(manager: Any, configuration: Any) -> None:
         if not getattr(target, "__module__", "").startswith("nnunetv2."):
             msg = f"plans.json names a {key} that nnunetv2 does not have"
             raise ToolError(msg)
+
+
+def _check_numbers(manager: Any, configuration: Any) -> None:
+    """Axis orders must be permutations and inverses, sizes and spacings positive."""
+    forward, backward = list(manager.transpose_forward), list(manager.transpose_backward)
+    dimensions = len(configuration.patch_size)
+    sound = (
+        sorted(forward) == [0, 1, 2]
+        and [forward[axis] for axis in backward] == [0, 1, 2]
+        and dimensions in (2, 3)
+        and len(configuration.spacing) == dimensions
+        and all(int(size) == size and size > 0 for size in configuration.patch_size)
+        and all(0 < float(size) < float("inf") for size in configuration.spacing)
+    )
+    if not sound:
+        msg = (
+            f"plans.json: transpose {forward} and {backward}, patch {configuration.patch_size}, spacing "
+            f"{configuration.spacing} do not describe a grid"
+        )
+        raise ToolError(msg)
+
+
+def check_mirroring(axes: tuple[int, ...] | None, dimensions: int) -> None:
+    """Raise :class:`ToolError` unless a checkpoint's mirroring axes are distinct axes of its patch."""
+    if axes is not None and (len(set(axes)) != len(axes) or not set(axes) <= set(range(dimensions))):
+        msg = f"the checkpoint mirrors along axes {axes}, which a patch of {dimensions} axes does not have"
+        raise ToolError(msg)
 
 
 def _normalization(scheme: str) -> Any:

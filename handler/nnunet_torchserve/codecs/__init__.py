@@ -55,7 +55,7 @@ def open_image(body: bytes | bytearray | memoryview, limits: Limits, reader: str
     source = ByteSource(body)
     head = source.read(HEADER_BYTES)
     if (kind := header_class(head)) is not None:
-        return NiftiSource(head, kind, source, limits, length_unit=reader.startswith("SimpleITK"))
+        return NiftiSource(head, kind, source, limits, itk=reader.startswith("SimpleITK"))
     found = "an empty body" if not head else "bytes that are no NIfTI image"
     msg = f"{found}; send a NIfTI file (.nii or .nii.gz) as the raw body or as multipart field image"
     raise UnknownFormat(msg)

@@ -60,7 +60,7 @@ def header_class(head: bytes) -> Any:
 class NiftiSource:
     """One NIfTI image, as an :class:`~.source.ImageSource`."""
 
-    def __init__(self, head: bytes, kind: Any, source: ByteSource, limits: Limits, *, length_unit: bool) -> None:
+    def __init__(self, head: bytes, kind: Any, source: ByteSource, limits: Limits, *, itk: bool) -> None:
         """Read and check the header; the voxels stay compressed.
 
         Args:
@@ -68,12 +68,13 @@ class NiftiSource:
             kind: what :func:`header_class` said.
             source: positioned after ``head``.
             limits: voxels and expanded bytes are checked here.
-            length_unit: honour the header's length unit (``SimpleITKIO``) or not (``NibabelIO``).
+            itk: follow ITK (``SimpleITKIO``): the header's length unit counts, and integers that are scaled pass
+                through float32. Otherwise nibabel (``NibabelIO``).
 
         Raises:
             Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
         """
-        self._head, self._source = head, source
+        self._head, self._source, self._itk = head, source, itk
         try:
             self._header = kind.from_fileobj(io.BytesIO(head), check=False)
             self._dtype = self._header.get_data_dtype()
@@ -94,7 +95,8 @@ class NiftiSource:
         if self._data_offset + self._data_bytes > limits.expanded_bytes:
             msg = f"the image would expand to {self._data_bytes} bytes; the limit is {limits.expanded_bytes}"
             raise TooLarge(msg)
-        self.geometry = self._geometry(shape, ndim, length_unit=length_unit)
+        self._scaling()
+        self.geometry = self._geometry(shape, ndim)
 
     @property
     def native_format(self) -> OutputFormat:
@@ -123,7 +125,9 @@ class NiftiSource:
         slope, intercept = self._scaling()
         with np.errstate(over="ignore", invalid="ignore"):
             if (slope, intercept) != (1.0, 0.0):
-                stored = stored * slope + intercept
+                if self._itk and stored.dtype.kind in "iu":
+                    stored = stored.astype(np.float32)  # as ITK does, which rounds integers above 2**24
+                stored = stored.astype(np.float64) * slope + intercept
             voxels: npt.NDArray[np.float32] = stored.astype(np.float32)
         return voxels
 
@@ -159,27 +163,35 @@ class NiftiSource:
     def _offset(self) -> int:
         declared = float(self._header["vox_offset"])
         smallest = self._header.sizeof_hdr + 4
-        if not math.isfinite(declared) or not 0 <= declared < 2**31 or 0 < declared < smallest:
+        if not math.isfinite(declared) or not smallest <= declared < 2**31:
             msg = f"the NIfTI header puts the voxels at byte {declared}; {smallest} or more was expected"
             raise Malformed(msg)
-        return int(max(declared, smallest))
+        return int(declared)
 
     def _scaling(self) -> tuple[float, float]:
-        """NIfTI-1 scl_slope and scl_inter; a slope of 0 or NaN means none."""
+        """NIfTI-1 scl_slope and scl_inter; both 0 or NaN mean none.
+
+        Raises:
+            Malformed: one of them alone is unusable. Readers then disagree: ITK applies an intercept without a slope,
+                nibabel does not.
+        """
         slope, intercept = float(self._header["scl_slope"]), float(self._header["scl_inter"])
-        if slope == 0 or not math.isfinite(slope) or not math.isfinite(intercept):
+        if (slope == 0 or math.isnan(slope)) and (intercept == 0 or math.isnan(intercept)):
             return 1.0, 0.0
+        if not math.isfinite(slope) or not math.isfinite(intercept) or abs(slope) < np.finfo(np.float64).eps:
+            msg = f"the NIfTI header's scaling, slope {slope} and intercept {intercept}, is read differently by readers"
+            raise Malformed(msg)
         return slope, intercept
 
-    def _geometry(self, shape: tuple[int, int, int, int], ndim: int, *, length_unit: bool) -> Geometry:
+    def _geometry(self, shape: tuple[int, int, int, int], ndim: int) -> Geometry:
         pixdim = [float(size) for size in self._header["pixdim"][1 : ndim + 1]]
         if any(not math.isfinite(size) or size <= 0 for size in pixdim):
             msg = f"voxel spacing {pixdim} mm; every spacing must be a positive number"
             raise BadSpacing(msg)
-        unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0) if length_unit else 1.0
+        unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0) if self._itk else 1.0
         spacing = [size * unit for size in pixdim]
         with np.errstate(all="ignore"):
-            affine = np.asarray(self._best_affine(), np.float64)
+            affine = self._affine()
             columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         if not np.isfinite(affine).all() or not np.isfinite(columns).all():
             msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN or infinite columns"
@@ -196,10 +208,18 @@ class NiftiSource:
             ndim=ndim,
         )
 
-    def _best_affine(self) -> npt.NDArray[np.float64]:
+    def _affine(self) -> npt.NDArray[np.float64]:
+        """Voxel (x, y, z) to RAS, from the form that ITK takes.
+
+        The sform if its code is 1 or there is no qform, else the qform; without either, no turn and no origin, in LPS.
+        """
+        qform, sform = int(self._header["qform_code"]), int(self._header["sform_code"])
         try:
-            affine: npt.NDArray[np.float64] = self._header.get_best_affine()
+            if sform == 1 or (sform > 0 and qform == 0):
+                return np.asarray(self._header.get_sform(), np.float64)
+            if qform > 0:
+                return np.asarray(self._header.get_qform(), np.float64)
         except (HeaderDataError, ValueError):
             msg = "the NIfTI header's qform is no rotation"
             raise Malformed(msg) from None
-        return affine
+        return np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -128,8 +128,8 @@ class CaseAccumulator:
         """Take in the next pass; ``logits`` (classes, *patch) is used up.
 
         Raises:
-            CaseFailed: a logit of a finished fold is NaN or infinite. Stock checks for infinity only and would
-                answer a NaN with background.
+            CaseFailed: a logit of a finished fold, or of the mean of folds, is NaN or infinite. Stock checks for
+                infinity in a fold only, and would answer a NaN with background.
         """
         if self._partial is None:
             self._partial = logits
@@ -147,12 +147,11 @@ class CaseAccumulator:
         self._added += 1
         if self.done and len(self._folds) > 1:
             self._result /= len(self._folds)
+            _check_finite(self._result)  # the sum of folds may overflow where no fold does
 
     def _finish_fold(self) -> None:
         torch.div(self._fold_sum, self._weights, out=self._fold_sum)
-        if not torch.isfinite(self._fold_sum).all():
-            msg = "the network's logits for this case are not finite; no segmentation can be given"
-            raise CaseFailed(msg)
+        _check_finite(self._fold_sum)
         if self._fold_sum is self._result:
             return
         if self._folds_done == 0:
@@ -168,6 +167,12 @@ class CaseAccumulator:
             msg = f"{self._added} of {len(self)} passes are in"
             raise RuntimeError(msg)
         return self._result
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if not torch.isfinite(logits).all():
+        msg = "the network's logits for this case are not finite; no segmentation can be given"
+        raise CaseFailed(msg)
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -5,65 +5,16 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from ..bundle import ModelBundle
 from ..cases import Settings
-from ..tiling import STOCK_THREADS
 from .accumulator import CaseAccumulator
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
-from .network import FoldNetworks, check_golden
+from .network import load_networks
+from .prediction import Prediction
 from .scheduler import Policy
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the engine gives for one case.
-
-    Attributes:
-        logits: float16 (classes, z, y, x) on the network's grid, on the CPU.
-        queue_s: seconds before the case's first forward pass.
-        network_s: seconds from there to its last.
-    """
-
-    logits: torch.Tensor
-    queue_s: float
-    network_s: float
-
-
-class Engine(Protocol):
-    """Patches in, logits out; wherever the networks live."""
-
-    def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> Prediction:
-        """Predict one preprocessed case.
-
-        Args:
-            data: float32 (C, z, y, x) on the network's grid.
-            settings: folds, mirroring, tiling.
-            deadline: ``time.monotonic()`` after which the case is given up.
-
-        Raises:
-            Deadline: the time ran out; nothing of the case is kept.
-            CaseFailed: the logits are not finite, or the network failed on this case.
-            OutOfMemory: the device cannot hold this case.
-        """
-
-
-def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
-    """The networks of a bundle on a device, checked against the golden patch.
-
-    Raises:
-        BundleError: the weights do not fit, or the golden patch gives other logits.
-    """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    torch.set_num_threads(min(STOCK_THREADS, torch.get_num_threads()))
-    networks = FoldNetworks(bundle, device)
-    check_golden(networks, bundle)
-    return networks
 
 
 class LocalEngine:
@@ -93,13 +44,14 @@ class LocalEngine:
         Raises:
             BundleError: the weights do not fit, or the golden patch gives other logits.
         """
+        self.bundle = bundle
         self._core = EngineCore(load_networks(bundle, device), max_patch_batch, policy)
         self._lock = threading.Lock()
         self._outcomes: dict[int, Outcome] = {}
         self._numbers = itertools.count()
 
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
-        """See :meth:`Engine.predict`."""
+        """See :meth:`~.prediction.Engine.predict`."""
         networks, arrived = self._core.networks, time.monotonic()
         try:
             with torch.inference_mode():

@@ -17,6 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from ..bundle import GOLDEN_FILE, ModelBundle, NetworkBuilder, read_tensors
 from ..errors import BundleError
 from ..options import FoldName
+from ..tiling import STOCK_THREADS
 
 GOLDEN_SCALE = 1 / 32
 """The golden patch is stored as int8; the network sees it multiplied by this."""
@@ -52,6 +53,11 @@ class FoldNetworks:
                 raise BundleError(msg) from error
             self._networks[fold] = network.to(device).eval().requires_grad_(False)
 
+    @property
+    def folds(self) -> tuple[FoldName, ...]:
+        """The folds that are loaded."""
+        return tuple(self._networks)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """float16 autocast on CUDA, nothing elsewhere, as ``predict_sliding_window_return_logits`` does."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
@@ -68,6 +74,20 @@ class FoldNetworks:
         """
         logits: torch.Tensor = self._networks[fold](patches)
         return logits
+
+
+def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
+    """The networks of a bundle on a device, checked against the golden patch.
+
+    Raises:
+        BundleError: the weights do not fit, or the golden patch gives other logits.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(min(STOCK_THREADS, torch.get_num_threads()))
+    networks = FoldNetworks(bundle, device)
+    check_golden(networks, bundle)
+    return networks
 
 
 def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:

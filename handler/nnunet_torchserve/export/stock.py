@@ -29,15 +29,19 @@ def export(
         probabilities: also give float32 (classes, Z, Y, X) on the input's grid. How torch splits a softmax among
             threads decides its last bit, so it runs on as many as stock's.
     """
-    answer = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits,
-        bundle.plans,
-        bundle.configuration,
-        bundle.labels,
-        properties,
-        return_probabilities=probabilities,
-        num_threads_torch=STOCK_THREADS if probabilities else torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    try:
+        answer = convert_predicted_logits_to_segmentation_with_correct_shape(
+            logits,
+            bundle.plans,
+            bundle.configuration,
+            bundle.labels,
+            properties,
+            return_probabilities=probabilities,
+            num_threads_torch=STOCK_THREADS if probabilities else threads,
+        )
+    finally:
+        torch.set_num_threads(threads)  # which stock forgets when it fails
     labels, class_probabilities = answer if probabilities else (answer, None)
     wide = labels.size > 0 and int(labels.max()) >= _UINT8_LABELS
     array: LabelArray = labels.astype(np.uint16 if wide else np.uint8, copy=False)

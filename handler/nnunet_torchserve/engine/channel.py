@@ -1,0 +1,249 @@
+"""What workers and the engine process say to each other, and how volumes change hands.
+
+A Unix socket of sequenced packets: one packet is one message, so nothing is ever read halfway, and file descriptors
+stay with the message that they came with. Messages are JSON, checked by pydantic on arrival. Volumes are memfds: they
+are bounded by no /dev/shm, vanish with the last process that has them, and are sealed against shrinking, because a
+shrunk file under a reader's map is a SIGBUS. A receiver believes neither size nor shape without looking.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import math
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..cases import Settings
+from ..options import FoldName
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 16 * 1024
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_FD_BYTES = array.array("i").itemsize
+FLIGHT_RECORD_CASES = 64
+
+
+class ChannelError(Exception):
+    """The peer broke the protocol, or is another user's."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Hello(_Message):
+    """Engine → worker, first of all, with the flight record's descriptor: the networks are loaded."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: int
+    pid: int
+
+
+class Refused(_Message):
+    """Engine → worker, instead of hello: it cannot serve."""
+
+    kind: Literal["refused"] = "refused"
+    reason: str
+
+
+class Submit(_Message):
+    """Worker → engine, with the volume's descriptor: predict this case."""
+
+    kind: Literal["submit"] = "submit"
+    shape: tuple[int, int, int, int]
+    folds: tuple[FoldName, ...]
+    mirroring_axes: tuple[int, ...]
+    tile_step_size: Annotated[float, Field(gt=0, le=1)]
+    use_gaussian: bool
+    deadline: float | None
+    suspect: bool
+
+    def settings(self) -> Settings:
+        """How the case is predicted."""
+        return Settings(self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian)
+
+
+class Accepted(_Message):
+    """Engine → worker: the case's number, as the flight record names it."""
+
+    kind: Literal["accepted"] = "accepted"
+    case_id: int
+
+
+class Heartbeat(_Message):
+    """Engine → worker, every second while its case is in flight."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+
+
+class Done(_Message):
+    """Engine → worker, with the logits' descriptor."""
+
+    kind: Literal["done"] = "done"
+    case_id: int
+    shape: tuple[int, int, int, int]
+    unpad: tuple[tuple[int, int], ...]
+    queue_s: float
+    network_s: float
+
+
+class Failed(_Message):
+    """Engine → worker: the case ended with an error of :mod:`..errors`."""
+
+    kind: Literal["failed"] = "failed"
+    case_id: int
+    code: str
+    detail: str
+
+
+Message = Hello | Refused | Submit | Accepted | Heartbeat | Done | Failed
+_adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def new_socket() -> socket.socket:
+    """A Unix socket of sequenced packets, closed on exec."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """The process at the other end.
+
+    Raises:
+        ChannelError: it belongs to another user.
+    """
+    pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if uid != os.getuid():
+        msg = f"process {pid} at the other end belongs to user {uid}"
+        raise ChannelError(msg)
+    return int(pid)
+
+
+def send(connection: socket.socket, message: Message, descriptors: Sequence[int] = ()) -> None:
+    """Send one message and its descriptors; the receiver gets its own copies of them."""
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    connection.sendmsg([message.model_dump_json().encode()], control)
+
+
+def receive(connection: socket.socket) -> tuple[Message, list[int]] | None:
+    """One message and its descriptors, which are the caller's to close; ``None`` if the peer has left.
+
+    Python's ``recv_fds`` would leave the descriptors inheritable.
+
+    Raises:
+        ChannelError: no message of this protocol.
+        TimeoutError: the socket's timeout passed.
+    """
+    space = socket.CMSG_SPACE(2 * _FD_BYTES)
+    content, control, flags, _ = connection.recvmsg(MAX_MESSAGE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
+    descriptors = array.array("i")
+    for level, kind, data in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % _FD_BYTES])
+    received = list(descriptors)
+    try:
+        if not content:
+            close_all(received)
+            return None
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            msg = "a message or its descriptors were cut off"
+            raise ChannelError(msg)
+        return _adapter.validate_json(content), received
+    except (ValidationError, ChannelError) as error:
+        close_all(received)
+        if isinstance(error, ChannelError):
+            raise
+        msg = f"not a message of this protocol: {error.error_count()} errors"
+        raise ChannelError(msg) from error
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors."""
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def share(shape: Sequence[int], dtype: torch.dtype, name: str) -> tuple[torch.Tensor, int]:
+    """A zeroed tensor in shared memory, and the descriptor to send; the tensor lives as long as it is referenced."""
+    size = math.prod(shape) * dtype.itemsize
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        memory = mmap.mmap(descriptor, size)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape)), descriptor
+
+
+def attach(descriptor: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The tensor behind a received descriptor; writing to it does not reach the sender. Closes the descriptor.
+
+    Raises:
+        ChannelError: it is no sealed memfd of exactly this size.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        actual = os.fstat(descriptor).st_size
+        if min(shape) < 1 or not sealed or actual != size:
+            msg = f"shared memory of {actual} bytes (sealed: {sealed}) for shape {tuple(shape)}, {size} bytes expected"
+            raise ChannelError(msg)
+        memory = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        msg = "the descriptor is no sealed memfd"
+        raise ChannelError(msg) from error
+    finally:
+        os.close(descriptor)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+
+class FlightRecord:
+    """Which cases are in the running batch, readable after the engine died.
+
+    The first entry is how many follow; it is written last before a batch and first after it.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        """``numbers``: int64 (1 + FLIGHT_RECORD_CASES,) in shared memory."""
+        self._numbers = numbers
+
+    @classmethod
+    def create(cls) -> tuple[FlightRecord, int]:
+        """A new record and its descriptor."""
+        numbers, descriptor = share((1 + FLIGHT_RECORD_CASES,), torch.int64, "nnunet-flight-record")
+        return cls(numbers), descriptor
+
+    @classmethod
+    def map(cls, descriptor: int) -> FlightRecord:
+        """The engine's record, seen from a worker. Closes the descriptor."""
+        size = (1 + FLIGHT_RECORD_CASES) * torch.int64.itemsize
+        try:
+            if os.fstat(descriptor).st_size != size:
+                msg = "the flight record has another size"
+                raise ChannelError(msg)
+            memory = mmap.mmap(descriptor, size)  # shared: it must show what the engine writes later
+        finally:
+            os.close(descriptor)
+        return cls(torch.frombuffer(memory, dtype=torch.int64))
+
+    def write(self, cases: Sequence[int]) -> None:
+        """Note the cases of the batch that starts now, or none."""
+        self._numbers[0] = 0
+        for position, case_id in enumerate(cases[:FLIGHT_RECORD_CASES], start=1):
+            self._numbers[position] = case_id
+        self._numbers[0] = min(len(cases), FLIGHT_RECORD_CASES)
+
+    def read(self) -> set[int]:
+        """The cases of the running batch."""
+        count = int(self._numbers[0])
+        return {int(number) for number in self._numbers[1 : 1 + count]}

@@ -1,0 +1,350 @@
+"""The engine in a process of its own: one for all workers, and what its death costs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Settings
+from nnunet_torchserve.engine import channel, process, remote
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline
+
+CPU = torch.device("cpu")
+PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+LONG = Settings(folds=(0, 1, 2, 3, 4), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+GONE_WITHIN_S = process.IDLE_S + 10
+
+
+@pytest.fixture(scope="module")
+def bundle(unpacked: Callable[[str], Path]) -> ModelBundle:
+    return ModelBundle(unpacked("five_folds"))
+
+
+Connect = Callable[[ModelBundle], RemoteEngine]
+
+
+@pytest.fixture
+def connect(runtime: Path) -> Iterator[Connect]:
+    """Makes engine connections that are closed in the end."""
+    made: list[RemoteEngine] = []
+
+    def make(bundle: ModelBundle) -> RemoteEngine:
+        made.append(RemoteEngine(bundle, CPU))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.disconnect()
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory; its engines are gone in the end."""
+    monkeypatch.setenv(remote.RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
+    yield tmp_path / "run"
+    for engine in engines(tmp_path / "run"):
+        engine.kill()
+
+
+def engines(runtime: Path) -> list[psutil.Process]:
+    """The engine processes of a runtime directory."""
+    found = []
+    for each in psutil.process_iter(["cmdline"]):
+        line = each.info["cmdline"] or []
+        if "nnunet_torchserve.engine.process" in line and any(str(runtime) in part for part in line):
+            found.append(each)
+    return found
+
+
+def volume(size: int, seed: int) -> torch.Tensor:
+    return torch.randn((1, size, size, size), generator=torch.Generator().manual_seed(seed))
+
+
+def wait_until(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class Workers:
+    """Threads with an engine connection each, as TorchServe's workers have."""
+
+    def __init__(self, bundle: ModelBundle, connect: Connect, count: int) -> None:
+        self.engines = [connect(bundle) for _ in range(count)]
+        self.answers: dict[int, object] = {}
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, number: int, data: torch.Tensor, settings: Settings) -> None:
+        def ask() -> None:
+            try:
+                self.answers[number] = self.engines[number].predict(data, settings).logits
+            except Exception as error:  # noqa: BLE001 (it is the answer)
+                self.answers[number] = error
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        self._threads.append(thread)
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in self._threads)
+
+
+def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    local, far = LocalEngine(bundle, CPU), connect(bundle)
+    for settings in (PLAIN, Settings((3, 1), (0, 2), 0.75, use_gaussian=False)):
+        for size in (20, 33):
+            expected = local.predict(volume(size, size), settings).logits
+            assert torch.equal(far.predict(volume(size, size), settings).logits, expected)
+    assert len(engines(runtime)) == 1
+
+
+def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    engine = connect(bundle)
+    [running] = engines(runtime)
+    assert running.ppid() == 1 or running.ppid() != os.getpid()
+    engine.disconnect()
+    assert not psutil.wait_procs([running], GONE_WITHIN_S)[1]
+    assert not list(runtime.glob(f"*/{process.SOCKET}"))
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_workers_that_race_at_a_cold_start_share_one_engine(attempt: int, bundle: ModelBundle, runtime: Path) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
+        "from nnunet_torchserve.engine.remote import RemoteEngine;"
+        "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cpu'));"
+        "from nnunet_torchserve.engine.channel import peer_pid;"
+        "print(peer_pid(engine._link.endpoint), flush=True); sys.stdin.read()"
+    )
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(bundle.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    pids = {racer.stdout.readline() for racer in racers if racer.stdout}
+    assert len(pids) == 1
+    assert len(engines(runtime)) == 1
+    for racer in racers:
+        racer.communicate()
+
+
+def test_a_killed_engine_costs_nothing_but_time(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    expected = {number: LocalEngine(bundle, CPU).predict(volume(30, number), LONG).logits for number in range(2)}
+    workers = Workers(bundle, connect, 2)
+    [running] = engines(runtime)
+    for number in range(2):
+        workers.submit(number, volume(30, number), LONG)
+    time.sleep(0.5)
+    running.kill()
+    workers.join()
+    assert all(torch.equal(workers.answers[number], expected[number]) for number in range(2))  # type: ignore[arg-type]
+    assert running not in engines(runtime)
+
+
+def test_a_stopped_engine_is_replaced(
+    bundle: ModelBundle, runtime: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENCE_S", 2.5)
+    expected = LocalEngine(bundle, CPU).predict(volume(30, 0), PLAIN).logits
+    workers = Workers(bundle, connect, 1)
+    [running] = engines(runtime)
+    running.suspend()
+    workers.submit(0, volume(30, 0), PLAIN)
+    workers.join()
+    assert torch.equal(workers.answers[0], expected)  # type: ignore[arg-type]
+    assert not psutil.wait_procs([running], 5)[1]
+
+
+def test_a_case_that_kills_the_engine_fails_alone(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    expected = LocalEngine(bundle, CPU).predict(volume(40, 1), LONG).logits
+    workers = Workers(bundle, connect, 2)
+    killer = threading.Event()
+
+    def kill_whoever_runs_the_poison() -> None:
+        """Kill each engine while the flight record names the poisonous case."""
+        while not killer.is_set():
+            for running in engines(runtime):
+                with suppress(AttributeError, RuntimeError):
+                    link = workers.engines[0]._link
+                    if link is not None and poison_case in link.record.read():
+                        running.kill()
+            time.sleep(0.005)
+
+    poison_case = 1
+    workers.submit(0, volume(40, 0), LONG)
+    assert wait_until(lambda: poison_case in (workers.engines[0]._link or _raise()).record.read(), 10)
+    threading.Thread(target=kill_whoever_runs_the_poison, daemon=True).start()
+    workers.join()
+    killer.set()
+    workers.submit(1, volume(40, 1), LONG)
+    workers.join()
+    assert isinstance(workers.answers[0], CaseFailed)
+    assert torch.equal(workers.answers[1], expected)  # type: ignore[arg-type]
+
+
+def _raise() -> remote._Link:
+    msg = "not connected"
+    raise RuntimeError(msg)
+
+
+def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    program = (
+        "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
+        "from nnunet_torchserve.cases import Settings; from nnunet_torchserve.engine.remote import RemoteEngine;"
+        "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cpu')); print('ready', flush=True);"
+        "engine.predict(torch.zeros((1, 90, 90, 90)), Settings((0, 1, 2, 3, 4), (0, 1, 2), 0.3, True))"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", program, str(bundle.folder)], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    [running] = engines(runtime)
+    stays = connect(bundle)
+    time.sleep(1)
+    assert running.cpu_percent(0.5) > 20
+    worker.kill()
+    worker.communicate()
+    stays.predict(volume(20, 0), PLAIN)
+
+    def is_idle() -> bool:
+        return running.cpu_percent(0.5) < 20
+
+    assert wait_until(is_idle, 20)
+
+
+def test_a_case_out_of_time_is_given_up(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    engine = connect(bundle)
+    with pytest.raises(Deadline):
+        engine.predict(volume(60, 0), LONG, time.monotonic() + 0.3)
+    assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
+
+
+def test_a_deleted_socket_is_made_again(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    first = connect(bundle)
+    [running] = engines(runtime)
+    for path in runtime.glob(f"*/{process.SOCKET}"):
+        path.unlink()
+    second = connect(bundle)
+    assert engines(runtime) == [running]
+    assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, second.predict(volume(20, 0), PLAIN).logits)
+
+
+def test_an_engine_that_cannot_load_says_why(
+    unpacked: Callable[[str], Path], runtime: Path, connect: Connect, tmp_path: Path
+) -> None:
+    import shutil
+
+    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
+    bundle = ModelBundle(model)
+    (model / "fold_0.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(BundleError, match="fold_0"):
+        connect(bundle)
+
+
+def raw_link(runtime: Path) -> socket.socket:
+    [path] = runtime.glob(f"*/{process.SOCKET}")
+    endpoint = channel.new_socket()
+    endpoint.connect(str(path))
+    endpoint.settimeout(10)
+    received = channel.receive(endpoint)
+    assert received is not None
+    channel.close_all(received[1])
+    return endpoint
+
+
+def submit_of(shape: tuple[int, int, int, int], **fields: object) -> channel.Submit:
+    plain = {"folds": (0,), "mirroring_axes": (), "tile_step_size": 0.5, "use_gaussian": True, "deadline": None}
+    return channel.Submit(**(plain | {"shape": shape, "suspect": False} | fields))  # type: ignore[arg-type]
+
+
+def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    engine = connect(bundle)
+    [running] = engines(runtime)
+    small, descriptor = channel.share((1, 8, 8, 8), torch.float32, "test")
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, small.numel() * 4)
+    lies: list[tuple[channel.Submit, int]] = [
+        (submit_of((1, 80, 80, 80)), descriptor),
+        (submit_of((1, 8, 8, 8)), unsealed),
+        (submit_of((1, 8, 8, 8)), os.open(os.devnull, os.O_RDONLY)),
+        (submit_of((2, 8, 8, 4)), descriptor),
+        (submit_of((1, 8, 8, 8), folds=(9,)), descriptor),
+        (submit_of((1, 8, 8, 8), mirroring_axes=(7,)), descriptor),
+        (submit_of((1, -8, -8, 8)), descriptor),
+    ]
+    for message, fd in lies:
+        with raw_link(runtime) as link:
+            channel.send(link, message, (fd,))
+            answers = [channel.receive(link) for _ in range(2)]
+            assert isinstance(answers[1], tuple), message
+            assert isinstance(answers[1][0], channel.Failed), message
+    for packet in (b"", b"{}", b"\xff" * 100, b'{"kind": "hello", "protocol": 1, "pid": 1}', b"[" * 10_000):
+        with raw_link(runtime) as link:
+            link.send(packet)
+            with suppress(ConnectionResetError):
+                assert channel.receive(link) is None
+    with raw_link(runtime) as link:
+        channel.send(link, submit_of((1, 8, 8, 8)))
+        assert channel.receive(link) is None
+    assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
+    assert engines(runtime) == [running]
+    os.close(descriptor)
+    os.close(unsealed)
+
+
+def test_descriptors_do_not_pile_up(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    engine = connect(bundle)
+    [running] = engines(runtime)
+    engine.predict(volume(20, 0), PLAIN)
+    ours, theirs = psutil.Process().num_fds(), running.num_fds()
+    for number in range(20):
+        engine.predict(volume(20, number), PLAIN)
+    assert psutil.Process().num_fds() <= ours + 2
+    assert running.num_fds() <= theirs + 2
+
+
+def test_a_runtime_directory_that_others_may_write_to_is_refused(
+    bundle: ModelBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv(remote.RUNTIME_DIR_VARIABLE, str(shared))
+    with pytest.raises(BundleError, match="nobody else"):
+        RemoteEngine(bundle, CPU)
+
+
+def test_the_engine_works_without_its_log(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    """A directory in the log's place stands for a disk that cannot be written to."""
+    engine = connect(bundle)
+    [running] = engines(runtime)
+    [log] = runtime.glob(f"*/{process.LOG}")
+    engine.disconnect()
+    running.send_signal(signal.SIGKILL)
+    psutil.wait_procs([running], 5)
+    log.unlink()
+    log.mkdir()
+    assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
