@@ -39,7 +39,7 @@ class Limits:
     expanded_bytes: int = 4 * 1024**3
     voxels: int = 1_000_000_000
     grid_voxels: int = 1_000_000_000
-    passes: int = 1_000_000
+    passes: int = 200_000
     cases: int = 1
 
     @classmethod

@@ -49,7 +49,7 @@ RAW_BODY = "body"
 _DRY_RUN_VOXELS = 12
 _ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
 
-_IMAGE_PART = re.compile(r"image(?:_(\d{4}))?")
+_IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
 
 Payload = bytes | bytearray | memoryview
 
@@ -113,14 +113,14 @@ class Pipeline:
         try:
             return self._segment(request, request_id, clock, responses)
         except ServingError as error:
-            logger.info("request %s: %d %s", request_id, error.status, error.code)
+            logger.info("request %s: %d %s", json.dumps(request_id), error.status, error.code)
             return responses.problem(error, request_id)
         except MemoryError:
-            logger.warning("request %s: out of memory", request_id)
+            logger.warning("request %s: out of memory", json.dumps(request_id))
             msg = "this server's memory does not hold the case; try again later, or send a smaller volume"
             return responses.problem(OutOfMemory(msg), request_id)
         except Exception:
-            logger.exception("request %s: unexpected error", request_id)
+            logger.exception("request %s: unexpected error", json.dumps(request_id))
             msg = "an unexpected error; the server's log has it under this request_id"
             return responses.problem(ServingError(msg), request_id)
 
@@ -169,7 +169,13 @@ class Pipeline:
             file = codecs.encode(answer, output, images[0])
 
         timing = clock.server_timing()
-        logger.info("request %s: 200, shape %s, %d passes, %s", request_id, geometry.shape, case_price.passes, timing)
+        logger.info(
+            "request %s: 200, shape %s, %d passes, %s",
+            json.dumps(request_id),
+            geometry.shape,
+            case_price.passes,
+            timing,
+        )
         return responses.result(file.body, file.content_type, request_id, timing, warnings)
 
     def dry_run(self) -> None:
@@ -235,6 +241,8 @@ class Pipeline:
             return header.encode("utf-8", "surrogateescape")
         if part is None:
             return None
+        if isinstance(part, dict):  # TorchServe parses a part that says it is JSON
+            return json.dumps(part).encode()
         return bytes(_payload(PART, part))
 
     def _open_images(self, request: Request) -> Sequence[ImageSource]:

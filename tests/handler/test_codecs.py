@@ -70,12 +70,63 @@ def test_length_units_are_read_as_nnunets_reader_reads_them(reader: type, unit: 
     np.testing.assert_allclose(open_image(content, reader.__name__).geometry.spacing_zyx, properties["spacing"])
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int16", "float32"])
-@pytest.mark.parametrize(("slope", "intercept"), [(2.5, -1024), (0.1, 0), (1, 7), (0, 0), (np.nan, 0)])
-def test_scaled_voxels_are_those_of_simpleitk(dtype: str, slope: float, intercept: float, tmp_path: Path) -> None:
-    content = with_fields(volumes.nifti(some((4, 5, 6), dtype)), scl_slope=slope, scl_inter=intercept)
-    expected, _ = SimpleITKIO().read_images([str(volumes.write(tmp_path, "a.nii", content))])
-    np.testing.assert_array_equal(open_image(content).read(), expected)
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32", "float64"])
+@pytest.mark.parametrize(("slope", "intercept"), [(2.5, -1024), (0.1, -1024.3), (1.7, 0.5), (1, 7), (-3, 2), (0, 0)])
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_scaled_voxels_are_those_of_nnunets_reader(
+    dtype: str, reader: type, slope: float, intercept: float, tmp_path: Path
+) -> None:
+    if np.dtype(dtype).kind == "f":
+        array = (RNG.standard_normal((30, 30, 30)) * 3000).astype(dtype)
+    else:
+        limits = np.iinfo(dtype)
+        array = RNG.integers(limits.min, limits.max, (30, 30, 30), dtype)
+    content = with_fields(volumes.nifti(array), scl_slope=slope, scl_inter=intercept)
+    expected, _ = reader().read_images([str(volumes.write(tmp_path, "a.nii", content))])
+    np.testing.assert_array_equal(open_image(content, reader.__name__).read(), expected)
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept"),
+    [(0, -1024), (np.nan, -1024), (1e-20, 5), (1e-20, 0), (2, np.nan), (np.inf, 0), (2, np.inf), (np.nan, 7)],
+)
+def test_a_scaling_that_readers_disagree_on_is_refused(slope: float, intercept: float) -> None:
+    with pytest.raises(Malformed, match="scaling"):
+        open_image(with_fields(PLAIN, scl_slope=slope, scl_inter=intercept))
+
+
+@pytest.mark.parametrize("intent", [1004, 1005, 1006, 1007])
+def test_vectors_are_not_taken_for_volumes(intent: int) -> None:
+    with pytest.raises(WrongChannels, match="vectors"):
+        open_image(with_fields(PLAIN, intent_code=intent))
+
+
+@pytest.mark.parametrize("sform", range(6))
+@pytest.mark.parametrize("qform", range(6))
+def test_of_two_forms_that_disagree_itks_is_taken(qform: int, sform: int, tmp_path: Path) -> None:
+    image = nib.Nifti1Image(some((4, 5, 6), "int16"), np.eye(4))
+    image.set_qform(volumes.oblique((1, 1.5, 2), 0.2, (1, 2, 3)), qform)
+    image.set_sform(volumes.oblique((1, 1.5, 2), 0.5, (10, 20, 30)), sform)
+    content = image.to_bytes()
+    itk = sitk.ReadImage(str(volumes.write(tmp_path, "a.nii", content)))
+    geometry = open_image(content).geometry
+    np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-5)
+    np.testing.assert_allclose(geometry.direction.ravel(), itk.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(geometry.spacing, itk.GetSpacing())
+
+
+def test_a_gap_before_the_voxels_is_skipped_and_not_kept() -> None:
+    import tracemalloc
+
+    gap = 64 * 2**20
+    body = gzip.compress(with_fields(PLAIN, vox_offset=352.0 + gap)[:352] + bytes(gap) + PLAIN[352:], 1)
+    image = codecs.open_image(body, Limits(), "SimpleITKIO")
+    tracemalloc.start()
+    voxels = image.read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(voxels, open_image(PLAIN).read())
+    assert peak < 2**20
 
 
 def test_big_endian_and_nifti_2_are_read(tmp_path: Path) -> None:
@@ -145,15 +196,18 @@ def test_labels_are_written_on_the_inputs_grid(
         assert getattr(itk_out, itk)() == getattr(itk_in, itk)()
 
 
-def test_npz_carries_itks_geometry() -> None:
-    image = open_image(volumes.nifti(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9))))
+def test_npz_carries_itks_geometry(tmp_path: Path) -> None:
+    content = volumes.nifti(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9)))
+    image = open_image(content)
     labels = np.ones((6, 5, 4), np.uint8)
     loaded = np.load(io.BytesIO(codecs.encode(LabelMap(labels, image.geometry), OutputFormat.NPZ, image).body))
     itk = sitk.GetImageFromArray(loaded["labels"])
     itk.SetSpacing(loaded["spacing"].tolist())
     itk.SetOrigin(loaded["origin"].tolist())
     itk.SetDirection(loaded["direction"].ravel().tolist())
-    assert itk.GetSize() == (4, 5, 6)
+    source = sitk.ReadImage(str(volumes.write(tmp_path, "a.nii", content)))
+    for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(itk, what)(), getattr(source, what)(), atol=1e-5)
 
 
 def test_the_same_answer_has_the_same_bytes() -> None:
@@ -178,6 +232,8 @@ MALFORMED = {
     "dimension of zero": with_fields(PLAIN, dim={2: 0}),
     "negative dimension": with_fields(PLAIN, dim={3: -7}),
     "voxels inside the header": with_fields(PLAIN, vox_offset=200.0),
+    "voxels at 0": with_fields(PLAIN, vox_offset=0.0),
+    "voxels at 348": with_fields(PLAIN, vox_offset=348.0),
     "voxels at NaN": with_fields(PLAIN, vox_offset=np.nan),
     "voxels before the file": with_fields(PLAIN, vox_offset=-352.0),
     "zero sform": with_fields(PLAIN, srow_x=0, srow_y=0, srow_z=0),
@@ -219,7 +275,7 @@ def test_five_dimensions_are_more_channels_than_a_model_has() -> None:
         open_image(volumes.nifti(some((3, 3, 3, 1, 2), "int16")))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, 1e30, 1e-30])
 def test_spacing_must_be_positive(value: float) -> None:
     with pytest.raises(BadSpacing):
         open_image(with_fields(PLAIN, pixdim={2: value}))

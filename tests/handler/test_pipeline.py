@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import io
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -132,6 +136,7 @@ def test_an_all_zero_image_is_answered_as_stock_does(pipeline: Load) -> None:
         Request({"body": volumes.nifti(np.zeros((30, 30, 30), np.int16))}, {"X-Nnunet-Options": FAST})
     )
     assert response.status == HTTPStatus.OK
+    assert response.headers["X-Nnunet-Warning"] == "constant_image"
 
 
 def test_several_patches_at_once_give_the_same_labels(pipeline: Load, unpacked: Callable[[str], object]) -> None:
@@ -144,6 +149,90 @@ def test_several_patches_at_once_give_the_same_labels(pipeline: Load, unpacked: 
     one, four = (np.load(io.BytesIO(p.answer(request).body)) for p in (single, batched))
     np.testing.assert_allclose(four["probabilities"], one["probabilities"], atol=0.02)
     assert np.count_nonzero(four["labels"] != one["labels"]) <= one["labels"].size // 1000
+
+
+def test_channels_that_do_not_lie_on_each_other_are_said(pipeline: Load) -> None:
+    shifted = np.diag([1.5, 1.5, 1.5, 1.0])
+    shifted[:3, 3] = (480, 0, 0)
+    files = {"image_0000": GOOD, "image_0001": volumes.nifti_gz(INT16, shifted)}
+    response = pipeline("regions").answer(Request(files, {"X-Nnunet-Options": FAST}))
+    assert response.status == HTTPStatus.OK
+    assert response.headers["X-Nnunet-Warning"] == "channels_misaligned"
+    files["image_0001"] = volumes.nifti_gz(INT16, np.diag([1.5, 1.5, 1.5000009, 1]))
+    response = pipeline("regions").answer(Request(files, {"X-Nnunet-Options": FAST}))
+    assert "X-Nnunet-Warning" not in response.headers
+
+
+def test_options_that_the_front_end_parsed_are_taken(pipeline: Load) -> None:
+    response = pipeline("five_folds").answer(Request({"image": GOOD, "options": {"folds": [9]}}, {}))
+    assert json.loads(response.body)["code"] == "unknown_fold"
+
+
+def test_a_failing_export_leaves_the_threads_alone(pipeline: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pipeline("five_folds")
+    monkeypatch.setattr(type(whole.bundle.labels), "apply_inference_nonlin", lambda *_: 1 / 0)
+    options = json.dumps(json.loads(FAST) | {"save_probabilities": True})
+    response = whole.answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
+    assert response.status == HTTPStatus.INTERNAL_SERVER_ERROR  # and the fixture below looks at the threads
+
+
+def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:
+    started = time.monotonic()
+    options = json.dumps({"timeout_s": 0.4, "tile_step_size": 0.1})
+    response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
+    assert (int(response.status), json.loads(response.body)["code"]) == (504, "deadline")
+    assert time.monotonic() - started < 5
+
+
+MEASURE = r"""
+import re, sys, torch
+from pathlib import Path
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import price, settings_for
+from nnunet_torchserve.codecs import open_image
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import Options
+from nnunet_torchserve.pipeline import Pipeline, Request
+bundle = ModelBundle(Path(sys.argv[1]))
+pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600)
+pipeline.dry_run()
+body = bytearray(Path(sys.argv[2]).read_bytes())
+def memory(what):
+    return int(re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+before = memory("VmRSS")
+options = '{"folds": [0], "use_mirroring": false, "tile_step_size": 1}'
+response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": options}))
+assert response.status == 200, response.body
+image = open_image(body, Limits(), "SimpleITKIO")
+settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False, tile_step_size=1.0))
+print(memory("VmHWM") - before, price(bundle, image.geometry, 1, settings, probabilities=False).bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "size", "spacing"),
+    [("int16", 1, 200, 0.4), ("float64", 2, 200, 0.4), ("int64", 2, 200, 0.4), ("int16", 1, 60, 4.5)],
+)
+def test_the_price_in_bytes_is_an_upper_bound(
+    dtype: str, slope: int, size: int, spacing: float, unpacked: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Measured in a process of its own: the peak of a case above that of a small one."""
+    voxels = np.random.default_rng(0).integers(1, 99, (size,) * 3).astype(dtype)
+    body = bytearray(volumes.nifti(voxels, np.diag([spacing] * 3 + [1])))
+    body[112:120] = np.array([slope, 0], "<f4").tobytes()  # scl_slope and scl_inter
+    file = volumes.write(tmp_path, "body", bytes(body))
+    answer = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(unpacked("five_folds")), str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    measured, priced = (int(number) for number in answer.stdout.split()[-2:])
+    assert measured <= priced
+    assert priced < 8 * measured, "a price far above the truth refuses what would fit"
 
 
 def test_nan_weights_are_an_error_and_never_a_mask(pipeline: Load) -> None:

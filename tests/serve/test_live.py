@@ -47,7 +47,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
     assert re.fullmatch(r"name=five_folds; version=1\.0; digest=sha256:[0-9a-f]{64}", answer.headers["x-nnunet-model"])
     stages = re.findall(r"(\w+);dur=[\d.]+", answer.headers["server-timing"])
     assert stages == ["decode", "preprocess", "queue", "network", "export", "encode"]
-    assert server.logs("request study-7: 200")
+    assert server.logs('request "study-7": 200')
 
 
 def test_header_names_may_be_lower_case(server: LiveServer) -> None:
@@ -119,6 +119,28 @@ def test_what_torchserve_answers_itself(server: LiveServer) -> None:
     form = server.predict("five_folds", GOOD, headers={"content-type": "application/x-www-form-urlencoded"})
     assert form.status_code == 500
     assert server.predict("five_folds", GOOD, options=FAST).status_code == HTTPStatus.OK
+
+
+def test_a_clients_describe_header_does_not_replace_its_mask(server: LiveServer) -> None:
+    answer = server.predict("five_folds", GOOD, options=FAST, headers={"describe": "True"})
+    assert answer.headers["content-type"] == "application/gzip"
+
+
+def test_an_interrupted_start_leaves_nothing_running(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[launcher.Server] = []
+
+    def interrupt(server: launcher.Server, _workers: object) -> None:
+        started.append(server)
+        assert server.process() is not None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "_wait_ready", interrupt)
+    with pytest.raises(KeyboardInterrupt), running(model_store, tmp_path / "state", models=["flat.mar"]):
+        pass
+    assert started[0].process() is None
+    assert not Path(started[0].temp_dir).exists()
 
 
 def test_describe_says_what_a_client_needs(server: LiveServer) -> None:
@@ -198,7 +220,9 @@ def test_serve_in_the_foreground_prints_ready_and_ends_with_0(how: str, model_st
         server = launcher.read_state(tmp_path / "state")
         assert server is not None
         assert len(LiveServer(server, tmp_path / "state").workers("mine")) == 2
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        jvm = server.process()
+        assert jvm is not None
+        family = [jvm, *jvm.children(recursive=True)]
         if how == "stop":
             stop = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "stop", "--state-dir", str(tmp_path / "state")]
             subprocess.run(stop, check=True, timeout=90)

@@ -72,6 +72,17 @@ def test_a_missing_archive_is_named(wanted: list[str], model_store: Path, tmp_pa
         launcher.start(replace(request(model_store, tmp_path), models=wanted))
 
 
+@pytest.mark.parametrize("wanted", [["a=flat.mar,b=regions.mar"], ["=x/y=flat.mar"]])
+def test_what_is_no_model_name_is_said(wanted: list[str], model_store: Path) -> None:
+    with pytest.raises(UsageError, match="no model name"):
+        launcher.find_archives(model_store, wanted)
+
+
+def test_one_name_and_version_is_served_once(model_store: Path) -> None:
+    with pytest.raises(UsageError, match=r"flat\.mar and regions\.mar are both m 1\.0"):
+        launcher.find_archives(model_store, ["m=flat.mar", "m=regions.mar"])
+
+
 def test_an_empty_model_store_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     for store in ("store", "nowhere"):

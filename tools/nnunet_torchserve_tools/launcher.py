@@ -253,7 +253,7 @@ def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
     if list(models) == ["all"]:
         wanted: list[tuple[str | None, str]] = [(None, file.name) for file in sorted(model_store.glob("*.mar"))]
         if not wanted:
-            msg = f"the model store {model_store.resolve()} has no archive (*.mar); first: nnunet-torchserve archive MODEL_FOLDER"
+            msg = f"{model_store.resolve()} has no archive (*.mar); first: nnunet-torchserve archive MODEL_FOLDER"
             raise UsageError(msg)
     else:
         wanted = [(name or None, file) for name, _, file in (model.rpartition("=") for model in models)]

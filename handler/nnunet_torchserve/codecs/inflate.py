@@ -35,6 +35,11 @@ class ByteSource:
         with _gzip_errors():
             return bytes(self._stream.read(size))
 
+    def skip(self, size: int) -> None:
+        """Read ``size`` bytes and keep none."""
+        while size > 0 and (chunk := self.read(min(size, _CHUNK_BYTES))):
+            size -= len(chunk)
+
     def read_exactly(self, size: int) -> npt.NDArray[np.uint8]:
         """``size`` bytes in a writable array, uint8 (size,)."""
         buffer = np.empty(size, np.uint8)

@@ -38,6 +38,11 @@ _GEOMETRY_FIELDS = (
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
 
+_SMALLEST_MM, _LARGEST_MM = 1e-6, 1e6
+
+_VECTOR_INTENTS = range(1004, 1008)
+"""NIFTI_INTENT_GENMATRIX to NIFTI_INTENT_VECTOR: voxels that are no numbers, whatever the dimensions say."""
+
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -111,7 +116,7 @@ class NiftiSource:
             TooLarge: far more bytes than declared.
         """
         lead = self._head[self._data_offset :]
-        self._source.read(max(0, self._data_offset - len(self._head)))
+        self._source.skip(max(0, self._data_offset - len(self._head)))
         raw = np.empty(self._data_bytes, np.uint8)
         if lead:
             lead = lead[: self._data_bytes]
@@ -150,6 +155,9 @@ class NiftiSource:
         if not 2 <= dim[0] <= 7 or any(n < 1 for n in dim[1 : dim[0] + 1]):
             msg = f"the NIfTI header declares dimensions {dim}; two to seven of at least 1 were expected"
             raise Malformed(msg)
+        if int(self._header["intent_code"]) in _VECTOR_INTENTS:
+            msg = "the NIfTI header declares vectors or matrices; send one number a voxel"
+            raise WrongChannels(msg)
         sizes = dim[1 : dim[0] + 1]
         while len(sizes) > 4 and sizes[-1] == 1:
             sizes.pop()
@@ -185,15 +193,15 @@ class NiftiSource:
 
     def _geometry(self, shape: tuple[int, int, int, int], ndim: int) -> Geometry:
         pixdim = [float(size) for size in self._header["pixdim"][1 : ndim + 1]]
-        if any(not math.isfinite(size) or size <= 0 for size in pixdim):
-            msg = f"voxel spacing {pixdim} mm; every spacing must be a positive number"
-            raise BadSpacing(msg)
         unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0) if self._itk else 1.0
         spacing = [size * unit for size in pixdim]
+        if not all(_SMALLEST_MM <= size <= _LARGEST_MM for size in spacing):
+            msg = f"voxel spacing {spacing} mm; every spacing must be a positive number, at most {_LARGEST_MM:g}"
+            raise BadSpacing(msg)
         with np.errstate(all="ignore"):
             affine = self._affine()
             columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-        if not np.isfinite(affine).all() or not np.isfinite(columns).all():
+        if not np.isfinite(affine).all() or not np.allclose(np.linalg.norm(columns, axis=0), 1):
             msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN or infinite columns"
             raise Malformed(msg)
         between = spacing[2] if ndim == 3 else max(spacing) * _2D_SPACING_FACTOR
@@ -215,7 +223,7 @@ class NiftiSource:
         """
         qform, sform = int(self._header["qform_code"]), int(self._header["sform_code"])
         try:
-            if sform == 1 or (sform > 0 and qform == 0):
+            if sform == 1 or (sform > 0 and qform <= 0):
                 return np.asarray(self._header.get_sform(), np.float64)
             if qform > 0:
                 return np.asarray(self._header.get_qform(), np.float64)

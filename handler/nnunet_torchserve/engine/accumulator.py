@@ -8,6 +8,7 @@ so it is kept to the bit: the same operations, on the same types, in the same or
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,11 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from ..cases import Settings
-from ..errors import CaseFailed
+from ..errors import CaseFailed, Deadline
 from ..options import FoldName
 from ..tiling import Slicer, gaussian, slicers
+
+_CHECK_EVERY = 64
 
 Allocate = Callable[[tuple[int, ...]], torch.Tensor]
 """Makes a zeroed float16 tensor of a shape, wherever the caller wants the result to lie."""
@@ -58,6 +61,7 @@ class CaseAccumulator:
         settings: Settings,
         device: torch.device,
         allocate: Allocate | None = None,
+        deadline: float | None = None,
     ) -> None:
         """Pad the volume and lay out the buffers.
 
@@ -68,6 +72,10 @@ class CaseAccumulator:
             settings: tile step, weighting, folds, mirroring.
             device: where the volume and the sums are held.
             allocate: makes the buffer of the result; an ordinary tensor on ``device`` where it is not given.
+            deadline: monotonic seconds; weighting very many windows is given up then.
+
+        Raises:
+            Deadline: the time ran out.
         """
         padded, unpad = pad_nd_image(data.to(device), patch_size, "constant", {"value": 0}, return_slicer=True)
         self._data: torch.Tensor = padded
@@ -81,7 +89,10 @@ class CaseAccumulator:
         self._fold_sum = self._result if len(self._folds) == 1 else _zeros(shape, device)
         self._weights = _zeros(shape[1:], device)
         weight = 1 if self._gaussian is None else self._gaussian
-        for window in self._windows:
+        for number, window in enumerate(self._windows):
+            if deadline is not None and number % _CHECK_EVERY == 0 and time.monotonic() >= deadline:
+                msg = "the time for this request ran out while its patches were laid out"
+                raise Deadline(msg)
             self._weights[window[1:]] += weight
         self._partial: torch.Tensor | None = None
         self._added = 0

@@ -55,7 +55,9 @@ class LocalEngine:
         networks, arrived = self._core.networks, time.monotonic()
         try:
             with torch.inference_mode():
-                accumulator = CaseAccumulator(data, networks.classes, networks.patch_size, settings, networks.device)
+                accumulator = CaseAccumulator(
+                    data, networks.classes, networks.patch_size, settings, networks.device, deadline=deadline
+                )
         except Exception as error:
             raise as_serving_error(error) from error
         case = CaseInFlight(next(self._numbers), accumulator, arrived, deadline)

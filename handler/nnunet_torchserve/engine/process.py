@@ -262,7 +262,7 @@ class EngineProcess:
         with torch.inference_mode():
             accumulator = CaseAccumulator(
                 data, networks.classes, networks.patch_size, message.settings(), networks.device,
-                allocate if on_host else None,
+                allocate if on_host else None, message.deadline,
             )  # fmt: skip
         return CaseInFlight(case_id, accumulator, arrived, message.deadline, message.suspect)
 
