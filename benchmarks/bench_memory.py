@@ -13,7 +13,6 @@ from http import HTTPStatus
 from pathlib import Path
 
 import nibabel as nib
-import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -70,7 +69,8 @@ def main() -> int:
         body = image.read_bytes()
         with _common.serving(material, scratch) as client:
             workers = client.workers()
-            torchserve = psutil.Process(client.live.server.pid)
+            torchserve = client.live.server.process()
+            assert torchserve is not None
             for number in range(1, arguments.warm_up + 1):
                 send(client, body, number)
             for number in range(1, arguments.requests + 1):

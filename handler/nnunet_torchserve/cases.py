@@ -18,7 +18,7 @@ from .volume import Geometry
 
 _HALF, _FLOAT32, _FLOAT64 = 2, 4, 8
 
-_DECODE_BYTES = 40
+_DECODE_BYTES = 48
 """Bytes for a voxel while it is decoded, at worst: 64-bit voxels with a scaling, as sent, copied, scaled, rounded."""
 
 _PREPROCESS_BYTES = 36

@@ -23,6 +23,7 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import OutputFormat
 from nnunet_torchserve.volume import LabelMap
 from support import volumes
+from support.bad_requests import header as with_fields
 
 LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000)
 RNG = np.random.default_rng(5)
@@ -35,18 +36,6 @@ def open_image(body: bytes, reader: str = "SimpleITKIO") -> codecs.ImageSource:
 def some(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
     values = RNG.integers(0, 100, shape)
     return values.astype(dtype) if np.dtype(dtype).kind != "f" else (values / 7).astype(dtype)
-
-
-def with_fields(content: bytes, **fields: object) -> bytes:
-    """A NIfTI-1 file with header fields set as they are, unchecked."""
-    header = nib.Nifti1Header.from_fileobj(io.BytesIO(content), check=False)
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            for index, entry in value.items():
-                header[name][index] = entry
-        else:
-            header[name] = value
-    return bytes(header.binaryblock) + content[348:]
 
 
 DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
