@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -13,8 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
+import torch
 
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import stock, volumes
 from support.server import LiveServer
 
@@ -102,6 +108,31 @@ def test_the_live_answer_is_stocks_file(
     assert got.GetSpacing() == expected.GetSpacing()
     np.testing.assert_allclose(got.GetOrigin(), expected.GetOrigin(), atol=1e-4)
     np.testing.assert_allclose(got.GetDirection(), expected.GetDirection(), atol=1e-5)
+
+
+def test_the_demo_model_gives_stocks_answer_for_a_real_image(tmp_path: Path) -> None:
+    """Every second voxel of the template that ``make demo`` segments."""
+    from train_model import RECIPE, load_template
+
+    folder = Path(__file__).parents[2] / "demo" / "model" / RECIPE.dataset / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    template = load_template("t1")
+    affine = template.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    content = volumes.nifti_gz(np.asarray(template.dataobj)[::2, ::2, ::2], affine)
+    image = volumes.write(tmp_path, "template.nii.gz", content)
+    expected = stock.predict(folder, [image], use_mirroring=False)
+
+    [archive] = make_archives(ArchiveRequest(folder, tmp_path / "store"))
+    zipfile.ZipFile(archive).extractall(tmp_path / "model")
+    bundle = ModelBundle(tmp_path / "model")
+    pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
+    options = json.dumps({"use_mirroring": False, "save_probabilities": True, "output_format": "npz"})
+    response = pipeline.answer(Request({"body": content}, {"X-Nnunet-Options": options}))
+
+    assert response.status == HTTPStatus.OK, response.body
+    answer = np.load(io.BytesIO(response.body))
+    assert list(np.unique(expected.labels)) == [0, 1, 2, 3]
+    assert np.count_nonzero(answer["labels"] != expected.labels) == 0
+    np.testing.assert_array_equal(answer["probabilities"], expected.probabilities, strict=True)
 
 
 MATERIAL_CASES = [
