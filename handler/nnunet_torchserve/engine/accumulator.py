@@ -79,6 +79,7 @@ class CaseAccumulator:
         """
         padded, unpad = pad_nd_image(data.to(device), patch_size, "constant", {"value": 0}, return_slicer=True)
         self._data: torch.Tensor = padded
+        self.device = device
         self.unpad: tuple[slice, ...] = (slice(None), *(slice(int(s.start), int(s.stop)) for s in unpad[1:]))
         self._windows = slicers(tuple(padded.shape[1:]), patch_size, settings.tile_step_size)
         self._folds = settings.folds

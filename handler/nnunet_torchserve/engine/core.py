@@ -155,14 +155,15 @@ class EngineCore:
     def _forward(self, passes: Sequence[_Pass]) -> torch.Tensor:
         patches = [each.case.accumulator.patch(each.unit) for each in passes]
         patches += [patches[-1]] * (self._batch - len(patches))
+        batch = torch.stack([patch.to(self.networks.device) for patch in patches])
         with self.networks.autocast():
-            return self.networks.forward(passes[0].unit.fold, torch.stack(patches).to(self.networks.device))
+            return self.networks.forward(passes[0].unit.fold, batch)
 
     def _add(self, each: _Pass, logits: torch.Tensor) -> list[Outcome]:
         if each.case.case_id not in self._cases:  # an earlier pass of this batch ended it
             return []
         try:
-            each.case.accumulator.add(each.unit, logits)
+            each.case.accumulator.add(each.unit, logits.to(each.case.accumulator.device))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
             return [self._fail(each.case, as_serving_error(error))]
         if each.case.accumulator.done:

@@ -10,6 +10,7 @@ import torch
 
 from ..bundle import ModelBundle
 from ..cases import Settings
+from ..errors import OutOfMemory
 from .accumulator import CaseAccumulator
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .network import load_networks
@@ -51,12 +52,23 @@ class LocalEngine:
         self._numbers = itertools.count()
 
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
-        """See :meth:`~.prediction.Engine.predict`."""
+        """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
+        device = self._core.networks.device
+        try:
+            return self._predict(data, settings, deadline, device)
+        except OutOfMemory:
+            if device.type == "cpu":
+                raise
+            return self._predict(data, settings, deadline, torch.device("cpu"))
+
+    def _predict(
+        self, data: torch.Tensor, settings: Settings, deadline: float | None, accumulate_on: torch.device
+    ) -> Prediction:
         networks, arrived = self._core.networks, time.monotonic()
         try:
             with torch.inference_mode():
                 accumulator = CaseAccumulator(
-                    data, networks.classes, networks.patch_size, settings, networks.device, deadline=deadline
+                    data, networks.classes, networks.patch_size, settings, accumulate_on, deadline=deadline
                 )
         except Exception as error:
             raise as_serving_error(error) from error
