@@ -74,7 +74,7 @@ def main() -> None:
     _draw(labels, picture)
     _report(console, image, labels, expected, answer.headers["server-timing"])
     console.print(f"whole request {seconds:.1f} s; loading stock nnU-Net and predicting with it {stock_seconds:.1f} s")
-    console.print(f"written: {segmentation.relative_to(Path.cwd())}, {picture.relative_to(Path.cwd())}")
+    console.print(f"written: {segmentation}, {picture}")
     if np.any(labels != expected):
         msg = "the served segmentation differs from stock nnU-Net's"
         raise SystemExit(msg)
