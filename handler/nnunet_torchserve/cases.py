@@ -117,7 +117,7 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     resample = volume + channels * (geometry.voxels * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32))
     logits = classes * padded_voxels * _HALF * min(2, len(settings.folds))
     network = channels * (grid_voxels + padded_voxels) * _FLOAT32 + logits
-    export = logits + classes * (grid_voxels * _FLOAT64 + geometry.voxels * (_HALF + _FLOAT64 / classes))
+    export = logits + classes * (grid_voxels * _FLOAT64 + geometry.voxels * _HALF) + geometry.voxels * _FLOAT64
     if probabilities:
         export += classes * geometry.voxels * 3 * _FLOAT32
     return Price(

@@ -16,7 +16,6 @@ from http import HTTPStatus
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from . import __version__, codecs
 from .bundle import ModelBundle
@@ -37,7 +36,7 @@ from .errors import (
 )
 from .export.stock import export
 from .limits import Limits
-from .options import HEADER, PART, Options, parse_options
+from .options import HEADER, PART, Options, OutputFormat, parse_options
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
 from .telemetry import Stage, StageClock
@@ -138,9 +137,11 @@ class Pipeline:
             case_price = price(self.bundle, geometry, channels, settings, probabilities=options.save_probabilities)
             check_affordable(case_price, self.limits)
             output = options.output_format or images[0].native_format
-            self._check_answer_fits(images[0], options)
-            volume = Volume(_decode(images), geometry)
-            if volume.array.min() == volume.array.max():
+            self._check_answer_fits(geometry, output, options)
+            array, constant = _decode(images)
+            volume = Volume(array, geometry)
+            del array
+            if constant:
                 warnings.append(Warnings.CONSTANT_IMAGE)
 
         _check(deadline - case_price.preprocess_s, "decoding the volume")
@@ -267,13 +268,8 @@ class Pipeline:
                 raise ChannelsDisagree(msg)
         return first
 
-    def _check_answer_fits(self, image: ImageSource, options: Options) -> None:
-        size = codecs.smallest_answer(
-            image.geometry,
-            options.output_format or image.native_format,
-            self.bundle.classes,
-            probabilities=options.save_probabilities,
-        )
+    def _check_answer_fits(self, geometry: Geometry, output: OutputFormat, options: Options) -> None:
+        size = codecs.smallest_answer(geometry, output, self.bundle.classes, probabilities=options.save_probabilities)
         if size > self.limits.response_bytes:
             raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
 
@@ -289,18 +285,19 @@ def _warnings(images: Sequence[ImageSource]) -> list[str]:
     return [] if aligned else [Warnings.CHANNELS_MISALIGNED]
 
 
-def _decode(images: Sequence[ImageSource]) -> npt.NDArray[np.float32]:
-    """All channels, float32 (C, Z, Y, X).
+def _decode(images: Sequence[ImageSource]) -> tuple[npt.NDArray[np.float32], bool]:
+    """All channels, float32 (C, Z, Y, X), and whether every voxel has one value.
 
     Raises:
-        NonFinite: a voxel is NaN or infinite.
+        NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
     """
     channels = [image.read() for image in images]
     array = channels[0] if len(channels) == 1 else np.concatenate(channels)
-    if not torch.from_numpy(array).isfinite().all():
+    low, high = array.min(), array.max()
+    if not np.isfinite(low) or not np.isfinite(high):
         msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
         raise NonFinite(msg)
-    return array
+    return array, bool(low == high)
 
 
 def _image_parts(request: Request) -> list[Payload]:

@@ -219,7 +219,6 @@ def _make_archive(
             files={},
         )
         _add_golden_patch(stage, bundle)
-        _write_bundle(stage, bundle)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(_manifest(name, request.version))
@@ -238,7 +237,10 @@ def serving_core_files() -> dict[str, Path]:
 
 
 def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
-    """Run the stored weights once on one thread, check that they give the same again, and answer one small case."""
+    """Run the stored weights once on one thread and write ``bundle.json``, complete.
+
+    Then load what was written as a worker does: it must give the same again, and answer one small case.
+    """
     _write_bundle(stage, description)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -246,16 +248,17 @@ def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
         bundle = ModelBundle(stage)
         networks = FoldNetworks(bundle, torch.device("cpu"))
         save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
-        engine = LocalEngine(ModelBundle(_write_bundle(stage, description)), torch.device("cpu"))
-        Pipeline(engine.bundle, engine, Limits(), _DRY_RUN_LIMIT_S).dry_run()
+        _write_bundle(stage, description)
+        complete = ModelBundle(stage)
+        Pipeline(complete, LocalEngine(complete, torch.device("cpu")), Limits(), _DRY_RUN_LIMIT_S).dry_run()
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
 
 
-def _write_bundle(stage: Path, description: BundleDescription) -> Path:
-    """Write ``bundle.json`` for the files that are there; returns ``stage``."""
+def _write_bundle(stage: Path, description: BundleDescription) -> None:
+    """Write ``bundle.json`` for the files that are there."""
     files = {
         file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(stage.rglob("*"))
@@ -263,7 +266,6 @@ def _write_bundle(stage: Path, description: BundleDescription) -> Path:
     }
     complete = description.model_copy(update={"files": files})
     (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
-    return stage
 
 
 def _write_zip(stage: Path, target: Path) -> None:

@@ -122,9 +122,17 @@ class Server:
         mark = f"-Djava.io.tmpdir={self.temp_dir}"
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if mark in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                if mark in process.cmdline() and _runs(process):
                     return process
         return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process is still that process and no zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start(request: ServeRequest) -> Server:
@@ -158,10 +166,18 @@ def start(request: ServeRequest) -> Server:
         folder.mkdir(parents=True, exist_ok=True)
     temp_dir = Path(tempfile.mkdtemp(prefix="nnunet-ts-"))
     store, heap = request.model_store.resolve(), sizes.heap // 1024**2
+    server = Server(
+        temp_dir=str(temp_dir),
+        inference_url=f"http://127.0.0.1:{request.ports.inference}",
+        management_url=f"http://127.0.0.1:{request.ports.management}",
+        metrics_url=f"http://127.0.0.1:{request.ports.metrics}",
+        models=sorted({archive.name for archive in archives}),
+        log_dir=str(log_dir),
+    )
     settings = {
-        "inference_address": f"http://127.0.0.1:{request.ports.inference}",
-        "management_address": f"http://127.0.0.1:{request.ports.management}",
-        "metrics_address": f"http://127.0.0.1:{request.ports.metrics}",
+        "inference_address": server.inference_url,
+        "management_address": server.management_url,
+        "metrics_address": server.metrics_url,
         "grpc_inference_port": request.ports.grpc_inference,
         "grpc_management_port": request.ports.grpc_management,
         "allowed_urls": f"file://{re.escape(str(store))}/.*".replace("\\", "\\\\"),
@@ -176,14 +192,6 @@ def start(request: ServeRequest) -> Server:
     config.write_text(merge_properties(base_config, settings))
     limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "cases": sum(workers.values())}
     environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
-    server = Server(
-        temp_dir=str(temp_dir),
-        inference_url=f"http://127.0.0.1:{request.ports.inference}",
-        management_url=f"http://127.0.0.1:{request.ports.management}",
-        metrics_url=f"http://127.0.0.1:{request.ports.metrics}",
-        models=sorted({archive.name for archive in archives}),
-        log_dir=str(log_dir),
-    )
     (state_dir / STOPPING_FILE).unlink(missing_ok=True)
     _write_state(state_dir, server)  # before there is anything that would have to be found again
     try:
@@ -228,7 +236,8 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
 
 def wait(server: Server, state_dir: Path) -> bool:
     """Block until the server is gone; returns whether it was stopped on purpose."""
-    while server.process() is not None:
+    process = server.process()
+    while process is not None and _runs(process):
         time.sleep(_POLL_S)
     return (state_dir / STOPPING_FILE).exists()
 

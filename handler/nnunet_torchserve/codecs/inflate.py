@@ -40,10 +40,11 @@ class ByteSource:
         while size > 0 and (chunk := self.read(min(size, _CHUNK_BYTES))):
             size -= len(chunk)
 
-    def read_exactly(self, size: int) -> npt.NDArray[np.uint8]:
-        """``size`` bytes in a writable array, uint8 (size,)."""
+    def read_exactly(self, size: int, lead: bytes) -> npt.NDArray[np.uint8]:
+        """``size`` bytes in a writable array, uint8 (size,); the first are ``lead``, which were read before."""
         buffer = np.empty(size, np.uint8)
-        view, filled = buffer.data, 0
+        view, filled = buffer.data, len(lead)
+        view[:filled] = lead
         with _gzip_errors():
             while filled < size:
                 count = self._stream.readinto(view[filled:])

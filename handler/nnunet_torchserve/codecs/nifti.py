@@ -100,7 +100,7 @@ class NiftiSource:
         if self._data_offset + self._data_bytes > limits.expanded_bytes:
             msg = f"the image would expand to {self._data_bytes} bytes; the limit is {limits.expanded_bytes}"
             raise TooLarge(msg)
-        self._scaling()
+        self._scale = self._scaling()
         self.geometry = self._geometry(shape, ndim)
 
     @property
@@ -115,19 +115,12 @@ class NiftiSource:
             Malformed: the bytes end early or the gzip stream is damaged.
             TooLarge: far more bytes than declared.
         """
-        lead = self._head[self._data_offset :]
         self._source.skip(max(0, self._data_offset - len(self._head)))
-        raw = np.empty(self._data_bytes, np.uint8)
-        if lead:
-            lead = lead[: self._data_bytes]
-            raw[: len(lead)] = np.frombuffer(lead, np.uint8)
-            raw[len(lead) :] = self._source.read_exactly(self._data_bytes - len(lead))
-        else:
-            raw = self._source.read_exactly(self._data_bytes)
+        raw = self._source.read_exactly(self._data_bytes, self._head[self._data_offset :][: self._data_bytes])
         self._source.finish()
         depth, height, width = self.geometry.shape
         stored = raw.view(self._dtype).reshape(self.channels, depth, height, width)
-        slope, intercept = self._scaling()
+        slope, intercept = self._scale
         with np.errstate(over="ignore", invalid="ignore"):
             if (slope, intercept) != (1.0, 0.0):
                 if self._itk and stored.dtype.kind in "iu":

@@ -45,7 +45,6 @@ class LocalEngine:
         Raises:
             BundleError: the weights do not fit, or the golden patch gives other logits.
         """
-        self.bundle = bundle
         self._core = EngineCore(load_networks(bundle, device), max_patch_batch, policy)
         self._lock = threading.Lock()
         self._outcomes: dict[int, Outcome] = {}

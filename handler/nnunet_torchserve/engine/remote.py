@@ -239,9 +239,8 @@ class RemoteEngine:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_alive(self._folder):
                 return
-            model_dir = self._command[0]
             environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), model_dir, *self._command[1:]]
+            command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), *self._command]
             subprocess.run(
                 command,
                 env=environment,
