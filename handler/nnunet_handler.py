@@ -8,6 +8,9 @@ and reported as a missing ``ts.torch_handler``; so everything else is imported i
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ _DEFAULT_RESPONSE_TIMEOUT_S = 1200
 _MARGIN_S = 10
 """Our deadline passes this much before TorchServe's, which kills the worker."""
 
+_PARENT_POLL_S = 0.5
+
 
 class NnunetHandler:
     """One TorchServe worker's view of one model."""
@@ -29,12 +34,13 @@ class NnunetHandler:
         self._pipeline: Any = None
 
     def initialize(self, context: Any) -> None:
-        """Load the archive and put the networks on the worker's device.
+        """Load the archive and connect to the engine that has its networks on the worker's device.
 
         Raises:
             Exception: anything that keeps this worker from serving; the reason is logged in one line first.
         """
         try:
+            _end_with_the_front_end()
             self._pipeline = _load(context)
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -71,7 +77,9 @@ def _load(context: Any) -> Any:
 
         import nnunet_torchserve
         from nnunet_torchserve.bundle import ModelBundle
-        from nnunet_torchserve.engine.local import LocalEngine
+        from nnunet_torchserve.engine.remote import RemoteEngine
+        from nnunet_torchserve.engine.scheduler import Policy
+        from nnunet_torchserve.environment import refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.pipeline import Pipeline
     except ImportError as error:
@@ -87,14 +95,16 @@ def _load(context: Any) -> Any:
     if batch_size != 1:
         msg = f"batchSize is {batch_size}; it must be 1: patches are batched by the engine, not requests by TorchServe"
         raise RuntimeError(msg)
+    refuse_faults_outside_tests()
     settings = config.get("handler") or {}
     bundle = ModelBundle(model_dir)
     device = _device(context.system_properties.get("gpu_id"), torch)
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.get("limits") or {})
+    policy = Policy(settings.get("policy") or Policy.SHORTEST_REMAINING)
     pipeline = Pipeline(
         bundle=bundle,
-        engine=LocalEngine(bundle, device, int(settings.get("max_patch_batch") or 1)),
+        engine=RemoteEngine(bundle, device, settings.get("max_patch_batch") or "auto", policy, limits),
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
     )
@@ -110,3 +120,15 @@ def _device(gpu_id: Any, torch: Any) -> Any:
         msg = f"TorchServe assigned GPU {gpu_id}, but this PyTorch sees {torch.cuda.device_count()}; use --device cpu"
         raise RuntimeError(msg)
     return torch.device(f"cuda:{int(gpu_id)}")
+
+
+def _end_with_the_front_end() -> None:
+    """Watch the JVM from a thread: a killed JVM's workers would otherwise finish cases that nobody waits for."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="front-end-watch", daemon=True).start()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .bundle import ModelBundle
 from .errors import OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
-from .options import FoldName, Options
+from .options import Accumulate, FoldName, Options
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
 
@@ -38,13 +38,14 @@ class Settings:
     Attributes:
         folds: in the order of the request, else of the archive.
         mirroring_axes: spatial axes from 0, or empty.
-        tile_step_size, use_gaussian: as in :class:`~.options.Options`.
+        tile_step_size, use_gaussian, accumulate: as in :class:`~.options.Options`.
     """
 
     folds: tuple[FoldName, ...]
     mirroring_axes: tuple[int, ...]
     tile_step_size: float
     use_gaussian: bool
+    accumulate: Accumulate = Accumulate.HALF
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
         mirroring_axes=() if options.use_mirroring is False else allowed,
         tile_step_size=options.tile_step_size,
         use_gaussian=options.use_gaussian,
+        accumulate=options.accumulate,
     )
 
 
@@ -115,9 +117,11 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     volume = channels * geometry.voxels * _FLOAT32
     decode = channels * geometry.voxels * _DECODE_BYTES
     resample = volume + channels * (geometry.voxels * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32))
-    logits = classes * padded_voxels * _HALF * min(2, len(settings.folds))
+    exact = settings.accumulate is Accumulate.HALF
+    logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (grid_voxels + padded_voxels) * _FLOAT32 + logits
-    export = logits + classes * (grid_voxels * _FLOAT64 + geometry.voxels * _HALF) + geometry.voxels * _FLOAT64
+    resampled = classes * geometry.voxels * (_HALF if exact else _FLOAT32)
+    export = logits + classes * grid_voxels * _FLOAT64 + resampled + geometry.voxels * _FLOAT64
     if probabilities:
         export += classes * geometry.voxels * 3 * _FLOAT32
     return Price(
@@ -135,7 +139,7 @@ def check_affordable(case: Price, limits: Limits) -> None:
 
     Raises:
         TooLarge: above a configured limit.
-        OutOfMemory: within the limits, but above the memory for one case.
+        OutOfMemory: within the limits, but above the memory for all cases together.
     """
     voxels = case.grid[0] * case.grid[1] * case.grid[2]
     if voxels > limits.grid_voxels:
@@ -151,7 +155,7 @@ def check_affordable(case: Price, limits: Limits) -> None:
         )
         raise TooLarge(msg)
     if case.bytes > (memory := limits.memory_bytes):
-        msg = f"the case needs about {case.bytes} bytes of memory, this server has {memory} for one case"
+        msg = f"the case needs about {case.bytes} bytes of memory, this server has {memory} for all cases"
         raise OutOfMemory(msg)
 
 

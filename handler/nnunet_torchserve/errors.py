@@ -16,7 +16,9 @@
     │   ├── TooThin                 422 too_thin
     │   ├── BadSpacing              422 bad_spacing
     │   └── UnknownFold             422 unknown_fold
+    ├── Busy                        429 busy
     ├── CaseFailed                  500 case_failed
+    ├── NoEngine                    503 internal
     ├── Deadline                    504 deadline
     └── OutOfMemory                 507 out_of_memory
     BundleError                     the archive cannot be served; the worker does not become READY
@@ -33,10 +35,18 @@ from typing import ClassVar
 
 
 class ServingError(Exception):
-    """A request failed. ``status`` and ``code`` are class constants; the message is safe to send."""
+    """A request failed. ``status`` and ``code`` are class constants; the message is safe to send.
+
+    Attributes:
+        retry_after_s: seconds after which the same request may succeed, or ``None`` if waiting does not help.
+    """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
     code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RequestError(ServingError):
@@ -123,6 +133,19 @@ class UnknownFold(RequestError):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "unknown_fold"
+
+
+class Busy(ServingError):
+    """As many cases as allowed wait for memory already."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "busy"
+
+
+class NoEngine(ServingError):
+    """No engine could be started, or it died again and again under other cases."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
 
 
 class CaseFailed(ServingError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ class Limits:
         voxels: voxels of one channel, as sent.
         grid_voxels: voxels of one channel on the network's grid: a header that claims a huge spacing asks for a
             huge grid with few bytes.
-        passes: forward passes (patches x folds x mirrorings) of one request.
-        cases: requests that this machine works on at once; they share its memory.
+        passes: forward passes (patches x folds x mirrorings) of one request, and of all that an engine works on.
+        memory_bytes: memory that all cases of this machine may take together, from their headers to their answers.
+        waiting_cases: cases that may wait for that memory in an engine; the next one is refused.
     """
 
     body_bytes: int = 512 * 1024**2
@@ -40,7 +41,8 @@ class Limits:
     voxels: int = 1_000_000_000
     grid_voxels: int = 1_000_000_000
     passes: int = 200_000
-    cases: int = 1
+    memory_bytes: int = field(default_factory=lambda: int(total_memory_bytes() * _SHARE_FOR_CASES))
+    waiting_cases: int = 8
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Limits:
@@ -51,14 +53,8 @@ class Limits:
         """
         limits = {name: int(value) for name, value in settings.items()}
         for name, value in json.loads(environ.get(LIMITS_VARIABLE, "{}")).items():
-            larger_wins = name == "cases"
-            limits[name] = (max if larger_wins else min)(int(value), limits.get(name, int(value)))
+            limits[name] = min(int(value), limits.get(name, int(value)))
         return cls(**limits)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that one case may need at its peak when as many as allowed are worked on."""
-        return int(total_memory_bytes() * _SHARE_FOR_CASES / self.cases)
 
 
 _SHARE_FOR_CASES = 0.4

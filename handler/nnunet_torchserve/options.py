@@ -32,6 +32,13 @@ class OutputFormat(StrEnum):
     NPZ = "npz"
 
 
+class Accumulate(StrEnum):
+    """In which arithmetic patches are summed."""
+
+    HALF = "half"
+    FLOAT32 = "float32"
+
+
 class Options(BaseModel):
     """The options of one request, with nnU-Net's defaults.
 
@@ -40,6 +47,7 @@ class Options(BaseModel):
         use_mirroring: test-time mirroring; ``None`` and ``True`` mean along the axes that the checkpoint allows.
         tile_step_size: sliding-window step as a fraction of the patch size.
         use_gaussian: weight patches by nnU-Net's Gaussian, or all voxels alike.
+        accumulate: ``half`` is stock's arithmetic, to the bit; ``float32`` averages the folds of a patch in float32.
         save_probabilities: send probabilities too, float32 (C, Z, Y, X).
         output_format: ``None`` answers in the input's format.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
@@ -51,6 +59,7 @@ class Options(BaseModel):
     use_mirroring: bool | None = None
     tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)] = 0.5
     use_gaussian: bool = True
+    accumulate: Accumulate = Accumulate.HALF
     save_probabilities: bool = False
     output_format: OutputFormat | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None

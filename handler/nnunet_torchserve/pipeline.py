@@ -39,7 +39,7 @@ from .limits import Limits
 from .options import HEADER, PART, Options, OutputFormat, parse_options
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
-from .telemetry import Stage, StageClock
+from .telemetry import RequestRecord, Stage
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
@@ -64,11 +64,13 @@ class Request:
             front end because of its content type.
         headers: HTTP headers as sent; looked up without regard to case.
         server_id: the front end's id of this request.
+        is_trial: a worker's own, made while it loads.
     """
 
     parts: Mapping[str, object]
     headers: Mapping[str, str]
     server_id: str | None = None
+    is_trial: bool = False
 
     def header(self, name: str) -> str | None:
         """A header's value, ``None`` if it was not sent."""
@@ -108,22 +110,30 @@ class Pipeline:
         request_id = request.id
         if request.is_describe:
             return responses.json(self.describe(), request_id)
-        clock = StageClock()
-        try:
-            return self._segment(request, request_id, clock, responses)
-        except ServingError as error:
-            logger.info("request %s: %d %s", json.dumps(request_id), error.status, error.code)
-            return responses.problem(error, request_id)
-        except MemoryError:
-            logger.warning("request %s: out of memory", json.dumps(request_id))
-            msg = "this server's memory does not hold the case; try again later, or send a smaller volume"
-            return responses.problem(OutOfMemory(msg), request_id)
-        except Exception:
-            logger.exception("request %s: unexpected error", json.dumps(request_id))
-            msg = "an unexpected error; the server's log has it under this request_id"
-            return responses.problem(ServingError(msg), request_id)
+        record = RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
+        response = self._answer(request, record, responses)
+        record.status = int(response.status)
+        logger.info("request %s", record.line())
+        return response
 
-    def _segment(self, request: Request, request_id: str, clock: StageClock, responses: ResponseMaker) -> Response:
+    def _answer(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:
+        try:
+            return self._segment(request, record, responses)
+        except ServingError as error:
+            record.code = error.code
+            return responses.problem(error, record.request_id)
+        except MemoryError:
+            record.code = OutOfMemory.code
+            msg = "this server's memory does not hold the case; try again later, or send a smaller volume"
+            return responses.problem(OutOfMemory(msg), record.request_id)
+        except Exception:
+            record.code = ServingError.code
+            logger.exception("request %s: unexpected error", json.dumps(record.request_id))
+            msg = "an unexpected error; the server's log has it under this request_id"
+            return responses.problem(ServingError(msg), record.request_id)
+
+    def _segment(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:
+        clock = record.clock
         started = time.monotonic()
         options = parse_options(self._options_text(request))
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
@@ -132,52 +142,52 @@ class Pipeline:
         with clock.stage(Stage.DECODE):
             images = self._open_images(request)
             geometry = self._common_geometry(images)
+            record.shape = geometry.shape
             warnings = _warnings(images)
             channels = sum(image.channels for image in images)
             case_price = price(self.bundle, geometry, channels, settings, probabilities=options.save_probabilities)
+            record.patches, record.passes = case_price.patches, case_price.passes
             check_affordable(case_price, self.limits)
             output = options.output_format or images[0].native_format
             self._check_answer_fits(geometry, output, options)
-            array, constant = _decode(images)
-            volume = Volume(array, geometry)
-            del array
-            if constant:
-                warnings.append(Warnings.CONSTANT_IMAGE)
 
-        _check(deadline - case_price.preprocess_s, "decoding the volume")
-        with clock.stage(Stage.PREPROCESS):
-            case = preprocess(self.bundle, volume)
-            del volume
+        with self.engine.reserve(case_price, deadline, guaranteed=request.is_trial) as waited_s:
+            clock.add(Stage.QUEUE, waited_s)
 
-        _check(deadline - case_price.export_s, "preprocessing")
-        prediction = self.engine.predict(case.data, settings, deadline)
-        clock.add(Stage.QUEUE, prediction.queue_s)
-        clock.add(Stage.NETWORK, prediction.network_s)
+            with clock.stage(Stage.DECODE):
+                array, constant = _decode(images)
+                volume = Volume(array, geometry)
+                del array
+                if constant:
+                    warnings.append(Warnings.CONSTANT_IMAGE)
 
-        _check(deadline - case_price.export_s, "the network")
-        with clock.stage(Stage.EXPORT):
-            answer = export(
-                self.bundle,
-                prediction.logits,
-                case.properties,
-                geometry,
-                probabilities=options.save_probabilities,
-            )
-            del case, prediction
+            _check(deadline - case_price.preprocess_s, "decoding the volume")
+            with clock.stage(Stage.PREPROCESS):
+                case = preprocess(self.bundle, volume)
+                del volume
 
-        _check(deadline, "the export")
-        with clock.stage(Stage.ENCODE):
-            file = codecs.encode(answer, output, images[0])
+            _check(deadline - case_price.export_s, "preprocessing")
+            prediction = self.engine.predict(case.data, settings, deadline)
+            clock.add(Stage.QUEUE, prediction.queue_s)
+            clock.add(Stage.NETWORK, prediction.network_s)
 
-        timing = clock.server_timing()
-        logger.info(
-            "request %s: 200, shape %s, %d passes, %s",
-            json.dumps(request_id),
-            geometry.shape,
-            case_price.passes,
-            timing,
-        )
-        return responses.result(file.body, file.content_type, request_id, timing, warnings)
+            _check(deadline - case_price.export_s, "the network")
+            with clock.stage(Stage.EXPORT):
+                answer = export(
+                    self.bundle,
+                    prediction.logits,
+                    case.properties,
+                    geometry,
+                    probabilities=options.save_probabilities,
+                )
+                del case, prediction
+
+            _check(deadline, "the export")
+            with clock.stage(Stage.ENCODE):
+                file = codecs.encode(answer, output, images[0])
+                del answer
+
+        return responses.result(file.body, file.content_type, record.request_id, clock.server_timing(), warnings)
 
     def dry_run(self) -> None:
         """Answer one small made-up case, so that the first real one finds everything loaded.
@@ -191,7 +201,8 @@ class Pipeline:
         noise = np.random.default_rng(0).integers(1, 1000, (_DRY_RUN_VOXELS,) * 3 + (self.bundle.channels,))
         image = nib.Nifti1Image(noise.astype(np.int16), np.diag([*spacing[::-1], 1.0]))
         options = {"folds": [self.bundle.folds[0]], "use_mirroring": False}
-        response = self.answer(Request({RAW_BODY: image.to_bytes()}, {HEADER: json.dumps(options)}, "dry-run"))
+        headers = {HEADER: json.dumps(options)}
+        response = self.answer(Request({RAW_BODY: image.to_bytes()}, headers, "dry-run", is_trial=True))
         if response.status != HTTPStatus.OK:
             msg = f"the dry run failed: {response.body.decode()}"
             raise BundleError(msg)
@@ -222,6 +233,7 @@ class Pipeline:
                 "response_bytes": self.limits.response_bytes,
                 "voxels": self.limits.voxels,
                 "timeout_s": self.time_limit_s,
+                "memory_bytes": self.limits.memory_bytes,
             },
             "options": Options.model_json_schema()["properties"],
             "serving_core": __version__,

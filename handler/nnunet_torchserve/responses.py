@@ -24,6 +24,7 @@ REQUEST_ID = "X-Nnunet-Request-Id"
 """The id that the log and a problem have: the client's if it sent a usable one, else the front end's."""
 
 MODEL = "X-Nnunet-Model"
+RETRY_AFTER = "Retry-After"
 PROBLEM_JSON = "application/problem+json"
 
 _HEADER_TEXT = re.compile(r"[\x20-\x7e]*")
@@ -88,7 +89,10 @@ class ResponseMaker:
             "request_id": request_id,
         }
         body = json.dumps(document, ensure_ascii=True).encode("ascii")
-        return _checked(Response(error.status, PROBLEM_JSON, body, self._headers(request_id)))
+        headers = self._headers(request_id)
+        if error.retry_after_s is not None:
+            headers[RETRY_AFTER] = str(error.retry_after_s)
+        return _checked(Response(error.status, PROBLEM_JSON, body, headers))
 
     def json(self, document: object, request_id: str) -> Response:
         """A 200 with a JSON document."""

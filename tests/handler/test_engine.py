@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine.accumulator import CaseAccumulator, mirrorings
+from nnunet_torchserve.engine.accumulator import Layout, held_bytes, mirrorings, new_accumulator
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
+from nnunet_torchserve.engine.faults import Fault, Faults, Kind
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import FoldNetworks, load_networks
 from nnunet_torchserve.engine.scheduler import Policy
-from nnunet_torchserve.errors import CaseFailed, Deadline
+from nnunet_torchserve.errors import CaseFailed, Deadline, OutOfMemory
+from nnunet_torchserve.options import Accumulate
 
 CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
@@ -39,9 +42,14 @@ def volume(size: int, seed: int) -> torch.Tensor:
 
 
 def case(
-    networks: FoldNetworks, number: int, data: torch.Tensor, settings: Settings = PLAIN, **fields: object
+    networks: FoldNetworks,
+    number: int,
+    data: torch.Tensor,
+    settings: Settings = PLAIN,
+    batch: int = 1,
+    **fields: object,
 ) -> CaseInFlight:
-    accumulator = CaseAccumulator(data, networks.classes, networks.patch_size, settings, CPU)
+    accumulator = new_accumulator(data, settings, Layout(networks.classes, networks.patch_size, CPU, batch))
     return CaseInFlight(number, accumulator, arrived=float(number), **fields)  # type: ignore[arg-type]
 
 
@@ -124,6 +132,78 @@ def test_only_the_case_that_the_network_fails_on_fails(networks: FoldNetworks) -
     ended = run(core)
     assert isinstance(ended[3], CaseFailed)
     assert all(isinstance(ended[number], torch.Tensor) for number in range(3))
+
+
+def faulty(networks: FoldNetworks, batch: int, kind: Kind, times: int | None = None) -> EngineCore:
+    """A core in which something goes wrong for cases of 25 voxels an axis."""
+    core = EngineCore(networks, batch, faults=Faults([Fault(kind=kind, shape=(1, 25, 25, 25), times=times)]))
+    for number, size in enumerate((24, 25, 26)):
+        core.admit(case(networks, number, volume(size, number), batch=batch))
+    return core
+
+
+def alone(networks: FoldNetworks, batch: int, number: int, size: int) -> torch.Tensor:
+    core = EngineCore(networks, batch)
+    core.admit(case(networks, number, volume(size, number), batch=batch))
+    ended = run(core)[number]
+    assert isinstance(ended, torch.Tensor)
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(Kind.RAISE, CaseFailed), (Kind.NAN, CaseFailed), (Kind.OUT_OF_MEMORY, OutOfMemory)]
+)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_only_the_guilty_case_pays(kind: Kind, error: type[Exception], batch: int, networks: FoldNetworks) -> None:
+    core = faulty(networks, batch, kind)
+    ended = run(core)
+    assert isinstance(ended[1], error)
+    left = core.batch
+    assert left == (1 if kind is Kind.OUT_OF_MEMORY else batch)
+    if left == batch:  # a halved batch gives other last bits
+        assert torch.equal(ended[0], alone(networks, batch, 0, 24))  # type: ignore[arg-type]
+        assert torch.equal(ended[2], alone(networks, batch, 2, 26))  # type: ignore[arg-type]
+    else:
+        assert all(isinstance(ended[number], torch.Tensor) for number in (0, 2))
+
+
+def test_batches_are_halved_before_a_case_is_given_up(networks: FoldNetworks) -> None:
+    core = faulty(networks, 4, Kind.OUT_OF_MEMORY, times=2)
+    ended = run(core)
+    assert core.batch == 1
+    assert torch.equal(ended[1], alone(networks, 1, 1, 25))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mirroring_axes", [(), (0, 2)])
+def test_float32_sums_are_closer_to_the_truth_and_do_not_depend_on_the_batch(
+    mirroring_axes: tuple[int, ...], networks: FoldNetworks
+) -> None:
+    half = Settings((0, 1, 2), mirroring_axes, 0.5, use_gaussian=True)
+    single = replace(half, accumulate=Accumulate.FLOAT32)
+
+    def logits(settings: Settings, batch: int) -> torch.Tensor:
+        core = EngineCore(networks)
+        core.admit(case(networks, 0, volume(40, 0), settings, batch))
+        ended = run(core)[0]
+        assert isinstance(ended, torch.Tensor)
+        return ended
+
+    expected = torch.stack([logits(replace(single, folds=(fold,)), 1).double() for fold in single.folds]).mean(0)
+    exact = logits(single, 1)
+    assert exact.dtype is torch.float32
+    for batch in (2, 3, 100):
+        assert torch.equal(logits(single, batch), exact)
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (logits(half, 1) - expected).abs().max() > 10 * (exact - expected).abs().max()
+
+
+def test_what_an_accumulator_holds_is_known_before(networks: FoldNetworks) -> None:
+    for settings in (PLAIN, MIRRORED, replace(MIRRORED, accumulate=Accumulate.FLOAT32)):
+        layout = Layout(networks.classes, networks.patch_size, CPU)
+        accumulator = new_accumulator(volume(37, 0), settings, layout)
+        tensors = [each for each in vars(accumulator).values() if isinstance(each, torch.Tensor)]
+        held = sum({t.data_ptr(): t.numel() * t.itemsize for t in tensors if t is not accumulator._gaussian}.values())
+        assert held == held_bytes((1, 37, 37, 37), settings, layout)
 
 
 def test_a_case_out_of_time_is_given_up(networks: FoldNetworks) -> None:

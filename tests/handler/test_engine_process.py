@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import channel, process, remote
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline
 
 CPU = torch.device("cpu")
@@ -55,7 +57,7 @@ def connect(runtime: Path) -> Iterator[Connect]:
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory; its engines are gone in the end."""
-    monkeypatch.setenv(remote.RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
     yield tmp_path / "run"
     for engine in engines(tmp_path / "run"):
         engine.kill()
@@ -277,7 +279,8 @@ def raw_link(runtime: Path) -> socket.socket:
 
 def submit_of(shape: tuple[int, int, int, int], **fields: object) -> channel.Submit:
     plain = {"folds": (0,), "mirroring_axes": (), "tile_step_size": 0.5, "use_gaussian": True, "deadline": None}
-    return channel.Submit(**(plain | {"shape": shape, "suspect": False} | fields))  # type: ignore[arg-type]
+    plain |= {"shape": shape, "suspect": False, "accumulate": "half"}
+    return channel.Submit.model_validate_json(json.dumps(plain | fields))
 
 
 def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
@@ -297,18 +300,29 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
     ]
     for message, fd in lies:
         with raw_link(runtime) as link:
+            channel.send(link, channel.Reserve(bytes=1, passes=1))
             channel.send(link, message, (fd,))
             answers = [channel.receive(link) for _ in range(2)]
             assert isinstance(answers[1], tuple), message
             assert isinstance(answers[1][0], channel.Failed), message
-    for packet in (b"", b"{}", b"\xff" * 100, b'{"kind": "hello", "protocol": 1, "pid": 1}', b"[" * 10_000):
+    for packet in (b"", b"{}", b"\xff" * 100, b'{"kind": "hello", "protocol": 2}', b"[" * 10_000):
         with raw_link(runtime) as link:
             link.send(packet)
             with suppress(ConnectionResetError):
                 assert channel.receive(link) is None
-    with raw_link(runtime) as link:
-        channel.send(link, submit_of((1, 8, 8, 8)))
-        assert channel.receive(link) is None
+    out_of_turn: list[list[channel.Message]] = [
+        [submit_of((1, 8, 8, 8))],
+        [channel.Release()],
+        [channel.Reserve(bytes=1, passes=1), channel.Reserve(bytes=1, passes=1)],
+        [channel.Reserve(bytes=1, passes=1), submit_of((1, 8, 8, 8))],
+        [channel.Heartbeat()],
+    ]
+    for messages in out_of_turn:
+        with raw_link(runtime) as link:
+            for each in messages:
+                channel.send(link, each)
+            while (received := channel.receive(link)) is not None:
+                assert isinstance(received[0], channel.Granted)
     assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
     assert engines(runtime) == [running]
     os.close(descriptor)
@@ -332,7 +346,7 @@ def test_a_runtime_directory_that_others_may_write_to_is_refused(
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    monkeypatch.setenv(remote.RUNTIME_DIR_VARIABLE, str(shared))
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(shared))
     with pytest.raises(BundleError, match="nobody else"):
         RemoteEngine(bundle, CPU)
 

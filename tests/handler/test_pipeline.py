@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -86,6 +87,9 @@ class BrokenEngine:
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
+
+    def reserve(self, *_: object, **__: object) -> AbstractContextManager[float]:
+        return nullcontext(0.0)
 
     def predict(self, *_: object) -> Prediction:
         raise self._error

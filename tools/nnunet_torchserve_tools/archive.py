@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -78,24 +78,24 @@ class ServingSettings:
     """What goes to model-config.yaml.
 
     Attributes:
-        workers: TorchServe workers in all (``serve`` multiplies its own ``--workers`` by the devices).
+        workers: TorchServe workers in all; ``None`` leaves it to ``serve``, or to ``default_workers_per_model`` of a
+            bare TorchServe.
         response_timeout_s: seconds before TorchServe kills a worker that has not answered.
         startup_timeout_s: seconds that a worker may take to load.
-        max_patch_batch: patches in one forward pass.
+        max_patch_batch: passes in a batch; ``auto`` is 1 on a CPU and probed on a GPU.
         limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
     """
 
-    workers: int = 1
+    workers: int | None = None
     response_timeout_s: int = 1200
     startup_timeout_s: int = 600
-    max_patch_batch: int = 1
+    max_patch_batch: int | Literal["auto"] = "auto"
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
-        document = {
-            "minWorkers": self.workers,
-            "maxWorkers": self.workers,
+        workers = {} if self.workers is None else {"minWorkers": self.workers, "maxWorkers": self.workers}
+        document = workers | {
             "batchSize": 1,
             "maxBatchDelay": 1,
             "responseTimeout": self.response_timeout_s,

@@ -57,11 +57,14 @@ def archive(
     version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
     checkpoint: Annotated[str, typer.Option(help="Checkpoint file in each fold's folder.")] = "checkpoint_final.pth",
     output: Annotated[Path, typer.Option(help="Where the archives go.")] = Path("model_store"),
-    workers: Annotated[int, typer.Option(min=1, help="TorchServe workers.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="TorchServe workers in all; default: left to the server.")
+    ] = None,
     response_timeout: Annotated[int, typer.Option(min=20, help="Seconds for one request.")] = 1200,
     max_patch_batch: Annotated[
-        int, typer.Option(min=1, max=64, help="Patches in one forward pass; 1 is bit-equal to nnU-Net on a CPU.")
-    ] = 1,
+        int | None,
+        typer.Option(min=1, max=64, help="Patches in one forward pass; default: 1 on a CPU, probed on a GPU."),
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
@@ -69,7 +72,9 @@ def archive(
     """Package a trained nnU-Net folder for TorchServe."""
     from .archive import ArchiveRequest, ServingSettings, make_archives
 
-    serving = ServingSettings(workers=workers, response_timeout_s=response_timeout, max_patch_batch=max_patch_batch)
+    serving = ServingSettings(
+        workers=workers, response_timeout_s=response_timeout, max_patch_batch=max_patch_batch or "auto"
+    )
     request = ArchiveRequest(
         model_folder=model_folder,
         output=output,
@@ -90,7 +95,9 @@ def archive(
 def serve(
     model_store: Annotated[Path, typer.Option(help="Folder with the archives.")] = Path("model_store"),
     models: Annotated[list[str] | None, typer.Option(help="NAME=FILE.mar or FILE.mar, repeatable, or all.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Workers per device; default: the archive's.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers per device; default: the archive's, else 4 (8 a GPU).")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
     management_port: Annotated[int, typer.Option(min=1, max=65535)] = 8081,
@@ -103,6 +110,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="Another config.properties to start from.")] = None,
     state_dir: Annotated[Path, typer.Option(help="State and logs of this server.")] = Path(".nnunet-torchserve"),
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until SIGTERM or stop.")] = False,
+    testing: Annotated[bool, typer.Option("--testing", hidden=True)] = False,
 ) -> None:
     """Start TorchServe and wait until every worker can answer."""
     from . import launcher
@@ -121,6 +129,7 @@ def serve(
         body_limit=None if body_limit is None else body_limit * _MIB,
         heap=None if heap is None else heap * _MIB,
         config=config,
+        testing=testing,
     )
     with suppress(_Stopped):
         if foreground:

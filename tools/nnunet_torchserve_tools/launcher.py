@@ -31,6 +31,7 @@ import yaml
 
 from nnunet_handler import LOAD_FAILED
 from nnunet_torchserve.bundle import BUNDLE_FILE
+from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE, runtime_dir
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
 
 from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME
@@ -41,6 +42,9 @@ from .sizing import compute_sizes
 STATE_FILE = "server.json"
 STOPPING_FILE = "stopping"
 """Tells a ``serve`` in the foreground that its server ended on purpose."""
+
+WORKERS_ON_CPU, WORKERS_PER_GPU = 4, 8
+"""A worker is one case in flight: the engine chooses among as many."""
 
 READY_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
@@ -77,11 +81,12 @@ class ServeRequest:
         models: ``NAME=FILE.mar`` or ``FILE.mar`` each, or the one word ``all``.
         state_dir: where the server's state and logs go.
         ports: see :class:`Ports`.
-        workers: per device and model; ``None`` takes the archive's number.
+        workers: per device and model; ``None`` takes the archive's number, else ``WORKERS``.
         queue: waiting requests a model; ``None`` is twice its workers.
         device: see :class:`DeviceKind`.
         body_limit, heap: bytes set by hand, or ``None``.
         config: another config.properties to start from.
+        testing: faults may be ordered through the environment.
     """
 
     model_store: Path
@@ -94,16 +99,25 @@ class ServeRequest:
     body_limit: int | None = None
     heap: int | None = None
     config: Path | None = None
+    testing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What the launcher needs of a .mar file."""
+    """What the launcher needs of a .mar file; ``workers`` is ``None`` if it does not say."""
 
     name: str
     version: str
     file: str
-    workers: int
+    workers: int | None
+
+    def workers_on(self, gpus: int, asked: int | None) -> int:
+        """TorchServe workers on that many GPUs, or on the CPU."""
+        if asked is not None:
+            return asked * max(1, gpus)
+        if self.workers is not None:
+            return max(self.workers, gpus)
+        return WORKERS_PER_GPU * gpus or WORKERS_ON_CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +156,9 @@ def start(request: ServeRequest) -> Server:
         UsageError: a missing archive or model store, sizes that do not fit, a server that runs already.
         ToolError: a taken port, no Java, CUDA without a GPU, a model that does not load.
     """
+    if not request.testing and os.environ.get(FAULTS_VARIABLE):
+        msg = f"{FAULTS_VARIABLE} is set, which is for tests only: unset it"
+        raise UsageError(msg)
     if (running := read_state(request.state_dir)) and running.process():
         msg = f"a server of this state directory runs already at {running.inference_url}; stop it first"
         raise UsageError(msg)
@@ -149,7 +166,7 @@ def start(request: ServeRequest) -> Server:
     gpus = _gpus(request.device)
     base_config = _base_config(request.config)
     archives = find_archives(request.model_store, request.models)
-    workers = {a: request.workers * max(1, gpus) if request.workers else max(a.workers, gpus) for a in archives}
+    workers = {archive: archive.workers_on(gpus, request.workers) for archive in archives}
     queue = request.queue or 2 * max(workers.values())
     held = sum(workers.values()) + queue * len(archives)
     sizes = compute_sizes(total_memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
@@ -187,16 +204,20 @@ def start(request: ServeRequest) -> Server:
         "vmargs": f"-Xmx{heap}m -XX:MaxDirectMemorySize={heap}m -XX:+ExitOnOutOfMemoryError",
         "initial_worker_port": _worker_ports(),
         "number_of_gpu": gpus,
+        "default_workers_per_model": WORKERS_PER_GPU * gpus or WORKERS_ON_CPU,
     }
     config = state_dir / "config.properties"
     config.write_text(merge_properties(base_config, settings))
-    limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "cases": sum(workers.values())}
+    waiting_cases = max(workers.values()) // max(1, gpus)
+    limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "waiting_cases": waiting_cases}
     environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
+    if request.testing:
+        environment[TESTING_VARIABLE] = "1"
     (state_dir / STOPPING_FILE).unlink(missing_ok=True)
     _write_state(state_dir, server)  # before there is anything that would have to be found again
     try:
         _launch(config, store, archives, environment, work_dir, log_dir)
-        _wait_ready(server, workers)
+        _wait_ready(server, workers, {a: a.workers or a.workers_on(gpus, None) for a in archives})
     except BaseException:
         stop(state_dir)
         raise
@@ -288,7 +309,7 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             archive.getinfo(BUNDLE_FILE)
             model = json.loads(archive.read(MANIFEST_FILE))["model"]
             config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
-        return Archive(name or model["modelName"], model["modelVersion"], file, int(config.get("minWorkers", 1)))
+        return Archive(name or model["modelName"], model["modelVersion"], file, config.get("minWorkers"))
     except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
@@ -379,6 +400,7 @@ def _environment(java: Path, temp_dir: Path, log_dir: Path) -> dict[str, str]:
         "TMPDIR": str(temp_dir),
         "LOG_LOCATION": str(log_dir),
         "METRICS_LOCATION": str(log_dir),
+        RUNTIME_DIR_VARIABLE: str(runtime_dir()),  # not below the private TMPDIR: servers share devices and memory
     }
 
 
@@ -410,8 +432,14 @@ def _write_state(state_dir: Path, server: Server) -> None:
     unfinished.replace(state_dir / STATE_FILE)
 
 
-def _wait_ready(server: Server, workers: Mapping[Archive, int]) -> None:
-    """Poll the management API: ``/ping`` says Healthy before a worker can answer."""
+def _wait_ready(server: Server, workers: Mapping[Archive, int], started: Mapping[Archive, int]) -> None:
+    """Poll the management API: ``/ping`` says Healthy before a worker can answer.
+
+    Args:
+        server: the one that was started.
+        workers: as many as there shall be.
+        started: as many as TorchServe starts by itself.
+    """
     deadline = time.monotonic() + READY_TIMEOUT_S
     waiting = dict(workers)
     resized: set[Archive] = set()
@@ -424,7 +452,7 @@ def _wait_ready(server: Server, workers: Mapping[Archive, int]) -> None:
                 if not state:
                     msg = f"TorchServe refused {archive.file}: {_load_warning(Path(server.log_dir), archive.file)}"
                     raise ToolError(msg)
-                if count != archive.workers and archive not in resized:
+                if count != started[archive] and archive not in resized:
                     path = f"/models/{archive.name}/{archive.version}"
                     scaled = management.put(path, params={"min_worker": count, "max_worker": count})
                     if scaled.is_error:

@@ -22,14 +22,34 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..cases import Settings
-from ..options import FoldName
+from ..options import Accumulate, FoldName
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 16 * 1024
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _FD_BYTES = array.array("i").itemsize
 FLIGHT_RECORD_CASES = 64
+
+
+class EngineSettings(BaseModel):
+    """What an engine is started with; part of its identity.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:<n>``.
+        max_patch_batch: passes in a batch; ``auto`` probes what is fastest on CUDA, and is 1 on a CPU.
+        policy: of :class:`~.scheduler.Policy`.
+        memory_bytes, passes, waiting_cases: see :class:`~..limits.Limits`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    max_patch_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    policy: str
+    memory_bytes: int
+    passes: int
+    waiting_cases: int
 
 
 class ChannelError(Exception):
@@ -45,7 +65,6 @@ class Hello(_Message):
 
     kind: Literal["hello"] = "hello"
     protocol: int
-    pid: int
 
 
 class Refused(_Message):
@@ -55,8 +74,30 @@ class Refused(_Message):
     reason: str
 
 
+class Reserve(_Message):
+    """Worker → engine, before a case is decoded: what it will take; see :class:`~.admission.Claim`."""
+
+    kind: Literal["reserve"] = "reserve"
+    bytes: Annotated[int, Field(ge=0)]
+    passes: Annotated[int, Field(ge=0)]
+    guaranteed: bool = False
+
+
+class Granted(_Message):
+    """Engine → worker: go on; the case's number, as the flight record names it."""
+
+    kind: Literal["granted"] = "granted"
+    case_id: int
+
+
+class Release(_Message):
+    """Worker → engine: the granted case takes nothing any more, finished or not."""
+
+    kind: Literal["release"] = "release"
+
+
 class Submit(_Message):
-    """Worker → engine, with the volume's descriptor: predict this case."""
+    """Worker → engine, with the volume's descriptor: predict the granted case."""
 
     kind: Literal["submit"] = "submit"
     shape: tuple[int, int, int, int]
@@ -64,23 +105,17 @@ class Submit(_Message):
     mirroring_axes: tuple[int, ...]
     tile_step_size: Annotated[float, Field(gt=0, le=1)]
     use_gaussian: bool
+    accumulate: Accumulate
     deadline: float | None
     suspect: bool
 
     def settings(self) -> Settings:
         """How the case is predicted."""
-        return Settings(self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian)
-
-
-class Accepted(_Message):
-    """Engine → worker: the case's number, as the flight record names it."""
-
-    kind: Literal["accepted"] = "accepted"
-    case_id: int
+        return Settings(self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian, self.accumulate)
 
 
 class Heartbeat(_Message):
-    """Engine → worker, every second while its case is in flight."""
+    """Engine → worker, every second while it waits for an answer."""
 
     kind: Literal["heartbeat"] = "heartbeat"
 
@@ -89,23 +124,23 @@ class Done(_Message):
     """Engine → worker, with the logits' descriptor."""
 
     kind: Literal["done"] = "done"
-    case_id: int
     shape: tuple[int, int, int, int]
+    dtype: Literal["float16", "float32"]
     unpad: tuple[tuple[int, int], ...]
     queue_s: float
     network_s: float
 
 
 class Failed(_Message):
-    """Engine → worker: the case ended with an error of :mod:`..errors`."""
+    """Engine → worker: the case was refused or ended with an error of :mod:`..errors`."""
 
     kind: Literal["failed"] = "failed"
-    case_id: int
     code: str
     detail: str
+    retry_after_s: int | None = None
 
 
-Message = Hello | Refused | Submit | Accepted | Heartbeat | Done | Failed
+Message = Hello | Refused | Reserve | Granted | Submit | Heartbeat | Done | Failed | Release
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

@@ -3,23 +3,33 @@
 Owned by one thread at a time. It knows neither sockets nor processes: :class:`~.local.LocalEngine` drives it in the
 caller's process, :mod:`.process` in a process of its own.
 
-Every step of a case is guarded by itself: whatever goes wrong with one case, the others do not notice.
+Every step of a case is guarded by itself: whatever goes wrong with one case, the others do not notice. Only a GPU
+that has failed ends them all, because every later call to it would fail too.
+
+On CUDA the host runs one batch ahead of the device: while a batch runs, the next one is chosen, gathered and
+launched, and a case is reported when the device has finished its last batch.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import CaseFailed, Deadline, OutOfMemory, ServingError
 from .accumulator import CaseAccumulator, Unit
+from .faults import Faults
 from .network import FoldNetworks
 from .scheduler import Policy, Share, Waiting, next_batch
 
 logger = logging.getLogger(__name__)
+
+
+class DeviceLostError(Exception):
+    """The device has failed; nothing more can be computed in this process."""
 
 
 @dataclass(slots=True)
@@ -40,7 +50,7 @@ class CaseInFlight:
     arrived: float
     deadline: float | None = None
     suspect: bool = False
-    first_pass: float | None = field(default=None)
+    first_pass: float | None = None
 
     def waiting(self) -> Waiting:
         """How the scheduler sees it."""
@@ -50,9 +60,14 @@ class CaseInFlight:
             arrived=self.arrived,
             remaining=len(accumulator) - accumulator.added,
             fold=accumulator.unit(accumulator.added).fold,
-            fold_remaining=accumulator.passes_per_fold - accumulator.added % accumulator.passes_per_fold,
+            fold_remaining=accumulator.same_fold,
             suspect=self.suspect,
         )
+
+    def times(self, ended: float) -> tuple[float, float]:
+        """Seconds before its first pass, and from there until ``ended``."""
+        started = self.first_pass or self.arrived
+        return started - self.arrived, ended - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,16 @@ class _Pass:
     unit: Unit
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A batch that the device may still be working on."""
+
+    cases: list[int]
+    outcomes: list[Outcome]
+    finished: torch.cuda.Event
+    suspect: bool
+
+
 class EngineCore:
     """Cases in flight on the networks of one device."""
 
@@ -78,6 +103,7 @@ class EngineCore:
         batch: int = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
         before_pass: Callable[[Sequence[int]], None] = lambda _cases: None,
+        faults: Faults | None = None,
     ) -> None:
         """Start empty.
 
@@ -86,17 +112,22 @@ class EngineCore:
             batch: passes in a batch, always exactly as many: a batch that is not full is padded, so that an answer
                 does not depend on who else is served.
             policy: how cases are ordered.
-            before_pass: told which cases are in a batch before it runs, and an empty list after: the flight record.
+            before_pass: told which cases the device works on before each batch, and what is left of them after it:
+                the flight record.
+            faults: ordered by a test.
         """
         self.networks = networks
-        self._batch = batch
+        self.batch = batch
+        self.passes = 0
         self._policy = policy
         self._before_pass = before_pass
+        self._faults = faults or Faults([])
         self._cases: dict[int, CaseInFlight] = {}
+        self._launched: _Launched | None = None
 
     def __len__(self) -> int:
         """Cases in flight."""
-        return len(self._cases)
+        return len(self._cases) + (self._launched is not None)
 
     def admit(self, case: CaseInFlight) -> None:
         """Take a case in."""
@@ -115,17 +146,30 @@ class EngineCore:
 
         Returns:
             The cases that left the engine: finished, out of time, or failed.
+
+        Raises:
+            DeviceLostError: the device has failed.
         """
         outcomes = [self._fail(case, _out_of_time()) for case in self._expired(now)]
-        shares = next_batch([case.waiting() for case in self._cases.values()], self._policy, now, self._batch)
-        if not shares:
-            return outcomes
-        passes = [each for share in shares for each in self._passes(share, now)]
-        self._before_pass([share.case_id for share in shares])
-        try:
-            outcomes += self._run(passes)
-        finally:
-            self._before_pass([])
+        shares = next_batch([case.waiting() for case in self._cases.values()], self._policy, now, self.batch)
+        before, self._launched = self._launched, None
+        cases = [share.case_id for share in shares]
+        suspect = any(self._cases[number].suspect for number in cases)
+        if before is not None and (suspect or before.suspect):  # nobody else must be blamed for what a suspect does
+            outcomes += _wait_for(before)
+            before = None
+        if shares:
+            self._before_pass(cases + (before.cases if before else []))
+            ended = self._run([each for share in shares for each in self._passes(share, now)])
+            if self.networks.device.type == "cuda":
+                finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                finished.record()
+                self._launched = _Launched(cases, ended, finished, suspect)
+            else:
+                outcomes += ended
+        if before is not None:
+            outcomes += _wait_for(before)
+        self._before_pass(self._launched.cases if self._launched else [])
         return outcomes
 
     def _expired(self, now: float) -> list[CaseInFlight]:
@@ -140,24 +184,57 @@ class EngineCore:
 
     def _run(self, passes: Sequence[_Pass]) -> list[Outcome]:
         """Forward a batch; what fails as a whole is retried case by case, so that only the guilty one fails."""
+        passes = [each for each in passes if each.case.case_id in self._cases]  # an earlier part may have ended one
+        if not passes:
+            return []
+        if len(passes) > self.batch:  # it was halved meanwhile
+            parts = [passes[first : first + self.batch] for first in range(0, len(passes), self.batch)]
+            return [outcome for part in parts for outcome in self._run(part)]
         try:
             logits = self._forward(passes)
+        except torch.OutOfMemoryError:
+            return self._run_with_less_memory(passes)
         except Exception as error:  # noqa: BLE001 (whatever it is, the other cases go on)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+            _raise_if_device_is_lost(error)
             cases = list({each.case.case_id: each.case for each in passes}.values())
             if len(cases) == 1:
                 return [self._fail(cases[0], as_serving_error(error))]
             logger.warning("a batch of %d cases failed (%s); trying them one by one", len(cases), type(error).__name__)
             return [outcome for case in cases for outcome in self._run([each for each in passes if each.case is case])]
+        self.passes += len(passes)
         return [outcome for each, patch in zip(passes, logits, strict=False) for outcome in self._add(each, patch)]
 
+    def _run_with_less_memory(self, passes: Sequence[_Pass]) -> list[Outcome]:
+        """Free what nobody uses, halve the batch for good, then take the case's sums to the host, then give it up."""
+        torch.cuda.empty_cache()
+        if self.batch > 1:
+            self.batch //= 2
+            logger.warning("out of device memory: batches of %d from now on", self.batch)
+            return self._run(passes)
+        case = passes[0].case
+        if case.accumulator.move_to_host():
+            logger.warning("out of device memory: case %d is summed on the host", case.case_id)
+            return self._run(passes)
+        return [self._fail(case, OutOfMemory("this case does not fit the device's memory"))]
+
     def _forward(self, passes: Sequence[_Pass]) -> torch.Tensor:
-        patches = [each.case.accumulator.patch(each.unit) for each in passes]
-        patches += [patches[-1]] * (self._batch - len(patches))
-        batch = torch.stack([patch.to(self.networks.device) for patch in patches])
+        shapes = [each.case.accumulator.volume_shape for each in passes]
+        self._faults.before_pass(shapes)
+        patches = [self._on_device(each.case.accumulator.patch(each.unit)) for each in passes]
+        patches += [patches[-1]] * (self.batch - len(patches))
         with self.networks.autocast():
-            return self.networks.forward(passes[0].unit.fold, batch)
+            logits = self.networks.forward(passes[0].unit.fold, torch.stack(patches))
+        for shape, patch_logits in zip(shapes, logits, strict=False):
+            self._faults.after_pass(shape, patch_logits)
+        return logits
+
+    def _on_device(self, patch: torch.Tensor) -> torch.Tensor:
+        """A patch where the network is; from the host through pinned memory, so that nothing waits for the copy."""
+        device = self.networks.device
+        if patch.device == device or device.type != "cuda":
+            return patch
+        pinned = torch.empty(patch.shape, dtype=patch.dtype, pin_memory=True)
+        return pinned.copy_(patch).to(device, non_blocking=True)
 
     def _add(self, each: _Pass, logits: torch.Tensor) -> list[Outcome]:
         if each.case.case_id not in self._cases:  # an earlier pass of this batch ended it
@@ -165,6 +242,7 @@ class EngineCore:
         try:
             each.case.accumulator.add(each.unit, logits.to(each.case.accumulator.device))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
+            _raise_if_device_is_lost(error)
             return [self._fail(each.case, as_serving_error(error))]
         if each.case.accumulator.done:
             self.drop(each.case.case_id)
@@ -180,10 +258,27 @@ def as_serving_error(error: Exception) -> ServingError:
     """The error that a client gets for whatever went wrong with its case."""
     if isinstance(error, ServingError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfMemory("this case does not fit the device's memory")
+    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or no_memory or "can't allocate memory" in str(error):
+        return OutOfMemory("this case does not fit the engine's memory; try again later, or send a smaller volume")
     logger.error("a case failed", exc_info=error)
     return CaseFailed("the network failed on this case; the server's log has the reason")
+
+
+def _wait_for(launched: _Launched) -> list[Outcome]:
+    try:
+        launched.finished.synchronize()
+    except Exception as error:
+        _raise_if_device_is_lost(error)
+        raise
+    return launched.outcomes
+
+
+def _raise_if_device_is_lost(error: Exception) -> None:
+    """After an error of the device itself every later call fails: only a new process helps."""
+    lost = getattr(torch, "AcceleratorError", None)
+    if (lost is not None and isinstance(error, lost)) or "CUDA error" in str(error):
+        raise DeviceLostError(str(error)) from error
 
 
 def _out_of_time() -> ServingError:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from ..bundle import ModelBundle
-from ..cases import Settings
-from ..errors import OutOfMemory
-from .accumulator import CaseAccumulator
+from ..cases import Price, Settings
+from ..errors import Busy, Deadline, OutOfMemory
+from ..limits import Limits
+from .accumulator import CaseAccumulator, Layout, new_accumulator
+from .admission import Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .network import load_networks
 from .prediction import Prediction
@@ -21,7 +26,7 @@ from .scheduler import Policy
 class LocalEngine:
     """Cases of all calling threads in flight on the networks that it holds.
 
-    Threads: ``predict`` may be called by any thread. The callers drive the engine themselves: one of them at a time
+    Threads: its methods may be called by any thread. The callers drive the engine themselves: one of them at a time
     holds the lock and makes a forward pass for whichever case is most urgent. Nothing outlives a call, also when it
     raises: no thread is started, and the case's buffers go with it.
     """
@@ -32,6 +37,7 @@ class LocalEngine:
         device: torch.device,
         max_patch_batch: int = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
+        limits: Limits | None = None,
     ) -> None:
         """Load the networks and check the golden patch.
 
@@ -41,37 +47,49 @@ class LocalEngine:
             max_patch_batch: patches in one forward pass, always exactly as many (a batch that is not full is
                 padded). 1 is bit-equal to stock on a CPU.
             policy: which case goes first.
+            limits: what all cases may take together.
 
         Raises:
             BundleError: the weights do not fit, or the golden patch gives other logits.
         """
+        limits = limits or Limits()
         self._core = EngineCore(load_networks(bundle, device), max_patch_batch, policy)
         self._lock = threading.Lock()
         self._outcomes: dict[int, Outcome] = {}
         self._numbers = itertools.count()
+        self._admission = Admission(Budget(limits.memory_bytes, limits.passes, limits.waiting_cases))
+        self._room = threading.Condition()
+
+    @contextmanager
+    def reserve(self, price: Price, deadline: float | None, *, guaranteed: bool = False) -> Iterator[float]:
+        """See :meth:`~.prediction.Engine.reserve`."""
+        began, claim = time.monotonic(), Claim(next(self._numbers), price.bytes, price.passes, guaranteed)
+        if claim.exceeds(self._admission.budget) and not guaranteed:
+            msg = "this case needs more memory or forward passes than the engine has for all cases"
+            raise OutOfMemory(msg)
+        try:
+            with self._room:
+                if not self._admission.ask(claim):
+                    msg = f"{self._admission.waiting} cases wait for memory already; try again later"
+                    raise Busy(msg, 1)
+                self._admission.grant()
+                while not self._admission.is_charged(claim.number):
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        msg = "the time for this request ran out while it waited for memory"
+                        raise Deadline(msg)
+                    self._room.wait(left)
+            yield time.monotonic() - began
+        finally:
+            with self._room:
+                self._admission.release(claim.number)
+                self._admission.grant()
+                self._room.notify_all()
 
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
-        device = self._core.networks.device
-        try:
-            return self._predict(data, settings, deadline, device)
-        except OutOfMemory:
-            if device.type == "cpu":
-                raise
-            return self._predict(data, settings, deadline, torch.device("cpu"))
-
-    def _predict(
-        self, data: torch.Tensor, settings: Settings, deadline: float | None, accumulate_on: torch.device
-    ) -> Prediction:
-        networks, arrived = self._core.networks, time.monotonic()
-        try:
-            with torch.inference_mode():
-                accumulator = CaseAccumulator(
-                    data, networks.classes, networks.patch_size, settings, accumulate_on, deadline=deadline
-                )
-        except Exception as error:
-            raise as_serving_error(error) from error
-        case = CaseInFlight(next(self._numbers), accumulator, arrived, deadline)
+        arrived = time.monotonic()
+        case = CaseInFlight(next(self._numbers), self._accumulator(data, settings, deadline), arrived, deadline)
         with self._lock:
             self._core.admit(case)
         try:
@@ -81,9 +99,19 @@ class LocalEngine:
                 self._core.drop(case.case_id)
         if outcome.error is not None:
             raise outcome.error
-        started, ended = case.first_pass or arrived, time.monotonic()
-        logits = accumulator.result().cpu()[accumulator.unpad]
-        return Prediction(logits, started - arrived, ended - started)
+        queue_s, network_s = case.times(time.monotonic())
+        return Prediction(case.accumulator.result().cpu()[case.accumulator.unpad], queue_s, network_s)
+
+    def _accumulator(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> CaseAccumulator:
+        networks = self._core.networks
+        layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
+        with torch.inference_mode():
+            try:
+                return new_accumulator(data, settings, layout, deadline=deadline)
+            except torch.OutOfMemoryError:
+                return new_accumulator(data, settings, replace(layout, device=torch.device("cpu")), deadline=deadline)
+            except Exception as error:
+                raise as_serving_error(error) from error
 
     def _drive_until_done(self, case_id: int) -> Outcome:
         while True:

@@ -26,6 +26,11 @@ GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 """Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
 processors in the last bits; CUDA runs under float16 autocast, as stock does."""
 
+_BATCHES = (1, 2, 4, 8, 16)
+_BATCH_MEMORY_SHARE = 0.5
+_NEARLY = 0.97
+_PROBE_WARMUPS, _PROBE_RUNS = 3, 5
+
 _GOLDEN_SEED = 20261122
 _GOLDEN_SAMPLES = 4096
 
@@ -88,6 +93,47 @@ def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
     networks = FoldNetworks(bundle, device)
     check_golden(networks, bundle)
     return networks
+
+
+@torch.inference_mode()
+def probe_batch(networks: FoldNetworks) -> int:
+    """How many patches a forward pass should take: 1 on a CPU, where that is bit-equal to stock.
+
+    On CUDA the smallest batch that is nearly as fast a patch as the fastest, among those whose memory leaves room
+    for the cases.
+    """
+    device = networks.device
+    if device.type != "cuda":
+        return 1
+    rates: dict[int, float] = {}
+    room = torch.cuda.mem_get_info(device)[0] * _BATCH_MEMORY_SHARE
+    for batch in _BATCHES:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            rates[batch] = batch / _forward_seconds(networks, batch)
+        except torch.OutOfMemoryError:
+            break
+        if torch.cuda.max_memory_reserved(device) > room:
+            break
+    torch.cuda.empty_cache()
+    fastest = max(rates.values(), default=0.0)
+    return next((batch for batch, rate in rates.items() if rate >= _NEARLY * fastest), 1)
+
+
+def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
+    patches = torch.randn((batch, networks.input_channels, *networks.patch_size), device=networks.device)
+    fold = networks.folds[0]
+    with networks.autocast():
+        for _ in range(_PROBE_WARMUPS):
+            networks.forward(fold, patches)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        for _ in range(_PROBE_RUNS):
+            networks.forward(fold, patches)
+        ended.record()
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) / 1000 / _PROBE_RUNS
 
 
 def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from ..cases import Settings
+from ..cases import Price, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class Prediction:
     """What the engine gives for one case.
 
     Attributes:
-        logits: float16 (classes, z, y, x) on the network's grid, on the CPU.
+        logits: float16 (float32 if the settings sum so) (classes, z, y, x) on the network's grid, on the CPU.
         queue_s: seconds before the case's first forward pass.
         network_s: seconds from there to its last.
     """
@@ -27,6 +28,26 @@ class Prediction:
 
 class Engine(Protocol):
     """Patches in, logits out; wherever the networks live."""
+
+    def reserve(
+        self, price: Price, deadline: float | None, *, guaranteed: bool = False
+    ) -> AbstractContextManager[float]:
+        """Hold what one case takes, from before it is decoded until its answer is written.
+
+        Args:
+            price: what it takes.
+            deadline: ``time.monotonic()`` after which the case is given up.
+            guaranteed: do not wait, whatever others hold.
+
+        Returns:
+            A context in which the case may be worked on; entering it waits, and gives the seconds that it took.
+
+        Raises:
+            Busy: as many cases as allowed wait already.
+            Deadline: the time ran out.
+            OutOfMemory: it would not fit even alone.
+            NoEngine: there is no engine, and none could be started.
+        """
 
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> Prediction:
         """Predict one preprocessed case.
@@ -40,4 +61,5 @@ class Engine(Protocol):
             Deadline: the time ran out; nothing of the case is kept.
             CaseFailed: the logits are not finite, or the network failed on this case.
             OutOfMemory: the device cannot hold this case.
+            NoEngine: the engine died again and again, or none could be started.
         """

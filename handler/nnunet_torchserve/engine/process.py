@@ -6,33 +6,47 @@ before the slow imports, so that racing workers queue up instead of starting mor
 networks are loaded. It imports everything up front: unregistering a model deletes the directory that it came from. It
 leaves some seconds after its last worker.
 
-Threads. The main thread owns every socket's reading, admission and the heartbeat; the compute thread owns the
-:class:`~.core.EngineCore` and all torch work. The main thread hands commands over in a queue, in order; the compute
-thread sends each outcome itself. The only lock is the one around a connection's sends and its closing.
+A case. The worker reserves what the case will take (:mod:`.admission`), decodes and preprocesses it, submits it, gets
+its logits, exports them, and releases. Whatever ends the connection releases too.
+
+Threads. The main thread owns every socket's reading, the connections' state, admission, the host's ledger and the
+heartbeat. The compute thread owns the :class:`~.core.EngineCore`, all torch work and the device's ledger. The main
+thread hands commands over in a queue, in order; the compute thread sends each outcome itself and tells the main
+thread nothing. The only locks are those around a connection's sends and its closing; nothing is called under them but
+the socket. ``_owners`` is written by the main thread and read by both.
 
 Faults. Whatever a worker sends, only its own connection is closed. Whatever a case does, it alone fails
-(:mod:`.core`). If the compute thread ends or a pass lasts too long, heartbeats stop and the workers start another
-engine.
+(:mod:`.core`). If a pass lasts too long, heartbeats stop and the workers start another engine; if the device fails,
+the process ends at once with the same result.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
+import math
 import os
 import selectors
 import socket
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from ..errors import ServingError
-    from .channel import Message, Submit
+    from .accumulator import CaseAccumulator
+    from .channel import EngineSettings, Message, Reserve, Submit
     from .core import EngineCore, Outcome
 
-SOCKET, ALIVE, LOCK, LOG = "engine.sock", "alive", "lock", "engine.log"
+logger = logging.getLogger(__name__)
+
+SOCKET, LOCK, LOG = "engine.sock", "lock", "engine.log"
 HEARTBEAT_S = 1.0
 IDLE_S = 5.0
 PASS_LIMIT_S = 300.0
@@ -40,6 +54,21 @@ PASS_LIMIT_S = 300.0
 
 _BACKLOG = 128
 _MAX_LOG_BYTES = 4 * 1024**2
+_LOOK_AGAIN_S = 0.1
+"""While cases wait: another engine may have released memory."""
+
+_LONGEST_RETRY_S = 600
+_DEVICE_SHARE = 0.9
+"""Of a GPU's memory, for all engines on it; the rest is for the CUDA contexts."""
+
+
+class _State(Enum):
+    """Where a connection's case is, as the main thread sees it."""
+
+    IDLE = auto()
+    WAITING = auto()
+    GRANTED = auto()
+    SUBMITTED = auto()
 
 
 class _Connection:
@@ -49,22 +78,24 @@ class _Connection:
         import threading
 
         self.endpoint = endpoint
-        self.case_id: int | None = None
+        self.state = _State.IDLE
+        self.case_id = 0
+        self._listening = False
         self._lock = threading.Lock()
         self._open = True
 
-    def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> bool:
-        """Send without waiting; a worker that does not read is given up."""
-        from . import channel
-
+    def expect(self) -> None:
+        """The worker waits for an answer now: it gets heartbeats until then."""
         with self._lock:
-            if not self._open:
-                return False
-            try:
-                channel.send(self.endpoint, message, descriptors)
-            except OSError:
-                return False
-            return True
+            self._listening = True
+
+    def beat(self, message: Message) -> None:
+        """Send a heartbeat if the worker waits; one that does not read would fill its socket with them."""
+        self._send(message, (), last=False)
+
+    def answer(self, message: Message, descriptors: tuple[int, ...] = ()) -> bool:
+        """Send what the worker waits for, without waiting; a worker that does not read is given up."""
+        return self._send(message, descriptors, last=True)
 
     def close(self) -> None:
         """Close once, never under a send."""
@@ -72,33 +103,69 @@ class _Connection:
             self._open = False
             self.endpoint.close()
 
+    def _send(self, message: Message, descriptors: tuple[int, ...], *, last: bool) -> bool:
+        from . import channel
+
+        with self._lock:
+            if not self._open or not self._listening:
+                return False
+            self._listening = not last
+            try:
+                channel.send(self.endpoint, message, descriptors)
+            except OSError:
+                return False
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Admit:
+    case_id: int
+    message: Submit
+    descriptor: int
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    case_id: int
+
 
 class EngineProcess:
-    """The main thread's state."""
+    """The main thread's state, and below it the compute thread's."""
 
-    def __init__(self, folder: Path, listener: socket.socket, core: EngineCore, record: Any, record_fd: int) -> None:
+    def __init__(
+        self, folder: Path, listener: socket.socket, core: EngineCore, settings: EngineSettings, record_fd: int
+    ) -> None:
         """Take over a listening socket.
 
         Args:
             folder: the engine's own directory.
             listener: bound and listening.
             core: networks loaded; from now on the compute thread's.
-            record: the flight record that the core writes.
-            record_fd: its descriptor, sent with every hello.
+            settings: budget and device.
+            record_fd: the flight record's descriptor, sent with every hello.
         """
         import queue
         import threading
 
-        self._folder, self._listener, self._core = folder, listener, core
-        self._record, self._record_fd = record, record_fd
+        from .admission import Admission, Budget
+        from .ledger import Ledger
+
+        self._folder, self._listener, self._record_fd = folder, listener, record_fd
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._connections: dict[int, _Connection] = {}
         self._owners: dict[int, _Connection] = {}
-        self._results: dict[int, int] = {}
-        self._commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._next_case = 1
+        self._admission = Admission(Budget(settings.memory_bytes, settings.passes, settings.waiting_cases))
+        self._host = Ledger(folder, "host")
+        self._commands: queue.SimpleQueue[_Admit | _Drop] = queue.SimpleQueue()
         self._pass_began: float | None = None
+        self._busy_s = 0.0
+
+        self._core = core
+        self._results: dict[int, int] = {}
+        self._device = _DeviceMemory(core, Ledger(folder, settings.device))
         self._compute = threading.Thread(target=self._compute_forever, name="compute", daemon=True)
 
     def run(self) -> None:
@@ -107,20 +174,21 @@ class EngineProcess:
         idle_since: float | None = time.monotonic()
         next_beat = time.monotonic()
         while True:
-            for key, _ in self._selector.select(timeout=max(0.0, next_beat - time.monotonic())):
+            pause = _LOOK_AGAIN_S if self._admission.waiting else max(0.0, next_beat - time.monotonic())
+            for key, _ in self._selector.select(pause):
                 if key.fileobj is self._listener:
                     self._accept()
-                else:
+                elif key.fd in self._connections:
                     self._serve(self._connections[key.fd])
+            if self._admission.waiting:
+                self._grant()
             now = time.monotonic()
             if now < next_beat:
                 continue
             next_beat = now + HEARTBEAT_S
-            if not self._compute.is_alive():
-                msg = "the compute thread has ended"
-                raise RuntimeError(msg)
             self._beat(now)
             self._listen_again_if_unlinked()
+            _bound_log()
             if self._connections:
                 idle_since = None
             elif idle_since is None:
@@ -139,11 +207,12 @@ class EngineProcess:
         try:
             channel.peer_pid(endpoint)
         except channel.ChannelError as error:
-            sys.stderr.write(f"refused a connection: {error}\n")
+            logger.warning("refused a connection: %s", error)
             connection.close()
             return
         endpoint.setblocking(False)
-        if connection.send(channel.Hello(protocol=channel.PROTOCOL, pid=os.getpid()), (self._record_fd,)):
+        connection.expect()
+        if connection.answer(channel.Hello(protocol=channel.PROTOCOL), (self._record_fd,)):
             self._connections[endpoint.fileno()] = connection
             self._selector.register(endpoint, selectors.EVENT_READ)
         else:
@@ -158,20 +227,62 @@ class EngineProcess:
                 self._forget(connection)
                 return
             message, descriptors = received
-            if not isinstance(message, channel.Submit) or len(descriptors) != 1 or connection.case_id is not None:
-                channel.close_all(descriptors)
+            if isinstance(message, channel.Submit) and connection.state is _State.GRANTED and len(descriptors) == 1:
+                connection.state = _State.SUBMITTED
+                connection.expect()
+                self._commands.put(_Admit(connection.case_id, message, descriptors[0], time.monotonic()))
+                return
+            channel.close_all(descriptors)
+            if isinstance(message, channel.Reserve) and connection.state is _State.IDLE:
+                self._reserve(connection, message)
+            elif isinstance(message, channel.Release) and connection.state is not _State.IDLE:
+                self._release(connection)
+            else:
                 msg = f"a {message.kind} with {len(descriptors)} descriptors was not expected now"
                 raise channel.ChannelError(msg)
-            case_id, self._next_case = self._next_case, self._next_case + 1
-            connection.case_id = case_id
-            self._owners[case_id] = connection
-            connection.send(channel.Accepted(case_id=case_id))
-            self._commands.put(("admit", case_id, message, descriptors[0], time.monotonic()))
         except BlockingIOError:
             return
         except (channel.ChannelError, OSError) as error:
-            sys.stderr.write(f"closed a connection: {error}\n")
+            logger.warning("closed a connection: %s", error)
             self._forget(connection)
+
+    def _reserve(self, connection: _Connection, message: Reserve) -> None:
+        from . import channel
+        from .admission import Claim
+
+        connection.expect()
+        claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed)
+        self._next_case += 1
+        if claim.exceeds(self._admission.budget) and not claim.guaranteed:
+            detail = "this case needs more memory or forward passes than the engine has for all cases"
+            connection.answer(channel.Failed(code="out_of_memory", detail=detail))
+            return
+        if not self._admission.ask(claim):
+            detail = f"{self._admission.waiting} cases wait for memory already; try again later"
+            connection.answer(channel.Failed(code="busy", detail=detail, retry_after_s=self._retry_after_s()))
+            return
+        connection.case_id, connection.state = claim.number, _State.WAITING
+        self._owners[claim.number] = connection
+        self._grant()
+
+    def _grant(self) -> None:
+        """Let the cases go on that fit now, seen together with what other engines hold."""
+        from .channel import Granted
+
+        self._host.hold(self._admission.charged_bytes + self._admission.waiting_bytes)
+        self._admission.elsewhere = self._host.elsewhere()
+        for case_id in self._admission.grant():
+            connection = self._owners[case_id]
+            connection.state = _State.GRANTED
+            connection.answer(Granted(case_id=case_id))
+        self._host.hold(self._admission.charged_bytes)
+
+    def _release(self, connection: _Connection) -> None:
+        self._commands.put(_Drop(connection.case_id))
+        self._owners.pop(connection.case_id, None)
+        self._admission.release(connection.case_id)
+        self._host.hold(self._admission.charged_bytes)
+        connection.state = _State.IDLE
 
     def _forget(self, connection: _Connection) -> None:
         """A worker has left or broke the protocol: its case is dropped at the next pass."""
@@ -179,8 +290,8 @@ class EngineProcess:
         if self._connections.pop(descriptor, None) is not None:
             self._selector.unregister(connection.endpoint)
         connection.close()
-        if connection.case_id is not None:
-            self._commands.put(("drop", connection.case_id))
+        if connection.state is not _State.IDLE:
+            self._release(connection)
 
     def _beat(self, now: float) -> None:
         from .channel import Heartbeat
@@ -188,9 +299,13 @@ class EngineProcess:
         began = self._pass_began
         if began is not None and now - began > PASS_LIMIT_S:
             return
-        for connection in list(self._connections.values()):
-            if connection.case_id is not None:
-                connection.send(Heartbeat())
+        for connection in self._connections.values():
+            connection.beat(Heartbeat())
+
+    def _retry_after_s(self) -> int:
+        """Seconds that the passes in hand take at the measured rate."""
+        rate = self._core.passes / self._busy_s if self._busy_s else 1.0
+        return max(1, min(_LONGEST_RETRY_S, math.ceil(self._admission.charged_passes / max(rate, 1e-3))))
 
     def _listen_again_if_unlinked(self) -> None:
         """Something cleaned the directory up: be found again."""
@@ -207,64 +322,73 @@ class EngineProcess:
     # -- compute thread ---------------------------------------------------------------------------------------------
 
     def _compute_forever(self) -> None:
+        try:
+            while True:
+                self._compute_once()
+        except BaseException:
+            logger.exception("the compute thread ends, and the engine with it")
+            os._exit(1)
+
+    def _compute_once(self) -> None:
         import queue
 
-        while True:
-            with suppress(queue.Empty):
-                while True:
-                    self._obey(self._commands.get(block=len(self._core) == 0))
-            self._pass_began = time.monotonic()
-            outcomes = self._core.step(self._pass_began)
-            self._pass_began = None
-            for outcome in outcomes:
-                self._report(outcome)
-            del outcomes
+        with suppress(queue.Empty):
+            while True:
+                self._obey(self._commands.get(block=len(self._core) == 0))
+        self._pass_began = time.monotonic()
+        outcomes = self._core.step(self._pass_began)
+        self._busy_s += time.monotonic() - self._pass_began
+        self._pass_began = None
+        for outcome in outcomes:
+            self._report(outcome)
 
-    def _obey(self, command: tuple[Any, ...]) -> None:
-        if command[0] == "drop":
-            self._core.drop(command[1])
-            self._end(command[1])
+    def _obey(self, command: _Admit | _Drop) -> None:
+        if isinstance(command, _Drop):
+            self._core.drop(command.case_id)
+            self._end(command.case_id)
             return
-        _, case_id, message, descriptor, arrived = command
         from .core import as_serving_error
 
         try:
-            self._core.admit(self._case(case_id, message, descriptor, arrived))
+            self._core.admit(self._case(command))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
-            self._fail(case_id, as_serving_error(error))
+            self._fail(command.case_id, as_serving_error(error))
 
-    def _case(self, case_id: int, message: Submit, descriptor: int, arrived: float) -> Any:
+    def _case(self, command: _Admit) -> Any:
         import torch
 
         from . import channel
-        from .accumulator import CaseAccumulator
+        from .accumulator import Layout
         from .core import CaseInFlight
 
-        networks = self._core.networks
-        data = channel.attach(descriptor, message.shape, torch.float32)
-        spatial = len(networks.patch_size)
+        networks, message, case_id = self._core.networks, command.message, command.case_id
+        data = channel.attach(command.descriptor, message.shape, torch.float32)
         known = set(message.folds) <= set(networks.folds) and message.folds
-        if (
-            data.shape[0] != networks.input_channels
-            or not known
-            or not set(message.mirroring_axes) <= set(range(spatial))
-        ):
+        axes = set(range(len(networks.patch_size)))
+        if data.shape[0] != networks.input_channels or not known or not set(message.mirroring_axes) <= axes:
             msg = (
                 f"{data.shape[0]} channels, folds {message.folds}, mirroring {message.mirroring_axes}: not this model's"
             )
             raise channel.ChannelError(msg)
+        layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
+        accumulator = self._device.place(case_id, layout, message, lambda where: self._accumulate(command, data, where))
+        return CaseInFlight(case_id, accumulator, command.arrived, message.deadline, message.suspect)
 
-        def allocate(shape: tuple[int, ...]) -> torch.Tensor:
-            tensor, self._results[case_id] = channel.share(shape, torch.half, "nnunet-logits")
+    def _accumulate(self, command: _Admit, data: torch.Tensor, layout: Any) -> CaseAccumulator:
+        import torch
+
+        from . import channel
+        from .accumulator import new_accumulator
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            tensor, self._results[command.case_id] = channel.share(shape, dtype, "nnunet-logits")
             return tensor
 
-        on_host = networks.device.type == "cpu"
+        on_host = layout.device.type == "cpu"
         with torch.inference_mode():
-            accumulator = CaseAccumulator(
-                data, networks.classes, networks.patch_size, message.settings(), networks.device,
-                allocate if on_host else None, message.deadline,
-            )  # fmt: skip
-        return CaseInFlight(case_id, accumulator, arrived, message.deadline, message.suspect)
+            return new_accumulator(
+                data, command.message.settings(), layout, allocate if on_host else None, command.message.deadline
+            )
 
     def _report(self, outcome: Outcome) -> None:
         case_id = outcome.case.case_id
@@ -283,34 +407,86 @@ class EngineProcess:
 
         case = outcome.case
         logits = case.accumulator.result()
-        if case.case_id not in self._results:  # it lies on the device
+        if case.case_id not in self._results:  # it lies on the device, or was moved from there
             shared, self._results[case.case_id] = channel.share(logits.shape, logits.dtype, "nnunet-logits")
-            shared.copy_(logits)
-        started, ended = case.first_pass or case.arrived, time.monotonic()
+            with self._device.transfers():
+                shared.copy_(logits)
+        queue_s, network_s = case.times(time.monotonic())
         first, second, third, fourth = (int(n) for n in logits.shape)
         done = channel.Done(
-            case_id=case.case_id,
             shape=(first, second, third, fourth),
+            dtype=str(logits.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             unpad=tuple((int(s.start), int(s.stop)) for s in case.accumulator.unpad[1:]),
-            queue_s=started - case.arrived,
-            network_s=ended - started,
+            queue_s=queue_s,
+            network_s=network_s,
         )
         self._end(case.case_id, done, (self._results[case.case_id],))
 
     def _fail(self, case_id: int, error: ServingError) -> None:
         from .channel import Failed
 
-        self._end(case_id, Failed(case_id=case_id, code=error.code, detail=str(error)))
+        self._end(case_id, Failed(code=error.code, detail=str(error)))
 
     def _end(self, case_id: int, message: Message | None = None, descriptors: tuple[int, ...] = ()) -> None:
         """Tell the worker, if it is still there, and keep nothing of the case."""
-        connection = self._owners.pop(case_id, None)
-        if connection is not None:
-            connection.case_id = None
-            if message is not None:
-                connection.send(message, descriptors)
+        connection = self._owners.get(case_id)
+        if connection is not None and message is not None:
+            connection.answer(message, descriptors)
         if (descriptor := self._results.pop(case_id, None)) is not None:
             os.close(descriptor)
+        self._device.free(case_id)
+
+
+class _DeviceMemory:
+    """A GPU's memory, shared with other engines; of a CPU nothing is kept here. The compute thread's."""
+
+    def __init__(self, core: EngineCore, ledger: Any) -> None:
+        import torch
+
+        self._ledger = ledger
+        self._cases: dict[int, int] = {}
+        self._cuda = core.networks.device.type == "cuda"
+        device = core.networks.device
+        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
+        if self._cuda:
+            self._capacity = int(torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE)
+            self._networks = torch.cuda.memory_reserved(device)
+            ledger.hold(self._networks)
+
+    def place(self, case_id: int, layout: Any, message: Submit, accumulate: Any) -> CaseAccumulator:
+        """The accumulator of a case, on the GPU where it fits, else on the host, as stock does."""
+        import dataclasses
+
+        import torch
+
+        from .accumulator import held_bytes
+
+        host = dataclasses.replace(layout, device=torch.device("cpu"))
+        if not self._cuda:
+            return accumulate(layout)  # type: ignore[no-any-return]
+        needed = held_bytes(message.shape, message.settings(), layout)
+        if not self._ledger.try_hold(self._networks + sum(self._cases.values()) + needed, self._capacity):
+            logger.warning("case %d is summed on the host: other cases or engines hold the device's memory", case_id)
+            return accumulate(host)  # type: ignore[no-any-return]
+        self._cases[case_id] = needed
+        try:
+            return accumulate(layout)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            self.free(case_id)
+            logger.warning("case %d is summed on the host: the device is out of memory", case_id)
+            return accumulate(host)  # type: ignore[no-any-return]
+
+    def transfers(self) -> Any:
+        """Copies made inside do not wait for the batch that runs."""
+        import torch
+
+        return torch.cuda.stream(self._stream)
+
+    def free(self, case_id: int) -> None:
+        """A case has ended."""
+        if self._cases.pop(case_id, None) is not None:
+            self._ledger.hold(self._networks + sum(self._cases.values()))
 
 
 def _listen(path: Path) -> socket.socket:
@@ -333,34 +509,52 @@ def _detach(folder: Path) -> None:
     if os.fork():
         os._exit(0)
     os.setsid()
-    log = folder / LOG
-    with suppress(OSError):
-        if log.stat().st_size > _MAX_LOG_BYTES:
-            log.unlink()
     try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        output = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError:
         output = os.open(os.devnull, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    _bound_log()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(levelname)s %(message)s")
 
 
-def main(folder: Path, model_dir: Path, device_name: str, batch: int, policy: str) -> int:
+def _bound_log() -> None:
+    """Start the log over when it is too long."""
+    with suppress(OSError):
+        if os.fstat(2).st_size > _MAX_LOG_BYTES:
+            os.ftruncate(2, 0)
+
+
+def _take_life_lock(folder: Path) -> bool:
+    """Hold ``alive`` until this process ends; ``False`` if another engine does. A reader's look lasts microseconds."""
+    from .ledger import ALIVE
+
+    alive = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    for _ in range(20):
+        try:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    os.close(alive)
+    return False
+
+
+def main(folder: Path, model_dir: Path, settings: str) -> int:
     """Run an engine; returns when it is idle, or at once if another one lives."""
     _detach(folder)
-    alive = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _take_life_lock(folder):
         return 0
     path = folder / SOCKET
     listener = _listen(path)
     try:
-        process = _load(folder, listener, model_dir, device_name, batch, policy)
+        process = _load(folder, listener, model_dir, settings)
     except Exception as error:
+        logger.exception("the engine cannot serve")
         _refuse_everybody(listener, f"{type(error).__name__}: {error}")
-        raise
+        return 1
     try:
         process.run()
     finally:
@@ -369,20 +563,21 @@ def main(folder: Path, model_dir: Path, device_name: str, batch: int, policy: st
     return 0
 
 
-def _load(
-    folder: Path, listener: socket.socket, model_dir: Path, device_name: str, batch: int, policy: str
-) -> EngineProcess:
+def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text: str) -> EngineProcess:
     import torch
 
     from ..bundle import ModelBundle
-    from . import accumulator, channel, scheduler  # noqa: F401 (up front: the directory may be deleted)
-    from .core import EngineCore
-    from .network import load_networks
+    from . import accumulator, admission, channel, core, faults, scheduler  # noqa: F401 (the directory may go away)
+    from .network import load_networks, probe_batch
 
-    networks = load_networks(ModelBundle(model_dir), torch.device(device_name))
+    settings = channel.EngineSettings.model_validate_json(settings_text)
+    networks = load_networks(ModelBundle(model_dir), torch.device(settings.device))
+    batch = probe_batch(networks) if settings.max_patch_batch == "auto" else settings.max_patch_batch
     record, record_fd = channel.FlightRecord.create()
-    core = EngineCore(networks, batch, scheduler.Policy(policy), record.write)
-    return EngineProcess(folder, listener, core, record, record_fd)
+    policy = scheduler.Policy(settings.policy)
+    engine = core.EngineCore(networks, batch, policy, record.write, faults.Faults.from_environment())
+    logger.info("ready: %s on %s, batches of %d, %s", model_dir.name, settings.device, batch, policy)
+    return EngineProcess(folder, listener, engine, settings, record_fd)
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:
@@ -397,4 +592,4 @@ def _refuse_everybody(listener: socket.socket, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))

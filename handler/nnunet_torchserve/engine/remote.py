@@ -1,12 +1,12 @@
 """A worker's side of the engine process: find it or start it, hand cases over, and survive its death.
 
-Threads: a worker has one connection and one case at a time; ``predict`` holds a lock for as long as its case is in
-flight. A connection that was in use when something went wrong is closed, which also drops the case in the engine.
+Threads: a worker has one connection and one case at a time; ``reserve`` and ``predict`` hold a lock for as long as
+they last. A connection that was in use when something went wrong is closed, which also drops the case in the engine.
 
 Faults. If the engine dies, or is silent for ``SILENCE_S``, the worker kills what is left of it, starts another and
 hands its case in again, from the beginning. The flight record says whose passes were running: only those cases get a
 strike, run alone from then on, and fail with their second strike. A death without a strike costs a case nothing but
-time, up to ``MAX_DEATHS``.
+time, up to ``MAX_DEATHS``. Its memory stays granted: what it holds already need not be asked for again.
 """
 
 from __future__ import annotations
@@ -14,31 +14,36 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 
 from .. import errors
 from ..bundle import ModelBundle
-from ..cases import Settings
-from ..errors import BundleError, CaseFailed, Deadline, ServingError
+from ..cases import Price, Settings
+from ..environment import runtime_dir
+from ..errors import BundleError, CaseFailed, Deadline, NoEngine, ServingError
+from ..limits import Limits
 from . import channel
+from .ledger import is_alive
 from .prediction import Prediction
-from .process import ALIVE, LOCK, SOCKET
+from .process import HEARTBEAT_S, LOCK, SOCKET
 from .scheduler import Policy
 
-RUNTIME_DIR_VARIABLE = "NNUNET_TORCHSERVE_RUNTIME_DIR"
+logger = logging.getLogger(__name__)
+
 SILENCE_S = 10.0
 """Ten heartbeats."""
 
@@ -48,10 +53,14 @@ CONNECT_LIMIT_S = 300.0
 MAX_STRIKES = 2
 MAX_DEATHS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_RETRY_AFTER_S = 10
 
+_UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
-    error.code: error for error in (errors.CaseFailed, errors.Deadline, errors.OutOfMemory, errors.ServingError)
+    error.code: error
+    for error in (errors.Busy, errors.CaseFailed, errors.Deadline, errors.OutOfMemory, errors.ServingError)
 }
+_Answer = TypeVar("_Answer")
 
 
 class _EngineGone(Exception):
@@ -62,14 +71,23 @@ class _EngineGone(Exception):
         self.in_batch = in_batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Link:
-    """A connection that has said hello."""
+    """A connection that has said hello.
+
+    Attributes:
+        endpoint: the worker's end.
+        process: a pidfd: it cannot be mistaken for another process.
+        record: the engine's flight record.
+        case_id: of the granted case.
+        in_use: an answer is awaited.
+    """
 
     endpoint: socket.socket
     process: int
-    """A pidfd: it cannot be mistaken for another process."""
     record: channel.FlightRecord
+    case_id: int | None = None
+    in_use: bool = False
 
     def close(self) -> None:
         self.endpoint.close()
@@ -87,55 +105,133 @@ class RemoteEngine:
         self,
         bundle: ModelBundle,
         device: torch.device,
-        max_patch_batch: int = 1,
+        max_patch_batch: int | Literal["auto"] = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
+        limits: Limits | None = None,
     ) -> None:
         """Connect to the engine, starting it if there is none; returns when its networks are loaded.
 
+        Args:
+            bundle: the model.
+            device: where the networks run.
+            max_patch_batch: passes in a batch; see :class:`~.channel.EngineSettings`.
+            policy: how cases are ordered.
+            limits: what all cases may take together.
+
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
+            NoEngine: none could be started in time.
         """
-        self._command = [str(bundle.folder), str(device), str(max_patch_batch), str(policy)]
-        identity = [
-            bundle.digest,
-            *self._command[1:],
-            *(f"{p}={importlib.metadata.version(p)}" for p in ("torch", "nnunetv2")),
-        ]
-        self._folder = _private(runtime_dir()) / hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+        limits = limits or Limits()
+        settings = channel.EngineSettings(
+            device=str(device),
+            max_patch_batch=max_patch_batch,
+            policy=policy,
+            memory_bytes=limits.memory_bytes,
+            passes=limits.passes,
+            waiting_cases=limits.waiting_cases,
+        )
+        self._arguments = [str(bundle.folder), settings.model_dump_json()]
+        versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
+        identity = "\n".join([bundle.digest, self._arguments[1], *versions])
+        self._folder = _private(runtime_dir()) / hashlib.sha256(identity.encode()).hexdigest()[:16]
         _private(self._folder)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._link: _Link | None = None
+        self._claim = _UNCLAIMED
         with self._lock:
-            self._connected(time.monotonic() + CONNECT_LIMIT_S)
+            self._connected(None)
+
+    @contextmanager
+    def reserve(self, price: Price, deadline: float | None, *, guaranteed: bool = False) -> Iterator[float]:
+        """See :meth:`~.prediction.Engine.reserve`."""
+        with self._lock:
+            began = time.monotonic()
+            self._claim = channel.Reserve(bytes=price.bytes, passes=price.passes, guaranteed=guaranteed)
+            try:
+                self._survive(lambda: self._granted(deadline))
+                self._claim = self._claim.model_copy(update={"guaranteed": True})  # from here on it holds its memory
+                yield time.monotonic() - began
+            finally:
+                self._claim = _UNCLAIMED
+                self._release()
 
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
-        """See :meth:`~.prediction.Engine.predict`."""
-        strikes = deaths = 0
+        """See :meth:`~.prediction.Engine.predict`. Without a reservation the case is charged nothing."""
         with self._lock:
-            while True:
-                limit = time.monotonic() + CONNECT_LIMIT_S
-                link = self._connected(limit if deadline is None else min(limit, deadline))
+            strikes = 0
+
+            def ask() -> Prediction:
+                nonlocal strikes
+                link = self._granted(deadline)
                 try:
                     return self._ask(link, data, settings, deadline, suspect=strikes > 0)
                 except _EngineGone as gone:
-                    self.disconnect()
-                    deaths += 1
                     strikes += gone.in_batch
-                except BaseException:
-                    self.disconnect()
+                    if strikes >= MAX_STRIKES:
+                        self.disconnect()
+                        msg = f"the engine died {strikes} times while it worked on this case; it is not tried again"
+                        raise CaseFailed(msg) from gone
                     raise
-                if strikes >= MAX_STRIKES:
-                    msg = f"the engine died {strikes} times while it worked on this case; it will not be tried again"
-                    raise CaseFailed(msg)
-                if deaths >= MAX_DEATHS:
-                    msg = f"the engine died {deaths} times while this case waited; try again later"
-                    raise CaseFailed(msg)
+
+            try:
+                return self._survive(ask)
+            finally:
+                if self._claim is _UNCLAIMED:
+                    self._release()
 
     def disconnect(self) -> None:
         """Leave the engine; a case in flight is dropped there."""
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    def _survive(self, attempt: Callable[[], _Answer]) -> _Answer:
+        """Try again with another engine when one dies."""
+        for _ in range(MAX_DEATHS):
+            try:
+                return attempt()
+            except _EngineGone:
+                self.disconnect()
+            except ServingError:
+                if self._link is not None and self._link.in_use:
+                    self.disconnect()  # the engine still works on what is given up here
+                raise
+            except BundleError as error:
+                self.disconnect()
+                logger.exception("the engine cannot be started again")
+                msg = "the engine of this model cannot be started; the server's log has the reason"
+                raise NoEngine(msg, _RETRY_AFTER_S) from error
+            except BaseException:
+                self.disconnect()
+                raise
+        msg = f"the engine died {MAX_DEATHS} times while this case waited; try again later"
+        raise NoEngine(msg, _RETRY_AFTER_S)
+
+    def _granted(self, deadline: float | None) -> _Link:
+        """A link whose engine has granted the claim."""
+        link = self._connected(deadline)
+        if link.case_id is not None:
+            return link
+        self._send(link, self._claim)
+        while True:
+            message, _ = self._next_message(link, deadline)
+            if isinstance(message, channel.Granted):
+                link.case_id, link.in_use = message.case_id, False
+                return link
+            if isinstance(message, channel.Failed):
+                link.in_use = False
+                self._raise(message)
+
+    def _release(self) -> None:
+        link = self._link
+        if link is None or link.case_id is None:
+            return
+        link.case_id = None
+        try:
+            channel.send(link.endpoint, channel.Release())
+        except OSError:
+            self.disconnect()
 
     def _ask(
         self, link: _Link, data: torch.Tensor, settings: Settings, deadline: float | None, *, suspect: bool
@@ -151,60 +247,76 @@ class RemoteEngine:
                 mirroring_axes=settings.mirroring_axes,
                 tile_step_size=settings.tile_step_size,
                 use_gaussian=settings.use_gaussian,
+                accumulate=settings.accumulate,
                 deadline=deadline,
                 suspect=suspect,
             )
-            channel.send(link.endpoint, submit, (descriptor,))
-        except OSError as error:
-            raise _EngineGone(in_batch=False) from error
+            self._send(link, submit, (descriptor,))
         finally:
             os.close(descriptor)
-        case_id: int | None = None
         while True:
-            message, descriptors = self._next_message(link, case_id)
-            if isinstance(message, channel.Accepted):
-                case_id = message.case_id
-            elif isinstance(message, channel.Done):
-                logits = channel.attach(descriptors[0], message.shape, torch.half)
+            message, descriptors = self._next_message(link, deadline)
+            if isinstance(message, channel.Done):
+                link.in_use = False
+                logits = channel.attach(descriptors[0], message.shape, getattr(torch, message.dtype))
                 unpad = (slice(None), *(slice(start, stop) for start, stop in message.unpad))
                 return Prediction(logits[unpad], message.queue_s, message.network_s)
-            elif isinstance(message, channel.Failed):
+            if isinstance(message, channel.Failed):
+                link.in_use = False
                 self._raise(message)
 
-    def _next_message(self, link: _Link, case_id: int | None) -> tuple[channel.Message, list[int]]:
+    def _send(self, link: _Link, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
+        link.in_use = True
+        try:
+            channel.send(link.endpoint, message, descriptors)
+        except OSError as error:
+            raise _EngineGone(in_batch=False) from error
+
+    def _next_message(self, link: _Link, deadline: float | None) -> tuple[channel.Message, list[int]]:
+        """What the engine says next; heartbeats come every second, so the deadline is looked at that often.
+
+        Raises:
+            Deadline: the time ran out. The engine gives a case up by itself, a little earlier.
+        """
+        if deadline is not None and time.monotonic() > deadline + 2 * HEARTBEAT_S:
+            msg = "the time for this request ran out while it waited for the engine"
+            raise Deadline(msg)
         try:
             received = channel.receive(link.endpoint)
         except (TimeoutError, OSError, channel.ChannelError):
             received = None
         if received is None:
-            running = case_id is not None and case_id in link.record.read()
+            running = link.case_id is not None and link.case_id in link.record.read()
             link.kill()
             raise _EngineGone(in_batch=running)
         return received
 
-    def _raise(self, failed: channel.Failed) -> None:
-        raise _ERRORS.get(failed.code, ServingError)(failed.detail)
+    def _raise(self, failed: channel.Failed) -> NoReturn:
+        raise _ERRORS.get(failed.code, ServingError)(failed.detail, failed.retry_after_s)
 
-    def _connected(self, limit: float) -> _Link:
+    def _connected(self, deadline: float | None) -> _Link:
+        limit = time.monotonic() + CONNECT_LIMIT_S
+        if deadline is not None:
+            limit = min(limit, deadline)
         pause = _FIRST_PAUSE_S
         while self._link is None:
-            self._link = self._try_to_connect()
+            self._link = self._try_to_connect(limit)
             if self._link is None:
                 if time.monotonic() > limit:
                     msg = "no engine could be started in time; try again later"
-                    raise Deadline(msg)
+                    raise NoEngine(msg, _RETRY_AFTER_S)
                 self._start_engine()
                 time.sleep(pause)
                 pause = min(_LONGEST_PAUSE_S, pause * 2)
         return self._link
 
-    def _try_to_connect(self) -> _Link | None:
+    def _try_to_connect(self, limit: float) -> _Link | None:
         """A link to a loaded engine, ``None`` if nobody listens or the engine left before its hello."""
         endpoint = channel.new_socket()
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         process = -1
         try:
-            endpoint.settimeout(CONNECT_LIMIT_S)
+            endpoint.settimeout(max(0.1, limit - time.monotonic()))
             endpoint.connect(f"/proc/self/fd/{folder}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
             received = channel.receive(endpoint)
@@ -237,10 +349,10 @@ class RemoteEngine:
         lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_alive(self._folder):
+            if is_alive(self._folder):
                 return
             environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), *self._command]
+            command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), *self._arguments]
             subprocess.run(
                 command,
                 env=environment,
@@ -256,12 +368,6 @@ class RemoteEngine:
             os.close(lock)
 
 
-def runtime_dir() -> Path:
-    """Where engines have their sockets and logs."""
-    configured = os.environ.get(RUNTIME_DIR_VARIABLE)
-    return Path(configured) if configured else Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}"
-
-
 def _private(folder: Path) -> Path:
     """Make a directory that is ours alone.
 
@@ -274,15 +380,3 @@ def _private(folder: Path) -> Path:
         msg = f"the runtime directory {folder} must belong to user {os.getuid()} and be writable by nobody else"
         raise BundleError(msg)
     return folder
-
-
-def _is_alive(folder: Path) -> bool:
-    """Whether an engine holds the lock of its life."""
-    alive = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(alive)
-    return False

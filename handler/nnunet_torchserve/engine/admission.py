@@ -1,0 +1,135 @@
+"""Which cases may take memory now: pure functions of what is charged and what waits.
+
+A case is charged from the moment that its header is priced until the last byte of its answer, because decoding and
+export take as much memory as the network. Cases wait in the order in which they came, and none overtakes: a large
+case would otherwise never find room under a stream of small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What all cases of an engine may take together.
+
+    Attributes:
+        bytes: memory.
+        passes: forward passes.
+        waiting: cases that may wait for it; the next one is refused.
+    """
+
+    bytes: int
+    passes: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one case takes.
+
+    Attributes:
+        number: the engine's number for it.
+        bytes, passes: see :class:`Budget`.
+        guaranteed: it does not wait: it holds its memory already because an engine died under it, or it is a new
+            worker's trial.
+    """
+
+    number: int
+    bytes: int
+    passes: int
+    guaranteed: bool = False
+
+    def exceeds(self, budget: Budget) -> bool:
+        """Whether it would not fit even alone."""
+        return self.bytes > budget.bytes or self.passes > budget.passes
+
+
+def admissible(waiting: Sequence[Claim], charged: Iterable[Claim], budget: Budget) -> list[Claim]:
+    """The waiting claims that may be charged now.
+
+    Args:
+        waiting: in the order of their arrival.
+        charged: already granted.
+        budget: what all of them may take together; guaranteed claims may exceed it.
+
+    Returns:
+        Every guaranteed claim, and of the others the first ones, as far as they fit.
+    """
+    granted = [claim for claim in waiting if claim.guaranteed]
+    taken = [*charged, *granted]
+    used_bytes, used_passes = sum(c.bytes for c in taken), sum(c.passes for c in taken)
+    for claim in waiting:
+        if claim.guaranteed:
+            continue
+        used_bytes, used_passes = used_bytes + claim.bytes, used_passes + claim.passes
+        if used_bytes > budget.bytes or used_passes > budget.passes:
+            break
+        granted.append(claim)
+    return granted
+
+
+@dataclass(slots=True)
+class Admission:
+    """Claims of one engine: those charged and those that wait. Used by one thread at a time.
+
+    Attributes:
+        budget: what they may take together.
+        elsewhere: bytes that other engines hold of the same memory.
+    """
+
+    budget: Budget
+    elsewhere: int = 0
+    _charged: dict[int, Claim] = field(default_factory=dict)
+    _waiting: dict[int, Claim] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> int:
+        """Claims that wait."""
+        return len(self._waiting)
+
+    @property
+    def charged_bytes(self) -> int:
+        """Bytes of the granted claims."""
+        return sum(claim.bytes for claim in self._charged.values())
+
+    def is_charged(self, number: int) -> bool:
+        """Whether a claim was granted."""
+        return number in self._charged
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the claims that wait."""
+        return sum(claim.bytes for claim in self._waiting.values())
+
+    @property
+    def charged_passes(self) -> int:
+        """Passes of the granted claims."""
+        return sum(claim.passes for claim in self._charged.values())
+
+    def ask(self, claim: Claim) -> bool:
+        """Queue a claim; ``False``, and nothing is kept, if too many wait already."""
+        if not claim.guaranteed and self.waiting >= self.budget.waiting and not self._fits_now(claim):
+            return False
+        self._waiting[claim.number] = claim
+        return True
+
+    def grant(self) -> list[int]:
+        """Charge whatever may be charged now; the numbers of those claims."""
+        granted = admissible(list(self._waiting.values()), self._charged.values(), self._available())
+        for claim in granted:
+            self._charged[claim.number] = self._waiting.pop(claim.number)
+        return [claim.number for claim in granted]
+
+    def release(self, number: int) -> None:
+        """Forget a claim, whether it waits or is charged."""
+        self._waiting.pop(number, None)
+        self._charged.pop(number, None)
+
+    def _fits_now(self, claim: Claim) -> bool:
+        return claim in admissible([*self._waiting.values(), claim], self._charged.values(), self._available())
+
+    def _available(self) -> Budget:
+        return Budget(self.budget.bytes - self.elsewhere, self.budget.passes, self.budget.waiting)
