@@ -9,10 +9,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read when torch is loaded
+
 import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
@@ -20,6 +24,12 @@ from support.models import cache_key, train_all
 from support.server import LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines of the tests share nothing with a server of this user."""
+    os.environ[RUNTIME_DIR_VARIABLE] = str(tmp_path_factory.mktemp("runtime") / "engines")
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,18 @@ def test_the_answers_headers(server: LiveServer) -> None:
     assert re.fullmatch(r"name=five_folds; version=1\.0; digest=sha256:[0-9a-f]{64}", answer.headers["x-nnunet-model"])
     stages = re.findall(r"(\w+);dur=[\d.]+", answer.headers["server-timing"])
     assert stages == ["decode", "preprocess", "queue", "network", "export", "encode"]
-    assert server.logs('request "study-7": 200')
+    assert server.logs("study-7")
+    [line] = [line for line in server.request_lines() if line["id"] == "study-7"]
+    assert line.pop("ms").keys() == set(stages)
+    assert line == {
+        "id": "study-7",
+        "model": "five_folds/1.0",
+        "status": 200,
+        "code": None,
+        "shape": [36, 38, 40],
+        "patches": 12,
+        "passes": 12,
+    }
 
 
 def test_header_names_may_be_lower_case(server: LiveServer) -> None:
@@ -131,7 +142,7 @@ def test_an_interrupted_start_leaves_nothing_running(
 ) -> None:
     started: list[launcher.Server] = []
 
-    def interrupt(server: launcher.Server, _workers: object) -> None:
+    def interrupt(server: launcher.Server, *_: object) -> None:
         started.append(server)
         assert server.process() is not None
         raise KeyboardInterrupt

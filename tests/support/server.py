@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -52,6 +55,11 @@ class LiveServer:
         workers: list[dict[str, object]] = self.describe(model)["workers"]  # type: ignore[assignment]
         return [psutil.Process(int(str(worker["pid"]))) for worker in workers]
 
+    def request_lines(self) -> list[dict[str, Any]]:
+        """The log's line of every request so far."""
+        text = (Path(self.server.log_dir) / "model_log.log").read_text()
+        return [json.loads(line) for line in re.findall(r"request (\{.*\})$", text, re.MULTILINE)]
+
     def logs(self, text: str, within_s: float = 10) -> bool:
         """Whether ``text`` is in the workers' log, which TorchServe writes a little after it answers."""
         deadline = time.monotonic() + within_s
@@ -64,7 +72,13 @@ class LiveServer:
 
 @contextmanager
 def running(
-    model_store: Path, state_dir: Path, *, models: Sequence[str] = ("all",), body_limit: int | None = None
+    model_store: Path,
+    state_dir: Path,
+    *,
+    models: Sequence[str] = ("all",),
+    workers: int = 1,
+    body_limit: int | None = None,
+    testing: bool = False,
 ) -> Iterator[LiveServer]:
     """Start a server, and stop it in the end."""
     server = launcher.start(
@@ -74,8 +88,10 @@ def running(
             state_dir,
             launcher.free_ports(),
             device=launcher.DeviceKind.CPU,
+            workers=workers,
             body_limit=body_limit,
             heap=1024**3,
+            testing=testing,
         )
     )
     try:
