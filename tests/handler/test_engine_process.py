@@ -20,7 +20,7 @@ import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine import channel, process, remote
+from nnunet_torchserve.engine import channel, folder, remote, switchboard
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -29,7 +29,7 @@ from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline
 CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
 LONG = Settings(folds=(0, 1, 2, 3, 4), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
-GONE_WITHIN_S = process.IDLE_S + 10
+GONE_WITHIN_S = switchboard.IDLE_S + 10
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: P
     assert running.ppid() == 1 or running.ppid() != os.getpid()
     engine.disconnect()
     assert not psutil.wait_procs([running], GONE_WITHIN_S)[1]
-    assert not list(runtime.glob(f"*/{process.SOCKET}"))
+    assert not list(runtime.glob(f"*/{folder.SOCKET}"))
 
 
 @pytest.mark.parametrize("attempt", [0, 1, 2, *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 20))])
@@ -247,7 +247,7 @@ def test_a_case_out_of_time_is_given_up(bundle: ModelBundle, runtime: Path, conn
 def test_a_deleted_socket_is_made_again(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     first = connect(bundle)
     [running] = engines(runtime)
-    for path in runtime.glob(f"*/{process.SOCKET}"):
+    for path in runtime.glob(f"*/{folder.SOCKET}"):
         path.unlink()
     second = connect(bundle)
     assert engines(runtime) == [running]
@@ -267,7 +267,7 @@ def test_an_engine_that_cannot_load_says_why(
 
 
 def raw_link(runtime: Path) -> socket.socket:
-    [path] = runtime.glob(f"*/{process.SOCKET}")
+    [path] = runtime.glob(f"*/{folder.SOCKET}")
     endpoint = channel.new_socket()
     endpoint.connect(str(path))
     endpoint.settimeout(10)
@@ -355,7 +355,7 @@ def test_the_engine_works_without_its_log(bundle: ModelBundle, runtime: Path, co
     """A directory in the log's place stands for a disk that cannot be written to."""
     engine = connect(bundle)
     [running] = engines(runtime)
-    [log] = runtime.glob(f"*/{process.LOG}")
+    [log] = runtime.glob(f"*/{folder.LOG}")
     engine.disconnect()
     running.send_signal(signal.SIGKILL)
     psutil.wait_procs([running], 5)

@@ -83,6 +83,7 @@ class ServingSettings:
         response_timeout_s: seconds before TorchServe kills a worker that has not answered.
         startup_timeout_s: seconds that a worker may take to load.
         max_patch_batch: passes in a batch; ``auto`` is 1 on a CPU and probed on a GPU.
+        policy: which case goes first, of :class:`nnunet_torchserve.engine.scheduler.Policy`.
         limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
     """
 
@@ -90,6 +91,7 @@ class ServingSettings:
     response_timeout_s: int = 1200
     startup_timeout_s: int = 600
     max_patch_batch: int | Literal["auto"] = "auto"
+    policy: str = "shortest_remaining"
     limits: Mapping[str, int] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
@@ -100,7 +102,11 @@ class ServingSettings:
             "maxBatchDelay": 1,
             "responseTimeout": self.response_timeout_s,
             "startupTimeout": self.startup_timeout_s,
-            "handler": {"max_patch_batch": self.max_patch_batch, "limits": dict(self.limits)},
+            "handler": {
+                "max_patch_batch": self.max_patch_batch,
+                "policy": self.policy,
+                "limits": dict(self.limits),
+            },
         }
         return yaml.safe_dump(document, sort_keys=False)
 

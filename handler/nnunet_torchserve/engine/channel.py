@@ -26,6 +26,7 @@ from ..options import Accumulate, FoldName
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 16 * 1024
+HEARTBEAT_S = 1.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _FD_BYTES = array.array("i").itemsize

@@ -7,13 +7,10 @@ to hold before it looks at the others, so of two that want the same bytes at lea
 
 from __future__ import annotations
 
-import fcntl
-import os
 from contextlib import suppress
 from pathlib import Path
 
-ALIVE = "alive"
-"""The file that an engine holds a lock on for as long as it lives."""
+from .folder import is_alive
 
 
 class Ledger:
@@ -60,18 +57,3 @@ class Ledger:
         with suppress(OSError, ValueError):
             return int((self._folder / self._name).read_text())
         return 0
-
-
-def is_alive(folder: Path) -> bool:
-    """Whether an engine holds the lock of its life in this directory."""
-    try:
-        alive = os.open(folder / ALIVE, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(alive)
-    return False

@@ -37,9 +37,8 @@ from ..environment import runtime_dir
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, ServingError
 from ..limits import Limits
 from . import channel
-from .ledger import is_alive
+from .folder import LOCK, SOCKET, is_alive
 from .prediction import Prediction
-from .process import HEARTBEAT_S, LOCK, SOCKET
 from .scheduler import Policy
 
 logger = logging.getLogger(__name__)
@@ -278,7 +277,7 @@ class RemoteEngine:
         Raises:
             Deadline: the time ran out. The engine gives a case up by itself, a little earlier.
         """
-        if deadline is not None and time.monotonic() > deadline + 2 * HEARTBEAT_S:
+        if deadline is not None and time.monotonic() > deadline + 2 * channel.HEARTBEAT_S:
             msg = "the time for this request ran out while it waited for the engine"
             raise Deadline(msg)
         try:

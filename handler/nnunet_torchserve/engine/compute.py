@@ -1,0 +1,234 @@
+"""The engine's compute thread: it owns the core, all torch work and the device's ledger.
+
+Commands arrive in a queue and are obeyed between two passes, in order. Outcomes go straight to the worker's
+connection. A case that fails in any step fails alone; if the device itself fails, the process ends at once, and the
+workers start another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import ServingError
+from . import channel
+from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
+from .channel import Done, Failed, Message, Submit
+from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
+from .ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+_DEVICE_SHARE = 0.9
+"""Of a GPU's memory, for all engines on it; the rest is for the CUDA contexts."""
+
+_HOST = torch.device("cpu")
+
+
+class Worker(Protocol):
+    """Who waits for a case."""
+
+    def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Send the message and the descriptors; ``False`` if nobody waits any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Predict a case; ``descriptor`` is its volume's and becomes the compute thread's to close."""
+
+    case_id: int
+    message: Submit
+    descriptor: int
+    arrived: float
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget a case, finished or not."""
+
+    case_id: int
+
+
+class Compute:
+    """Predicts admitted cases in a thread of its own."""
+
+    def __init__(self, core: EngineCore, device_ledger: Ledger) -> None:
+        """Take the core over.
+
+        Args:
+            core: networks loaded.
+            device_ledger: of the networks' device.
+        """
+        self._core = core
+        self._memory = _DeviceMemory(core.networks.device, device_ledger)
+        self._commands: queue.SimpleQueue[Admit | Drop] = queue.SimpleQueue()
+        self._workers: dict[int, Worker] = {}
+        self._results: dict[int, int] = {}
+        self._pass_began: float | None = None
+        self._busy_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+
+    def start(self) -> None:
+        """Begin to obey."""
+        self._thread.start()
+
+    def put(self, command: Admit | Drop) -> None:
+        """Hand a command over; any thread may."""
+        self._commands.put(command)
+
+    @property
+    def running_s(self) -> float:
+        """Seconds that the running pass has taken so far; 0 between passes."""
+        began = self._pass_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def passes_per_s(self) -> float:
+        """The measured rate; 1 before there was a pass."""
+        return self._core.passes / self._busy_s if self._core.passes else 1.0
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._once()
+        except BaseException:
+            logger.exception("the compute thread ends, and the engine with it")
+            os._exit(1)
+
+    def _once(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._obey(self._commands.get(block=len(self._core) == 0))
+        self._pass_began = began = time.monotonic()
+        outcomes = self._core.step(began)
+        self._pass_began = None
+        self._busy_s += time.monotonic() - began
+        for outcome in outcomes:
+            self._report(outcome)
+
+    def _obey(self, command: Admit | Drop) -> None:
+        if isinstance(command, Drop):
+            self._core.drop(command.case_id)
+            self._end(command.case_id)
+            return
+        self._workers[command.case_id] = command.worker
+        try:
+            self._core.admit(self._case(command))
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
+            self._fail(command.case_id, as_serving_error(error))
+
+    def _case(self, command: Admit) -> CaseInFlight:
+        networks, message, settings = self._core.networks, command.message, command.message.settings()
+        data = channel.attach(command.descriptor, message.shape, torch.float32)
+        known = set(settings.folds) <= set(networks.folds) and settings.folds
+        axes = set(range(len(networks.patch_size)))
+        if data.shape[0] != networks.input_channels or not known or not set(settings.mirroring_axes) <= axes:
+            msg = f"not this model's: {data.shape[0]} channels, {settings}"
+            raise channel.ChannelError(msg)
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            tensor, self._results[command.case_id] = channel.share(shape, dtype, "nnunet-logits")
+            return tensor
+
+        def accumulate(layout: Layout) -> CaseAccumulator:
+            with torch.inference_mode():
+                return new_accumulator(
+                    data, settings, layout, allocate if networks.device == _HOST else None, message.deadline
+                )
+
+        layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
+        accumulator = self._memory.place(
+            command.case_id, held_bytes(message.shape, settings, layout), layout, accumulate
+        )
+        return CaseInFlight(command.case_id, accumulator, command.arrived, message.deadline, message.suspect)
+
+    def _report(self, outcome: Outcome) -> None:
+        case_id = outcome.case.case_id
+        if outcome.error is not None:
+            self._fail(case_id, outcome.error)
+            return
+        try:
+            self._deliver(outcome.case)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
+            self._fail(case_id, as_serving_error(error))
+
+    def _deliver(self, case: CaseInFlight) -> None:
+        logits = case.accumulator.result()
+        if case.case_id not in self._results:  # it was not summed in shared memory
+            shared, self._results[case.case_id] = channel.share(logits.shape, logits.dtype, "nnunet-logits")
+            with self._memory.transfers():
+                shared.copy_(logits)
+        queue_s, network_s = case.times(time.monotonic())
+        first, second, third, fourth = (int(n) for n in logits.shape)
+        done = Done(
+            shape=(first, second, third, fourth),
+            dtype="float32" if logits.dtype is torch.float32 else "float16",
+            unpad=tuple((int(s.start), int(s.stop)) for s in case.accumulator.unpad[1:]),
+            queue_s=queue_s,
+            network_s=network_s,
+        )
+        self._end(case.case_id, done, [self._results[case.case_id]])
+
+    def _fail(self, case_id: int, error: ServingError) -> None:
+        self._end(case_id, Failed(code=error.code, detail=str(error)))
+
+    def _end(self, case_id: int, message: Message | None = None, descriptors: Sequence[int] = ()) -> None:
+        """Tell the worker, if it is still there, and keep nothing of the case."""
+        worker = self._workers.pop(case_id, None)
+        if worker is not None and message is not None:
+            worker.answer(message, descriptors)
+        if (descriptor := self._results.pop(case_id, None)) is not None:
+            os.close(descriptor)
+        self._memory.free(case_id)
+
+
+class _DeviceMemory:
+    """A GPU's memory, shared with other engines. A CPU's is the host's, which admission keeps."""
+
+    def __init__(self, device: torch.device, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._cases: dict[int, int] = {}
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._capacity = int(torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE)
+            self._networks = torch.cuda.memory_reserved(device)
+            ledger.hold(self._networks)
+
+    def place(
+        self, case_id: int, size: int, layout: Layout, accumulate: Callable[[Layout], CaseAccumulator]
+    ) -> CaseAccumulator:
+        """The accumulator of a case, on the GPU where it fits, else on the host, as stock does."""
+        if not self._cuda:
+            return accumulate(layout)
+        self._cases[case_id] = size
+        if self._ledger.try_hold(self._held(), self._capacity):
+            try:
+                return accumulate(layout)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        self.free(case_id)
+        logger.warning("case %d is summed on the host: it does not fit the device's memory now", case_id)
+        return accumulate(replace(layout, device=_HOST))
+
+    def transfers(self) -> AbstractContextManager[Any]:
+        """Copies made inside do not wait for the batch that runs."""
+        return torch.cuda.stream(self._stream if self._cuda else None)
+
+    def free(self, case_id: int) -> None:
+        """A case has ended, or is not on the device."""
+        if self._cases.pop(case_id, None) is not None:
+            self._ledger.hold(self._held())
+
+    def _held(self) -> int:
+        return self._networks + sum(self._cases.values())

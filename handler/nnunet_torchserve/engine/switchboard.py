@@ -1,0 +1,262 @@
+"""The engine's main thread: workers' connections, who may take memory, and the heartbeat.
+
+A case. The worker reserves what the case will take (:mod:`.admission`), decodes and preprocesses it, submits it, gets
+its logits, exports them, and releases. Whatever ends the connection releases too.
+
+Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
+thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
+order; nothing comes back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
+are those around a connection's sends and its closing; nothing is called under them but the socket.
+
+Faults. Whatever a worker sends, only its own connection is closed. If a pass lasts too long, heartbeats stop and the
+workers start another engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import Enum, auto
+from pathlib import Path
+
+from . import channel
+from .admission import Admission, Budget, Claim
+from .channel import HEARTBEAT_S, EngineSettings, Failed, Granted, Heartbeat, Hello, Message, Release, Reserve, Submit
+from .compute import Admit, Compute, Drop
+from .folder import SOCKET, bound_log, listen
+from .ledger import Ledger
+
+logger = logging.getLogger(__name__)
+
+IDLE_S = 5.0
+"""After that long without a worker the engine leaves."""
+
+PASS_LIMIT_S = 300.0
+"""A forward pass that lasts longer is a hang."""
+
+_LOOK_AGAIN_S = 0.1
+"""While cases wait: another engine may have released memory."""
+
+_LONGEST_RETRY_S = 600
+
+
+class _State(Enum):
+    """Where a connection's case is, as the main thread sees it."""
+
+    IDLE = auto()
+    WAITING = auto()
+    GRANTED = auto()
+    SUBMITTED = auto()
+
+
+class Connection:
+    """One worker."""
+
+    def __init__(self, endpoint: socket.socket) -> None:
+        self.endpoint = endpoint
+        self.state = _State.IDLE
+        self.case_id = 0
+        self._listening = False
+        self._lock = threading.Lock()
+        self._open = True
+
+    def expect(self) -> None:
+        """The worker waits for an answer now: it gets heartbeats until then."""
+        with self._lock:
+            self._listening = True
+
+    def beat(self, message: Message) -> None:
+        """Send a heartbeat if the worker waits; one that does not read would fill its socket with them."""
+        self._send(message, (), last=False)
+
+    def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Send what the worker waits for, without waiting; a worker that does not read is given up."""
+        return self._send(message, descriptors, last=True)
+
+    def close(self) -> None:
+        """Close once, never under a send."""
+        with self._lock:
+            self._open = False
+            self.endpoint.close()
+
+    def _send(self, message: Message, descriptors: Sequence[int], *, last: bool) -> bool:
+        with self._lock:
+            if not self._open or not self._listening:
+                return False
+            self._listening = not last
+            try:
+                channel.send(self.endpoint, message, descriptors)
+            except OSError:
+                return False
+            return True
+
+
+class Switchboard:
+    """Connections of workers, until the last one has left."""
+
+    def __init__(
+        self, folder: Path, listener: socket.socket, compute: Compute, settings: EngineSettings, record_fd: int
+    ) -> None:
+        """Take over a listening socket.
+
+        Args:
+            folder: the engine's own directory.
+            listener: bound and listening.
+            compute: not yet started.
+            settings: the budget.
+            record_fd: the flight record's descriptor, sent with every hello.
+        """
+        self._folder, self._listener, self._record_fd = folder, listener, record_fd
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._connections: dict[int, Connection] = {}
+        self._owners: dict[int, Connection] = {}
+        self._next_case = 1
+        self._admission = Admission(Budget(settings.memory_bytes, settings.passes, settings.waiting_cases))
+        self._host = Ledger(folder, "host")
+        self._compute = compute
+
+    def run(self) -> None:
+        """Serve until idle for ``IDLE_S``."""
+        self._compute.start()
+        idle_since: float | None = time.monotonic()
+        next_beat = time.monotonic()
+        while True:
+            pause = _LOOK_AGAIN_S if self._admission.waiting else max(0.0, next_beat - time.monotonic())
+            for key, _ in self._selector.select(pause):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fd in self._connections:
+                    self._serve(self._connections[key.fd])
+            if self._admission.waiting:
+                self._grant()
+            now = time.monotonic()
+            if now < next_beat:
+                continue
+            next_beat = now + HEARTBEAT_S
+            self._beat()
+            self._listen_again_if_unlinked()
+            bound_log()
+            if self._connections:
+                idle_since = None
+            elif idle_since is None:
+                idle_since = now
+            elif now - idle_since > IDLE_S:
+                return
+
+    def _accept(self) -> None:
+        try:
+            endpoint, _ = self._listener.accept()
+        except OSError:
+            return
+        connection = Connection(endpoint)
+        try:
+            channel.peer_pid(endpoint)
+        except channel.ChannelError as error:
+            logger.warning("refused a connection: %s", error)
+            connection.close()
+            return
+        endpoint.setblocking(False)
+        connection.expect()
+        if connection.answer(Hello(protocol=channel.PROTOCOL), (self._record_fd,)):
+            self._connections[endpoint.fileno()] = connection
+            self._selector.register(endpoint, selectors.EVENT_READ)
+        else:
+            connection.close()
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            received = channel.receive(connection.endpoint)
+            if received is None:
+                self._forget(connection)
+                return
+            message, descriptors = received
+            if isinstance(message, Submit) and connection.state is _State.GRANTED and len(descriptors) == 1:
+                connection.state = _State.SUBMITTED
+                connection.expect()
+                self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
+                return
+            channel.close_all(descriptors)
+            if isinstance(message, Reserve) and connection.state is _State.IDLE:
+                self._reserve(connection, message)
+            elif isinstance(message, Release) and connection.state is not _State.IDLE:
+                self._release(connection)
+            else:
+                msg = f"a {message.kind} with {len(descriptors)} descriptors was not expected now"
+                raise channel.ChannelError(msg)
+        except BlockingIOError:
+            return
+        except (channel.ChannelError, OSError) as error:
+            logger.warning("closed a connection: %s", error)
+            self._forget(connection)
+
+    def _reserve(self, connection: Connection, message: Reserve) -> None:
+        connection.expect()
+        claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed)
+        self._next_case += 1
+        if claim.exceeds(self._admission.budget) and not claim.guaranteed:
+            detail = "this case needs more memory or forward passes than the engine has for all cases"
+            connection.answer(Failed(code="out_of_memory", detail=detail))
+            return
+        if not self._admission.ask(claim):
+            detail = f"{self._admission.waiting} cases wait for memory already; try again later"
+            connection.answer(Failed(code="busy", detail=detail, retry_after_s=self._retry_after_s()))
+            return
+        connection.case_id, connection.state = claim.number, _State.WAITING
+        self._owners[claim.number] = connection
+        self._grant()
+
+    def _grant(self) -> None:
+        """Let the cases go on that fit now, seen together with what other engines hold."""
+        self._host.hold(self._admission.charged_bytes + self._admission.waiting_bytes)
+        self._admission.elsewhere = self._host.elsewhere()
+        for case_id in self._admission.grant():
+            connection = self._owners[case_id]
+            connection.state = _State.GRANTED
+            connection.answer(Granted(case_id=case_id))
+        self._host.hold(self._admission.charged_bytes)
+
+    def _release(self, connection: Connection) -> None:
+        self._compute.put(Drop(connection.case_id))
+        self._owners.pop(connection.case_id, None)
+        self._admission.release(connection.case_id)
+        self._host.hold(self._admission.charged_bytes)
+        connection.state = _State.IDLE
+
+    def _forget(self, connection: Connection) -> None:
+        """A worker has left or broke the protocol: its case is dropped at the next pass."""
+        descriptor = connection.endpoint.fileno()
+        if self._connections.pop(descriptor, None) is not None:
+            self._selector.unregister(connection.endpoint)
+        connection.close()
+        if connection.state is not _State.IDLE:
+            self._release(connection)
+
+    def _beat(self) -> None:
+        if self._compute.running_s > PASS_LIMIT_S:
+            return
+        for connection in self._connections.values():
+            connection.beat(Heartbeat())
+
+    def _retry_after_s(self) -> int:
+        """Seconds that the passes in hand take at the measured rate."""
+        seconds = self._admission.charged_passes / self._compute.passes_per_s
+        return max(1, min(_LONGEST_RETRY_S, math.ceil(seconds)))
+
+    def _listen_again_if_unlinked(self) -> None:
+        """Something cleaned the directory up: be found again."""
+        path = self._folder / SOCKET
+        if path.exists():
+            return
+        with suppress(OSError):
+            listener = listen(path)
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = listener
+            self._selector.register(listener, selectors.EVENT_READ)

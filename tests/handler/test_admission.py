@@ -1,0 +1,173 @@
+"""Who may take memory: what must hold for every stream of cases."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Price
+from nnunet_torchserve.engine.admission import Admission, Budget, Claim, admissible
+from nnunet_torchserve.engine.folder import ALIVE
+from nnunet_torchserve.engine.ledger import Ledger
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.errors import Busy, Deadline, OutOfMemory
+from nnunet_torchserve.limits import Limits
+
+BUDGET = Budget(bytes=100, passes=50, waiting=4)
+SIZES = st.tuples(st.integers(0, 100), st.integers(0, 50))
+EVENTS = st.lists(st.tuples(st.sampled_from(["ask", "release"]), SIZES, st.integers(0, 60)), max_size=60)
+
+
+@given(EVENTS, st.integers(0, 100))
+def test_the_budget_is_never_exceeded_and_nobody_is_overtaken(
+    events: list[tuple[str, tuple[int, int], int]], elsewhere: int
+) -> None:
+    admission = Admission(BUDGET, elsewhere)
+    asked: list[int] = []
+    granted: list[int] = []
+    for number, (kind, (size, passes), other) in enumerate(events):
+        if kind == "ask":
+            if admission.ask(Claim(number, size, passes)):
+                asked.append(number)
+        elif other in asked:
+            admission.release(other)
+            asked.remove(other)
+        granted += admission.grant()
+        assert admission.charged_bytes == 0 or admission.charged_bytes + elsewhere <= BUDGET.bytes
+        assert admission.charged_passes <= BUDGET.passes
+        assert admission.waiting <= BUDGET.waiting
+    assert granted == sorted(granted)
+
+
+@given(st.lists(SIZES, max_size=20))
+def test_everybody_is_served_in_the_end(sizes: list[tuple[int, int]]) -> None:
+    admission = Admission(replace(BUDGET, waiting=len(sizes)))
+    for number, (size, passes) in enumerate(sizes):
+        assert admission.ask(Claim(number, size, passes))
+    served: list[int] = []
+    while admission.waiting:
+        granted = admission.grant()
+        assert granted
+        for number in granted:
+            admission.release(number)
+        served += granted
+    assert served == list(range(len(sizes)))
+
+
+@given(st.lists(st.builds(Claim, st.integers(), st.integers(0, 100), st.integers(0, 50), st.booleans()), max_size=20))
+def test_a_guaranteed_claim_never_waits(waiting: list[Claim]) -> None:
+    granted = admissible(waiting, [Claim(-1, 90, 0)], BUDGET)
+    assert {claim for claim in waiting if claim.guaranteed} <= set(granted)
+    rest = sum(claim.bytes for claim in granted if not claim.guaranteed)
+    assert rest == 0 or rest + 90 <= BUDGET.bytes
+
+
+def test_one_more_than_may_wait_is_refused_and_forgotten() -> None:
+    admission = Admission(replace(BUDGET, waiting=1))
+    assert admission.ask(Claim(0, 80, 1))
+    assert admission.grant() == [0]
+    assert admission.ask(Claim(1, 30, 1))
+    assert not admission.ask(Claim(2, 30, 1))
+    assert admission.ask(Claim(3, 30, 1, guaranteed=True))
+    assert admission.grant() == [3]
+    admission.release(0)
+    assert admission.grant() == [1]
+
+
+def test_a_full_queue_refuses_nobody_who_would_not_wait() -> None:
+    admission = Admission(replace(BUDGET, waiting=0))
+    assert admission.ask(Claim(0, 80, 1))
+    assert admission.grant() == [0]
+    assert admission.ask(Claim(1, 20, 1))
+    assert admission.grant() == [1]
+    assert not admission.ask(Claim(2, 1, 1))
+
+
+# -- the ledger of several engines ------------------------------------------------------------------------------------
+
+
+def living(folder: Path) -> Ledger:
+    folder.mkdir()
+    alive = (folder / ALIVE).open("w")
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    ledger = Ledger(folder, "cuda:0")
+    ledger.__dict__["alive"] = alive  # held for as long as the ledger is
+    return ledger
+
+
+def test_engines_see_what_others_hold_while_they_live(tmp_path: Path) -> None:
+    first, second = living(tmp_path / "first"), living(tmp_path / "second")
+    assert first.try_hold(60, 100)
+    assert second.elsewhere() == 60
+    assert not second.try_hold(50, 100)
+    assert second.try_hold(40, 100)
+    assert not first.try_hold(70, 100)
+    assert second.elsewhere() == 60
+    first.__dict__.pop("alive").close()  # killed
+    assert second.elsewhere() == 0
+    assert second.try_hold(100, 100)
+    assert Ledger(tmp_path / "second", "host").elsewhere() == 0
+    second.__dict__.pop("alive").close()
+
+
+def test_a_ledger_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "gone", "host")
+    ledger.hold(5)
+    assert ledger.elsewhere() == 0
+
+
+# -- in the local engine ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(unpacked: Callable[[str], Path]) -> LocalEngine:
+    limits = Limits(memory_bytes=100, passes=50, waiting_cases=1)
+    return LocalEngine(ModelBundle(unpacked("five_folds")), torch.device("cpu"), limits=limits)
+
+
+def price(size: int) -> Price:
+    return Price(grid=(1, 1, 1), patches=1, passes=1, bytes=size, preprocess_s=0, export_s=0)
+
+
+def test_a_case_waits_for_room(engine: LocalEngine) -> None:
+    entered = threading.Event()
+    waited: list[float] = []
+
+    def follow() -> None:
+        with engine.reserve(price(60), None) as seconds:
+            waited.append(seconds)
+            entered.set()
+
+    with engine.reserve(price(60), None):
+        second = threading.Thread(target=follow)
+        second.start()
+        assert not entered.wait(0.2)
+        with pytest.raises(Busy) as busy, engine.reserve(price(60), None):
+            pass
+        assert busy.value.retry_after_s == 1
+        with engine.reserve(price(1000), None, guaranteed=True):
+            pass
+    second.join(10)
+    assert waited[0] >= 0.2
+
+
+def test_a_case_that_never_fits_is_refused_at_once(engine: LocalEngine) -> None:
+    with pytest.raises(OutOfMemory), engine.reserve(price(101), None):
+        pass
+
+
+def test_waiting_ends_with_the_deadline(engine: LocalEngine) -> None:
+    with engine.reserve(price(100), None):
+        with pytest.raises(Deadline), engine.reserve(price(100), time.monotonic() + 0.1):
+            pass
+        assert engine._admission.waiting == 0
