@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class StockAnswer:
@@ -49,14 +51,15 @@ def loaded(
     use_mirroring: bool = True,
     tile_step_size: float = 0.5,
     use_gaussian: bool = True,
+    device: torch.device = _CPU,
 ) -> nnUNetPredictor:
-    """A stock predictor with its weights in memory."""
+    """A stock predictor with its weights in memory; everything on the device if that is a GPU, as stock does it."""
     predictor = nnUNetPredictor(
         tile_step_size=tile_step_size,
         use_gaussian=use_gaussian,
         use_mirroring=use_mirroring,
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
+        perform_everything_on_device=device.type == "cuda",
+        device=device,
         allow_tqdm=False,
     )
     predictor.initialize_from_trained_model_folder(str(model_folder), use_folds=None if folds is None else tuple(folds))

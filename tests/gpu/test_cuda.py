@@ -1,0 +1,216 @@
+"""What only a GPU can show; skipped where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Settings
+from nnunet_torchserve.engine import network
+from nnunet_torchserve.engine.accumulator import Layout, held_bytes, new_accumulator
+from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
+from nnunet_torchserve.engine.faults import Fault, Faults, Kind
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.errors import OutOfMemory
+from nnunet_torchserve.options import Accumulate
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from support import stock
+from support.untrained import DEMO_MODEL, standard_unet
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+BOTH = Settings(folds=(0, 1), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+SHAPE = (1, 90, 100, 84)
+
+
+@pytest.fixture(scope="module")
+def cuda() -> torch.device:
+    return torch.device("cuda:0")
+
+
+def unpack(model: Path, folder: Path) -> ModelBundle:
+    [archive] = make_archives(ArchiveRequest(model, folder / "store"))
+    zipfile.ZipFile(archive).extractall(folder / "model")
+    return ModelBundle(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return unpack(DEMO_MODEL, tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def networks(bundle: ModelBundle, cuda: torch.device) -> network.FoldNetworks:
+    return network.load_networks(bundle, cuda)
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
+    yield tmp_path / "run"
+    for engine in engines(tmp_path / "run"):
+        engine.kill()
+
+
+def engines(runtime: Path) -> list[psutil.Process]:
+    return [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if any("engine.process" in part for part in each.info["cmdline"] or [])
+        and any(str(runtime) in part for part in each.info["cmdline"])
+    ]
+
+
+def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def case(networks: network.FoldNetworks, number: int, settings: Settings, batch: int, device: str) -> CaseInFlight:
+    layout = Layout(networks.classes, networks.patch_size, torch.device(device), batch)
+    return CaseInFlight(number, new_accumulator(volume(number), settings, layout), float(number))
+
+
+def run(core: EngineCore) -> dict[int, Exception | torch.Tensor]:
+    ended: dict[int, Exception | torch.Tensor] = {}
+    while len(core):
+        for outcome in core.step(10.0):
+            ended[outcome.case.case_id] = outcome.error or outcome.case.accumulator.result().cpu()
+    return ended
+
+
+@pytest.mark.parametrize("settings", [PLAIN, BOTH])
+def test_labels_differ_from_stock_no_more_than_stock_from_itself(
+    settings: Settings, bundle: ModelBundle, networks: network.FoldNetworks, cuda: torch.device
+) -> None:
+    predictor = stock.loaded(
+        DEMO_MODEL, folds=[0, 1][: len(settings.folds)], use_mirroring=bool(settings.mirroring_axes), device=cuda
+    )
+    data = volume(1)
+    first = predictor.predict_logits_from_preprocessed_data(data).float()
+    ours = LocalEngine(bundle, cuda).predict(data, settings).logits.float()
+    assert torch.equal(ours.argmax(0), first.argmax(0)) or _share(ours, first) < 1e-3
+    torch.testing.assert_close(ours, first, rtol=0.05, atol=0.05)
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.argmax(0) != other.argmax(0)).float().mean())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("accumulate", list(Accumulate))
+def test_an_answer_does_not_depend_on_who_else_is_served(
+    batch: int, accumulate: Accumulate, networks: network.FoldNetworks
+) -> None:
+    settings = replace(BOTH, accumulate=accumulate)
+    alone: dict[int, Exception | torch.Tensor] = {}
+    for number in range(3):
+        core = EngineCore(networks, batch)
+        core.admit(case(networks, number, settings, batch, "cuda:0"))
+        alone |= run(core)
+    core = EngineCore(networks, batch)
+    for number in range(3):
+        core.admit(case(networks, number, settings, batch, "cuda:0"))
+    together = run(core)
+    assert all(torch.equal(together[n], alone[n]) for n in range(3))  # type: ignore[arg-type]
+
+
+def test_sums_on_the_host_are_the_same(networks: network.FoldNetworks) -> None:
+    answers = []
+    for device in ("cuda:0", "cpu"):
+        core = EngineCore(networks)
+        core.admit(case(networks, 0, BOTH, 1, device))
+        answers.append(run(core)[0])
+    assert torch.equal(*answers)  # type: ignore[arg-type]
+
+
+def test_a_case_whose_memory_runs_out_goes_on_on_the_host(networks: network.FoldNetworks) -> None:
+    expected = EngineCore(networks)
+    expected.admit(case(networks, 0, BOTH, 1, "cuda:0"))
+    fault = Fault(kind=Kind.OUT_OF_MEMORY, shape=SHAPE, times=2)
+    core = EngineCore(networks, 2, faults=Faults([fault]))
+    core.admit(case(networks, 0, BOTH, 1, "cuda:0"))
+    answer = run(core)[0]
+    assert core.batch == 1
+    assert torch.equal(answer, run(expected)[0])  # type: ignore[arg-type]
+    always = EngineCore(networks, 2, faults=Faults([fault.model_copy(update={"times": None})]))
+    always.admit(case(networks, 0, BOTH, 1, "cuda:0"))
+    assert isinstance(run(always)[0], OutOfMemory)
+
+
+def test_a_device_that_is_really_full(networks: network.FoldNetworks, bundle: ModelBundle, cuda: torch.device) -> None:
+    expected = LocalEngine(bundle, cuda).predict(volume(0), PLAIN).logits
+    engine = LocalEngine(bundle, cuda)
+    torch.cuda.empty_cache()
+    needed = held_bytes(SHAPE, PLAIN, Layout(networks.classes, networks.patch_size, cuda))
+    hog = torch.empty(torch.cuda.mem_get_info(cuda)[0] - needed // 2, dtype=torch.uint8, device=cuda)
+    try:
+        answer = engine.predict(volume(0), PLAIN).logits
+    except OutOfMemory:
+        answer = expected  # not even a forward pass found room
+    del hog
+    torch.cuda.empty_cache()
+    assert torch.equal(answer, expected)
+    assert torch.equal(engine.predict(volume(0), PLAIN).logits, expected)
+
+
+def test_the_probed_batch_is_one_of_those_tried(networks: network.FoldNetworks) -> None:
+    assert network.probe_batch(networks) in (1, 2, 4, 8, 16)
+
+
+def test_the_engine_process_holds_the_only_context_and_survives_its_death(
+    bundle: ModelBundle, runtime: Path, cuda: torch.device
+) -> None:
+    workers = [RemoteEngine(bundle, cuda, "auto") for _ in range(3)]
+    expected = {number: workers[0].predict(volume(number), BOTH).logits for number in range(3)}
+    [engine] = engines(runtime)
+    assert str(engine.pid) in _gpu_processes()
+    answers: dict[int, torch.Tensor] = {}
+
+    def ask(number: int) -> None:
+        answers[number] = workers[number].predict(volume(number), BOTH).logits
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    engine.kill()
+    for thread in threads:
+        thread.join(120)
+    for worker in workers:
+        worker.disconnect()
+    assert answers.keys() == expected.keys()
+    for number, logits in answers.items():  # another engine's cuDNN may choose other algorithms
+        assert _share(logits.float(), expected[number].float()) < 1e-3
+
+
+def test_two_models_share_the_device(bundle: ModelBundle, runtime: Path, cuda: torch.device, tmp_path: Path) -> None:
+    other = unpack(standard_unet(tmp_path, patch_size=(64, 64, 64), features=(32, 64, 128)), tmp_path)
+    first, second = RemoteEngine(bundle, cuda, "auto"), RemoteEngine(other, cuda, "auto")
+    assert len(engines(runtime)) == 2
+    held = [int(file.read_text()) for file in runtime.glob("*/holds-cuda-0")]
+    assert all(size > 0 for size in held)
+    logits = [engine.predict(volume(5), PLAIN).logits for engine in (first, second)]
+    assert [np.isfinite(each.float().numpy()).all() for each in logits] == [True, True]
+    for engine in (first, second):
+        engine.disconnect()
+
+
+def _gpu_processes() -> str:
+    """Processes with a context, as the driver lists them; all of them where it hides them."""
+    command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return listed if listed.strip() else " ".join(str(pid) for pid in psutil.pids())
