@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import _common
+from benchmarks import _common
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.options import HEADER
 from nnunet_torchserve_tools import launcher
