@@ -119,7 +119,7 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     resample = volume + channels * (geometry.voxels * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32))
     exact = settings.accumulate is Accumulate.HALF
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
-    network = channels * (grid_voxels + padded_voxels) * _FLOAT32 + logits
+    network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
     resampled = classes * geometry.voxels * (_HALF if exact else _FLOAT32)
     export = logits + classes * grid_voxels * _FLOAT64 + resampled + geometry.voxels * _FLOAT64
     if probabilities:

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from nnunet_torchserve.engine.prediction import Prediction
+from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
 from support import volumes
@@ -186,6 +187,36 @@ def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:
     response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
     assert (int(response.status), json.loads(response.body)["code"]) == (504, "deadline")
     assert time.monotonic() - started < 5
+
+
+def test_float32_sums_are_served_and_nearly_stocks(pipeline: Load) -> None:
+    labels = []
+    for accumulate in ("half", "float32"):
+        options = json.dumps({"accumulate": accumulate, "output_format": "npz", "save_probabilities": True})
+        response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
+        assert response.status == HTTPStatus.OK
+        content = np.load(io.BytesIO(response.body))
+        assert content["probabilities"].dtype == np.float32
+        labels.append(content["labels"])
+    assert np.mean(labels[0] != labels[1]) < 1e-2
+
+
+def test_a_case_that_finds_too_many_waiting_is_told_when_to_come_back(pipeline: Load) -> None:
+    busy = replace(pipeline("five_folds"), engine=FullEngine())
+    response = busy.answer(Request({"body": GOOD}, {}))
+    assert (int(response.status), json.loads(response.body)["code"]) == (429, "busy")
+    assert response.headers["Retry-After"] == "7"
+
+
+class FullEngine(BrokenEngine):
+    """Has no room."""
+
+    def __init__(self) -> None:
+        super().__init__(AssertionError("never asked"))
+
+    def reserve(self, *_: object, **__: object) -> AbstractContextManager[float]:
+        msg = "8 cases wait"
+        raise Busy(msg, 7)
 
 
 MEASURE = r"""

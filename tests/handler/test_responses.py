@@ -24,6 +24,8 @@ EXPECTED = {
     "TooThin": (422, "too_thin"),
     "BadSpacing": (422, "bad_spacing"),
     "UnknownFold": (422, "unknown_fold"),
+    "Busy": (429, "busy"),
+    "NoEngine": (503, "internal"),
     "CaseFailed": (500, "case_failed"),
     "ServingError": (500, "internal"),
     "Deadline": (504, "deadline"),
