@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_torchserve.engine.scheduler import AGEING_PASSES_PER_S, Policy, Waiting, in_order, next_batch
+from nnunet_torchserve.engine.scheduler import OLDEST_EVERY, Policy, Waiting, in_order, next_batch
 
 NOW = 1000.0
 
@@ -30,11 +30,12 @@ def states(draw: st.DrawFn) -> list[Waiting]:
 
 
 policies = st.sampled_from(Policy)
+turns = st.integers(0, 100)
 
 
-@given(states(), policies, st.integers(1, 8))
-def test_a_batch_is_never_too_large_and_of_one_fold(state: list[Waiting], policy: Policy, size: int) -> None:
-    shares = next_batch(state, policy, NOW, size)
+@given(states(), policies, st.integers(1, 8), turns)
+def test_a_batch_is_never_too_large_and_of_one_fold(state: list[Waiting], policy: Policy, size: int, turn: int) -> None:
+    shares = next_batch(state, policy, turn, size)
     by_id = {case.case_id: case for case in state}
     assert bool(shares) == bool(state)
     assert sum(share.passes for share in shares) <= size
@@ -43,24 +44,26 @@ def test_a_batch_is_never_too_large_and_of_one_fold(state: list[Waiting], policy
         assert 1 <= share.passes <= by_id[share.case_id].fold_remaining
 
 
-@given(states(), policies, st.integers(1, 8))
-def test_the_most_urgent_case_is_always_served(state: list[Waiting], policy: Policy, size: int) -> None:
-    shares = next_batch(state, policy, NOW, size)
+@given(states(), policies, st.integers(1, 8), turns)
+def test_the_most_urgent_case_is_always_served(state: list[Waiting], policy: Policy, size: int, turn: int) -> None:
+    shares = next_batch(state, policy, turn, size)
     if state:
-        assert shares[0].case_id == in_order(state, policy, NOW)[0].case_id
+        assert shares[0].case_id == in_order(state, policy, turn)[0].case_id
 
 
-@given(states(), policies, st.integers(2, 8))
-def test_a_suspect_shares_its_batch_with_nobody(state: list[Waiting], policy: Policy, size: int) -> None:
-    shares = next_batch(state, policy, NOW, size)
+@given(states(), policies, st.integers(2, 8), turns)
+def test_a_suspect_shares_its_batch_with_nobody(state: list[Waiting], policy: Policy, size: int, turn: int) -> None:
+    shares = next_batch(state, policy, turn, size)
     suspects = {case.case_id for case in state if case.suspect}
     if any(share.case_id in suspects for share in shares):
         assert len(shares) == 1
 
 
-@given(states(), policies, st.integers(1, 8))
-def test_a_batch_is_filled_while_somebody_can_fill_it(state: list[Waiting], policy: Policy, size: int) -> None:
-    shares = next_batch(state, policy, NOW, size)
+@given(states(), policies, st.integers(1, 8), turns)
+def test_a_batch_is_filled_while_somebody_can_fill_it(
+    state: list[Waiting], policy: Policy, size: int, turn: int
+) -> None:
+    shares = next_batch(state, policy, turn, size)
     taken = {share.case_id for share in shares}
     if not shares or sum(share.passes for share in shares) == size:
         return
@@ -69,22 +72,32 @@ def test_a_batch_is_filled_while_somebody_can_fill_it(state: list[Waiting], poli
     assert first.suspect or not left
 
 
-@given(st.integers(1, 20_000), st.integers(1, 50))
-def test_a_large_case_is_not_starved_by_a_stream_of_small_ones(large: int, small: int) -> None:
-    """Every second small cases arrive that would keep the device busy for good."""
-    arrived, waited = 0.0, 0
-    while True:
-        now = float(waited)
-        stream = [Waiting(1 + k, now, small, 0, small) for k in range(10)]
-        big = Waiting(0, arrived, large, 0, large)
-        if in_order([big, *stream], Policy.SHORTEST_REMAINING, now)[0] is big:
-            break
-        waited += 1
-    assert waited <= large / AGEING_PASSES_PER_S + 1
+@given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 100))
+def test_a_large_case_ends_under_a_stream_of_small_ones(large: int, small: int, first_turn: int) -> None:
+    """Small cases keep arriving that would keep the device busy for good."""
+    left, turn = large, first_turn
+    while left:
+        stream = [Waiting(1 + k, NOW + turn, small, 0, small) for k in range(10)]
+        [share] = next_batch([Waiting(0, NOW, left, 0, left), *stream], Policy.SHORTEST_REMAINING, turn, 1)
+        left -= share.case_id == 0
+        turn += 1
+    assert turn - first_turn <= OLDEST_EVERY * large
+
+
+@given(st.integers(1, 60), st.lists(st.integers(100, 5000), min_size=1, max_size=12), turns)
+def test_a_small_case_loses_at_most_an_eighth_to_large_ones(small: int, large: list[int], first_turn: int) -> None:
+    """However long the large ones have been there."""
+    olders = [Waiting(1 + k, float(k), remaining, 0, remaining) for k, remaining in enumerate(large)]
+    left, turn = small, first_turn
+    while left:
+        [share] = next_batch([*olders, Waiting(0, NOW, left, 0, left)], Policy.SHORTEST_REMAINING, turn, 1)
+        left -= share.case_id == 0
+        turn += 1
+    assert turn - first_turn <= small * OLDEST_EVERY / (OLDEST_EVERY - 1) + 1
 
 
 def test_the_shorter_of_two_goes_first_and_fifo_does_not_care() -> None:
     long = Waiting(0, NOW - 1, 1000, 0, 1000)
     short = Waiting(1, NOW, 8, 0, 8)
-    assert in_order([long, short], Policy.SHORTEST_REMAINING, NOW) == [short, long]
-    assert in_order([long, short], Policy.FIFO, NOW) == [long, short]
+    assert in_order([long, short], Policy.SHORTEST_REMAINING, 0) == [short, long]
+    assert in_order([long, short], Policy.FIFO, 0) == [long, short]

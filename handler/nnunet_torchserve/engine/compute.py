@@ -7,6 +7,7 @@ workers start another one.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import queue
@@ -32,6 +33,7 @@ _DEVICE_SHARE = 0.9
 """Of a GPU's memory, for all engines on it; the rest is for the CUDA contexts."""
 
 _HOST = torch.device("cpu")
+_IDLE_S = 1.0
 
 
 class Worker(Protocol):
@@ -76,6 +78,7 @@ class Compute:
         self._results: dict[int, int] = {}
         self._pass_began: float | None = None
         self._busy_s = 0.0
+        self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
     def start(self) -> None:
@@ -106,15 +109,26 @@ class Compute:
             os._exit(1)
 
     def _once(self) -> None:
+        if len(self._core) == 0:
+            self._obey(self._next_command())
         with suppress(queue.Empty):
             while True:
-                self._obey(self._commands.get(block=len(self._core) == 0))
+                self._obey(self._commands.get_nowait())
         self._pass_began = began = time.monotonic()
         outcomes = self._core.step(began)
         self._pass_began = None
         self._busy_s += time.monotonic() - began
         for outcome in outcomes:
             self._report(outcome)
+
+    def _next_command(self) -> Admit | Drop:
+        """Wait for work; after a while without any the memory of the last pass goes back to the system."""
+        try:
+            return self._commands.get(timeout=_IDLE_S)
+        except queue.Empty:
+            if self._malloc_trim is not None:
+                self._malloc_trim(0)
+            return self._commands.get()
 
     def _obey(self, command: Admit | Drop) -> None:
         if isinstance(command, Drop):

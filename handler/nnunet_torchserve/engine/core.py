@@ -124,6 +124,7 @@ class EngineCore:
         self._faults = faults or Faults([])
         self._cases: dict[int, CaseInFlight] = {}
         self._launched: _Launched | None = None
+        self._turn = 0
 
     def __len__(self) -> int:
         """Cases in flight."""
@@ -151,7 +152,7 @@ class EngineCore:
             DeviceLostError: the device has failed.
         """
         outcomes = [self._fail(case, _out_of_time()) for case in self._expired(now)]
-        shares = next_batch([case.waiting() for case in self._cases.values()], self._policy, now, self.batch)
+        shares = next_batch([case.waiting() for case in self._cases.values()], self._policy, self._turn, self.batch)
         before, self._launched = self._launched, None
         cases = [share.case_id for share in shares]
         suspect = any(self._cases[number].suspect for number in cases)
@@ -159,6 +160,7 @@ class EngineCore:
             outcomes += _wait_for(before)
             before = None
         if shares:
+            self._turn += 1
             self._before_pass(cases + (before.cases if before else []))
             ended = self._run([each for share in shares for each in self._passes(share, now)])
             if self.networks.device.type == "cuda":

@@ -51,6 +51,15 @@ CONNECT_LIMIT_S = 300.0
 
 MAX_STRIKES = 2
 MAX_DEATHS = 8
+_MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 * 1024**2),
+    "MALLOC_TRIM_THRESHOLD_": str(2**46),
+}
+"""glibc keeps the memory of one pass for the next: fetched anew each time it is a quarter of a pass of 117 classes. The
+engine gives it back when it is idle (:mod:`.compute`)."""
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _RETRY_AFTER_S = 10
 
@@ -350,7 +359,7 @@ class RemoteEngine:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_alive(self._folder):
                 return
-            environment = dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            environment = _MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
             command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), *self._arguments]
             subprocess.run(
                 command,

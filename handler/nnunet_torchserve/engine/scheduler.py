@@ -1,8 +1,8 @@
 """Which cases the next forward pass serves: pure functions of what is waiting.
 
-The order is decided anew before every pass, and a pass is short (a mirrored patch is eight of them), so a small case
+The order is decided anew before every batch, and a pass is short (a mirrored patch is eight of them), so a small case
 never waits for a large one to end. Shortest-remaining-first alone would starve a large case under a stream of small
-ones; so a case's remaining passes count less the longer it waits.
+ones; so every few batches the case that came first goes first, however large it is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from enum import StrEnum
 
 from ..options import FoldName
 
-AGEING_PASSES_PER_S = 50.0
-"""Passes that a second of waiting is worth. A case of 10,000 passes goes first after at most 200 s, whatever arrives;
-below that a case that is 50 passes shorter may overtake one that is a second older."""
+OLDEST_EVERY = 8
+"""Every how many batches the oldest case goes first. It gets at least an eighth of the device, so that every case ends;
+a small case loses at most an eighth. Ageing by time would let a case that has run for long hold up every newcomer
+until it ends (docs/adr/0003)."""
 
 
 class Policy(StrEnum):
@@ -54,17 +55,25 @@ class Share:
     passes: int
 
 
-def in_order(waiting: Iterable[Waiting], policy: Policy, now: float) -> list[Waiting]:
-    """The cases, most urgent first; ties go to the one that came first."""
+def in_order(waiting: Iterable[Waiting], policy: Policy, turn: int) -> list[Waiting]:
+    """The cases, most urgent first; ties go to the one that came first.
+
+    Args:
+        waiting: every case that has a pass to make.
+        policy: how they are ordered.
+        turn: the number of the batch.
+    """
+    by_arrival = sorted(waiting, key=lambda case: (case.arrived, case.case_id))
     if policy is Policy.FIFO:
-        return sorted(waiting, key=lambda case: (case.arrived, case.case_id))
-    return sorted(
-        waiting,
-        key=lambda case: (case.remaining - AGEING_PASSES_PER_S * (now - case.arrived), case.arrived, case.case_id),
-    )
+        return by_arrival
+    shortest = sorted(by_arrival, key=lambda case: case.remaining)
+    if turn % OLDEST_EVERY == OLDEST_EVERY - 1 and by_arrival:
+        shortest.remove(by_arrival[0])
+        shortest.insert(0, by_arrival[0])
+    return shortest
 
 
-def next_batch(waiting: Sequence[Waiting], policy: Policy, now: float, size: int) -> list[Share]:
+def next_batch(waiting: Sequence[Waiting], policy: Policy, turn: int, size: int) -> list[Share]:
     """Fill one batch.
 
     The most urgent case takes what it can; what is left goes to the next ones that need the same fold's network. A
@@ -73,13 +82,13 @@ def next_batch(waiting: Sequence[Waiting], policy: Policy, now: float, size: int
     Args:
         waiting: every case that has a pass to make.
         policy: how they are ordered.
-        now: monotonic seconds.
+        turn: the number of the batch.
         size: passes in a batch.
 
     Returns:
         The shares, all of one fold, ``size`` passes at most in all; empty only if nothing waits.
     """
-    ordered = in_order(waiting, policy, now)
+    ordered = in_order(waiting, policy, turn)
     if not ordered:
         return []
     first = ordered[0]
