@@ -1,12 +1,15 @@
 """What the benchmarks share: the case material, a live server and its client, and one shape of result file.
 
-A benchmark compares one request, from an image file to a segmentation file, with stock nnU-Net on the same file. All
-run on the CPU with fold 0 and without mirroring, one after the other, so that what is not measured is idle.
+Most benchmarks compare a request, from an image file to a segmentation file, with stock nnU-Net on the same file. All
+run on the CPU, one after the other, so that what is not measured is idle; with fold 0 and without mirroring unless
+they say otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,21 +23,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import psutil
 from scipy.ndimage import zoom
 
-from nnunet_torchserve.options import HEADER
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.options import HEADER, FoldName
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
+from support.chaos import ChaosServer, family, wait_for
 from support.server import LiveServer
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +51,9 @@ FOLD = 0
 TRAINER, PLANS, CONFIGURATION = "nnUNetTrainer", "nnUNetPlans", "3d_fullres"
 OPTIONS = {"folds": [FOLD], "use_mirroring": False}
 
-_MODEL = "benchmark"
+MODEL = "benchmark"
+"""The name that every served model gets."""
+
 _TRAINED = f"{TRAINER}__{PLANS}__{CONFIGURATION}"
 _VERSIONS = ("nnunet-torchserve", "nnunetv2", "torch", "torchserve", "numpy", "scipy", "SimpleITK", "httpx")
 _REQUEST_TIMEOUT_S = 600
@@ -94,19 +103,31 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Sends image files over one kept connection."""
+    """Sends image files over kept connections, as many as there are threads that use it.
+
+    Attributes:
+        live: the server.
+        http: to its inference address.
+        runtime: where its engines have their directories.
+    """
 
     live: LiveServer
     http: httpx.Client
+    runtime: Path
 
-    def segment(self, image: Path, answer: Path) -> Answer:
+    @property
+    def processes(self) -> ChaosServer:
+        """The server's processes, and what may be done to them."""
+        return ChaosServer(self.live, self.runtime)
+
+    def segment(self, image: Path, answer: Path, options: Mapping[str, object] = OPTIONS) -> Answer:
         """Send ``image`` as the raw body and write what comes back to ``answer``.
 
         Raises:
             RuntimeError: the server did not answer 200.
         """
         started = time.perf_counter()
-        response = self._post(image.read_bytes())
+        response = self.post(image.read_bytes(), options)
         answer.write_bytes(response.content)
         seconds = time.perf_counter() - started
         if response.status_code != httpx.codes.OK:
@@ -116,14 +137,15 @@ class Client:
 
     def status(self, body: bytes) -> int:
         """The HTTP status of the answer to ``body``."""
-        return self._post(body).status_code
+        return self.post(body).status_code
 
     def workers(self) -> list[psutil.Process]:
         """The processes that serve the model."""
-        return self.live.workers(_MODEL)
+        return self.live.workers(MODEL)
 
-    def _post(self, body: bytes) -> httpx.Response:
-        return self.http.post(f"/predictions/{_MODEL}", content=body, headers={HEADER: json.dumps(OPTIONS)})
+    def post(self, body: bytes, options: Mapping[str, object] = OPTIONS) -> httpx.Response:
+        """The answer to ``body``, whatever it is."""
+        return self.http.post(f"/predictions/{MODEL}", content=body, headers={HEADER: json.dumps(options)})
 
 
 def find_material(scratch: Path) -> Material:
@@ -159,19 +181,37 @@ def resampled(image: nib.Nifti1Image, spacing: float) -> nib.Nifti1Image:
 
 
 @contextmanager
-def serving(material: Material, scratch: Path) -> Iterator[Client]:
-    """A live server of the model's fold 0 with the launcher's own sizes, made from the working tree."""
-    store, state_dir = scratch / "model_store", scratch / "server"
-    make_archives(ArchiveRequest(material.model_folder, store, folds=(FOLD,), name=_MODEL))
+def serving(
+    model: Material | Path,
+    scratch: Path,
+    *,
+    folds: tuple[FoldName, ...] | None = (FOLD,),
+    workers: int | None = None,
+    settings: ServingSettings | None = None,
+) -> Iterator[Client]:
+    """A live server of a model, made from the working tree, whose engines share nothing with other servers.
+
+    Args:
+        model: what to serve, or its trained model folder.
+        scratch: for the archive and the server's state; another one for each server that runs at the same time.
+        folds: ``None`` takes all.
+        workers: ``None`` takes the launcher's own number.
+        settings: what the archive says of serving.
+    """
+    folder = model.model_folder if isinstance(model, Material) else model
+    store, state_dir, runtime = scratch / "model_store", scratch / "server", scratch / "engines"
+    make_archives(ArchiveRequest(folder, store, folds=folds, name=MODEL, serving=settings or ServingSettings()))
     request = launcher.ServeRequest(
-        store, state_dir=state_dir, ports=launcher.free_ports(), device=launcher.DeviceKind.CPU
+        store, state_dir=state_dir, ports=launcher.free_ports(), device=launcher.DeviceKind.CPU, workers=workers
     )
-    server = launcher.start(request)
-    try:
-        with httpx.Client(base_url=server.inference_url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as http:
-            yield Client(LiveServer(server, state_dir), http)
-    finally:
-        launcher.stop(state_dir)
+    with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(runtime)}):
+        server = launcher.start(request)
+        try:
+            with httpx.Client(base_url=server.inference_url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as http:
+                yield Client(LiveServer(server, state_dir), http, runtime)
+        finally:
+            launcher.stop(state_dir)
+            wait_for(lambda: not family(runtime))  # an engine leaves some seconds after its last worker
 
 
 def wait_for_quiet() -> None:
@@ -194,6 +234,33 @@ def different_voxels(one: Path, other: Path) -> int:
     return int(np.count_nonzero(first != second))
 
 
+def labels_of(answer: bytes) -> npt.NDArray[np.generic]:
+    """The voxels (x, y, z) of a .nii.gz label map."""
+    return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(answer)).dataobj)
+
+
+def digest_of(labels: npt.NDArray[np.generic]) -> str:
+    """The sha256 of a label map's voxels, as bytes in the order (x, y, z)."""
+    return hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest()
+
+
+def crop_at_random(image: nib.Nifti1Image, shape: Sequence[int], generator: np.random.Generator) -> nib.Nifti1Image:
+    """A part of ``image`` (x, y, z) of that many voxels, at most the whole, from anywhere within it."""
+    sizes = [min(size, whole) for size, whole in zip(shape, image.shape, strict=True)]
+    starts = [int(generator.integers(whole - size + 1)) for size, whole in zip(sizes, image.shape, strict=True)]
+    return image.slicer[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+
+
+def small_shape(material: Material, patches: float) -> tuple[int, ...]:
+    """Voxels (x, y, z) of ``material.coarse`` whose grid is ``patches`` times the network's patch along each axis."""
+    plans = json.loads((material.model_folder / "plans.json").read_text())
+    network = plans["configurations"][CONFIGURATION]
+    inverse = plans["transpose_backward"]
+    spacing_mm = [float(size) for size in nib.load(material.coarse).header.get_zooms()[:3]]
+    extent_mm = [patches * n * size for n, size in zip(network["patch_size"], network["spacing"], strict=True)]
+    return tuple(round(extent_mm[inverse[2 - axis]] / spacing_mm[axis]) for axis in range(3))
+
+
 def describe_image(file: Path) -> dict[str, object]:
     """Shape (x, y, z), spacing (mm), type and size of an image file."""
     image = nib.load(file)
@@ -211,6 +278,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
     found = {"min": min(values), "q1": first, "median": middle, "q3": third, "max": max(values)}
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    """The 95th percentile, interpolated."""
+    return float(np.percentile(values, 95))
 
 
 def stage_medians(answers: Sequence[Answer]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def shared_memory(processes: Iterable[psutil.Process], kind: str = "") -> set[in
         with suppress(OSError):
             for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
                 with suppress(OSError):
-                    if os.readlink(descriptor).startswith(_MEMORY + kind):
+                    if str(descriptor.readlink()).startswith(_MEMORY + kind):
                         found.add(descriptor.stat().st_ino)
     return found
 
@@ -86,22 +86,34 @@ class Engine:
         """What it and the engines before it have written."""
         return (self.folder / LOG).read_text()
 
+    @property
+    def starts(self) -> int:
+        """How many engines have loaded their networks there so far."""
+        return self.log.count(" ready: ")
+
     def kill(self) -> None:
         """Kill it and wait until its successor may start."""
         self.process.kill()
         wait_for(lambda: has_ended(self.process))
 
 
-def engines(runtime: Path) -> list[Engine]:
-    """The engines of a runtime directory."""
+def engines(runtime: Path, model: str | None = None) -> list[Engine]:
+    """The engines of a runtime directory, or those of ``name/version``."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         if _ENGINE in line and str(runtime) in line[line.index(_ENGINE) + 1]:
             folder, model_dir = line[line.index(_ENGINE) + 1 :][:2]
-            description = json.loads((Path(model_dir) / BUNDLE_FILE).read_text())
-            found.append(Engine(process, Path(folder), f"{description['name']}/{description['version']}"))
-    return found
+            found.append(Engine(process, Path(folder), _model(Path(model_dir))))
+    return [engine for engine in found if model in (None, engine.model)]
+
+
+def _model(model_dir: Path) -> str:
+    try:
+        description = json.loads((model_dir / BUNDLE_FILE).read_text())
+    except FileNotFoundError:
+        return "unregistered"
+    return f"{description['name']}/{description['version']}"
 
 
 def family(runtime: Path) -> list[psutil.Process]:
@@ -127,7 +139,7 @@ class Case:
 
     shape: tuple[int, int, int]
     seed: int = 0
-    options: str = '{"folds": [0], "use_mirroring": false}'
+    options: str = '{"use_mirroring": false}'
 
     @cached_property
     def body(self) -> bytes:
@@ -145,7 +157,7 @@ class ChaosServer:
 
     def engine(self, model: str) -> Engine:
         """The one engine of ``name/version``."""
-        [engine] = [engine for engine in engines(self.runtime) if engine.model == model]
+        [engine] = engines(self.runtime, model)
         return engine
 
     def workers(self, model: str) -> dict[int, str]:
