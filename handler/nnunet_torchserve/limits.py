@@ -31,7 +31,8 @@ class Limits:
         grid_voxels: voxels of one channel on the network's grid: a header that claims a huge spacing asks for a
             huge grid with few bytes.
         passes: forward passes (patches x folds x mirrorings) of one request, and of all that an engine works on.
-        memory_bytes: memory that all cases of this machine may take together, from their headers to their answers.
+        memory_bytes: memory that all cases of a model on a device may take together, from their headers to their
+            answers; those of all models together may take :func:`memory_for_cases`.
         waiting_cases: cases that may wait for that memory in an engine; the next one is refused.
     """
 
@@ -41,7 +42,7 @@ class Limits:
     voxels: int = 1_000_000_000
     grid_voxels: int = 1_000_000_000
     passes: int = 200_000
-    memory_bytes: int = field(default_factory=lambda: int(total_memory_bytes() * _SHARE_FOR_CASES))
+    memory_bytes: int = field(default_factory=lambda: memory_for_cases())
     waiting_cases: int = 8
 
     @classmethod
@@ -60,6 +61,11 @@ class Limits:
 _SHARE_FOR_CASES = 0.4
 """Of the machine's memory: the JVM may take half (a quarter each of heap and direct memory); the rest is for the
 workers' code and the networks."""
+
+
+def memory_for_cases() -> int:
+    """Bytes that all cases of this machine may take together."""
+    return int(total_memory_bytes() * _SHARE_FOR_CASES)
 
 
 def total_memory_bytes() -> int:

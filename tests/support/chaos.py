@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -205,14 +205,21 @@ class Clients:
     def __init__(self, server: ChaosServer, pool: ThreadPoolExecutor) -> None:
         self._server, self._pool = server, pool
         self._alone: dict[tuple[Case, str], bytes] = {}
+        self._sent: list[Pending] = []
 
     def send(self, case: Case, model: str) -> Pending:
         """Ask, and do not wait."""
-        return self._pool.submit(self.ask, case, model)
+        self._sent.append(self._pool.submit(self.ask, case, model))
+        return self._sent[-1]
 
     def send_all(self, cases: Iterable[Case], model: str) -> list[Pending]:
         """Ask for each, and do not wait."""
         return [self.send(case, model) for case in cases]
+
+    def settle(self) -> None:
+        """Wait until nothing is in flight, also if a test gave up."""
+        wait(self._sent, PATIENCE_S)
+        self._sent.clear()
 
     def ask(self, case: Case, model: str) -> httpx.Response:
         """Ask, and wait."""

@@ -8,7 +8,7 @@ case would otherwise never find room under a stream of small ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,19 @@ class Budget:
         bytes: memory.
         passes: forward passes.
         waiting: cases that may wait for it; the next one is refused.
+        shared_bytes: memory that the cases of all engines may take together; ``None`` where there is no other.
     """
 
     bytes: int
     passes: int
     waiting: int
+    shared_bytes: int | None = None
+
+    def beside(self, elsewhere: int) -> Budget:
+        """What is left of it while other engines hold ``elsewhere`` bytes."""
+        if self.shared_bytes is None:
+            return self
+        return replace(self, bytes=min(self.bytes, self.shared_bytes - elsewhere))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,7 @@ class Admission:
 
     def grant(self) -> list[int]:
         """Charge whatever may be charged now; the numbers of those claims."""
-        granted = admissible(list(self._waiting.values()), self._charged.values(), self._available())
+        granted = admissible(list(self._waiting.values()), self._charged.values(), self.budget.beside(self.elsewhere))
         for claim in granted:
             self._charged[claim.number] = self._waiting.pop(claim.number)
         return [claim.number for claim in granted]
@@ -129,7 +137,5 @@ class Admission:
         self._charged.pop(number, None)
 
     def _fits_now(self, claim: Claim) -> bool:
-        return claim in admissible([*self._waiting.values(), claim], self._charged.values(), self._available())
-
-    def _available(self) -> Budget:
-        return Budget(self.budget.bytes - self.elsewhere, self.budget.passes, self.budget.waiting)
+        waiting = [*self._waiting.values(), claim]
+        return claim in admissible(waiting, self._charged.values(), self.budget.beside(self.elsewhere))

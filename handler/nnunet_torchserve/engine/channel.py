@@ -41,6 +41,7 @@ class EngineSettings(BaseModel):
         max_patch_batch: passes in a batch; ``auto`` probes what is fastest on CUDA, and is 1 on a CPU.
         policy: of :class:`~.scheduler.Policy`.
         memory_bytes, passes, waiting_cases: see :class:`~..limits.Limits`.
+        machine_bytes: memory that the cases of all engines may take together.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +50,7 @@ class EngineSettings(BaseModel):
     max_patch_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     policy: str
     memory_bytes: int
+    machine_bytes: int
     passes: int
     waiting_cases: int
 

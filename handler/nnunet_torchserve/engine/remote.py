@@ -35,7 +35,7 @@ from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..environment import runtime_dir
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, ServingError
-from ..limits import Limits
+from ..limits import Limits, memory_for_cases
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
 from .prediction import Prediction
@@ -136,6 +136,7 @@ class RemoteEngine:
             max_patch_batch=max_patch_batch,
             policy=policy,
             memory_bytes=limits.memory_bytes,
+            machine_bytes=memory_for_cases(),
             passes=limits.passes,
             waiting_cases=limits.waiting_cases,
         )
@@ -289,14 +290,15 @@ class RemoteEngine:
         if deadline is not None and time.monotonic() > deadline + 2 * channel.HEARTBEAT_S:
             msg = "the time for this request ran out while it waited for the engine"
             raise Deadline(msg)
+        received = None
         try:
             received = channel.receive(link.endpoint)
-        except (TimeoutError, OSError, channel.ChannelError):
-            received = None
+        except (TimeoutError, channel.ChannelError):
+            link.kill()  # it hangs, or has lost its mind; one that has only closed this connection may live on
+        except OSError:
+            pass
         if received is None:
-            running = link.case_id is not None and link.case_id in link.record.read()
-            link.kill()
-            raise _EngineGone(in_batch=running)
+            raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
         return received
 
     def _raise(self, failed: channel.Failed) -> NoReturn:

@@ -92,7 +92,9 @@ class Connection:
             self._listening = not last
             try:
                 channel.send(self.endpoint, message, descriptors)
-            except OSError:
+            except OSError:  # it has left, or does not read: it will see the end, and the main thread too
+                with suppress(OSError):
+                    self.endpoint.shutdown(socket.SHUT_RDWR)
                 return False
             return True
 
@@ -118,7 +120,8 @@ class Switchboard:
         self._connections: dict[int, Connection] = {}
         self._owners: dict[int, Connection] = {}
         self._next_case = 1
-        self._admission = Admission(Budget(settings.memory_bytes, settings.passes, settings.waiting_cases))
+        budget = Budget(settings.memory_bytes, settings.passes, settings.waiting_cases, settings.machine_bytes)
+        self._admission = Admission(budget)
         self._host = Ledger(folder, "host")
         self._compute = compute
 

@@ -1,0 +1,50 @@
+"""A minute of what ``make soak`` does for long: requests while engines and workers are killed at random."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.chaos import Case
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.soak import Plan, Task, run
+
+pytestmark = pytest.mark.serve
+
+MINUTE = Plan(requests=10_000, most_seconds=24.0, rounds=2, kill_every_s=5.0, clients=6, workers=3, give_up_s=120.0)
+TASKS = 12
+FEWEST_KILLS, FEWEST_ANSWERS = 3, 20
+
+
+def tasks() -> list[Task]:
+    """Small images for ``five_folds``, no two alike; all folds, or one fold with more windows."""
+    generator = np.random.default_rng(0)
+    options = ({"use_mirroring": False}, {"use_mirroring": False, "folds": [0], "tile_step_size": 0.25})
+    cases = [
+        Case(
+            (int(generator.integers(24, 45)), int(generator.integers(24, 45)), int(generator.integers(24, 45))),
+            seed,
+            json.dumps(options[seed % 2]),
+        )
+        for seed in range(TASKS)
+    ]
+    return [Task(case.body, json.loads(case.options)) for case in cases]
+
+
+def test_killing_engines_and_workers_costs_clients_only_time(models: dict[str, Path], tmp_path: Path) -> None:
+    report = run(models["five_folds"], tasks(), MINUTE, tmp_path)
+    assert len(report.kills) >= FEWEST_KILLS
+    assert report.answered >= FEWEST_ANSWERS
+    assert report.wrong == 0
+    assert report.failed == []
+    assert report.hung == 0
+    assert report.held_when_quiet == 0
+    assert report.left_over == []
+    for kind in ("engine", "worker"):
+        assert report.growth_mb(kind) <= report.allowed_mb(kind), report.quiet
