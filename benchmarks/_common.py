@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,8 +140,12 @@ class Client:
         return self.post(body).status_code
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that serve the model."""
-        return self.live.workers(MODEL)
+        """The processes that serve the model, without one that TorchServe still names although it is gone."""
+        found = []
+        for pid in self.processes.workers(MODEL):
+            with suppress(psutil.NoSuchProcess, ValueError):
+                found.append(psutil.Process(pid))
+        return found
 
     def post(self, body: bytes, options: Mapping[str, object] = OPTIONS) -> httpx.Response:
         """The answer to ``body``, whatever it is."""

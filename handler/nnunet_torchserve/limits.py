@@ -19,6 +19,27 @@ LIMITS_VARIABLE = "NNUNET_TORCHSERVE_LIMITS"
 """JSON object with any of the attributes of :class:`Limits`."""
 
 
+_SHARE_FOR_CASES = 0.4
+"""Of the machine's memory: the JVM may take half (a quarter each of heap and direct memory); the rest is for the
+workers' code and the networks."""
+
+
+def memory_for_cases() -> int:
+    """Bytes that all cases of this machine may take together."""
+    return int(total_memory_bytes() * _SHARE_FOR_CASES)
+
+
+def total_memory_bytes() -> int:
+    """Bytes of memory of this machine or, if smaller, of its control group (a container's limit)."""
+    total = int(psutil.virtual_memory().total)
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(file).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Upper bounds for one request.
@@ -42,7 +63,7 @@ class Limits:
     voxels: int = 1_000_000_000
     grid_voxels: int = 1_000_000_000
     passes: int = 200_000
-    memory_bytes: int = field(default_factory=lambda: memory_for_cases())
+    memory_bytes: int = field(default_factory=memory_for_cases)
     waiting_cases: int = 8
 
     @classmethod
@@ -56,24 +77,3 @@ class Limits:
         for name, value in json.loads(environ.get(LIMITS_VARIABLE, "{}")).items():
             limits[name] = min(int(value), limits.get(name, int(value)))
         return cls(**limits)
-
-
-_SHARE_FOR_CASES = 0.4
-"""Of the machine's memory: the JVM may take half (a quarter each of heap and direct memory); the rest is for the
-workers' code and the networks."""
-
-
-def memory_for_cases() -> int:
-    """Bytes that all cases of this machine may take together."""
-    return int(total_memory_bytes() * _SHARE_FOR_CASES)
-
-
-def total_memory_bytes() -> int:
-    """Bytes of memory of this machine or, if smaller, of its control group (a container's limit)."""
-    total = int(psutil.virtual_memory().total)
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
