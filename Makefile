@@ -12,7 +12,7 @@ MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fu
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,dev]'
 	touch $@
 
-.PHONY: help setup demo archive serve stop test test-long lint type parity bench clean
+.PHONY: help setup demo archive serve stop test test-long lint type parity bench soak clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -47,6 +47,9 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 
 bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
 	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+soak: .venv/ready ## 1,000 requests while engines and workers are killed (a quarter of an hour)
+	$(BIN)/python benchmarks/soak.py
 
 clean: ## remove what these verbs made (stops the server first)
 	test ! -x $(NT) || $(NT) stop

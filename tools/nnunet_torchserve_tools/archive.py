@@ -104,7 +104,7 @@ class ServingSettings:
             "startupTimeout": self.startup_timeout_s,
             "handler": {
                 "max_patch_batch": self.max_patch_batch,
-                "policy": self.policy,
+                "policy": str(self.policy),
                 "limits": dict(self.limits),
             },
         }
