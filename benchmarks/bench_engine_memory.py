@@ -217,8 +217,8 @@ def main() -> int:
         targets += [
             Target(f"{name}: an idle worker has at most {MOST_WORKER_MIB:g} MiB", idle, idle <= MOST_WORKER_MIB),
             Target(
-                f"{name}, {each['weights_mib']:g} MiB of weights: a further worker adds at most {MOST_WORKER_MIB:g} MiB "
-                "to engine and workers",
+                f"{name}, {each['weights_mib']:g} MiB of weights: a further worker adds at most {MOST_WORKER_MIB:g} "
+                "MiB to engine and workers",
                 adds,
                 adds <= MOST_WORKER_MIB,
             ),

@@ -185,9 +185,9 @@ class _Worker(RemoteEngine):
         self._start = start
         super().__init__(bundle, torch.device("cpu"))
 
-    def _start_engine(self) -> None:
+    def _start_engine(self, folder: Path) -> None:
         with mock.patch.object(subprocess, "run", self._start):
-            super()._start_engine()
+            super()._start_engine(folder)
 
 
 @contextmanager

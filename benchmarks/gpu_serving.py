@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import nibabel as nib
@@ -111,7 +112,7 @@ def main() -> int:
         try:
             run_stock(predictor, files[:2])
             run_ours(url, files[:2], 1)
-            rounds = []
+            rounds: list[dict[str, Any]] = []
             for _ in range(arguments.repetitions):
                 stock_s, expected = run_stock(predictor, files)
                 again = run_stock(predictor, files[:4])[1]

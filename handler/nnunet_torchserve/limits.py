@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Limits:
             TypeError: a name that is no limit.
         """
         limits = {name: int(value) for name, value in settings.items()}
+        known = {each.name for each in fields(cls)}
         for name, value in json.loads(environ.get(LIMITS_VARIABLE, "{}")).items():
-            limits[name] = min(int(value), limits.get(name, int(value)))
+            if name in known:  # an archive may be older than the launcher
+                limits[name] = min(int(value), limits.get(name, int(value)))
         return cls(**limits)

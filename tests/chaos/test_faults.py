@@ -75,6 +75,7 @@ POISON = {
     Kind.RAISE: Case((25, 32, 26)),
     Kind.NAN: Case((26, 32, 26)),
     Kind.KILL: Case((27, 32, 26)),
+    Kind.DEVICE_LOST: Case((30, 32, 26)),
     Kind.OUT_OF_MEMORY: Case((28, 32, 26)),
 }
 OUT_OF_MEMORY_TWICE = Case((29, 32, 26))
@@ -363,13 +364,14 @@ def test_a_case_that_fails_in_the_network_fails_alone(
     assert server.engine(BLOBS) == engine
 
 
-def test_a_case_that_kills_every_engine_fails_alone(clients: Clients, server: ChaosServer) -> None:
+@pytest.mark.parametrize("kind", [Kind.KILL, Kind.DEVICE_LOST])
+def test_a_case_that_kills_every_engine_fails_alone(kind: Kind, clients: Clients, server: ChaosServer) -> None:
     """It shares its first batch with another case, and dies with the second engine, alone."""
     for case in CASES[3:5]:
         clients.alone(case, BLOBS)
     pending = in_flight(clients, server, CASES[:3])
     starts = server.engine(BLOBS).starts
-    guilty = clients.send(POISON[Kind.KILL], BLOBS)
+    guilty = clients.send(POISON[kind], BLOBS)
     pending += clients.send_all(CASES[3:5], BLOBS)
     assert_right(clients, CASES[:5], pending)
     assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +25,8 @@ from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import channel, folder, remote, switchboard
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
-from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline
+from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
+from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline, NoEngine
 
 CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
@@ -123,7 +125,7 @@ def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, runtime
 def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     engine = connect(bundle)
     [running] = engines(runtime)
-    assert running.ppid() == 1 or running.ppid() != os.getpid()
+    assert running.ppid() != os.getpid()
     engine.disconnect()
     assert not psutil.wait_procs([running], GONE_WITHIN_S)[1]
     assert not list(runtime.glob(f"*/{folder.SOCKET}"))
@@ -254,11 +256,43 @@ def test_a_deleted_socket_is_made_again(bundle: ModelBundle, runtime: Path, conn
     assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, second.predict(volume(20, 0), PLAIN).logits)
 
 
+def test_a_cleaned_up_directory_is_made_again(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+    first = connect(bundle)
+    [running] = engines(runtime)
+    expected = first.predict(volume(20, 0), PLAIN).logits
+    shutil.rmtree(runtime)
+    assert not psutil.wait_procs([running], 10)[1]
+    assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, expected)
+    assert len(engines(runtime)) == 1
+
+
+def test_a_hung_engine_that_never_said_hello_is_killed(
+    bundle: ModelBundle, runtime: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = connect(bundle)
+    [running] = engines(runtime)
+    running.suspend()
+    first.disconnect()
+    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", 1.0)
+    with pytest.raises(NoEngine):
+        connect(bundle)
+    assert not psutil.wait_procs([running], 5)[1]
+    monkeypatch.undo()
+
+
+def test_faults_are_refused_outside_tests(
+    bundle: ModelBundle, runtime: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULTS_VARIABLE, "[]")
+    with pytest.raises(BundleError, match="for tests only"):
+        connect(bundle)
+    monkeypatch.setenv(TESTING_VARIABLE, "1")
+    assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
+
+
 def test_an_engine_that_cannot_load_says_why(
     unpacked: Callable[[str], Path], runtime: Path, connect: Connect, tmp_path: Path
 ) -> None:
-    import shutil
-
     model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
     bundle = ModelBundle(model)
     (model / "fold_0.safetensors").write_bytes(b"no safetensors")
@@ -298,6 +332,16 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
         (submit_of((1, 8, 8, 8), mirroring_axes=(7,)), descriptor),
         (submit_of((1, -8, -8, 8)), descriptor),
     ]
+    for nonsense in ({"mirroring_axes": [0] * 30}, {"folds": [0, 0]}, {"tile_step_size": 1e-6}):
+        with raw_link(runtime) as link:
+            channel.send(link, channel.Reserve(bytes=1, passes=1))
+            assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
+            text = submit_of((1, 8, 8, 8)).model_dump_json()
+            sent = json.dumps(json.loads(text) | nonsense).encode()
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+            link.sendmsg([sent], rights)
+            with suppress(ConnectionResetError):
+                assert channel.receive(link) is None
     for message, fd in lies:
         with raw_link(runtime) as link:
             channel.send(link, channel.Reserve(bytes=1, passes=1))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_torchserve.environment import FAULTS_VARIABLE
 from nnunet_torchserve_tools import launcher
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
@@ -49,6 +50,14 @@ def request(model_store: Path, tmp_path: Path) -> launcher.ServeRequest:
     return launcher.ServeRequest(
         model_store, state_dir=tmp_path / "state", ports=launcher.free_ports(), device=launcher.DeviceKind.CPU
     )
+
+
+def test_faults_are_refused_unless_this_is_a_test(
+    model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAULTS_VARIABLE, "[]")
+    with pytest.raises(UsageError, match="for tests only"):
+        launcher.start(request(model_store, tmp_path))
 
 
 def test_a_taken_port_is_named(model_store: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class ServeRequest:
         models: ``NAME=FILE.mar`` or ``FILE.mar`` each, or the one word ``all``.
         state_dir: where the server's state and logs go.
         ports: see :class:`Ports`.
-        workers: per device and model; ``None`` takes the archive's number, else ``WORKERS``.
+        workers: per device and model; ``None`` takes the archive's number, else 4 on a CPU and 8 a GPU.
         queue: waiting requests a model; ``None`` is twice its workers.
         device: see :class:`DeviceKind`.
         body_limit, heap: bytes set by hand, or ``None``.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,10 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from ..cases import Settings
-from ..errors import CaseFailed, Deadline
+from ..errors import CaseFailed
 from ..options import Accumulate, FoldName
 from ..tiling import Slicer, gaussian, padded_shape, slicers
 
-_CHECK_EVERY = 64
 _HOST = torch.device("cpu")
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
@@ -74,11 +72,10 @@ def new_accumulator(
     settings: Settings,
     layout: Layout,
     allocate: Allocate | None = None,
-    deadline: float | None = None,
 ) -> CaseAccumulator:
     """The accumulator that the settings ask for; arguments as for :class:`CaseAccumulator`."""
     kind = Float32Accumulator if settings.accumulate is Accumulate.FLOAT32 else HalfAccumulator
-    return kind(data, settings, layout, allocate, deadline)
+    return kind(data, settings, layout, allocate)
 
 
 def held_bytes(shape: Sequence[int], settings: Settings, layout: Layout) -> int:
@@ -109,7 +106,6 @@ class CaseAccumulator(ABC):
         settings: Settings,
         layout: Layout,
         allocate: Allocate | None = None,
-        deadline: float | None = None,
     ) -> None:
         """Pad the volume and lay out the buffers.
 
@@ -118,10 +114,6 @@ class CaseAccumulator(ABC):
             settings: tile step, weighting, folds, mirroring.
             layout: of the network and its device.
             allocate: makes the buffer of the result; an ordinary tensor on the device where it is not given.
-            deadline: monotonic seconds; weighting very many windows is given up then.
-
-        Raises:
-            Deadline: the time ran out.
         """
         self.volume_shape = tuple(int(n) for n in data.shape)
         self.device = layout.device
@@ -138,14 +130,8 @@ class CaseAccumulator(ABC):
         shape = (layout.classes, *padded.shape[1:])
         self._result = allocate(shape, self.dtype) if allocate else self._zeros(shape)
         self._weights = self._zeros(shape[1:])
-        weight = 1 if self._gaussian is None else self._gaussian
-        for number, window in enumerate(self._windows):
-            if deadline is not None and number % _CHECK_EVERY == 0 and time.monotonic() >= deadline:
-                msg = "the time for this request ran out while its patches were laid out"
-                raise Deadline(msg)
-            self._weights[window[1:]] += weight
         self._partial: dict[int, torch.Tensor] = {}
-        self._added = 0
+        self._weighted = self._added = 0
 
     def __len__(self) -> int:
         """Forward passes in all."""
@@ -201,11 +187,10 @@ class CaseAccumulator(ABC):
         """Give the device's memory back and go on with the host's; ``False`` if that was done before."""
         if self.device == _HOST:
             return False
-        self.device = _HOST
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                setattr(self, name, value.to(_HOST))
+        moved = {name: value.to(_HOST) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         self._partial = {number: logits.to(_HOST) for number, logits in self._partial.items()}
+        vars(self).update(moved)
+        self.device = _HOST
         return True
 
     def result(self) -> torch.Tensor:
@@ -233,7 +218,12 @@ class CaseAccumulator(ABC):
             self._partial[unit.number] += logits
         else:
             self._partial[unit.number] = logits
-        return self._partial.pop(unit.number) if unit.last_of_window else None
+        if not unit.last_of_window:
+            return None
+        if self._weighted == unit.number:  # not again for another fold
+            self._weights[unit.window[1:]] += 1 if self._gaussian is None else self._gaussian
+            self._weighted += 1
+        return self._partial.pop(unit.number)
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -251,9 +241,8 @@ class HalfAccumulator(CaseAccumulator):
         settings: Settings,
         layout: Layout,
         allocate: Allocate | None = None,
-        deadline: float | None = None,
     ) -> None:
-        super().__init__(data, settings, layout, allocate, deadline)
+        super().__init__(data, settings, layout, allocate)
         self._folds_done = 0
         self._fold_sum: torch.Tensor | None = None
         if len(self._folds) > 1:
@@ -318,6 +307,7 @@ class Float32Accumulator(CaseAccumulator):
 
 
 def _check_finite(logits: torch.Tensor) -> None:
-    if not torch.isfinite(logits).all():
+    # class by class: the temporaries are several times as large as what is looked at
+    if not all(bool(torch.isfinite(channel).all()) for channel in logits):
         msg = "the network's logits for this case are not finite; no segmentation can be given"
         raise CaseFailed(msg)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+NEVER_FITS = "this case needs more memory or forward passes than the engine has for all cases"
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -52,7 +54,7 @@ class Claim:
 
     def exceeds(self, budget: Budget) -> bool:
         """Whether it would not fit even alone."""
-        return self.bytes > budget.bytes or self.passes > budget.passes
+        return self.bytes > budget.beside(0).bytes or self.passes > budget.passes
 
 
 def admissible(waiting: Sequence[Claim], charged: Iterable[Claim], budget: Budget) -> list[Claim]:
@@ -116,6 +118,15 @@ class Admission:
     def charged_passes(self) -> int:
         """Passes of the granted claims."""
         return sum(claim.passes for claim in self._charged.values())
+
+    @property
+    def first_waiting_bytes(self) -> int:
+        """Bytes of the claim that waits for longest."""
+        return next((claim.bytes for claim in self._waiting.values()), 0)
+
+    def busy_message(self) -> str:
+        """Why a claim was refused."""
+        return f"{self.waiting} cases wait for memory already; try again later"
 
     def ask(self, claim: Claim) -> bool:
         """Queue a claim; ``False``, and nothing is kept, if too many wait already."""

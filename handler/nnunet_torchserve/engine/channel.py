@@ -9,6 +9,7 @@ shrunk file under a reader's map is a SIGBUS. A receiver believes neither size n
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import math
 import mmap
@@ -19,10 +20,10 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from ..cases import Settings
-from ..options import Accumulate, FoldName
+from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
 
 PROTOCOL = 2
 MAX_MESSAGE_BYTES = 16 * 1024
@@ -106,11 +107,19 @@ class Submit(_Message):
     shape: tuple[int, int, int, int]
     folds: tuple[FoldName, ...]
     mirroring_axes: tuple[int, ...]
-    tile_step_size: Annotated[float, Field(gt=0, le=1)]
+    tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)]
     use_gaussian: bool
     accumulate: Accumulate
     deadline: float | None
     suspect: bool
+
+    @field_validator("folds", "mirroring_axes")
+    @classmethod
+    def _are_distinct(cls, value: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(value)) != len(value):
+            msg = "named twice"
+            raise ValueError(msg)
+        return value
 
     def settings(self) -> Settings:
         """How the case is predicted."""
@@ -238,6 +247,8 @@ def attach(descriptor: int, shape: Sequence[int], dtype: torch.dtype) -> torch.T
             raise ChannelError(msg)
         memory = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
         msg = "the descriptor is no sealed memfd"
         raise ChannelError(msg) from error
     finally:

@@ -34,6 +34,8 @@ _DEVICE_SHARE = 0.9
 
 _HOST = torch.device("cpu")
 _IDLE_S = 1.0
+_LARGE_BYTES = 256 * 1024**2
+"""What such a case leaves in the allocator is worth to be given back at once: others were granted it."""
 
 
 class Worker(Protocol):
@@ -64,20 +66,22 @@ class Drop:
 class Compute:
     """Predicts admitted cases in a thread of its own."""
 
-    def __init__(self, core: EngineCore, device_ledger: Ledger) -> None:
+    def __init__(self, core: EngineCore, device_ledger: Ledger, device_bytes: int) -> None:
         """Take the core over.
 
         Args:
             core: networks loaded.
             device_ledger: of the networks' device.
+            device_bytes: of the device, which the networks and one forward pass take.
         """
         self._core = core
-        self._memory = _DeviceMemory(core.networks.device, device_ledger)
+        self._memory = _DeviceMemory(core.networks.device, device_ledger, device_bytes)
         self._commands: queue.SimpleQueue[Admit | Drop] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
         self._results: dict[int, int] = {}
-        self._pass_began: float | None = None
-        self._busy_s = 0.0
+        self._sizes: dict[int, int] = {}
+        self._busy_since: float | None = None
+        self._stepped_s = 0.0
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -90,15 +94,16 @@ class Compute:
         self._commands.put(command)
 
     @property
-    def running_s(self) -> float:
-        """Seconds that the running pass has taken so far; 0 between passes."""
-        began = self._pass_began
-        return 0.0 if began is None else time.monotonic() - began
+    def busy_for_s(self) -> float:
+        """Seconds since it last looked for commands; 0 while it waits for them."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def passes_per_s(self) -> float:
         """The measured rate; 1 before there was a pass."""
-        return self._core.passes / self._busy_s if self._core.passes else 1.0
+        passes, seconds = self._core.passes, self._stepped_s
+        return passes / seconds if passes and seconds else 1.0
 
     def _run(self) -> None:
         try:
@@ -109,26 +114,31 @@ class Compute:
             os._exit(1)
 
     def _once(self) -> None:
-        if len(self._core) == 0:
-            self._obey(self._next_command())
+        first = self._next_command() if len(self._core) == 0 else None
+        self._busy_since = time.monotonic()
+        if first is not None:
+            self._obey(first)
         with suppress(queue.Empty):
             while True:
                 self._obey(self._commands.get_nowait())
-        self._pass_began = began = time.monotonic()
+        began = time.monotonic()
         outcomes = self._core.step(began)
-        self._pass_began = None
-        self._busy_s += time.monotonic() - began
+        self._stepped_s += time.monotonic() - began
         for outcome in outcomes:
             self._report(outcome)
+        self._busy_since = None
 
     def _next_command(self) -> Admit | Drop:
         """Wait for work; after a while without any the memory of the last pass goes back to the system."""
         try:
             return self._commands.get(timeout=_IDLE_S)
         except queue.Empty:
-            if self._malloc_trim is not None:
-                self._malloc_trim(0)
+            self._give_memory_back()
             return self._commands.get()
+
+    def _give_memory_back(self) -> None:
+        if self._malloc_trim is not None:
+            self._malloc_trim(0)
 
     def _obey(self, command: Admit | Drop) -> None:
         if isinstance(command, Drop):
@@ -137,7 +147,8 @@ class Compute:
             return
         self._workers[command.case_id] = command.worker
         try:
-            self._core.admit(self._case(command))
+            with self._core.blaming(command.case_id):
+                self._core.admit(self._case(command))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
             self._fail(command.case_id, as_serving_error(error))
 
@@ -156,14 +167,11 @@ class Compute:
 
         def accumulate(layout: Layout) -> CaseAccumulator:
             with torch.inference_mode():
-                return new_accumulator(
-                    data, settings, layout, allocate if networks.device == _HOST else None, message.deadline
-                )
+                return new_accumulator(data, settings, layout, allocate if networks.device == _HOST else None)
 
         layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
-        accumulator = self._memory.place(
-            command.case_id, held_bytes(message.shape, settings, layout), layout, accumulate
-        )
+        size = self._sizes[command.case_id] = held_bytes(message.shape, settings, layout)
+        accumulator = self._memory.place(command.case_id, size, layout, accumulate)
         return CaseInFlight(command.case_id, accumulator, command.arrived, message.deadline, message.suspect)
 
     def _report(self, outcome: Outcome) -> None:
@@ -172,7 +180,8 @@ class Compute:
             self._fail(case_id, outcome.error)
             return
         try:
-            self._deliver(outcome.case)
+            with self._core.blaming(case_id):
+                self._deliver(outcome.case)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
             self._fail(case_id, as_serving_error(error))
 
@@ -204,20 +213,21 @@ class Compute:
         if (descriptor := self._results.pop(case_id, None)) is not None:
             os.close(descriptor)
         self._memory.free(case_id)
+        if self._sizes.pop(case_id, 0) > _LARGE_BYTES:
+            self._give_memory_back()
 
 
 class _DeviceMemory:
     """A GPU's memory, shared with other engines. A CPU's is the host's, which admission keeps."""
 
-    def __init__(self, device: torch.device, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, device: torch.device, ledger: Ledger, networks: int) -> None:
+        self._ledger, self._networks = ledger, networks
         self._cases: dict[int, int] = {}
         self._cuda = device.type == "cuda"
         if self._cuda:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._capacity = int(torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE)
-            self._networks = torch.cuda.memory_reserved(device)
-            ledger.hold(self._networks)
+            ledger.hold(networks)
 
     def place(
         self, case_id: int, size: int, layout: Layout, accumulate: Callable[[Layout], CaseAccumulator]
@@ -227,10 +237,9 @@ class _DeviceMemory:
             return accumulate(layout)
         self._cases[case_id] = size
         if self._ledger.try_hold(self._held(), self._capacity):
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return accumulate(layout)
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
         self.free(case_id)
         logger.warning("case %d is summed on the host: it does not fit the device's memory now", case_id)
         return accumulate(replace(layout, device=_HOST))

@@ -1,7 +1,7 @@
 """The heart of the engine: cases in flight, one forward pass at a time.
 
 Owned by one thread at a time. It knows neither sockets nor processes: :class:`~.local.LocalEngine` drives it in the
-caller's process, :mod:`.process` in a process of its own.
+caller's process, :mod:`.compute` in the engine's.
 
 Every step of a case is guarded by itself: whatever goes wrong with one case, the others do not notice. Only a GPU
 that has failed ends them all, because every later call to it would fail too.
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,16 @@ class EngineCore:
         """Forget a case and its buffers; whether it was there."""
         return self._cases.pop(case_id, None) is not None
 
+    @contextmanager
+    def blaming(self, case_id: int) -> Iterator[None]:
+        """Name a case in the flight record, beside those that the device works on, while something is done for it."""
+        running = self._launched.cases if self._launched else []
+        self._before_pass([case_id, *running])
+        try:
+            yield
+        finally:
+            self._before_pass(running)
+
     @torch.inference_mode()
     def step(self, now: float) -> list[Outcome]:
         """Make one forward pass for the most urgent cases.
@@ -192,21 +203,24 @@ class EngineCore:
         if len(passes) > self.batch:  # it was halved meanwhile
             parts = [passes[first : first + self.batch] for first in range(0, len(passes), self.batch)]
             return [outcome for part in parts for outcome in self._run(part)]
+        failure: ServingError | None = None
         try:
             logits = self._forward(passes)
-        except torch.OutOfMemoryError:
-            return self._run_with_less_memory(passes)
         except Exception as error:  # noqa: BLE001 (whatever it is, the other cases go on)
-            _raise_if_device_is_lost(error)
-            cases = list({each.case.case_id: each.case for each in passes}.values())
-            if len(cases) == 1:
-                return [self._fail(cases[0], as_serving_error(error))]
-            logger.warning("a batch of %d cases failed (%s); trying them one by one", len(cases), type(error).__name__)
-            return [outcome for case in cases for outcome in self._run([each for each in passes if each.case is case])]
-        self.passes += len(passes)
-        return [outcome for each, patch in zip(passes, logits, strict=False) for outcome in self._add(each, patch)]
+            failure = as_serving_error(error)
+        # out here the tensors of the failed pass are free
+        if failure is None:
+            self.passes += len(passes)
+            return [outcome for each, patch in zip(passes, logits, strict=False) for outcome in self._add(each, patch)]
+        if isinstance(failure, OutOfMemory):
+            return self._run_with_less_memory(passes, failure)
+        cases = list({each.case.case_id: each.case for each in passes}.values())
+        if len(cases) == 1:
+            return [self._fail(cases[0], failure)]
+        logger.warning("a batch of %d cases failed; trying them one by one", len(cases))
+        return [outcome for case in cases for outcome in self._run([each for each in passes if each.case is case])]
 
-    def _run_with_less_memory(self, passes: Sequence[_Pass]) -> list[Outcome]:
+    def _run_with_less_memory(self, passes: Sequence[_Pass], failure: OutOfMemory) -> list[Outcome]:
         """Free what nobody uses, halve the batch for good, then take the case's sums to the host, then give it up."""
         torch.cuda.empty_cache()
         if self.batch > 1:
@@ -214,10 +228,14 @@ class EngineCore:
             logger.warning("out of device memory: batches of %d from now on", self.batch)
             return self._run(passes)
         case = passes[0].case
-        if case.accumulator.move_to_host():
+        try:
+            moved = case.accumulator.move_to_host()
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
+            return [self._fail(case, as_serving_error(error))]
+        if moved:
             logger.warning("out of device memory: case %d is summed on the host", case.case_id)
             return self._run(passes)
-        return [self._fail(case, OutOfMemory("this case does not fit the device's memory"))]
+        return [self._fail(case, failure)]
 
     def _forward(self, passes: Sequence[_Pass]) -> torch.Tensor:
         shapes = [each.case.accumulator.volume_shape for each in passes]
@@ -244,7 +262,6 @@ class EngineCore:
         try:
             each.case.accumulator.add(each.unit, logits.to(each.case.accumulator.device))
         except Exception as error:  # noqa: BLE001 (whatever it is, it is this case's)
-            _raise_if_device_is_lost(error)
             return [self._fail(each.case, as_serving_error(error))]
         if each.case.accumulator.done:
             self.drop(each.case.case_id)
@@ -257,30 +274,33 @@ class EngineCore:
 
 
 def as_serving_error(error: Exception) -> ServingError:
-    """The error that a client gets for whatever went wrong with its case."""
+    """The error that a client gets for whatever went wrong with its case.
+
+    Raises:
+        DeviceLostError: it was the device, which fails every later call too: only a new process helps.
+    """
     if isinstance(error, ServingError):
         return error
-    no_memory = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or no_memory or "can't allocate memory" in str(error):
+    if _no_memory(error):
         return OutOfMemory("this case does not fit the engine's memory; try again later, or send a smaller volume")
+    if type(error).__name__ in ("AcceleratorError", "DeviceLostError") or "CUDA error" in str(error):
+        raise DeviceLostError(str(error)) from error
     logger.error("a case failed", exc_info=error)
     return CaseFailed("the network failed on this case; the server's log has the reason")
 
 
 def _wait_for(launched: _Launched) -> list[Outcome]:
-    try:
-        launched.finished.synchronize()
-    except Exception as error:
-        _raise_if_device_is_lost(error)
-        raise
+    launched.finished.synchronize()  # what it raises is the device's, and ends the engine
     return launched.outcomes
 
 
-def _raise_if_device_is_lost(error: Exception) -> None:
-    """After an error of the device itself every later call fails: only a new process helps."""
-    lost = getattr(torch, "AcceleratorError", None)
-    if (lost is not None and isinstance(error, lost)) or "CUDA error" in str(error):
-        raise DeviceLostError(str(error)) from error
+def _no_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error)
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
 
 
 def _out_of_time() -> ServingError:

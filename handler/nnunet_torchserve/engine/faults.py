@@ -21,6 +21,7 @@ class Kind(StrEnum):
     """What happens."""
 
     KILL = "kill"
+    DEVICE_LOST = "device_lost"
     RAISE = "raise"
     OUT_OF_MEMORY = "out_of_memory"
     NAN = "nan"
@@ -60,6 +61,9 @@ class Faults:
         if self._due(Kind.OUT_OF_MEMORY, shapes):
             msg = "ordered by a test"
             raise torch.OutOfMemoryError(msg)
+        if self._due(Kind.DEVICE_LOST, shapes):
+            msg = "CUDA error: ordered by a test"
+            raise RuntimeError(msg)
         if self._due(Kind.RAISE, shapes):
             msg = "ordered by a test"
             raise RuntimeError(msg)

@@ -43,17 +43,29 @@ def bound_log() -> None:
             os.ftruncate(2, 0)
 
 
-def take_life_lock(folder: Path) -> bool:
-    """Hold ``alive`` until this process ends; ``False`` if another engine does. A reader's look lasts microseconds."""
+def take_life_lock(folder: Path) -> int | None:
+    """Hold ``alive`` until this process ends.
+
+    Returns:
+        The file's inode, ``None`` if another engine holds it (a reader's look lasts microseconds).
+    """
     alive = os.open(folder / ALIVE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     for _ in range(20):
         try:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return os.fstat(alive).st_ino
         except BlockingIOError:
             time.sleep(0.01)
     os.close(alive)
-    return False
+    return None
+
+
+def still_ours(folder: Path, life: int) -> bool:
+    """Whether the file that shows our life is still in its place: another engine may start without it."""
+    try:
+        return (folder / ALIVE).stat().st_ino == life
+    except OSError:
+        return False
 
 
 def is_alive(folder: Path) -> bool:

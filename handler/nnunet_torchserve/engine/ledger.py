@@ -2,11 +2,13 @@
 
 Each engine writes what it holds to a file of its own in its own directory; an engine counts for as long as it holds
 the lock of its life, so a killed one counts no longer. There is no lock on the whole: an engine writes what it wants
-to hold before it looks at the others, so of two that want the same bytes at least one sees the other.
+to hold before it looks at the others, so of two that want the same bytes at least one sees the other. What somebody
+has wanted for longer counts like what is held: a large case would otherwise wait for good beside a busy model.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +19,7 @@ class Ledger:
     """One engine's entry in the ledger of one memory."""
 
     def __init__(self, folder: Path, memory: str) -> None:
-        """Start with nothing held.
+        """Name the entry; it is what it was before.
 
         Args:
             folder: the engine's own directory, beside those of the others.
@@ -25,35 +27,45 @@ class Ledger:
         """
         self._folder = folder
         self._name = "holds-" + memory.replace(":", "-")
-        self.hold(0)
 
-    def hold(self, size: int) -> None:
-        """Say how many bytes this engine holds, or is about to."""
+    def hold(self, size: int, wanted: int = 0, since: float = math.inf) -> None:
+        """Say how many bytes this engine holds, or is about to, and how many more it has wanted since when.
+
+        Args:
+            size: bytes.
+            wanted: bytes on top.
+            since: monotonic seconds, which all processes of a machine share.
+        """
         unfinished = self._folder / f".{self._name}"
         with suppress(OSError):  # a cleaned-up directory or a full disk: this engine's own budget still holds
-            unfinished.write_text(str(size))
+            unfinished.write_text(f"{size} {wanted} {since}")
             unfinished.replace(self._folder / self._name)
 
-    def elsewhere(self) -> int:
-        """Bytes that other living engines hold."""
-        held = 0
+    def elsewhere(self, since: float = math.inf) -> int:
+        """Bytes that other living engines hold, or have wanted for longer than ``since``."""
+        total = 0
         for entry in self._folder.parent.glob(f"*/{self._name}"):
-            if entry.parent == self._folder or not is_alive(entry.parent):
-                continue
-            with suppress(OSError, ValueError):
-                held += int(entry.read_text())
-        return held
+            if entry.parent != self._folder and is_alive(entry.parent):
+                size, wanted, their_since = _read(entry)
+                total += size + (wanted if their_since < since else 0)
+        return total
 
     def try_hold(self, size: int, capacity: int) -> bool:
         """Hold ``size`` bytes if that and what others hold is at most ``capacity``; else hold what was held before."""
-        before = self._held()
+        before = self.held()
         self.hold(size)
-        if size + self.elsewhere() <= capacity:
+        if size + self.elsewhere(-math.inf) <= capacity:
             return True
         self.hold(before)
         return False
 
-    def _held(self) -> int:
-        with suppress(OSError, ValueError):
-            return int((self._folder / self._name).read_text())
-        return 0
+    def held(self) -> int:
+        """Bytes that this engine, or a dead one before it, holds."""
+        return _read(self._folder / self._name)[0]
+
+
+def _read(entry: Path) -> tuple[int, int, float]:
+    with suppress(OSError, ValueError):
+        size, wanted, since = entry.read_text().split()
+        return int(size), int(wanted), float(since)
+    return 0, 0, math.inf

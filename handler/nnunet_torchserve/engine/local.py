@@ -16,7 +16,7 @@ from ..cases import Price, Settings
 from ..errors import Busy, Deadline, OutOfMemory
 from ..limits import Limits
 from .accumulator import CaseAccumulator, Layout, new_accumulator
-from .admission import Admission, Budget, Claim
+from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .network import load_networks
 from .prediction import Prediction
@@ -65,13 +65,11 @@ class LocalEngine:
         """See :meth:`~.prediction.Engine.reserve`."""
         began, claim = time.monotonic(), Claim(next(self._numbers), price.bytes, price.passes, guaranteed)
         if claim.exceeds(self._admission.budget) and not guaranteed:
-            msg = "this case needs more memory or forward passes than the engine has for all cases"
-            raise OutOfMemory(msg)
+            raise OutOfMemory(NEVER_FITS)
         try:
             with self._room:
                 if not self._admission.ask(claim):
-                    msg = f"{self._admission.waiting} cases wait for memory already; try again later"
-                    raise Busy(msg, 1)
+                    raise Busy(self._admission.busy_message(), 1)
                 self._admission.grant()
                 while not self._admission.is_charged(claim.number):
                     left = None if deadline is None else deadline - time.monotonic()
@@ -89,7 +87,7 @@ class LocalEngine:
     def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()
-        case = CaseInFlight(next(self._numbers), self._accumulator(data, settings, deadline), arrived, deadline)
+        case = CaseInFlight(next(self._numbers), self._accumulator(data, settings), arrived, deadline)
         with self._lock:
             self._core.admit(case)
         try:
@@ -102,14 +100,14 @@ class LocalEngine:
         queue_s, network_s = case.times(time.monotonic())
         return Prediction(case.accumulator.result().cpu()[case.accumulator.unpad], queue_s, network_s)
 
-    def _accumulator(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> CaseAccumulator:
+    def _accumulator(self, data: torch.Tensor, settings: Settings) -> CaseAccumulator:
         networks = self._core.networks
         layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
         with torch.inference_mode():
             try:
-                return new_accumulator(data, settings, layout, deadline=deadline)
+                return new_accumulator(data, settings, layout)
             except torch.OutOfMemoryError:
-                return new_accumulator(data, settings, replace(layout, device=torch.device("cpu")), deadline=deadline)
+                return new_accumulator(data, settings, replace(layout, device=torch.device("cpu")))
             except Exception as error:
                 raise as_serving_error(error) from error
 

@@ -111,14 +111,40 @@ def probe_batch(networks: FoldNetworks) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            rates[batch] = batch / _forward_seconds(networks, batch)
+            seconds = _forward_seconds(networks, batch)
         except torch.OutOfMemoryError:
             break
         if torch.cuda.max_memory_reserved(device) > room:
             break
+        rates[batch] = batch / seconds
     torch.cuda.empty_cache()
     fastest = max(rates.values(), default=0.0)
     return next((batch for batch, rate in rates.items() if rate >= _NEARLY * fastest), 1)
+
+
+@torch.inference_mode()
+def peak_bytes(networks: FoldNetworks, batch: int) -> int:
+    """Bytes of a GPU that the networks and one forward pass of a batch take; 0 on a CPU.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit the device.
+    """
+    if networks.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(networks.device)
+    patches = torch.zeros((batch, networks.input_channels, *networks.patch_size), device=networks.device)
+    with networks.autocast():
+        networks.forward(networks.folds[0], patches)
+    torch.cuda.synchronize(networks.device)
+    return int(torch.cuda.max_memory_reserved(networks.device))
+
+
+def device_name(device: torch.device) -> str:
+    """A name that two servers have in common for one GPU, whatever number it has for them."""
+    if device.type != "cuda":
+        return str(device)
+    return f"cuda-{getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
 
 
 def _forward_seconds(networks: FoldNetworks, batch: int) -> float:

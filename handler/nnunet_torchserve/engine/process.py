@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .folder import LOG, SOCKET, bound_log, listen, take_life_lock
+from .folder import LOG, SOCKET, bound_log, listen, still_ours, take_life_lock
 
 if TYPE_CHECKING:
     from .switchboard import Switchboard
@@ -46,12 +46,13 @@ def _detach(folder: Path) -> None:
 def main(folder: Path, model_dir: Path, settings: str) -> int:
     """Run an engine; returns when it is idle, or at once if another one lives."""
     _detach(folder)
-    if not take_life_lock(folder):
+    life = take_life_lock(folder)
+    if life is None:
         return 0
     path = folder / SOCKET
     listener = listen(path)
     try:
-        switchboard = _load(folder, listener, model_dir, settings)
+        switchboard = _load(folder, listener, model_dir, settings, life)
     except Exception as error:
         logger.exception("the engine cannot serve")
         _refuse_everybody(listener, f"{type(error).__name__}: {error}")
@@ -59,24 +60,27 @@ def main(folder: Path, model_dir: Path, settings: str) -> int:
     try:
         switchboard.run()
     finally:
-        with suppress(FileNotFoundError):
-            path.unlink()
+        if still_ours(folder, life):
+            with suppress(FileNotFoundError):
+                path.unlink()
     return 0
 
 
-def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text: str) -> Switchboard:
+def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text: str, life: int) -> Switchboard:
     import torch
 
     from ..bundle import ModelBundle
+    from ..environment import refuse_faults_outside_tests
     from . import channel
     from .compute import Compute
     from .core import EngineCore
     from .faults import Faults
     from .ledger import Ledger
-    from .network import load_networks, probe_batch
+    from .network import device_name, load_networks, peak_bytes, probe_batch
     from .scheduler import Policy
     from .switchboard import Switchboard
 
+    refuse_faults_outside_tests()
     settings = channel.EngineSettings.model_validate_json(settings_text)
     networks = load_networks(ModelBundle(model_dir), torch.device(settings.device))
     batch = probe_batch(networks) if settings.max_patch_batch == "auto" else settings.max_patch_batch
@@ -84,8 +88,8 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
     policy = Policy(settings.policy)
     core = EngineCore(networks, batch, policy, record.write, Faults.from_environment())
     logger.info("ready: %s on %s, batches of %d, %s", model_dir.name, settings.device, batch, policy)
-    compute = Compute(core, Ledger(folder, settings.device))
-    return Switchboard(folder, listener, compute, settings, record_fd)
+    compute = Compute(core, Ledger(folder, device_name(networks.device)), peak_bytes(networks, batch))
+    return Switchboard(folder, listener, compute, settings, record_fd, life)
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:

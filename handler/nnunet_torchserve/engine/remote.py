@@ -15,9 +15,11 @@ import fcntl
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -33,7 +35,7 @@ import torch
 from .. import errors
 from ..bundle import ModelBundle
 from ..cases import Price, Settings
-from ..environment import runtime_dir
+from ..environment import FAULTS_VARIABLE, runtime_dir
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, ServingError
 from ..limits import Limits, memory_for_cases
 from . import channel
@@ -142,9 +144,9 @@ class RemoteEngine:
         )
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
         versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
-        identity = "\n".join([bundle.digest, self._arguments[1], *versions])
-        self._folder = _private(runtime_dir()) / hashlib.sha256(identity.encode()).hexdigest()[:16]
-        _private(self._folder)
+        surroundings = [f"{name}={os.environ.get(name)}" for name in ("CUDA_VISIBLE_DEVICES", FAULTS_VARIABLE)]
+        identity = "\n".join([bundle.digest, self._arguments[1], *versions, *surroundings])
+        self._name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._lock = threading.RLock()
         self._link: _Link | None = None
         self._claim = _UNCLAIMED
@@ -291,12 +293,16 @@ class RemoteEngine:
             msg = "the time for this request ran out while it waited for the engine"
             raise Deadline(msg)
         received = None
+        left = math.inf if deadline is None else deadline + 2 * channel.HEARTBEAT_S - time.monotonic()
+        link.endpoint.settimeout(max(0.1, min(SILENCE_S, left)))
         try:
             received = channel.receive(link.endpoint)
-        except (TimeoutError, channel.ChannelError):
-            link.kill()  # it hangs, or has lost its mind; one that has only closed this connection may live on
-        except OSError:
-            pass
+        except TimeoutError:
+            if left < SILENCE_S:
+                return self._next_message(link, deadline)
+            link.kill()
+        except (OSError, channel.ChannelError) as error:  # this connection's trouble, maybe not the engine's
+            logger.warning("lost the connection to the engine: %s", error)
         if received is None:
             raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
         return received
@@ -306,28 +312,37 @@ class RemoteEngine:
 
     def _connected(self, deadline: float | None) -> _Link:
         limit = time.monotonic() + CONNECT_LIMIT_S
-        if deadline is not None:
-            limit = min(limit, deadline)
         pause = _FIRST_PAUSE_S
         while self._link is None:
-            self._link = self._try_to_connect(limit)
+            if deadline is not None and time.monotonic() > deadline:
+                msg = "the time for this request ran out while an engine was started"
+                raise Deadline(msg)
+            _private(runtime_dir())
+            folder = _private(runtime_dir() / self._name)
+            self._link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
             if self._link is None:
                 if time.monotonic() > limit:
                     msg = "no engine could be started in time; try again later"
                     raise NoEngine(msg, _RETRY_AFTER_S)
-                self._start_engine()
+                self._start_engine(folder)
                 time.sleep(pause)
                 pause = min(_LONGEST_PAUSE_S, pause * 2)
         return self._link
 
-    def _try_to_connect(self, limit: float) -> _Link | None:
-        """A link to a loaded engine, ``None`` if nobody listens or the engine left before its hello."""
+    def _try_to_connect(self, folder: Path, patience: float, limit: float) -> _Link | None:
+        """A link to a loaded engine, ``None`` if nobody listens or the engine left before its hello.
+
+        Args:
+            folder: the engine's own directory.
+            patience: monotonic seconds until which a hello is waited for.
+            limit: after it an engine that has not said hello hangs, and is killed.
+        """
         endpoint = channel.new_socket()
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         process = -1
         try:
-            endpoint.settimeout(max(0.1, limit - time.monotonic()))
-            endpoint.connect(f"/proc/self/fd/{folder}/{SOCKET}")
+            endpoint.settimeout(max(0.1, patience - time.monotonic()))
+            endpoint.connect(f"/proc/self/fd/{directory}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
             received = channel.receive(endpoint)
             if received is None:
@@ -343,6 +358,9 @@ class RemoteEngine:
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:
+                if isinstance(error, TimeoutError) and time.monotonic() >= limit:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(process, signal.SIGKILL)
                 os.close(process)
             if isinstance(error, channel.ChannelError):
                 raise BundleError(str(error)) from error
@@ -352,17 +370,17 @@ class RemoteEngine:
             os.close(process)
             raise
         finally:
-            os.close(folder)
+            os.close(directory)
 
-    def _start_engine(self) -> None:
+    def _start_engine(self, folder: Path) -> None:
         """Start an engine unless somebody else does or one lives."""
-        lock = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_alive(self._folder):
+            if is_alive(folder):
                 return
             environment = _MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
-            command = [sys.executable, "-m", f"{__package__}.process", str(self._folder), *self._arguments]
+            command = [sys.executable, "-m", f"{__package__}.process", str(folder), *self._arguments]
             subprocess.run(
                 command,
                 env=environment,
@@ -385,8 +403,8 @@ def _private(folder: Path) -> Path:
         BundleError: it exists and belongs to somebody else, or others may write to it.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
         msg = f"the runtime directory {folder} must belong to user {os.getuid()} and be writable by nobody else"
         raise BundleError(msg)
     return folder

@@ -8,8 +8,8 @@ thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. 
 order; nothing comes back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
 are those around a connection's sends and its closing; nothing is called under them but the socket.
 
-Faults. Whatever a worker sends, only its own connection is closed. If a pass lasts too long, heartbeats stop and the
-workers start another engine.
+Faults. Whatever a worker sends, only its own connection is closed. If the compute thread is busy with one thing for
+too long, heartbeats stop and the workers start another engine.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import math
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ from enum import Enum, auto
 from pathlib import Path
 
 from . import channel
-from .admission import Admission, Budget, Claim
+from .admission import NEVER_FITS, Admission, Budget, Claim
 from .channel import HEARTBEAT_S, EngineSettings, Failed, Granted, Heartbeat, Hello, Message, Release, Reserve, Submit
 from .compute import Admit, Compute, Drop
-from .folder import SOCKET, bound_log, listen
+from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,11 @@ logger = logging.getLogger(__name__)
 IDLE_S = 5.0
 """After that long without a worker the engine leaves."""
 
-PASS_LIMIT_S = 300.0
-"""A forward pass that lasts longer is a hang."""
+BUSY_LIMIT_S = 300.0
+"""A forward pass, or anything else that the compute thread does at a stretch, that lasts longer is a hang."""
+
+_INHERITANCE_S = 2.0
+"""After a death: cases that hold their memory already come first."""
 
 _LOOK_AGAIN_S = 0.1
 """While cases wait: another engine may have released memory."""
@@ -103,7 +107,13 @@ class Switchboard:
     """Connections of workers, until the last one has left."""
 
     def __init__(
-        self, folder: Path, listener: socket.socket, compute: Compute, settings: EngineSettings, record_fd: int
+        self,
+        folder: Path,
+        listener: socket.socket,
+        compute: Compute,
+        settings: EngineSettings,
+        record_fd: int,
+        life: int,
     ) -> None:
         """Take over a listening socket.
 
@@ -113,8 +123,9 @@ class Switchboard:
             compute: not yet started.
             settings: the budget.
             record_fd: the flight record's descriptor, sent with every hello.
+            life: what :func:`~.folder.take_life_lock` gave.
         """
-        self._folder, self._listener, self._record_fd = folder, listener, record_fd
+        self._folder, self._listener, self._record_fd, self._life = folder, listener, record_fd, life
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._connections: dict[int, Connection] = {}
@@ -123,35 +134,38 @@ class Switchboard:
         budget = Budget(settings.memory_bytes, settings.passes, settings.waiting_cases, settings.machine_bytes)
         self._admission = Admission(budget)
         self._host = Ledger(folder, "host")
+        self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
+        self._waits_since = math.inf
         self._compute = compute
 
     def run(self) -> None:
-        """Serve until idle for ``IDLE_S``."""
+        """Serve until idle for ``IDLE_S``, or until the engine's directory is cleaned up."""
         self._compute.start()
-        idle_since: float | None = time.monotonic()
-        next_beat = time.monotonic()
-        while True:
-            pause = _LOOK_AGAIN_S if self._admission.waiting else max(0.0, next_beat - time.monotonic())
-            for key, _ in self._selector.select(pause):
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fd in self._connections:
-                    self._serve(self._connections[key.fd])
-            if self._admission.waiting:
-                self._grant()
-            now = time.monotonic()
-            if now < next_beat:
+        idle_since = next_beat = time.monotonic()
+        while time.monotonic() - idle_since <= IDLE_S:
+            self._serve_until(next_beat)
+            if self._connections:
+                idle_since = time.monotonic()
+            if time.monotonic() < next_beat:
                 continue
-            next_beat = now + HEARTBEAT_S
+            next_beat = time.monotonic() + HEARTBEAT_S
+            if not still_ours(self._folder, self._life):
+                logger.error("the directory was cleaned up, and another engine may start: leaving")
+                return
             self._beat()
             self._listen_again_if_unlinked()
             bound_log()
-            if self._connections:
-                idle_since = None
-            elif idle_since is None:
-                idle_since = now
-            elif now - idle_since > IDLE_S:
-                return
+
+    def _serve_until(self, next_beat: float) -> None:
+        """Wait for messages, at most until the next heartbeat; cases that wait for memory are looked at more often."""
+        pause = _LOOK_AGAIN_S if self._admission.waiting else max(0.0, next_beat - time.monotonic())
+        for key, _ in self._selector.select(pause):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fd in self._connections:
+                self._serve(self._connections[key.fd])
+        if self._admission.waiting:
+            self._grant()
 
     def _accept(self) -> None:
         try:
@@ -198,18 +212,20 @@ class Switchboard:
         except (channel.ChannelError, OSError) as error:
             logger.warning("closed a connection: %s", error)
             self._forget(connection)
+        except Exception:
+            logger.exception("closed a connection")
+            self._forget(connection)
 
     def _reserve(self, connection: Connection, message: Reserve) -> None:
         connection.expect()
         claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed)
         self._next_case += 1
         if claim.exceeds(self._admission.budget) and not claim.guaranteed:
-            detail = "this case needs more memory or forward passes than the engine has for all cases"
-            connection.answer(Failed(code="out_of_memory", detail=detail))
+            connection.answer(Failed(code="out_of_memory", detail=NEVER_FITS))
             return
         if not self._admission.ask(claim):
-            detail = f"{self._admission.waiting} cases wait for memory already; try again later"
-            connection.answer(Failed(code="busy", detail=detail, retry_after_s=self._retry_after_s()))
+            busy = Failed(code="busy", detail=self._admission.busy_message(), retry_after_s=self._retry_after_s())
+            connection.answer(busy)
             return
         connection.case_id, connection.state = claim.number, _State.WAITING
         self._owners[claim.number] = connection
@@ -217,19 +233,28 @@ class Switchboard:
 
     def _grant(self) -> None:
         """Let the cases go on that fit now, seen together with what other engines hold."""
-        self._host.hold(self._admission.charged_bytes + self._admission.waiting_bytes)
-        self._admission.elsewhere = self._host.elsewhere()
-        for case_id in self._admission.grant():
+        admission, now = self._admission, time.monotonic()
+        self._host.hold(admission.charged_bytes, admission.waiting_bytes, -math.inf)  # all of it, while it is decided
+        admission.elsewhere = self._host.elsewhere(self._waits_since) if now >= self._grants_from else sys.maxsize
+        granted = admission.grant()
+        for case_id in granted:
             connection = self._owners[case_id]
             connection.state = _State.GRANTED
             connection.answer(Granted(case_id=case_id))
-        self._host.hold(self._admission.charged_bytes)
+        if not admission.waiting:
+            self._waits_since = math.inf
+        elif granted or self._waits_since == math.inf:
+            self._waits_since = now
+        self._hold()
+
+    def _hold(self) -> None:
+        self._host.hold(self._admission.charged_bytes, self._admission.first_waiting_bytes, self._waits_since)
 
     def _release(self, connection: Connection) -> None:
         self._compute.put(Drop(connection.case_id))
         self._owners.pop(connection.case_id, None)
         self._admission.release(connection.case_id)
-        self._host.hold(self._admission.charged_bytes)
+        self._hold()
         connection.state = _State.IDLE
 
     def _forget(self, connection: Connection) -> None:
@@ -242,7 +267,7 @@ class Switchboard:
             self._release(connection)
 
     def _beat(self) -> None:
-        if self._compute.running_s > PASS_LIMIT_S:
+        if self._compute.busy_for_s > BUSY_LIMIT_S:
             return
         for connection in self._connections.values():
             connection.beat(Heartbeat())
