@@ -79,7 +79,7 @@ class Engine:
     @property
     def reserved_bytes(self) -> int:
         """Memory that it has granted to cases."""
-        return int((self.folder / "holds-host").read_text())
+        return int((self.folder / "holds-host").read_text().split()[0])
 
     @property
     def log(self) -> str:
