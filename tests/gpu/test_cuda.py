@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -10,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -21,6 +22,7 @@ from nnunet_torchserve.engine import network
 from nnunet_torchserve.engine.accumulator import Layout, held_bytes, new_accumulator
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
 from nnunet_torchserve.engine.faults import Fault, Faults, Kind
+from nnunet_torchserve.engine.folder import ALIVE, LOG
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -151,20 +153,38 @@ def test_a_case_whose_memory_runs_out_goes_on_on_the_host(networks: network.Fold
     assert isinstance(run(always)[0], OutOfMemory)
 
 
-def test_a_device_that_is_really_full(networks: network.FoldNetworks, bundle: ModelBundle, cuda: torch.device) -> None:
-    expected = LocalEngine(bundle, cuda).predict(volume(0), PLAIN).logits
+def hog(leave: int, cuda: torch.device) -> torch.Tensor:
+    """Memory of nobody's use, so that ``leave`` bytes of the device are free."""
+    torch.cuda.empty_cache()
+    return torch.empty(torch.cuda.mem_get_info(cuda)[0] - leave, dtype=torch.uint8, device=cuda)
+
+
+def test_a_device_too_full_for_the_batch_halves_it(networks: network.FoldNetworks, cuda: torch.device) -> None:
+    few, many = (network.peak_bytes(networks, batch) for batch in (2, 16))
+    core = EngineCore(networks, 16)
+    core.admit(case(networks, 0, PLAIN, 16, "cuda:0"))
+    taken = hog((few + many) // 2, cuda)
+    answer = run(core)[0]
+    del taken
+    assert isinstance(answer, torch.Tensor)
+    assert core.batch < 16
+    alone = EngineCore(networks, core.batch)
+    alone.admit(case(networks, 0, PLAIN, core.batch, "cuda:0"))
+    assert _share(answer.float(), run(alone)[0].float()) < 1e-3  # type: ignore[union-attr]
+
+
+def test_a_device_too_full_for_the_sums_has_them_on_the_host(bundle: ModelBundle, cuda: torch.device) -> None:
     engine = LocalEngine(bundle, cuda)
-    torch.cuda.empty_cache()
-    needed = held_bytes(SHAPE, PLAIN, Layout(networks.classes, networks.patch_size, cuda))
-    hog = torch.empty(torch.cuda.mem_get_info(cuda)[0] - needed // 2, dtype=torch.uint8, device=cuda)
-    try:
-        answer = engine.predict(volume(0), PLAIN).logits
-    except OutOfMemory:
-        answer = expected  # not even a forward pass found room
-    del hog
-    torch.cuda.empty_cache()
+    large = volume(0, (1, 300, 300, 300))
+    coarse = replace(BOTH, mirroring_axes=(), tile_step_size=1.0)
+    expected = engine.predict(large, coarse).logits
+    networks = engine._core.networks
+    needed = held_bytes(tuple(large.shape), coarse, Layout(networks.classes, networks.patch_size, cuda))
+    taken = hog(max(network.peak_bytes(networks, 1), needed // 2), cuda)
+    assert torch.cuda.mem_get_info(cuda)[0] < needed
+    answer = engine.predict(large, coarse).logits
+    del taken
     assert torch.equal(answer, expected)
-    assert torch.equal(engine.predict(volume(0), PLAIN).logits, expected)
 
 
 def test_the_probed_batch_is_one_of_those_tried(networks: network.FoldNetworks) -> None:
@@ -177,7 +197,18 @@ def test_the_engine_process_holds_the_only_context_and_survives_its_death(
     workers = [RemoteEngine(bundle, cuda, "auto") for _ in range(3)]
     expected = {number: workers[0].predict(volume(number), BOTH).logits for number in range(3)}
     [engine] = engines(runtime)
-    assert str(engine.pid) in _gpu_processes()
+    program = (
+        "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
+        "from nnunet_torchserve.cases import Settings; from nnunet_torchserve.engine.remote import RemoteEngine;"
+        "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cuda:0'), 'auto');"
+        "engine.predict(torch.zeros((1, 60, 60, 60)), Settings((0,), (), 0.5, True));"
+        "print(torch.cuda.is_initialized())"
+    )
+    idle = subprocess.run(
+        [sys.executable, "-c", program, str(bundle.folder)], capture_output=True, text=True, check=True
+    )
+    assert idle.stdout.split() == ["False"]
+    assert engines(runtime) == [engine]
     answers: dict[int, torch.Tensor] = {}
 
     def ask(number: int) -> None:
@@ -197,20 +228,34 @@ def test_the_engine_process_holds_the_only_context_and_survives_its_death(
         assert _share(logits.float(), expected[number].float()) < 1e-3
 
 
+def test_what_another_engine_holds_of_the_device_is_respected(
+    bundle: ModelBundle, runtime: Path, cuda: torch.device
+) -> None:
+    engine = RemoteEngine(bundle, cuda, "auto")
+    expected = engine.predict(volume(5), PLAIN).logits
+    [entry] = runtime.glob("*/holds-cuda-*")
+    assert int(entry.read_text().split()[0]) > 0
+    other = runtime / "other"
+    other.mkdir()
+    with (other / ALIVE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        (other / entry.name).write_text(f"{torch.cuda.get_device_properties(cuda).total_memory} 0 inf")
+        assert torch.equal(engine.predict(volume(5), PLAIN).logits, expected)
+    log = entry.with_name(LOG)
+    assert log.read_text().count("is summed on the host") == 1
+    assert torch.equal(engine.predict(volume(5), PLAIN).logits, expected)
+    assert log.read_text().count("is summed on the host") == 1
+    engine.disconnect()
+
+
 def test_two_models_share_the_device(bundle: ModelBundle, runtime: Path, cuda: torch.device, tmp_path: Path) -> None:
     other = unpack(standard_unet(tmp_path, patch_size=(64, 64, 64), features=(32, 64, 128)), tmp_path)
     first, second = RemoteEngine(bundle, cuda, "auto"), RemoteEngine(other, cuda, "auto")
     assert len(engines(runtime)) == 2
     held = [int(file.read_text().split()[0]) for file in runtime.glob("*/holds-cuda-*")]
+    assert len(held) == 2
     assert all(size > 0 for size in held)
-    logits = [engine.predict(volume(5), PLAIN).logits for engine in (first, second)]
-    assert [np.isfinite(each.float().numpy()).all() for each in logits] == [True, True]
-    for engine in (first, second):
+    for engine, model in ((first, bundle), (second, other)):
+        logits = engine.predict(volume(5), PLAIN).logits
+        assert _share(logits.float(), LocalEngine(model, cuda).predict(volume(5), PLAIN).logits.float()) < 1e-2
         engine.disconnect()
-
-
-def _gpu_processes() -> str:
-    """Processes with a context, as the driver lists them; all of them where it hides them."""
-    command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return listed if listed.strip() else " ".join(str(pid) for pid in psutil.pids())
