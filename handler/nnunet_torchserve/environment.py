@@ -18,9 +18,10 @@ TESTING_VARIABLE = "NNUNET_TORCHSERVE_TESTING"
 
 
 def runtime_dir() -> Path:
-    """The directory that all servers of this user share."""
+    """The directory that all servers of this user share; absolute, because engines run elsewhere."""
     configured = os.environ.get(RUNTIME_DIR_VARIABLE)
-    return Path(configured) if configured else Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}"
+    default = Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}"
+    return (Path(configured) if configured else default).absolute()
 
 
 def refuse_faults_outside_tests(environ: Mapping[str, str] = os.environ) -> None:

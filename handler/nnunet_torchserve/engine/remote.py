@@ -6,16 +6,16 @@ they last. A connection that was in use when something went wrong is closed, whi
 Faults. If the engine dies, or is silent for ``SILENCE_S``, the worker kills what is left of it, starts another and
 hands its case in again, from the beginning. The flight record says whose passes were running: only those cases get a
 strike, run alone from then on, and fail with their second strike. A death without a strike costs a case nothing but
-time, up to ``MAX_DEATHS``. Its memory stays granted: what it holds already need not be asked for again.
+time, up to ``MAX_DEATHS``. Its memory stays granted: the next engine charges it without asking.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import logging
-import math
 import os
 import signal
 import socket
@@ -36,7 +36,7 @@ from .. import errors
 from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..environment import FAULTS_VARIABLE, runtime_dir
-from ..errors import BundleError, CaseFailed, Deadline, NoEngine, ServingError
+from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from ..limits import Limits, memory_for_cases
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
@@ -46,7 +46,7 @@ from .scheduler import Policy
 logger = logging.getLogger(__name__)
 
 SILENCE_S = 10.0
-"""Ten heartbeats."""
+"""Ten heartbeats; without them the engine counts as hung."""
 
 CONNECT_LIMIT_S = 300.0
 """To load the networks of five folds from a slow disk and to check the golden patch."""
@@ -63,6 +63,7 @@ _MALLOC = {
 engine gives it back when it is idle (:mod:`.compute`)."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_WAIT_S = 0.5
 _RETRY_AFTER_S = 10
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
@@ -208,8 +209,11 @@ class RemoteEngine:
                 if self._link is not None and self._link.in_use:
                     self.disconnect()  # the engine still works on what is given up here
                 raise
-            except BundleError as error:
+            except (BundleError, OSError) as error:
                 self.disconnect()
+                if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                    msg = "this server's memory does not hold the case; try again later, or send a smaller volume"
+                    raise OutOfMemory(msg) from error
                 logger.exception("the engine cannot be started again")
                 msg = "the engine of this model cannot be started; the server's log has the reason"
                 raise NoEngine(msg, _RETRY_AFTER_S) from error
@@ -284,28 +288,34 @@ class RemoteEngine:
             raise _EngineGone(in_batch=False) from error
 
     def _next_message(self, link: _Link, deadline: float | None) -> tuple[channel.Message, list[int]]:
-        """What the engine says next; heartbeats come every second, so the deadline is looked at that often.
+        """What the engine says next, which is a heartbeat every second at least.
+
+        Silence is counted in short waits: a machine that stood still as a whole has missed one of them, not all.
 
         Raises:
             Deadline: the time ran out. The engine gives a case up by itself, a little earlier.
         """
-        if deadline is not None and time.monotonic() > deadline + 2 * channel.HEARTBEAT_S:
-            msg = "the time for this request ran out while it waited for the engine"
-            raise Deadline(msg)
-        received = None
-        left = math.inf if deadline is None else deadline + 2 * channel.HEARTBEAT_S - time.monotonic()
-        link.endpoint.settimeout(max(0.1, min(SILENCE_S, left)))
-        try:
-            received = channel.receive(link.endpoint)
-        except TimeoutError:
-            if left < SILENCE_S:
-                return self._next_message(link, deadline)
+        link.endpoint.settimeout(_WAIT_S)
+        silence_s = 0.0
+        while silence_s < SILENCE_S:
+            if deadline is not None and time.monotonic() > deadline + 2 * channel.HEARTBEAT_S:
+                msg = "the time for this request ran out while it waited for the engine"
+                raise Deadline(msg)
+            try:
+                received = channel.receive(link.endpoint)
+            except TimeoutError:
+                silence_s += _WAIT_S
+                continue
+            except (OSError, channel.ChannelError) as error:  # this connection's trouble, maybe not the engine's
+                logger.warning("lost the connection to the engine: %s", error)
+                received = None
+            if received is None:
+                break
+            return received
+        else:
+            logger.warning("the engine has been silent for %.0f s: it is killed", silence_s)
             link.kill()
-        except (OSError, channel.ChannelError) as error:  # this connection's trouble, maybe not the engine's
-            logger.warning("lost the connection to the engine: %s", error)
-        if received is None:
-            raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
-        return received
+        raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
 
     def _raise(self, failed: channel.Failed) -> NoReturn:
         raise _ERRORS.get(failed.code, ServingError)(failed.detail, failed.retry_after_s)
@@ -317,16 +327,18 @@ class RemoteEngine:
             if deadline is not None and time.monotonic() > deadline:
                 msg = "the time for this request ran out while an engine was started"
                 raise Deadline(msg)
-            _private(runtime_dir())
-            folder = _private(runtime_dir() / self._name)
-            self._link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
-            if self._link is None:
-                if time.monotonic() > limit:
-                    msg = "no engine could be started in time; try again later"
-                    raise NoEngine(msg, _RETRY_AFTER_S)
+            with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
+                _private(runtime_dir())
+                folder = _private(runtime_dir() / self._name)
+                self._link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
+                if self._link is not None:
+                    break
                 self._start_engine(folder)
-                time.sleep(pause)
-                pause = min(_LONGEST_PAUSE_S, pause * 2)
+            if time.monotonic() > limit:
+                msg = "no engine could be started in time; try again later"
+                raise NoEngine(msg, _RETRY_AFTER_S)
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE_S, pause * 2)
         return self._link
 
     def _try_to_connect(self, folder: Path, patience: float, limit: float) -> _Link | None:
@@ -337,8 +349,8 @@ class RemoteEngine:
             patience: monotonic seconds until which a hello is waited for.
             limit: after it an engine that has not said hello hangs, and is killed.
         """
-        endpoint = channel.new_socket()
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        endpoint = channel.new_socket()
         process = -1
         try:
             endpoint.settimeout(max(0.1, patience - time.monotonic()))
@@ -353,7 +365,6 @@ class RemoteEngine:
             if not isinstance(message, channel.Hello) or message.protocol != channel.PROTOCOL:
                 msg = f"the engine said {message.kind} instead of hello"
                 raise BundleError(msg)
-            endpoint.settimeout(SILENCE_S)
             return _Link(endpoint, process, channel.FlightRecord.map(descriptors[0]))
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
