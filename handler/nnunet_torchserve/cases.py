@@ -80,7 +80,8 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
     folds = bundle.folds if options.folds is None else options.folds
     for fold in folds:
         if fold not in bundle.folds:
-            msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}"
+            hint = "; without the option all of them are averaged" if fold == "all" else ""
+            msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}{hint}"
             raise UnknownFold(msg)
     allowed = bundle.fold(folds[0]).mirroring_axes or ()
     return Settings(

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 
 import nibabel as nib
@@ -228,14 +228,8 @@ class Pipeline:
             "patch_size": list(bundle.patch_size),
             "spacing": [float(size) for size in bundle.configuration.spacing],
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",
-            "limits": {
-                "body_bytes": self.limits.body_bytes,
-                "response_bytes": self.limits.response_bytes,
-                "voxels": self.limits.voxels,
-                "timeout_s": self.time_limit_s,
-                "memory_bytes": self.limits.memory_bytes,
-            },
-            "options": Options.model_json_schema()["properties"],
+            "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
+            "options": Options.model_json_schema(),
             "serving_core": __version__,
             "built_with": description.built_with,
         }

@@ -126,7 +126,7 @@ class Admission:
 
     def busy_message(self) -> str:
         """Why a claim was refused."""
-        return f"{self.waiting} cases wait for memory already; try again later"
+        return f"as many cases as allowed ({self.waiting}) wait for memory already; try again later"
 
     def ask(self, claim: Claim) -> bool:
         """Queue a claim; ``False``, and nothing is kept, if too many wait already."""

@@ -82,12 +82,14 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
 
     refuse_faults_outside_tests()
     settings = channel.EngineSettings.model_validate_json(settings_text)
-    networks = load_networks(ModelBundle(model_dir), torch.device(settings.device))
+    bundle = ModelBundle(model_dir)
+    networks = load_networks(bundle, torch.device(settings.device))
     batch = probe_batch(networks) if settings.max_patch_batch == "auto" else settings.max_patch_batch
     record, record_fd = channel.FlightRecord.create()
     policy = Policy(settings.policy)
     core = EngineCore(networks, batch, policy, record.write, Faults.from_environment())
-    logger.info("ready: %s on %s, batches of %d, %s", model_dir.name, settings.device, batch, policy)
+    model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
+    logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
     compute = Compute(core, Ledger(folder, device_name(networks.device)), peak_bytes(networks, batch))
     return Switchboard(folder, listener, compute, settings, record_fd, life)
 

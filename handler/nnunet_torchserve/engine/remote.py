@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -35,7 +35,7 @@ import torch
 from .. import errors
 from ..bundle import ModelBundle
 from ..cases import Price, Settings
-from ..environment import FAULTS_VARIABLE, runtime_dir
+from ..environment import FAULTS_VARIABLE, TESTING_VARIABLE, runtime_dir
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from ..limits import Limits, memory_for_cases
 from . import channel
@@ -64,6 +64,7 @@ engine gives it back when it is idle (:mod:`.compute`)."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _WAIT_S = 0.5
+_SURROUNDINGS = ("CUDA_VISIBLE_DEVICES", FAULTS_VARIABLE, TESTING_VARIABLE)
 _RETRY_AFTER_S = 10
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
@@ -145,7 +146,7 @@ class RemoteEngine:
         )
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
         versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
-        surroundings = [f"{name}={os.environ.get(name)}" for name in ("CUDA_VISIBLE_DEVICES", FAULTS_VARIABLE)]
+        surroundings = [f"{name}={os.environ.get(name)}" for name in _SURROUNDINGS]
         identity = "\n".join([bundle.digest, self._arguments[1], *versions, *surroundings])
         self._name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._lock = threading.RLock()
@@ -186,8 +187,11 @@ class RemoteEngine:
                         raise CaseFailed(msg) from gone
                     raise
 
+            began = time.monotonic()
             try:
-                return self._survive(ask)
+                prediction = self._survive(ask)
+                # what an engine's death cost was waiting
+                return replace(prediction, queue_s=max(0.0, time.monotonic() - began - prediction.network_s))
             finally:
                 if self._claim is _UNCLAIMED:
                     self._release()
@@ -200,10 +204,11 @@ class RemoteEngine:
 
     def _survive(self, attempt: Callable[[], _Answer]) -> _Answer:
         """Try again with another engine when one dies."""
-        for _ in range(MAX_DEATHS):
+        for death in range(1, MAX_DEATHS + 1):
             try:
                 return attempt()
-            except _EngineGone:
+            except _EngineGone as gone:
+                logger.warning("the engine is gone, death %d of this case (its passes ran: %s)", death, gone.in_batch)
                 self.disconnect()
             except ServingError:
                 if self._link is not None and self._link.in_use:
