@@ -19,8 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import _common
 from benchmarks._common import Client, Material, Target
+
+from benchmarks import _common
 
 LEAST_RATIO_2MM = 4.0
 _CASE = "case"

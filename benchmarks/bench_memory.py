@@ -16,8 +16,9 @@ import nibabel as nib
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import _common
 from benchmarks._common import Client, Target
+
+from benchmarks import _common
 
 MOST_GROWTH = 0.02
 WINDOW = 50

@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import _common
 from benchmarks._common import Answer, Client, Target
 
+from benchmarks import _common
 from support import stock
 
 MOST_SECONDS_2MM = 0.15
