@@ -170,17 +170,19 @@ class Pipeline:
             prediction = self.engine.predict(case.data, settings, deadline)
             clock.add(Stage.QUEUE, prediction.queue_s)
             clock.add(Stage.NETWORK, prediction.network_s)
+            properties = case.properties
+            del case
 
             _check(deadline - case_price.export_s, "the network")
             with clock.stage(Stage.EXPORT):
                 answer = export(
                     self.bundle,
                     prediction.logits,
-                    case.properties,
+                    properties,
                     geometry,
                     probabilities=options.save_probabilities,
                 )
-                del case, prediction
+                del prediction
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
