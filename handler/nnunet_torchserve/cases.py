@@ -122,7 +122,8 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
     resampled = classes * geometry.voxels * (_HALF if exact else _FLOAT32)
-    export = logits + classes * grid_voxels * _FLOAT64 + resampled + geometry.voxels * _FLOAT64
+    one_more = 1  # class that is being resampled
+    export = logits + (classes + one_more) * grid_voxels * _FLOAT64 + resampled + geometry.voxels * _FLOAT64
     if probabilities:
         export += classes * geometry.voxels * 3 * _FLOAT32
     return Price(
