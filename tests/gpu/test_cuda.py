@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -30,6 +29,7 @@ from nnunet_torchserve.errors import OutOfMemory
 from nnunet_torchserve.options import Accumulate
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import stock
+from support.chaos import engine_processes as engines
 from support.untrained import DEMO_MODEL, standard_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -66,15 +66,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "run"
     for engine in engines(tmp_path / "run"):
         engine.kill()
-
-
-def engines(runtime: Path) -> list[psutil.Process]:
-    return [
-        each
-        for each in psutil.process_iter(["cmdline"])
-        if any("engine.process" in part for part in each.info["cmdline"] or [])
-        and any(str(runtime) in part for part in each.info["cmdline"])
-    ]
 
 
 def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:

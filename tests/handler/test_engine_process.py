@@ -27,6 +27,7 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline, NoEngine
+from support.chaos import engine_processes as engines
 
 CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
@@ -63,16 +64,6 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "run"
     for engine in engines(tmp_path / "run"):
         engine.kill()
-
-
-def engines(runtime: Path) -> list[psutil.Process]:
-    """The engine processes of a runtime directory."""
-    found = []
-    for each in psutil.process_iter(["cmdline"]):
-        line = each.info["cmdline"] or []
-        if "nnunet_torchserve.engine.process" in line and any(str(runtime) in part for part in line):
-            found.append(each)
-    return found
 
 
 def volume(size: int, seed: int) -> torch.Tensor:

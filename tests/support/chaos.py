@@ -97,14 +97,27 @@ class Engine:
         wait_for(lambda: has_ended(self.process))
 
 
-def engines(runtime: Path, model: str | None = None) -> list[Engine]:
-    """The engines of a runtime directory, or those of ``name/version``."""
+def engine_processes(runtime: Path) -> list[psutil.Process]:
+    """The engine processes of a runtime directory."""
+    return [process for process, _ in _commands(runtime)]
+
+
+def _commands(runtime: Path) -> list[tuple[psutil.Process, list[str]]]:
+    """Each engine's process, and what follows the module's name in its command line."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         if _ENGINE in line and str(runtime) in line[line.index(_ENGINE) + 1]:
-            folder, model_dir = line[line.index(_ENGINE) + 1 :][:2]
-            found.append(Engine(process, Path(folder), _model(Path(model_dir))))
+            found.append((process, line[line.index(_ENGINE) + 1 :]))
+    return found
+
+
+def engines(runtime: Path, model: str | None = None) -> list[Engine]:
+    """The engines of a runtime directory, or those of ``name/version``."""
+    found = [
+        Engine(process, Path(folder), _model(Path(model_dir)))
+        for process, (folder, model_dir, *_) in _commands(runtime)
+    ]
     return [engine for engine in found if model in (None, engine.model)]
 
 

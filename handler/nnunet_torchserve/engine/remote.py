@@ -106,8 +106,7 @@ class _Link:
         os.close(self.process)
 
     def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.process, signal.SIGKILL)
+        _kill(self.process)
 
 
 class RemoteEngine:
@@ -375,8 +374,7 @@ class RemoteEngine:
             endpoint.close()
             if process >= 0:
                 if isinstance(error, TimeoutError) and time.monotonic() >= limit:
-                    with suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(process, signal.SIGKILL)
+                    _kill(process)
                 os.close(process)
             if isinstance(error, channel.ChannelError):
                 raise BundleError(str(error)) from error
@@ -410,6 +408,12 @@ class RemoteEngine:
             return
         finally:
             os.close(lock)
+
+
+def _kill(process: int) -> None:
+    """Kill the process of a pidfd, if it is still there."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _private(folder: Path) -> Path:
