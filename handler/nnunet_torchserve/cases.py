@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .bundle import ModelBundle
-from .errors import OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
+from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
 from .options import Accumulate, FoldName, Options
 from .tiling import count_windows, padded_shape
@@ -26,8 +28,15 @@ _PREPROCESS_BYTES = 36
 
 _SAFETY = 1.2
 
-_PREPROCESS_S, _EXPORT_S = 5e-8, 1.5e-8
-"""Seconds that stock's preprocessing takes for a voxel, and its export for a voxel and class, on a fast machine: a
+_EXPORT_BYTES, _EXPORT_GRID_BYTES = 32, 24
+"""Bytes for a voxel of the image and one of the network's grid during the export: labels, codes, and two classes on
+their way through nnU-Net's own function, for plans that name another than its default."""
+
+_EXPORT_BLOCK_BYTES = 96 * 2**20
+"""What one thread of the export holds at most."""
+
+_PREPROCESS_S, _EXPORT_S = 1e-8, 5e-10
+"""Seconds that preprocessing takes for a voxel, and the export for a voxel and class, on a fast machine: a
 request that has less time left than that is given up before and not after the stage."""
 
 
@@ -76,6 +85,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
 
     Raises:
         UnknownFold: the archive lacks one of the folds.
+        BadOption: the model has no such channel.
     """
     folds = bundle.folds if options.folds is None else options.folds
     for fold in folds:
@@ -83,6 +93,9 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
             hint = "; without the option all of them are averaged" if fold == "all" else ""
             msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}{hint}"
             raise UnknownFold(msg)
+    if options.probability_channels is not None and max(options.probability_channels) >= bundle.classes:
+        msg = f"probability_channels: this model has the channels 0 to {bundle.classes - 1}"
+        raise BadOption(msg)
     allowed = bundle.fold(folds[0]).mirroring_axes or ()
     return Settings(
         folds=folds,
@@ -93,7 +106,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
     )
 
 
-def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, *, probabilities: bool) -> Price:
+def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, options: Options) -> Price:
     """What a case will cost at most.
 
     Raises:
@@ -121,11 +134,7 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     exact = settings.accumulate is Accumulate.HALF
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
-    resampled = classes * geometry.voxels * (_HALF if exact else _FLOAT32)
-    one_more = 1  # class that is being resampled
-    export = logits + (classes + one_more) * grid_voxels * _FLOAT64 + resampled + geometry.voxels * _FLOAT64
-    if probabilities:
-        export += classes * geometry.voxels * 3 * _FLOAT32
+    export = logits + _export_bytes(bundle, geometry.voxels, grid_voxels, options)
     return Price(
         grid=grid,
         patches=patches,
@@ -134,6 +143,17 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
         preprocess_s=channels * geometry.voxels * _PREPROCESS_S,
         export_s=classes * geometry.voxels * _EXPORT_S,
     )
+
+
+def _export_bytes(bundle: ModelBundle, voxels: int, grid_voxels: int, options: Options) -> int:
+    """What the export holds beside the logits, whichever way the plan makes it take."""
+    classes = bundle.classes
+    blocks = min(torch.get_num_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
+    export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
+    if options.save_probabilities:
+        whole = classes * _FLOAT32  # regions, and resampling that knows no parts, need all classes once
+        export += voxels * (options.probability_bytes(classes) + whole)
+    return export
 
 
 def check_affordable(case: Price, limits: Limits) -> None:

@@ -18,6 +18,7 @@
     │   └── UnknownFold             422 unknown_fold
     ├── Busy                        429 busy
     ├── CaseFailed                  500 case_failed
+    │   └── NonFiniteLogits         500 case_failed
     ├── NoEngine                    503 internal
     ├── Deadline                    504 deadline
     └── OutOfMemory                 507 out_of_memory
@@ -152,6 +153,10 @@ class CaseFailed(ServingError):
     """The network gave no usable answer for this case."""
 
     code = "case_failed"
+
+
+class NonFiniteLogits(CaseFailed):
+    """The network's logits hold NaN or infinity: stock nnU-Net would answer with background there, silently."""
 
 
 class Deadline(ServingError):

@@ -7,9 +7,9 @@ any voxel is touched; unknown names are refused, so that a misspelt option is ne
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import BadOption, Malformed, UnknownOption
 
@@ -39,6 +39,33 @@ class Accumulate(StrEnum):
     FLOAT32 = "float32"
 
 
+class ExportMethod(StrEnum):
+    """How logits on the network's grid become labels on the image's."""
+
+    EXACT = "exact"
+    LINEAR = "linear"
+    NEAREST = "nearest"
+
+
+class PreprocessMethod(StrEnum):
+    """Who resamples the image."""
+
+    EXACT = "exact"
+    STOCK = "stock"
+
+
+class ProbabilityType(StrEnum):
+    """The dtypes of probabilities."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+    @property
+    def bytes(self) -> int:
+        """Of one number."""
+        return 4 if self is ProbabilityType.FLOAT32 else 2
+
+
 class Options(BaseModel):
     """The options of one request, with nnU-Net's defaults.
 
@@ -48,7 +75,11 @@ class Options(BaseModel):
         tile_step_size: sliding-window step as a fraction of the patch size.
         use_gaussian: weight patches by nnU-Net's Gaussian, or all voxels alike.
         accumulate: ``half`` is stock's arithmetic, to the bit; ``float32`` averages the folds of a patch in float32.
-        save_probabilities: send probabilities too, float32 (C, Z, Y, X).
+        preprocess: ``exact`` resamples the image sooner, ``stock`` by nnU-Net's own function; see docs/parity.md.
+        export: ``exact`` gives stock's labels; ``linear`` interpolates in float32, ``nearest`` takes the nearest label.
+        save_probabilities: send probabilities too, (C, Z, Y, X).
+        probability_channels: which of them, in this order; ``None`` sends all.
+        probability_dtype: float32 is stock's, to the bit.
         output_format: ``None`` answers in the input's format.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
     """
@@ -60,7 +91,11 @@ class Options(BaseModel):
     tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)] = 0.5
     use_gaussian: bool = True
     accumulate: Accumulate = Accumulate.HALF
+    preprocess: PreprocessMethod = PreprocessMethod.EXACT
+    export: ExportMethod = ExportMethod.EXACT
     save_probabilities: bool = False
+    probability_channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    probability_dtype: ProbabilityType = ProbabilityType.FLOAT32
     output_format: OutputFormat | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
 
@@ -70,6 +105,34 @@ class Options(BaseModel):
         if isinstance(value, list):
             return tuple(value)
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
+
+    @field_validator("probability_channels", mode="before")
+    @classmethod
+    def _a_list_is_a_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        chosen = self.probability_channels
+        if not self.save_probabilities and (
+            chosen is not None or self.probability_dtype is not ProbabilityType.FLOAT32
+        ):
+            msg = "probability_channels and probability_dtype need save_probabilities"
+            raise ValueError(msg)
+        if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):
+            msg = "probability_channels must be a non-empty list of channel numbers without repeats"
+            raise ValueError(msg)
+        if self.save_probabilities and self.export is not ExportMethod.EXACT:
+            msg = "save_probabilities needs export exact"
+            raise ValueError(msg)
+        return self
+
+    def probability_bytes(self, classes: int) -> int:
+        """What the probabilities of one voxel take in the answer, of a model with so many channels."""
+        if not self.save_probabilities:
+            return 0
+        chosen = classes if self.probability_channels is None else len(self.probability_channels)
+        return chosen * self.probability_dtype.bytes
 
     @field_validator("folds")
     @classmethod
@@ -100,6 +163,8 @@ def parse_options(text: bytes | None) -> Options:
         if first["type"] == "extra_forbidden":
             msg = f"unknown option {ascii(str(first['loc'][0]))[:80]}; options are {', '.join(Options.model_fields)}"
             raise UnknownOption(msg) from None
+        if first["type"] == "value_error" and not first["loc"]:
+            raise BadOption(_explain(first["msg"])) from None
         if not first["loc"]:
             msg = 'options must be one JSON object, as in {"use_mirroring": false}'
             raise Malformed(msg) from None

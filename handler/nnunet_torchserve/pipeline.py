@@ -34,7 +34,7 @@ from .errors import (
     TooLarge,
     UnknownFormat,
 )
-from .export.stock import export
+from .export import export
 from .limits import Limits
 from .options import HEADER, PART, Options, OutputFormat, parse_options
 from .preprocess import preprocess
@@ -145,7 +145,7 @@ class Pipeline:
             record.shape = geometry.shape
             warnings = _warnings(images)
             channels = sum(image.channels for image in images)
-            case_price = price(self.bundle, geometry, channels, settings, probabilities=options.save_probabilities)
+            case_price = price(self.bundle, geometry, channels, settings, options)
             record.patches, record.passes = case_price.patches, case_price.passes
             check_affordable(case_price, self.limits)
             output = options.output_format or images[0].native_format
@@ -180,7 +180,7 @@ class Pipeline:
                     prediction.logits,
                     properties,
                     geometry,
-                    probabilities=options.save_probabilities,
+                    options,
                 )
                 del prediction
 
@@ -277,7 +277,7 @@ class Pipeline:
         return first
 
     def _check_answer_fits(self, geometry: Geometry, output: OutputFormat, options: Options) -> None:
-        size = codecs.smallest_answer(geometry, output, self.bundle.classes, probabilities=options.save_probabilities)
+        size = codecs.smallest_answer(geometry, output, options.probability_bytes(self.bundle.classes))
         if size > self.limits.response_bytes:
             raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
 

@@ -1,16 +1,43 @@
-"""A volume onto the network's grid: transpose, crop, normalise, resample, as nnU-Net's own preprocessor does it."""
+"""A volume onto the network's grid: transpose, crop, normalise, resample, as nnU-Net's own preprocessor does it.
+
+``exact`` restates ``DefaultPreprocessor.run_case_npy`` without what inference throws away (a segmentation of zeros and
+its resampling), with fewer copies, and with :mod:`.resampling`. The normalisation classes are nnU-Net's own and see
+arrays of the same layout in memory, because it decides the last bit of a float32 mean. A plan with another
+preprocessor class gets that class as it is.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import nnunetv2
+import numpy as np
+import numpy.typing as npt
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
+    CTNormalization,
+    NoNormalization,
+    RescaleTo01Normalization,
+    RGBTo01Normalization,
+    ZScoreNormalization,
+)
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from .bundle import ModelBundle
 from .cases import network_grid, too_thin_message
 from .errors import TooThin
+from .options import PreprocessMethod
+from .resampling import resample_image
 from .volume import Volume
+
+_WITHOUT_MASK = (CTNormalization, NoNormalization, RescaleTo01Normalization, RGBTo01Normalization)
+"""nnU-Net's normalisations that never look at the mask; :class:`ZScoreNormalization` does if the plan says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +53,90 @@ class PreprocessedCase:
     properties: dict[str, Any]
 
 
-def preprocess(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
-    """Run the plan's preprocessor (``DefaultPreprocessor.run_case_npy``) in memory.
+def preprocess(
+    bundle: ModelBundle, volume: Volume, method: PreprocessMethod = PreprocessMethod.EXACT
+) -> PreprocessedCase:
+    """What the plan's preprocessor (``run_case_npy``) makes of a volume.
+
+    Args:
+        bundle: the model.
+        volume: the case; it is used up: ``exact`` normalises in its array where it can, and the result may be a view.
+        method: who resamples.
 
     Raises:
         TooThin: cropped to its nonzero region, the volume has no voxel left on an axis of the network's grid.
     """
+    if method is PreprocessMethod.EXACT and bundle.configuration.preprocessor_class is DefaultPreprocessor:
+        return _exact(bundle, volume)
+    return _stock(bundle, volume)
+
+
+def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
+    """``DefaultPreprocessor.run_case_npy`` without a segmentation."""
+    configuration, order = bundle.configuration, bundle.plans.transpose_forward
+    schemes = [_normalization(name) for name in configuration.normalization_schemes]
+    data = _own_array(volume.array).transpose(0, *(axis + 1 for axis in order))
+    spacing = [volume.geometry.spacing_zyx[axis] for axis in order]
+    properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
+    properties["shape_before_cropping"] = data.shape[1:]
+
+    box = _nonzero_box(data)
+    data = data[(slice(None), *bounding_box_to_slice(box))]
+    mask: npt.NDArray[np.int8] | None = None
+    if any(map(_needs_mask, schemes, configuration.use_mask_for_norm)):
+        _, [mask], _ = crop_to_nonzero(data)  # there is nothing left to crop, and fewer voxels to look for holes in
+    shape = data.shape[1:]
+    properties["bbox_used_for_cropping"] = box
+    properties["shape_after_cropping_and_before_resampling"] = shape
+
+    target = list(configuration.spacing)
+    target = [*spacing[: len(spacing) - len(target)], *target]
+    new_shape = compute_new_shape(shape, spacing, target)
+    if min(new_shape) < 1:
+        raise TooThin(too_thin_message(shape, spacing))
+
+    intensities = bundle.plans.foreground_intensity_properties_per_channel
+    for channel in range(len(data)):
+        normalization = schemes[channel](
+            use_mask_for_norm=configuration.use_mask_for_norm[channel], intensityproperties=intensities[str(channel)]
+        )
+        data[channel] = normalization.run(data[channel], mask)  # numpy sees where this is a copy onto itself
+    resampled = resample_image(data, new_shape, spacing, target, configuration.resampling_fn_data)
+    return PreprocessedCase(torch.from_numpy(resampled), properties)
+
+
+def _own_array(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The array itself where it has the layout that stock's copy would have and may be written, else that copy."""
+    return array if array.dtype == np.float32 and array.flags.carray else array.astype(np.float32)
+
+
+def _normalization(name: str) -> Any:
+    """The class of a normalisation, found as ``DefaultPreprocessor`` finds it."""
+    folder = Path(nnunetv2.__path__[0], "preprocessing", "normalization")
+    scheme = recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing.normalization")
+    if scheme is None:
+        msg = f"nnU-Net has no normalisation {name!r}"
+        raise RuntimeError(msg)
+    return scheme
+
+
+def _needs_mask(scheme: Any, use_mask: bool | None) -> bool:
+    if scheme is ZScoreNormalization:
+        return bool(use_mask)
+    return scheme not in _WITHOUT_MASK
+
+
+def _nonzero_box(data: npt.NDArray[np.float32]) -> list[list[int]]:
+    """The box of ``crop_to_nonzero``. It fills holes first, which never reach beyond the mask's own box."""
+    nonzero = data[0] != 0
+    for channel in data[1:]:
+        nonzero |= channel != 0
+    box: list[list[int]] = get_bbox_from_mask(nonzero)
+    return box
+
+
+def _stock(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
+    """The plan's own preprocessor, in memory."""
     preprocessor = bundle.configuration.preprocessor_class(verbose=False)
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
     try:

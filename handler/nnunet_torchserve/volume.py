@@ -60,9 +60,10 @@ class LabelMap:
     Attributes:
         array: (Z, Y, X), uint8, or uint16 where a label is above 254 (nnU-Net's rule).
         geometry: the input's.
-        probabilities: float32 (C, Z, Y, X) in nnU-Net's channel order, where they were asked for.
+        probabilities: float32 or float16 (C, Z, Y, X) in nnU-Net's channel order, or of the channels chosen, where
+            they were asked for.
     """
 
     array: LabelArray
     geometry: Geometry
-    probabilities: npt.NDArray[np.float32] | None = None
+    probabilities: npt.NDArray[np.float32] | npt.NDArray[np.float16] | None = None

@@ -32,7 +32,7 @@ from nnunet_torchserve.engine.folder import LOG, SOCKET
 from nnunet_torchserve.engine.switchboard import IDLE_S
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import parse_options
+from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from support.chaos import (
     PATIENCE_S,
@@ -126,7 +126,7 @@ def _grid(bundle: ModelBundle, case: Case) -> tuple[int, int, int, int]:
 def _bytes(bundle: ModelBundle, case: Case) -> int:
     image = codecs.open_image(case.body, Limits(), bundle.plans.plans["image_reader_writer"])
     settings = settings_for(bundle, parse_options(case.options.encode()))
-    return price(bundle, image.geometry, 1, settings, probabilities=False).bytes
+    return price(bundle, image.geometry, 1, settings, Options()).bytes
 
 
 @pytest.fixture(scope="module")

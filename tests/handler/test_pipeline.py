@@ -242,7 +242,7 @@ response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": options}
 assert response.status == 200, response.body
 image = open_image(body, Limits(), "SimpleITKIO")
 settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False, tile_step_size=1.0))
-print(memory("VmHWM") - before, price(bundle, image.geometry, 1, settings, probabilities=False).bytes)
+print(memory("VmHWM") - before, price(bundle, image.geometry, 1, settings, Options()).bytes)
 """
 
 

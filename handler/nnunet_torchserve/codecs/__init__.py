@@ -61,13 +61,13 @@ def open_image(body: bytes | bytearray | memoryview, limits: Limits, reader: str
     raise UnknownFormat(msg)
 
 
-def smallest_answer(geometry: Geometry, output: OutputFormat, classes: int, *, probabilities: bool) -> int:
+def smallest_answer(geometry: Geometry, output: OutputFormat, probability_bytes: int) -> int:
     """Bytes that an answer has at least, known from the header alone.
 
     Probabilities travel as uncompressed float32; a compressed label map may be close to nothing.
     """
     labels = geometry.voxels if output is OutputFormat.NIFTI else 0
-    return labels + (4 * classes * geometry.voxels if probabilities else 0)
+    return labels + probability_bytes * geometry.voxels
 
 
 def encode(answer: LabelMap, output: OutputFormat, image: ImageSource) -> EncodedFile:

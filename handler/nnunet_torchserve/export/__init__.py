@@ -1,3 +1,5 @@
-"""Logits on the network's grid to a segmentation on the image's grid."""
+"""From logits on the network's grid to the label map on the image's: what stock nnU-Net would have written."""
 
-from __future__ import annotations
+from .labels import export, label_map, label_map_and_probabilities, mixed_share
+
+__all__ = ["export", "label_map", "label_map_and_probabilities", "mixed_share"]

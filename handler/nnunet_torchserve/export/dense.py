@@ -1,0 +1,84 @@
+"""Exact labels by interpolating every voxel, for logits on a GPU: one or two bytes a voxel leave it.
+
+In slabs of the image: all classes in float32 axis by axis, the winner of each voxel, and for those that float32 cannot
+tell apart the logits around them, which the CPU settles in stock's own arithmetic. Nothing here needs CUDA; on a CPU
+:mod:`.sparse` is the faster one even if every cell is mixed (docs/adr/0004).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from . import stock_arithmetic
+from .canvas import Canvas
+from .grid import Taps
+from .rules import ArgMax, Precision, Regions, check_finite
+from .sparse import boxes
+
+_ELEMENTS = 2**25
+"""Values of a slab; 128 MiB, and three times that while an axis is interpolated."""
+
+
+def export(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, canvas: Canvas) -> None:
+    """Paint the labels that stock would give.
+
+    Args:
+        logits: (C, z, y, x) on the network's grid, on any device.
+        taps: of each axis.
+        rule: the model's.
+        canvas: what to paint on.
+
+    Raises:
+        NonFiniteLogits: a logit is NaN or infinite.
+    """
+    check_finite(logits)
+    largest = max(float(channel.abs().max()) for channel in logits)
+    precision = Precision.of(logits.dtype, largest)
+    wire = torch.uint8 if rule.dtype().itemsize == 1 else torch.int32
+    for box in boxes([len(each) for each in taps], max(1, _ELEMENTS // len(logits))):
+        block = [each[part] for each, part in zip(taps, box, strict=True)]
+        values = _interpolated(logits, block).flatten(1).t()
+        codes, near = rule.decide(values, precision)
+        if (close := near.nonzero()[:, 0]).numel():
+            codes[close] = _settled(logits, block, rule, close)
+        canvas.paint(box, codes.to(wire).reshape([len(each) for each in block]).cpu().numpy())
+
+
+def _interpolated(logits: torch.Tensor, taps: Sequence[Taps]) -> torch.Tensor:
+    """Float32 (C, Z, Y, X) of a slab."""
+    values = logits
+    for axis, each in enumerate(taps, start=1):
+        lower = values.index_select(axis, _on(each.lower, logits)).float()
+        if each.interpolates:
+            shape = [-1 if dimension == axis else 1 for dimension in range(4)]
+            lower *= _on(each.lower_weight, logits).float().view(shape)
+            upper = values.index_select(axis, _on(each.upper, logits)).float()
+            upper *= _on(each.upper_weight, logits).float().view(shape)
+            lower += upper
+        values = lower
+    return values
+
+
+def _settled(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, close: torch.Tensor) -> torch.Tensor:
+    """Codes of the voxels at these flat positions of a slab."""
+    voxels = torch.unravel_index(close, [len(each) for each in taps])
+    sides = [
+        [_on(side, logits)[at] for side in ((each.lower, each.upper) if each.interpolates else (each.lower,))]
+        for each, at in zip(taps, voxels, strict=True)
+    ]
+    corners = torch.stack([logits[:, z, y, x] for z, y, x in itertools.product(*sides)], 2)
+    indices = torch.arange(corners.shape[1] * corners.shape[2]).view(corners.shape[1:])
+    weights = [
+        (each.lower_weight[at.cpu().numpy()], each.upper_weight[at.cpu().numpy()])
+        for each, at in zip(taps, voxels, strict=True)
+        if each.interpolates
+    ]
+    values = stock_arithmetic.at_points(corners.flatten(1).cpu().numpy(), indices.numpy(), weights)
+    return torch.from_numpy(rule.settle(values)).to(logits.device)
+
+
+def _on(array: object, logits: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(array, device=logits.device)

@@ -1,0 +1,210 @@
+"""From the network's grid to the image's: which resampling the plan names, and what it does along each axis.
+
+nnU-Net's default for logits is linear interpolation by ``skimage.transform.resize``, which is ``scipy.ndimage.zoom``
+(or, for anisotropic images, that within slices and the nearest slice across them). Both are separable, so one axis at a
+time is described by its *taps*: the two inputs of each output and their weights, stock's to the last bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nnunetv2.configuration import ANISO_THRESHOLD
+from nnunetv2.preprocessing.resampling.default_resampling import (
+    determine_do_sep_z_and_axis,
+    resample_data_or_seg_to_shape,
+)
+from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
+from scipy import ndimage
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+Shape = tuple[int, int, int]
+Array = npt.NDArray[Any]
+
+_KNOWN = (resample_data_or_seg_to_shape, resample_torch_fornnunet, resample_torch_simple)
+"""They return what they got if there is nothing to do."""
+
+
+class TrainedModel(Protocol):
+    """What the export needs of a model; :class:`~..bundle.ModelBundle` has it."""
+
+    @property
+    def plans(self) -> PlansManager:
+        """nnU-Net's plans."""
+
+    @property
+    def configuration(self) -> ConfigurationManager:
+        """The one that was trained."""
+
+    @property
+    def labels(self) -> LabelManager:
+        """What the network's channels mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """Linear interpolation along one axis.
+
+    Output ``j`` is ``lower_weight[j] * input[lower[j]] + upper_weight[j] * input[upper[j]]``.
+
+    Attributes:
+        size: inputs.
+        lower, upper: int64, one for each output; ``upper`` is the next input, or ``lower`` at
+            either end.
+        lower_weight, upper_weight: float64; 1 and 0 where the output falls on an input.
+    """
+
+    size: int
+    lower: npt.NDArray[np.int64]
+    upper: npt.NDArray[np.int64]
+    lower_weight: npt.NDArray[np.float64]
+    upper_weight: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.lower)
+
+    def __getitem__(self, part: slice) -> Taps:
+        """Of some outputs."""
+        return Taps(self.size, self.lower[part], self.upper[part], self.lower_weight[part], self.upper_weight[part])
+
+    def shifted(self, start: int) -> Taps:
+        """Of inputs that are counted from ``start``."""
+        return replace(self, lower=self.lower - start, upper=self.upper - start)
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether any output lies between two inputs."""
+        return bool(self.upper_weight.any())
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether outputs and inputs are the same."""
+        return not self.interpolates and np.array_equal(self.lower, np.arange(self.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Resampling:
+    """How the logits of one case reach the image's grid.
+
+    Attributes:
+        shape: (z, y, x) of the cropped image, in the plan's axis order.
+        taps: of each axis, or ``None`` if only the plan's own function says what it does.
+        nearest_axis: the axis along which the plan takes the nearest slice instead of interpolating, if any.
+        function: the plan's own: (classes, z, y, x) -> (classes, Z, Y, X).
+        together: classes that ``function`` must get at once to treat them as it would treat all of them.
+    """
+
+    shape: Shape
+    taps: tuple[Taps, Taps, Taps] | None
+    nearest_axis: int | None
+    function: Callable[[torch.Tensor], Any]
+    together: int
+
+
+@lru_cache(maxsize=64)
+def linear_taps(inputs: int, outputs: int) -> Taps:
+    """What ``scipy.ndimage.zoom(order=1, mode="nearest", grid_mode=True)`` does along an axis.
+
+    Beyond the centre of the first or last input, scipy weighs that input twice, by weights that add up to one but for
+    rounding; so do these taps.
+    """
+    position = (np.arange(outputs) + 0.5) * np.divide(inputs, outputs) - 0.5
+    below = np.floor(position)
+    weight = position - below
+    lower = below.astype(np.int64)
+    last = inputs - 1
+    return Taps(inputs, lower.clip(0, last), (lower + 1).clip(0, last), 1.0 - weight, weight)
+
+
+@lru_cache(maxsize=64)
+def nearest_taps(inputs: int, outputs: int) -> Taps:
+    """The slices that ``resample_data_or_seg`` takes across slices (``map_coordinates`` of order 0)."""
+    if inputs == outputs:
+        return _single(np.arange(inputs), inputs)
+    coordinates = float(inputs) / outputs * (np.arange(outputs) + 0.5) - 0.5
+    chosen = ndimage.map_coordinates(np.arange(inputs, dtype=float), [coordinates], order=0, mode="nearest")
+    return _single(chosen.astype(np.int64), inputs)
+
+
+def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]) -> Resampling:
+    """What ``convert_predicted_logits_to_segmentation_with_correct_shape`` would do to logits of this case.
+
+    Args:
+        model: its plans name the function.
+        logits: (classes, z, y, x) on the network's grid.
+        properties: nnU-Net's, from preprocessing.
+    """
+    grid = tuple(logits.shape[1:])
+    first, second, third = (int(n) for n in properties["shape_after_cropping_and_before_resampling"])
+    shape = (first, second, third)
+    image_spacing = [properties["spacing"][axis] for axis in model.plans.transpose_forward]
+    grid_spacing = list(model.configuration.spacing)
+    if len(grid_spacing) < len(shape):
+        grid_spacing = [image_spacing[0], *grid_spacing]
+    plans_own = model.configuration.resampling_fn_probabilities
+    run = partial(_call, plans_own, shape, grid_spacing, image_spacing)
+    function, settings = plans_own.func, _signature_defaults(plans_own.func) | plans_own.keywords
+    separate, thick = determine_do_sep_z_and_axis(
+        settings.get("force_separate_z"),
+        grid_spacing,
+        image_spacing,
+        settings.get("separate_z_anisotropy_threshold", ANISO_THRESHOLD),
+    )
+    nearest = int(thick) if separate else None
+    taps = None
+    if function in _KNOWN and not settings["is_seg"] and grid == shape:
+        taps = _taps(grid, shape, None)
+    elif function is resample_data_or_seg_to_shape:
+        stocks = settings["order"] == 1 and not settings["is_seg"] and (not separate or settings["order_z"] == 0)
+        taps = _taps(grid, shape, nearest) if stocks else None
+    by_torch = function in (resample_torch_fornnunet, resample_torch_simple)
+    together = _torch_classes(logits, shape, separate=separate) if by_torch else 1
+    return Resampling(shape, taps, nearest, run, together)
+
+
+def _torch_classes(logits: torch.Tensor, shape: Shape, *, separate: bool) -> int:
+    """Classes that torch must interpolate together to round as it does with all of them.
+
+    Two, for volumes: a single channel has another kernel, that for channels that lie together in memory, which a grid
+    one voxel wide has as well. In slices the rounding depends on the number of channels: all of them.
+    """
+    channels_last = logits[None].is_contiguous(memory_format=torch.channels_last_3d)
+    return len(logits) if separate or channels_last or 1 in (*logits.shape[1:], *shape) else 2
+
+
+def _signature_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
+
+
+def _taps(grid: Sequence[int], shape: Sequence[int], nearest_axis: int | None) -> tuple[Taps, Taps, Taps]:
+    first, second, third = (
+        nearest_taps(inputs, outputs) if axis == nearest_axis else linear_taps(inputs, outputs)
+        for axis, (inputs, outputs) in enumerate(zip(grid, shape, strict=True))
+    )
+    return first, second, third
+
+
+def _call(
+    plans_own: Callable[..., Any],
+    shape: Shape,
+    grid_spacing: Sequence[float],
+    image_spacing: Sequence[float],
+    logits: torch.Tensor,
+) -> Any:
+    return plans_own(logits, shape, grid_spacing, image_spacing)
+
+
+def _single(chosen: npt.NDArray[np.int64], inputs: int) -> Taps:
+    ones = np.ones(len(chosen))
+    return Taps(inputs, chosen, chosen, ones, np.zeros_like(ones))

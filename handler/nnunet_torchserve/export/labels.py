@@ -1,0 +1,126 @@
+"""Which way a case is exported: as its request, its plan and its device need it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from nnunetv2.utilities.helpers import softmax_helper_dim0
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from ..options import ExportMethod, Options, ProbabilityType
+from ..volume import Geometry, LabelArray, LabelMap
+from . import dense, nearest, probabilities, sparse, stock, streamed
+from .canvas import Canvas, crop_box, to_image
+from .grid import TrainedModel, resampling_of
+from .rules import ArgMax, Regions, rule_of
+
+_CPU = torch.device("cpu")
+
+
+def export(
+    model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any], geometry: Geometry, options: Options
+) -> LabelMap:
+    """What a request asks for: labels, and probabilities if it wants them."""
+    if not options.save_probabilities:
+        return LabelMap(label_map(model, logits, properties, options.export), geometry)
+    dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
+    labels, each = label_map_and_probabilities(model, logits, properties, options.probability_channels, dtype)
+    return LabelMap(labels, geometry, each)
+
+
+def label_map(
+    model: TrainedModel,
+    logits: torch.Tensor,
+    properties: Mapping[str, Any],
+    method: ExportMethod = ExportMethod.EXACT,
+) -> LabelArray:
+    """The segmentation of one case.
+
+    Args:
+        model: its plans, configuration and labels.
+        logits: float16 or float32 (classes, z, y, x) on the network's grid, in the plan's axis order; left as they are.
+        properties: nnU-Net's ``data_properties`` from preprocessing.
+        method: ``EXACT`` gives what ``convert_predicted_logits_to_segmentation_with_correct_shape`` gives.
+
+    Returns:
+        Labels (Z, Y, X) on the input's grid, uint8, or uint16 if one is above 254.
+
+    Raises:
+        NonFiniteLogits: a logit is NaN or infinite.
+    """
+    if not _is_stocks(model.labels):
+        return stock.label_map(model, logits, properties)
+    rule, resampling = _rule(model, logits), resampling_of(model, logits, properties)
+    canvas = Canvas(model, rule, properties)
+    if method is ExportMethod.NEAREST:
+        nearest.export(logits.cpu(), resampling, rule, canvas)
+    elif method is ExportMethod.LINEAR:
+        by_torch = replace(resampling, function=streamed.linear(resampling), together=1)
+        streamed.export(logits, by_torch, rule, canvas)
+    elif resampling.taps is None:
+        streamed.export(logits, resampling, rule, canvas)
+    elif logits.device == _CPU:
+        sparse.export(logits, resampling.taps, rule, canvas)
+    else:
+        dense.export(logits, resampling.taps, rule, canvas)
+    return canvas.finish()
+
+
+def label_map_and_probabilities(
+    model: TrainedModel,
+    logits: torch.Tensor,
+    properties: Mapping[str, Any],
+    chosen: Sequence[int] | None = None,
+    dtype: type[np.float32 | np.float16] = np.float32,
+) -> tuple[LabelArray, probabilities.Probabilities]:
+    """The segmentation of one case, and how probable each class is.
+
+    Args:
+        model: as in :func:`label_map`.
+        logits: as in :func:`label_map`.
+        properties: as in :func:`label_map`.
+        chosen: channels of the network, in the order in which they are wanted; ``None`` takes all.
+        dtype: of the probabilities.
+
+    Returns:
+        Labels as in :func:`label_map`, except where two classes' probabilities are equal although their logits are
+        not (stock takes the first); and probabilities (channels, Z, Y, X) on the input's grid, stock's to the bit in
+        float32, those rounded in float16.
+
+    Raises:
+        NonFiniteLogits: a logit is NaN or infinite.
+    """
+    channels = range(len(logits)) if chosen is None else chosen
+    if not _is_stocks(model.labels):
+        labels, every = stock.label_map_and_probabilities(model, logits, properties)
+        return labels, every[list(channels)].astype(dtype, copy=False)
+    rule, resampling = _rule(model, logits), resampling_of(model, logits, properties)
+    canvas = Canvas(model, rule, properties)
+    out: probabilities.Probabilities = probabilities.blank(rule, channels, properties["shape_before_cropping"], dtype)
+    crop = out[:, *crop_box(properties)]
+    probabilities.export(logits.cpu(), resampling, rule, canvas, channels, crop)
+    return canvas.finish(), cast("probabilities.Probabilities", to_image(out, model))
+
+
+def _rule(model: TrainedModel, logits: torch.Tensor) -> ArgMax | Regions:
+    rule = rule_of(model)
+    if len(logits) != rule.classes:
+        msg = f"the logits have {len(logits)} classes, the model has {rule.classes}"
+        raise ValueError(msg)
+    return rule
+
+
+def _is_stocks(labels: LabelManager) -> bool:
+    """Whether nnU-Net's own label manager decides, with its own nonlinearity."""
+    nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim0
+    return type(labels) is LabelManager and labels.inference_nonlin is nonlinearity
+
+
+def mixed_share(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]) -> float:
+    """The share of cells of the network's grid whose corners leave their label open, for benchmarks."""
+    taps = resampling_of(model, logits, properties).taps
+    return sparse.mixed_share(logits, taps, rule_of(model)) if taps else 1.0
