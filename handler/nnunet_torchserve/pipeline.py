@@ -163,7 +163,7 @@ class Pipeline:
 
             _check(deadline - case_price.preprocess_s, "decoding the volume")
             with clock.stage(Stage.PREPROCESS):
-                case = preprocess(self.bundle, volume)
+                case = preprocess(self.bundle, volume, options.preprocess)
                 del volume
 
             _check(deadline - case_price.export_s, "preprocessing")

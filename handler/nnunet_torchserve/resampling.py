@@ -6,6 +6,9 @@ and separable, so along one axis it is a matrix. The matrices are made by skimag
 by BLAS in float64: what differs from stock is the last bits of float64 sums, which few voxels show after rounding to
 float32 (docs/parity.md). The work goes slab by slab.
 
+Any other function, another order along z, an order above 3, values that are not finite (stock spreads them over the
+volume) and very long axes are left to the plan's function as it is.
+
 Threads: torch's, as many as ``torch.set_num_threads`` allows. No locks; the cache of matrices may be shared.
 """
 
@@ -32,6 +35,9 @@ ResamplingFunction = Callable[[Any, Sequence[int], Sequence[float], Sequence[flo
 """A plan's ``resampling_fn_data``: image (C, z, y, x), new shape, current spacing and new spacing in mm."""
 
 _MAX_ORDER = 3
+
+_MAX_AXIS = 2048
+"""Voxels. The matrix of a longer axis costs its size squared, in time and memory; stock's function is better there."""
 
 _NEGLIGIBLE = 1e-20
 """Weights below this are dropped: what they add is far below float64's rounding."""
@@ -105,7 +111,7 @@ def resample_image(
     new_spacing: Sequence[float],
     function: ResamplingFunction,
 ) -> Image:
-    """What ``function`` gives for these arguments; it runs itself where it isn't stock's or a voxel isn't finite.
+    """What ``function`` gives for these arguments; it runs itself where it isn't stock's (see the module).
 
     Args:
         data: float32 (C, z, y, x) in any memory order, in the plan's axis order; left as it is.
@@ -119,7 +125,8 @@ def resample_image(
     """
     arguments = spline_arguments(function)
     shape = tuple(int(n) for n in new_shape)
-    if arguments is None or data.dtype != np.float32 or min(shape) < 1:
+    sizes = (*data.shape[1:], *shape)
+    if arguments is None or data.dtype != np.float32 or not 1 <= min(sizes) <= max(sizes) <= _MAX_AXIS:
         return _as_it_is(function, data, new_shape, current_spacing, new_spacing)
     if data.shape[1:] == shape:
         return data
@@ -230,7 +237,7 @@ def _resample_slices(image: torch.Tensor, out: torch.Tensor, across: int, order:
     image, out = image.movedim(across, 0), out.movedim(across, 0)
     if image.stride(1) < image.stride(2):
         image, out = image.mT, out.mT
-    nearest = torch.from_numpy(_nearest_slices(image.shape[0], out.shape[0]))
+    nearest = torch.from_numpy(nearest_slices(image.shape[0], out.shape[0]))
     used, places = torch.unique_consecutive(nearest, return_inverse=True)
     _, middle, last = _operators(image, out, order, negligible)
     for planes, slab in _slabs(image, used):
@@ -240,8 +247,8 @@ def _resample_slices(image: torch.Tensor, out: torch.Tensor, across: int, order:
         out[start:stop] = values[places[start:stop] - planes.start]
 
 
-def _nearest_slices(before: int, after: int) -> npt.NDArray[np.int64]:
-    """The slice that ``resample_data_or_seg`` takes for each new one."""
+def nearest_slices(before: int, after: int) -> npt.NDArray[np.int64]:
+    """The slice that ``resample_data_or_seg`` takes for each new one (``map_coordinates`` of order 0)."""
     if before == after:
         return np.arange(before)
     coordinates = float(before) / after * (np.arange(after) + 0.5) - 0.5

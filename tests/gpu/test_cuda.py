@@ -26,10 +26,12 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import OutOfMemory
+from nnunet_torchserve.export import label_map
 from nnunet_torchserve.options import Accumulate
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import stock
 from support.chaos import engine_processes as engines
+from support.export_cases import Case, Labelling, Pattern, classes, stock_labels
 from support.untrained import DEMO_MODEL, standard_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -250,3 +252,17 @@ def test_two_models_share_the_device(bundle: ModelBundle, runtime: Path, cuda: t
         logits = engine.predict(volume(5), PLAIN).logits
         assert _share(logits.float(), LocalEngine(model, cuda).predict(volume(5), PLAIN).logits.float()) < 1e-2
         engine.disconnect()
+
+
+def test_logits_on_the_gpu_are_exported_as_those_on_the_cpu(cuda: torch.device) -> None:
+    """Argmax, regions, anisotropic plans, ties and noise: 0 voxels differ from stock nnU-Net."""
+    patterns = (Pattern.ORGANS, Pattern.NOISE, Pattern.NEAR_TIES, Pattern.INTEGERS, Pattern.THRESHOLD)
+    regions = Labelling({"background": 0, "all": [1, 2, 3], "core": [2, 3], "centre": 3}, [1, 2, 3])
+    for pattern in patterns:
+        for labelling in (classes(3), classes(40), regions):
+            for target in ((1.0, 1.0, 1.0), (5.0, 1.0, 1.0)):
+                case = Case(pattern, (20, 30, 28), (20, 47, 25), labelling, target=target)
+                model = case.model()
+                logits, properties = case.logits(model), case.properties()
+                expected = stock_labels(model, logits, properties)
+                assert (label_map(model, logits.to(cuda), properties) == expected).all(), case

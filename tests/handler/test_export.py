@@ -18,13 +18,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.resampling import no_resampling
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy import ndimage
 from torch.nn import functional
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import settings_for
 from nnunet_torchserve.errors import NonFiniteLogits
-from nnunet_torchserve.export import label_map, label_map_and_probabilities, nearest, sparse, stock_arithmetic
+from nnunet_torchserve.export import (
+    dense,
+    label_map,
+    label_map_and_probabilities,
+    nearest,
+    sparse,
+    stock_arithmetic,
+)
+from nnunet_torchserve.export import grid as grid_module
 from nnunet_torchserve.export import probabilities as probabilities_module
+from nnunet_torchserve.export.canvas import Canvas
+from nnunet_torchserve.export.grid import linear_taps, resampling_of
+from nnunet_torchserve.export.rules import rule_of
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import ExportMethod, Options
 from nnunet_torchserve.pipeline import Pipeline
@@ -177,6 +189,43 @@ def test_labels_are_numbered_by_channel_as_in_stock_also_where_the_dataset_leave
     assert set(np.unique(label_map(model, case.logits(model), case.properties(), ExportMethod.EXACT))) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("grid", [(20, 45, 50), (34, 30, 28)])
+@pytest.mark.parametrize("count", [3, 10])
+def test_torch_resampling_a_few_classes_at_a_time_gives_the_bits_of_all_at_once(
+    grid: cases.Shape, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid_module, "SMALL_BY_TORCH", 0)
+    crop = (grid[0] + 11, grid[1] * 2, grid[2] - 7)
+    case = Case(Pattern.ORGANS, grid, crop, classes(count), resampling=STANDARD_TORCH, target=(1.0, 1.0, 1.0))
+    model = case.model()
+    assert resampling_of(model, case.logits(model), case.properties()).together == 2
+    assert_stocks_labels(case)
+    assert_stocks_probabilities(case)
+
+
+@given(st.integers(1, 60), st.integers(1, 90), st.integers(0, 2**32 - 1))
+@examples(150)
+def test_taps_are_what_scipy_does_along_an_axis(inputs: int, outputs: int, seed: int) -> None:
+    values = np.random.default_rng(seed).standard_normal((inputs, 2, 3))
+    expected = ndimage.zoom(values, (outputs / inputs, 1, 1), order=1, mode="nearest", grid_mode=True)
+    taps = linear_taps(inputs, outputs)
+    lower, upper = (weight[:, None, None] for weight in (taps.lower_weight, taps.upper_weight))
+    np.testing.assert_array_equal(values[taps.lower] * lower + values[taps.upper] * upper, expected)
+
+
+@given(cases.cases(dtypes=BOTH_TYPES, values=20_000))
+@examples(80)
+def test_interpolating_every_voxel_in_torch_gives_the_same_as_the_sparse_way(case: Case) -> None:
+    """The way of a GPU, on the CPU; tests/gpu runs it on CUDA."""
+    model = case.model()
+    logits, properties = case.logits(model), case.properties()
+    rule, taps = rule_of(model), resampling_of(model, logits, properties).taps
+    assert taps is not None
+    canvas = Canvas(model, rule, properties)
+    dense.export(logits, taps, rule, canvas)
+    assert_label_maps_equal(canvas.finish(), stock_labels(model, logits, properties))
+
+
 # ----------------------------------------------------------------------------------------------------------- regions
 
 
@@ -237,15 +286,15 @@ def test_a_region_painted_with_a_label_above_254_comes_out_as_in_stock(largest: 
 def _sharpen(
     data: torch.Tensor, new_shape: Sequence[int], current: Sequence[float], new: Sequence[float], *, power: float = 1
 ) -> torch.Tensor:
-    """A resampling that looks at all channels at once."""
-    together = functional.interpolate(data[None].float().softmax(1), [int(n) for n in new_shape], mode="trilinear")[0]
-    return together**power - together.flip(0) * (current[0] > new[0])
+    """A resampling that nnU-Net does not have; it treats each channel by itself, as a resampling does."""
+    resized = functional.interpolate(data[None].float().sigmoid(), [int(n) for n in new_shape], mode="nearest")[0]
+    return resized**power - (current[0] > new[0]) / 4
 
 
 @given(cases.cases(values=8_000, dtypes=BOTH_TYPES), st.sampled_from([1, 2]))
 @examples(15)
 def test_a_resampling_of_ones_own_is_called_as_stock_calls_it(case: Case, power: int) -> None:
-    """Users put functions into nnU-Net's package; such a one may mix the classes."""
+    """Users put functions into nnU-Net's package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(no_resampling, "resample_and_sharpen", _sharpen, raising=False)
         own = replace(case, resampling=Resampling("resample_and_sharpen", {"power": power}))

@@ -51,6 +51,17 @@ def test_output_format_is_one_that_exists() -> None:
         '{"timeout_s": Infinity}',
         '{"output_format": "exe"}',
         '{"save_probabilities": null}',
+        '{"export": "cubic"}',
+        '{"export": "nearest", "save_probabilities": true}',
+        '{"preprocess": true}',
+        '{"probability_channels": [1]}',
+        '{"probability_channels": [], "save_probabilities": true}',
+        '{"probability_channels": [1, 1], "save_probabilities": true}',
+        '{"probability_channels": [-1], "save_probabilities": true}',
+        '{"probability_channels": [1.0], "save_probabilities": true}',
+        '{"probability_channels": 1, "save_probabilities": true}',
+        '{"probability_dtype": "float16"}',
+        '{"probability_dtype": "float64", "save_probabilities": true}',
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_refused_by_name(text: str) -> None:

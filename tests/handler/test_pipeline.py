@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
 import json
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,6 +25,7 @@ import torch
 
 from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.errors import Busy
+from nnunet_torchserve.export import stock_arithmetic
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
 from support import volumes
@@ -72,6 +75,7 @@ def test_bad_requests_leave_no_memory_and_no_thread_behind(limited: Load) -> Non
         for bad in BAD_REQUESTS.values():
             limited(bad.model).answer(ask(bad))
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps for the next one is not left behind
 
     everything()
     everything()
@@ -175,10 +179,52 @@ def test_options_that_the_front_end_parsed_are_taken(pipeline: Load) -> None:
 
 def test_a_failing_export_leaves_the_threads_alone(pipeline: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pipeline("five_folds")
-    monkeypatch.setattr(type(whole.bundle.labels), "apply_inference_nonlin", lambda *_: 1 / 0)
+    monkeypatch.setattr(stock_arithmetic, "rows", lambda *_: 1 / 0)
     options = json.dumps(json.loads(FAST) | {"save_probabilities": True})
     response = whole.answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
     assert response.status == HTTPStatus.INTERNAL_SERVER_ERROR  # and the fixture below looks at the threads
+
+
+def answer_with(pipeline: Pipeline, **options: object) -> dict[str, np.ndarray[Any, Any]]:
+    asked = json.dumps(json.loads(FAST) | {"output_format": "npz"} | options)
+    finer = volumes.nifti_gz(INT16, np.diag([1.2, 1.1, 1.3, 1.0]))  # than the network's grid
+    response = pipeline.answer(Request({"body": finer}, {"X-Nnunet-Options": asked}))
+    assert response.status == HTTPStatus.OK, response.body
+    return dict(np.load(io.BytesIO(response.body)))
+
+
+def test_stocks_own_preprocessing_can_be_asked_for_and_gives_the_same_labels(pipeline: Load) -> None:
+    ours = answer_with(pipeline("five_folds"), preprocess="exact")
+    stocks = answer_with(pipeline("five_folds"), preprocess="stock")
+    np.testing.assert_array_equal(ours["labels"], stocks["labels"])
+
+
+def test_approximate_exports_can_be_asked_for_and_are_near(pipeline: Load) -> None:
+    exact = answer_with(pipeline("five_folds"))["labels"]
+    linear, nearest = (answer_with(pipeline("five_folds"), export=way)["labels"] for way in ("linear", "nearest"))
+    assert np.mean(linear != exact) < 1e-3
+    assert 0 < np.mean(nearest != exact) < 0.1
+
+
+@pytest.mark.parametrize("model", ["five_folds", "regions"])
+def test_some_probabilities_in_float16_can_be_asked_for(model: str, pipeline: Load) -> None:
+    image = {"image_0000": GOOD, "image_0001": GOOD} if model == "regions" else {"body": GOOD}
+    answers = []
+    for options in ({}, {"probability_channels": [2, 0], "probability_dtype": "float16"}):
+        asked = json.dumps({"folds": [0], "output_format": "npz", "save_probabilities": True} | options)
+        response = pipeline(model).answer(Request(image, {"X-Nnunet-Options": asked}))
+        assert response.status == HTTPStatus.OK, response.body
+        answers.append(np.load(io.BytesIO(response.body)))
+    every, some = answers
+    np.testing.assert_array_equal(some["labels"], every["labels"])
+    np.testing.assert_array_equal(some["probabilities"], every["probabilities"][[2, 0]].astype(np.float16), strict=True)
+
+
+def test_a_channel_that_the_model_lacks_is_refused(pipeline: Load) -> None:
+    options = json.dumps({"save_probabilities": True, "probability_channels": [0, 4]})
+    response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
+    assert (int(response.status), json.loads(response.body)["code"]) == (400, "bad_option")
+    assert "channels 0 to 3" in json.loads(response.body)["detail"]
 
 
 def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:

@@ -321,6 +321,16 @@ def test_another_resampling_function_runs_as_it_is(function: Callable[..., Array
     np.testing.assert_array_equal(got, expected, strict=True)
 
 
+def test_a_very_long_axis_is_left_to_stock() -> None:
+    array = texture((1, 3, resampling._MAX_AXIS + 1))
+    function = partial(resample_data_or_seg_to_shape, **AS_STOCK_PLANS_IT)
+    arguments = (1, 4, 2000), ISOTROPIC, (1.0, 0.75, 1.02)
+    expected = function(array, *arguments)
+    before = resampling.spline_operator.cache_info()
+    np.testing.assert_array_equal(resample_image(array, *arguments, function), expected, strict=True)
+    assert resampling.spline_operator.cache_info() == before
+
+
 REAL_IMAGES = [
     ("Dataset501_BrainTissue", "3d_fullres", "images/Dataset501_BrainTissue/test_002_*.nii.gz"),
     ("Dataset501_BrainTissue", "2d", "images/Dataset501_BrainTissue/test_001_*.nii.gz"),

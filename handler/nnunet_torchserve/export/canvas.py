@@ -53,7 +53,7 @@ class Canvas:
 def written(labels: npt.NDArray[Any]) -> LabelArray:
     """Labels in the dtype that stock writes them in."""
     wide = labels.size > 0 and int(labels.max()) >= _UINT8_LABELS
-    return cast(LabelArray, np.ascontiguousarray(labels, np.uint16 if wide else np.uint8))
+    return cast("LabelArray", np.ascontiguousarray(labels, np.uint16 if wide else np.uint8))
 
 
 def crop_box(properties: Mapping[str, Any]) -> tuple[slice, ...]:

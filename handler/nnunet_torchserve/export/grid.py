@@ -22,7 +22,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
     resample_data_or_seg_to_shape,
 )
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
-from scipy import ndimage
+
+from ..resampling import nearest_slices, spline_arguments
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -33,6 +34,10 @@ Array = npt.NDArray[Any]
 
 _KNOWN = (resample_data_or_seg_to_shape, resample_torch_fornnunet, resample_torch_simple)
 """They return what they got if there is nothing to do."""
+
+
+SMALL_BY_TORCH = 2**22
+"""Values that torch may resample at once without a second thought; 16 MiB."""
 
 
 class TrainedModel(Protocol):
@@ -128,12 +133,10 @@ def linear_taps(inputs: int, outputs: int) -> Taps:
 
 @lru_cache(maxsize=64)
 def nearest_taps(inputs: int, outputs: int) -> Taps:
-    """The slices that ``resample_data_or_seg`` takes across slices (``map_coordinates`` of order 0)."""
-    if inputs == outputs:
-        return _single(np.arange(inputs), inputs)
-    coordinates = float(inputs) / outputs * (np.arange(outputs) + 0.5) - 0.5
-    chosen = ndimage.map_coordinates(np.arange(inputs, dtype=float), [coordinates], order=0, mode="nearest")
-    return _single(chosen.astype(np.int64), inputs)
+    """The slices that ``resample_data_or_seg`` takes, where it takes the nearest."""
+    chosen = nearest_slices(inputs, outputs)
+    ones = np.ones(outputs)
+    return Taps(inputs, chosen, chosen, ones, np.zeros_like(ones))
 
 
 def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]) -> Resampling:
@@ -164,9 +167,8 @@ def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping
     taps = None
     if function in _KNOWN and not settings["is_seg"] and grid == shape:
         taps = _taps(grid, shape, None)
-    elif function is resample_data_or_seg_to_shape:
-        stocks = settings["order"] == 1 and not settings["is_seg"] and (not separate or settings["order_z"] == 0)
-        taps = _taps(grid, shape, nearest) if stocks else None
+    elif (arguments := spline_arguments(plans_own)) is not None and arguments.order == 1:
+        taps = _taps(grid, shape, nearest)
     by_torch = function in (resample_torch_fornnunet, resample_torch_simple)
     together = _torch_classes(logits, shape, separate=separate) if by_torch else 1
     return Resampling(shape, taps, nearest, run, together)
@@ -176,10 +178,12 @@ def _torch_classes(logits: torch.Tensor, shape: Shape, *, separate: bool) -> int
     """Classes that torch must interpolate together to round as it does with all of them.
 
     Two, for volumes: a single channel has another kernel, that for channels that lie together in memory, which a grid
-    one voxel wide has as well. In slices the rounding depends on the number of channels: all of them.
+    one voxel wide has as well. In slices, and in small volumes, the rounding depends on the number of channels: all of
+    them.
     """
+    small = len(logits) * shape[0] * shape[1] * shape[2] <= SMALL_BY_TORCH
     channels_last = logits[None].is_contiguous(memory_format=torch.channels_last_3d)
-    return len(logits) if separate or channels_last or 1 in (*logits.shape[1:], *shape) else 2
+    return len(logits) if small or separate or channels_last or 1 in (*logits.shape[1:], *shape) else 2
 
 
 def _signature_defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -203,8 +207,3 @@ def _call(
     logits: torch.Tensor,
 ) -> Any:
     return plans_own(logits, shape, grid_spacing, image_spacing)
-
-
-def _single(chosen: npt.NDArray[np.int64], inputs: int) -> Taps:
-    ones = np.ones(len(chosen))
-    return Taps(inputs, chosen, chosen, ones, np.zeros_like(ones))

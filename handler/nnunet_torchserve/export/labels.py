@@ -97,7 +97,7 @@ def label_map_and_probabilities(
     channels = range(len(logits)) if chosen is None else chosen
     if not _is_stocks(model.labels):
         labels, every = stock.label_map_and_probabilities(model, logits, properties)
-        return labels, every[list(channels)].astype(dtype, copy=False)
+        return labels, cast("probabilities.Probabilities", every[list(channels)].astype(dtype, copy=False))
     rule, resampling = _rule(model, logits), resampling_of(model, logits, properties)
     canvas = Canvas(model, rule, properties)
     out: probabilities.Probabilities = probabilities.blank(rule, channels, properties["shape_before_cropping"], dtype)
