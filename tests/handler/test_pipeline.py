@@ -203,7 +203,7 @@ def test_approximate_exports_can_be_asked_for_and_are_near(pipeline: Load) -> No
     exact = answer_with(pipeline("five_folds"))["labels"]
     linear, nearest = (answer_with(pipeline("five_folds"), export=way)["labels"] for way in ("linear", "nearest"))
     assert np.mean(linear != exact) < 1e-3
-    assert 0 < np.mean(nearest != exact) < 0.1
+    assert 0 < np.mean(nearest != exact) < 0.2
 
 
 @pytest.mark.parametrize("model", ["five_folds", "regions"])
