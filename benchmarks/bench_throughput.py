@@ -35,7 +35,7 @@ from nnunet_torchserve_tools.archive import ServingSettings
 from support import stock
 from support.chaos import engines
 
-LEAST_RATIO = 1.1
+LEAST_RATIO = 1.3
 CLIENTS = 8
 WORKERS = 4
 BATCH = 4

@@ -287,7 +287,7 @@ def _sharpen(
     data: torch.Tensor, new_shape: Sequence[int], current: Sequence[float], new: Sequence[float], *, power: float = 1
 ) -> torch.Tensor:
     """A resampling that nnU-Net does not have; it treats each channel by itself, as a resampling does."""
-    resized = functional.interpolate(data[None].float().sigmoid(), [int(n) for n in new_shape], mode="nearest")[0]
+    resized = functional.interpolate(data[None].float() / 8, [int(n) for n in new_shape], mode="nearest")[0]
     return resized**power - (current[0] > new[0]) / 4
 
 

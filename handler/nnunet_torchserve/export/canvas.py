@@ -36,12 +36,14 @@ class Canvas:
             [int(before[axis]) for axis in plans.transpose_backward], dtype=np.uint16 if wide else np.uint8
         )
         self._may_exceed_uint8 = rule.largest_label >= _UINT8_LABELS
-        self._table = None if rule.labels is None else rule.labels.astype(self._labels.dtype)
+        labels = rule.labels
+        renames = labels is not None and not np.array_equal(labels, np.arange(len(labels)))
+        self._table = labels.astype(self._labels.dtype) if labels is not None and renames else None
         self.crop: npt.NDArray[Any] = self._labels.transpose(plans.transpose_forward)[crop_box(properties)]
 
     def paint(self, where: Sequence[slice], codes: Codes) -> None:
         """Labels of one block; codes are those of the rule."""
-        self.crop[tuple(where)] = codes if self._table is None else self._table[codes]
+        self.crop[tuple(where)] = codes if self._table is None else np.take(self._table, codes)
 
     def finish(self) -> LabelArray:
         """The label map (Z, Y, X), in the dtype that stock would write."""

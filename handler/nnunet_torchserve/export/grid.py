@@ -82,6 +82,11 @@ class Taps:
         """Of some outputs."""
         return Taps(self.size, self.lower[part], self.upper[part], self.lower_weight[part], self.upper_weight[part])
 
+    @property
+    def weights(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Lower and upper."""
+        return self.lower_weight, self.upper_weight
+
     def shifted(self, start: int) -> Taps:
         """Of inputs that are counted from ``start``."""
         return replace(self, lower=self.lower - start, upper=self.upper - start)

@@ -118,18 +118,19 @@ class ArgMax:
             NonFiniteLogits: a logit is NaN or infinite.
         """
         best = _float32(logits[0])
-        lowest, second = best.copy(), np.full_like(best, -np.inf)
+        ends = [best.min()]
+        second = np.full_like(best, -np.inf)
         code = np.zeros(best.shape, self.dtype)
         value, larger, number = np.empty_like(best), np.empty(best.shape, np.bool_), np.empty_like(code)
         for channel in range(1, self.classes):
             torch.from_numpy(value).copy_(logits[channel])  # numpy takes 30 times as long
+            ends.append(value.min())
             np.greater(value, best, out=larger)
             np.maximum(code, np.multiply(larger.view(np.uint8), self.dtype(channel), out=number), out=code)
-            np.minimum(lowest, value, out=lowest)
             if certify:
                 np.maximum(second, np.minimum(value, best), out=second)
             np.maximum(best, value, out=best)
-        largest = _largest(lowest, best)
+        largest = _largest([*ends, best.max()])
         if certify:
             precision = Precision.of(logits.dtype, 0)
             with np.errstate(over="ignore"):  # the distance of two float32 may be none
@@ -209,22 +210,21 @@ class Regions:
     def encode(self, logits: torch.Tensor, *, certify: bool) -> tuple[Codes, float]:
         """As :meth:`ArgMax.encode`."""
         code = np.zeros(logits.shape[1:], self.dtype)
-        lowest, highest = np.full(code.shape, np.inf, np.float32), np.full(code.shape, -np.inf, np.float32)
-        unsure = np.zeros(code.shape, np.bool_)
+        value, unsure = np.empty(code.shape, np.float32), np.zeros(code.shape, np.bool_)
+        ends = []
         for channel in range(self.classes):
-            value = _float32(logits[channel])
-            if certify:
-                positive = value >= _SURELY_POSITIVE
-                unsure |= (value > 0) & ~positive
-            else:
-                positive = self.manager.apply_inference_nonlin(value).numpy() > PAINTED
+            torch.from_numpy(value).copy_(logits[channel])
+            ends += [value.min(), value.max()]
+            positive, possible = value >= _SURELY_POSITIVE, value > 0
+            if np.count_nonzero(positive) != np.count_nonzero(possible):
+                if certify:
+                    unsure |= possible ^ positive
+                else:
+                    positive = self.manager.apply_inference_nonlin(value).numpy() > PAINTED
             np.maximum(code, positive.view(np.uint8) * self.dtype(channel + 1), out=code)
-            np.minimum(lowest, value, out=lowest)
-            np.maximum(highest, value, out=highest)
-        largest = _largest(lowest, highest)
         if certify:
             code[unsure] = MIXED[self.dtype]
-        return code, largest
+        return code, _largest(ends)
 
     def decide(self, values: torch.Tensor, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]:
         """As :meth:`ArgMax.decide`."""
@@ -264,8 +264,9 @@ def _float32(logits: torch.Tensor) -> npt.NDArray[np.float32]:
     return values
 
 
-def _largest(lowest: npt.NDArray[np.float32], highest: npt.NDArray[np.float32]) -> float:
-    largest = max(abs(float(lowest.min())), abs(float(highest.max())))  # NaN reaches both ends
+def _largest(ends: Sequence[np.floating[Any]]) -> float:
+    """The largest magnitude of values whose least and largest are among ``ends``, which NaN reaches too."""
+    largest = float(np.max(np.abs(ends)))
     if not np.isfinite(largest):
         raise NonFiniteLogits(_NOT_FINITE)
     return largest

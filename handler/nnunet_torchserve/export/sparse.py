@@ -27,8 +27,11 @@ from .threads import each
 GRID_BLOCK = 2**16
 """Voxels of the network's grid that are encoded at a time: a few arrays of them, float32, fit a core's cache."""
 
-IMAGE_BLOCK = 2**17
+IMAGE_BLOCK = 2**16
 """Voxels of the image that are painted at a time."""
+
+SAME_GRID_BLOCK = 2**17
+"""The same, where nothing is resampled and a voxel costs little."""
 
 _ELEMENTS = 2**20
 """Values that are interpolated at a time; 4 MiB."""
@@ -54,7 +57,7 @@ def export(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, c
         def paint(box: Box) -> None:
             canvas.paint(box, rule.encode(logits[:, *box], certify=False)[0])
 
-        each(paint, list(boxes(shape, GRID_BLOCK)))
+        each(paint, list(boxes(shape, SAME_GRID_BLOCK)))
         return
     codes, largest = encode(logits, rule)
     painter = _Painter(logits, codes, taps, rule, Precision.of(logits.dtype, largest), canvas)
@@ -150,17 +153,18 @@ class _Painter:
     ) -> npt.NDArray[np.int64]:
         """Codes of some voxels of the block, given by their positions along each axis."""
         indices = corners.around(taps, axes, voxels)
-        weights = [(taps[axis].lower_weight[voxels[axis]], taps[axis].upper_weight[voxels[axis]]) for axis in axes]
-        single = [tuple(torch.from_numpy(side.astype(np.float32)) for side in sides) for sides in weights]
+        sides = [
+            [torch.from_numpy(side.astype(np.float32)[voxels[axis]]) for side in taps[axis].weights] for axis in axes
+        ]
         ones = torch.ones(len(indices))  # a block without an interpolated axis has one corner
-        products = torch.stack([math.prod(sides, start=ones) for sides in itertools.product(*single)], 1)
+        weights = torch.stack([math.prod(corner, start=ones) for corner in itertools.product(*sides)], 1)
         values = functional.embedding_bag(
-            torch.from_numpy(indices), corners.table, mode="sum", per_sample_weights=products
+            torch.from_numpy(indices), corners.table, mode="sum", per_sample_weights=weights
         )
         codes, near = self.rule.decide(values, self.precision)
         decided: npt.NDArray[np.int64] = codes.numpy()
         if (close := np.flatnonzero(near.numpy())).size:
-            exact = [(lower[close], upper[close]) for lower, upper in weights]
+            exact = [[side[voxels[axis][close]] for side in taps[axis].weights] for axis in axes]
             decided[close] = self.rule.settle(stock_arithmetic.at_points(corners.logits, indices[close], exact))
         return decided
 
