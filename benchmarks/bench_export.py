@@ -51,7 +51,9 @@ from benchmarks._common import FOLD, MATERIAL_VARIABLE, RESULTS, Target
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from benchmarks import _common, many_classes
-from nnunet_torchserve.export import label_map, mixed_share
+from nnunet_torchserve.export import label_map, sparse
+from nnunet_torchserve.export.grid import Taps, linear_taps, resampling_of
+from nnunet_torchserve.export.rules import MIXED, rule_of
 from nnunet_torchserve.options import ExportMethod
 from support.logits import ExportModel, export_model, export_model_of, organs, predicted, properties_for, white_noise
 
@@ -120,6 +122,13 @@ class Export:
         image = [self.properties["spacing"][axis] for axis in self.model.plans.transpose_forward]
         network = [float(size) for size in self.model.configuration.spacing]
         return (network if len(network) == len(image) else [image[0], *network]), image
+
+    def mixed_share(self) -> float:
+        """The share of cells of the network's grid whose corners leave their label open."""
+        rule, taps = rule_of(self.model), resampling_of(self.model, self.logits, self.properties).taps
+        assert taps is not None
+        between = [_neighbours(each) if each.interpolates else linear_taps(each.size, each.size) for each in taps]
+        return float(np.mean(sparse.cell_codes(sparse.encode(self.logits, rule)[0], between) == MIXED[rule.dtype]))
 
     def thinned(self) -> Export:
         """Every second voxel along each axis: an eighth of the work, and the same code."""
@@ -208,6 +217,18 @@ class Case:
     needs_material: bool = False
 
 
+def _neighbours(taps: Taps) -> Taps:
+    """Half-way between an axis's inputs: one output for each cell."""
+    before = np.arange(max(1, taps.size - 1))
+    half = np.full(len(before), 0.5)
+    return Taps(taps.size, before, np.minimum(before + 1, taps.size - 1), half, half)
+
+
+def ties(classes: int, shape: Sequence[int], seed: int) -> torch.Tensor:
+    """The same noise for every class."""
+    return white_noise(1, shape, seed).repeat(classes, 1, 1, 1)
+
+
 def made_up(
     logits: Callable[[int, Sequence[int], int], torch.Tensor],
     classes: int,
@@ -288,6 +309,14 @@ CASES = {
         lambda _: made_up(white_noise, 40, _GRID, _IMAGE),
         Promise(least_ratio=3, most_memory_share=1 / 5),
     ),
+    "ties-40": Case(
+        "40 classes that are equal everywhere, so that every voxel is settled in stock's arithmetic",
+        lambda _: made_up(ties, 40, _GRID, _IMAGE),
+    ),
+    "coarse-20": Case(
+        "20 classes, an image much coarser than the network's grid",
+        lambda _: made_up(organs, 20, (256, 256, 256), (64, 64, 64)),
+    ),
     "tissue-2mm": Case(
         "real, 4 classes, nothing is resampled",
         partial(real, _T1, "test_000"),
@@ -312,6 +341,7 @@ CASES = {
     "regions-2mm": Case(
         "real, 3 regions, nothing is resampled",
         partial(real, _TWO_CHANNELS, "test_000"),
+        Promise(least_ratio=1),
         approximate=True,
         needs_material=True,
     ),
@@ -371,7 +401,7 @@ def measure(case: Case, sources: Sources, repeats: int, *, quick: bool) -> dict[
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "logits": list(export.logits.shape),
         "output": list(export.shape),
-        "mixed_share": mixed_share(export.model, export.logits, export.properties),
+        "mixed_share": export.mixed_share(),
     }
     for side in Side:
         export.thinned().by(side)

@@ -15,6 +15,7 @@ from .bundle import ModelBundle
 from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
 from .options import Accumulate, FoldName, Options
+from .resampling import spline_arguments
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
 
@@ -28,9 +29,11 @@ _PREPROCESS_BYTES = 36
 
 _SAFETY = 1.2
 
-_EXPORT_BYTES, _EXPORT_GRID_BYTES = 32, 24
-"""Bytes for a voxel of the image and one of the network's grid during the export: labels, codes, and two classes on
-their way through nnU-Net's own function, for plans that name another than its default."""
+_EXPORT_BYTES, _EXPORT_GRID_BYTES = 12, 4
+"""Bytes for a voxel of the image and one of the network's grid during the export: labels, their copies, and codes."""
+
+_COORDINATE_BYTES = 80
+"""Bytes for a voxel while nnU-Net's own function takes the nearest slices (``mgrid`` and ``map_coordinates``)."""
 
 _EXPORT_BLOCK_BYTES = 96 * 2**20
 """What one thread of the export holds at most."""
@@ -146,14 +149,18 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
 
 
 def _export_bytes(bundle: ModelBundle, voxels: int, grid_voxels: int, options: Options) -> int:
-    """What the export holds beside the logits, whichever way the plan makes it take."""
+    """What the export holds beside the logits; at most, whatever way the plan makes it take."""
     classes = bundle.classes
     blocks = min(torch.get_num_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
     if options.save_probabilities:
-        whole = classes * _FLOAT32  # regions, and resampling that knows no parts, need all classes once
-        export += voxels * (options.probability_bytes(classes) + whole)
-    return export
+        whole = classes * _FLOAT32  # regions need all classes once
+        export += voxels * (2 * options.probability_bytes(classes) + whole)  # and the answer is written
+    arguments = spline_arguments(bundle.configuration.resampling_fn_probabilities)
+    if arguments is not None and arguments.order == 1 and type(bundle.labels).__name__ == "LabelManager":
+        return export
+    # nnU-Net's own function: slices by torch, other splines, or a whole export
+    return export + classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32) + voxels * _COORDINATE_BYTES
 
 
 def check_affordable(case: Price, limits: Limits) -> None:

@@ -158,6 +158,9 @@ class CaseFailed(ServingError):
 class NonFiniteLogits(CaseFailed):
     """The network's logits hold NaN or infinity: stock nnU-Net would answer with background there, silently."""
 
+    def __init__(self) -> None:
+        super().__init__("the network's logits for this case are not finite; no segmentation can be given")
+
 
 class Deadline(ServingError):
     """The request's time ran out."""

@@ -114,9 +114,7 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         chosen = self.probability_channels
-        if not self.save_probabilities and (
-            chosen is not None or self.probability_dtype is not ProbabilityType.FLOAT32
-        ):
+        if not self.save_probabilities and self.model_fields_set & {"probability_channels", "probability_dtype"}:
             msg = "probability_channels and probability_dtype need save_probabilities"
             raise ValueError(msg)
         if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):

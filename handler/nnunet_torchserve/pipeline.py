@@ -181,6 +181,7 @@ class Pipeline:
                     properties,
                     geometry,
                     options,
+                    deadline,
                 )
                 del prediction
 

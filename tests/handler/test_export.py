@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -23,7 +24,7 @@ from torch.nn import functional
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import settings_for
-from nnunet_torchserve.errors import NonFiniteLogits
+from nnunet_torchserve.errors import Deadline, NonFiniteLogits
 from nnunet_torchserve.export import (
     dense,
     label_map,
@@ -611,6 +612,69 @@ def test_nearest_is_the_label_of_the_nearest_voxel_of_the_networks_grid(case: Ca
     assert_label_maps_equal(got, on_the_image(nearest.numpy(), case))
 
 
+# ------------------------------------------------------------------------------------------------ bounds, and the end
+
+
+@pytest.mark.parametrize(("grid", "crop"), [((60, 62, 64), (15, 16, 17)), ((40, 41, 42), (60, 61, 63))])
+def test_what_is_gathered_at_a_time_is_bounded_however_coarse_the_image(
+    grid: cases.Shape, crop: cases.Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    gather = sparse._Corners.of
+
+    def spy(*arguments: Any) -> Any:
+        corners = gather(*arguments)
+        sizes.append(corners.logits.size)
+        return corners
+
+    monkeypatch.setattr(sparse, "_ELEMENTS", 2**14)
+    monkeypatch.setattr(sparse._Corners, "of", spy)
+    assert_stocks_labels(Case(Pattern.NOISE, grid, crop, classes(10)))
+    assert len(sizes) > 2
+    assert max(sizes) <= 8 * 2**14
+
+
+def test_stocks_values_are_computed_a_bounded_number_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = []
+    plane = stock_arithmetic._plane
+
+    def spy(logits: Any, taps: Any, number: int, rows: slice) -> Any:
+        values = plane(logits, taps, number, rows)
+        largest.append(values.size)
+        return values
+
+    monkeypatch.setattr(stock_arithmetic, "_ELEMENTS", 2**12)
+    monkeypatch.setattr(probabilities_module, "_ELEMENTS", 2**13)
+    monkeypatch.setattr(stock_arithmetic, "_plane", spy)
+    assert_stocks_probabilities(Case(Pattern.ORGANS, (9, 40, 30), (7, 61, 47), classes(9)))
+    assert max(largest) <= 2**12
+
+
+@pytest.mark.parametrize("resampling", [STANDARD, STANDARD_TORCH])
+def test_an_export_whose_time_is_up_is_given_up(resampling: Resampling) -> None:
+    case = Case(Pattern.ORGANS, (8, 9, 10), (12, 13, 14), classes(3), resampling=resampling)
+    model, over = case.model(), time.monotonic() - 1
+    logits, properties = case.logits(model), case.properties()
+    for method in ExportMethod:
+        with pytest.raises(Deadline):
+            label_map(model, logits, properties, method, over)
+    with pytest.raises(Deadline):
+        label_map_and_probabilities(model, logits, properties, deadline=over)
+
+
+def test_values_that_are_no_floats_are_compared_as_stock_compares_them() -> None:
+    """nnU-Net's function for segmentations gives integers, and looks at all classes at once."""
+    own = Resampling(cases.TORCH, STANDARD_TORCH.arguments | {"is_seg": True})
+    assert_stocks_labels(Case(Pattern.INTEGERS, (5, 6, 7), (6, 7, 9), classes(3), resampling=own))
+
+
+@pytest.mark.parametrize("excess", [(1, 0, 0), (3, 2, 1)])
+def test_probabilities_of_logits_larger_than_the_crop_are_cut_as_in_stock(excess: cases.Shape) -> None:
+    case = Case(Pattern.NOISE, (4, 5, 6), (4, 5, 6), classes(3), resampling=Resampling(cases.NONE, {}))
+    grid = [size + more for size, more in zip(case.crop, excess, strict=True)]
+    assert_stocks_probabilities(replace(case, grid=(grid[0], grid[1], grid[2])))
+
+
 # ------------------------------------------------------------------------------------- what the caller finds unchanged
 
 
@@ -618,6 +682,10 @@ def _every_answer(case: Case) -> list[npt.NDArray[Any]]:
     model = case.model()
     logits, properties = case.logits(model), case.properties()
     maps = [label_map(model, logits, properties, method) for method in ExportMethod]
+    if (taps := resampling_of(model, logits, properties).taps) is not None:
+        canvas = Canvas(model, rule_of(model), properties)
+        dense.export(logits, taps, rule_of(model), canvas)
+        maps.append(canvas.finish())
     return [*maps, *label_map_and_probabilities(model, logits, properties)]
 
 
@@ -647,6 +715,8 @@ _BLOCKS = [
     (nearest, "IMAGE_BLOCK"),
     (stock_arithmetic, "_ELEMENTS"),
     (probabilities_module, "_ELEMENTS"),
+    (dense, "_ELEMENTS"),
+    (dense, "_SETTLED_ELEMENTS"),
 ]
 
 
@@ -694,6 +764,8 @@ def test_exports_at_the_same_time_do_not_disturb_each_other(case: Case) -> None:
         for together in pool.map(_every_answer, [case] * 3):
             for one, other in zip(alone, together, strict=True):
                 np.testing.assert_array_equal(one, other, strict=True)
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == before
     assert torch.get_num_threads() == before
 
 

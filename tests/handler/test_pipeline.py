@@ -22,10 +22,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.errors import Busy
-from nnunet_torchserve.export import stock_arithmetic
+from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
 from support import volumes
@@ -193,15 +194,36 @@ def answer_with(pipeline: Pipeline, **options: object) -> dict[str, np.ndarray[A
     return dict(np.load(io.BytesIO(response.body)))
 
 
-def test_stocks_own_preprocessing_can_be_asked_for_and_gives_the_same_labels(pipeline: Load) -> None:
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
+    """A list that grows with each call of ``owner.name``, which goes on doing what it does."""
+    calls: list[str] = []
+    whole = getattr(owner, name)
+
+    def counted(*given: Any) -> Any:
+        calls.append(name)
+        return whole(*given)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_stocks_own_preprocessing_can_be_asked_for_and_gives_the_same_labels(
+    pipeline: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_calls(monkeypatch, DefaultPreprocessor, "run_case_npy")
     ours = answer_with(pipeline("five_folds"), preprocess="exact")
+    assert not calls
     stocks = answer_with(pipeline("five_folds"), preprocess="stock")
+    assert calls
     np.testing.assert_array_equal(ours["labels"], stocks["labels"])
 
 
-def test_approximate_exports_can_be_asked_for_and_are_near(pipeline: Load) -> None:
+def test_approximate_exports_can_be_asked_for_and_are_near(pipeline: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_calls(monkeypatch, streamed, "linear")
     exact = answer_with(pipeline("five_folds"))["labels"]
+    assert not calls
     linear, nearest = (answer_with(pipeline("five_folds"), export=way)["labels"] for way in ("linear", "nearest"))
+    assert len(calls) == 1
     assert np.mean(linear != exact) < 1e-3
     assert 0 < np.mean(nearest != exact) < 0.2
 

@@ -64,7 +64,12 @@ def open_image(body: bytes | bytearray | memoryview, limits: Limits, reader: str
 def smallest_answer(geometry: Geometry, output: OutputFormat, probability_bytes: int) -> int:
     """Bytes that an answer has at least, known from the header alone.
 
-    Probabilities travel as uncompressed float32; a compressed label map may be close to nothing.
+    Probabilities travel uncompressed; a compressed label map may be close to nothing.
+
+    Args:
+        geometry: the image's.
+        output: the file format.
+        probability_bytes: what the probabilities of one voxel take.
     """
     labels = geometry.voxels if output is OutputFormat.NIFTI else 0
     return labels + probability_bytes * geometry.voxels

@@ -19,7 +19,7 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from ..cases import Settings
-from ..errors import CaseFailed
+from ..errors import NonFiniteLogits
 from ..options import Accumulate, FoldName
 from ..tiling import Slicer, gaussian, padded_shape, slicers
 
@@ -179,7 +179,7 @@ class CaseAccumulator(ABC):
         """Take in the next pass; ``logits`` (classes, *patch) is used up.
 
         Raises:
-            CaseFailed: a finished logit is NaN or infinite. Stock checks for infinity only, and would answer a NaN
+            NonFiniteLogits: a finished logit is NaN or infinite. Stock checks for infinity only, and would answer a NaN
                 with background.
         """
 
@@ -309,5 +309,4 @@ class Float32Accumulator(CaseAccumulator):
 def _check_finite(logits: torch.Tensor) -> None:
     # class by class: the temporaries are several times as large as what is looked at
     if not all(bool(torch.isfinite(channel).all()) for channel in logits):
-        msg = "the network's logits for this case are not finite; no segmentation can be given"
-        raise CaseFailed(msg)
+        raise NonFiniteLogits

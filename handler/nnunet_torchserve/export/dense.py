@@ -1,8 +1,8 @@
-"""Exact labels by interpolating every voxel, for logits on a GPU: one or two bytes a voxel leave it.
+"""Exact labels by interpolating every voxel, for logits on a GPU: one byte a voxel leaves it (four above 255 classes).
 
 In slabs of the image: all classes in float32 axis by axis, the winner of each voxel, and for those that float32 cannot
 tell apart the logits around them, which the CPU settles in stock's own arithmetic. Nothing here needs CUDA; on a CPU
-:mod:`.sparse` is the faster one even if every cell is mixed (docs/adr/0004).
+:mod:`.sparse` is the faster one even if every cell is open (docs/adr/0004).
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from .canvas import Canvas
 from .grid import Taps
 from .rules import ArgMax, Precision, Regions, check_finite
 from .sparse import boxes
+from .threads import check
 
 _ELEMENTS = 2**25
 """Values of a slab; 128 MiB, and three times that while an axis is interpolated."""
 
+_SETTLED_ELEMENTS = 2**22
+"""Values around voxels that are settled at a time."""
 
-def export(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, canvas: Canvas) -> None:
-    """Paint the labels that stock would give.
 
-    Args:
-        logits: (C, z, y, x) on the network's grid, on any device.
-        taps: of each axis.
-        rule: the model's.
-        canvas: what to paint on.
-
-    Raises:
-        NonFiniteLogits: a logit is NaN or infinite.
-    """
+def export(
+    logits: torch.Tensor,
+    taps: Sequence[Taps],
+    rule: ArgMax | Regions,
+    canvas: Canvas,
+    deadline: float | None = None,
+) -> None:
+    """As :func:`.sparse.export`, for logits on any device."""
     check_finite(logits)
     largest = max(float(channel.abs().max()) for channel in logits)
     precision = Precision.of(logits.dtype, largest)
     wire = torch.uint8 if rule.dtype().itemsize == 1 else torch.int32
     for box in boxes([len(each) for each in taps], max(1, _ELEMENTS // len(logits))):
+        check(deadline)
         block = [each[part] for each, part in zip(taps, box, strict=True)]
         values = _interpolated(logits, block).flatten(1).t()
         codes, near = rule.decide(values, precision)
-        if (close := near.nonzero()[:, 0]).numel():
+        del values
+        for close in torch.split(near.nonzero()[:, 0], max(1, _SETTLED_ELEMENTS // (8 * len(logits)))):
             codes[close] = _settled(logits, block, rule, close)
         canvas.paint(box, codes.to(wire).reshape([len(each) for each in block]).cpu().numpy())
 
@@ -72,7 +74,7 @@ def _settled(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions,
     corners = torch.stack([logits[:, z, y, x] for z, y, x in itertools.product(*sides)], 2)
     indices = torch.arange(corners.shape[1] * corners.shape[2]).view(corners.shape[1:])
     weights = [
-        (each.lower_weight[at.cpu().numpy()], each.upper_weight[at.cpu().numpy()])
+        [side[at.cpu().numpy()] for side in each.weights]
         for each, at in zip(taps, voxels, strict=True)
         if each.interpolates
     ]

@@ -7,7 +7,6 @@ time is described by its *taps*: the two inputs of each output and their weights
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -23,7 +22,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
 )
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
 
-from ..resampling import nearest_slices, spline_arguments
+from ..resampling import SplineArguments, nearest_slices, spline_arguments
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -32,12 +31,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, int, int]
 Array = npt.NDArray[Any]
 
-_KNOWN = (resample_data_or_seg_to_shape, resample_torch_fornnunet, resample_torch_simple)
-"""They return what they got if there is nothing to do."""
-
-
 SMALL_BY_TORCH = 2**22
-"""Values that torch may resample at once without a second thought; 16 MiB."""
+"""Values of so small a volume (16 MiB) that all its classes are given to torch at once: nothing is gained otherwise."""
 
 
 class TrainedModel(Protocol):
@@ -112,6 +107,7 @@ class Resampling:
         nearest_axis: the axis along which the plan takes the nearest slice instead of interpolating, if any.
         function: the plan's own: (classes, z, y, x) -> (classes, Z, Y, X).
         together: classes that ``function`` must get at once to treat them as it would treat all of them.
+        known: ``function`` is one that resamples, of nnU-Net's own; another may leave a shape that is not the image's.
     """
 
     shape: Shape
@@ -119,6 +115,7 @@ class Resampling:
     nearest_axis: int | None
     function: Callable[[torch.Tensor], Any]
     together: int
+    known: bool
 
 
 @lru_cache(maxsize=64)
@@ -161,39 +158,35 @@ def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping
         grid_spacing = [image_spacing[0], *grid_spacing]
     plans_own = model.configuration.resampling_fn_probabilities
     run = partial(_call, plans_own, shape, grid_spacing, image_spacing)
-    function, settings = plans_own.func, _signature_defaults(plans_own.func) | plans_own.keywords
+    by_torch = plans_own.func in (resample_torch_fornnunet, resample_torch_simple)
+    known = by_torch or plans_own.func is resample_data_or_seg_to_shape
     separate, thick = determine_do_sep_z_and_axis(
-        settings.get("force_separate_z"),
+        plans_own.keywords.get("force_separate_z", None if by_torch else SplineArguments().force_separate_z),
         grid_spacing,
         image_spacing,
-        settings.get("separate_z_anisotropy_threshold", ANISO_THRESHOLD),
+        plans_own.keywords.get("separate_z_anisotropy_threshold", ANISO_THRESHOLD),
     )
-    nearest = int(thick) if separate else None
+    nearest = int(thick) if known and separate else None
+    is_seg = bool(plans_own.keywords.get("is_seg"))
     taps = None
-    if function in _KNOWN and not settings["is_seg"] and grid == shape:
+    if known and not is_seg and grid == shape:  # they return what they got
         taps = _taps(grid, shape, None)
     elif (arguments := spline_arguments(plans_own)) is not None and arguments.order == 1:
         taps = _taps(grid, shape, nearest)
-    by_torch = function in (resample_torch_fornnunet, resample_torch_simple)
-    together = _torch_classes(logits, shape, separate=separate) if by_torch else 1
-    return Resampling(shape, taps, nearest, run, together)
+    together = _torch_classes(logits, shape, apart=not separate and not is_seg) if by_torch else 1
+    return Resampling(shape, taps, nearest, run, together, known)
 
 
-def _torch_classes(logits: torch.Tensor, shape: Shape, *, separate: bool) -> int:
+def _torch_classes(logits: torch.Tensor, shape: Shape, *, apart: bool) -> int:
     """Classes that torch must interpolate together to round as it does with all of them.
 
     Two, for volumes: a single channel has another kernel, that for channels that lie together in memory, which a grid
-    one voxel wide has as well. In slices, and in small volumes, the rounding depends on the number of channels: all of
-    them.
+    one voxel wide has as well. In slices (not ``apart``), and in small volumes, the rounding depends on the number of
+    channels: all of them.
     """
     small = len(logits) * shape[0] * shape[1] * shape[2] <= SMALL_BY_TORCH
     channels_last = logits[None].is_contiguous(memory_format=torch.channels_last_3d)
-    return len(logits) if small or separate or channels_last or 1 in (*logits.shape[1:], *shape) else 2
-
-
-def _signature_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.default for each in parameters if each.default is not each.empty}
+    return 2 if apart and not small and not channels_last and 1 not in (*logits.shape[1:], *shape) else len(logits)
 
 
 def _taps(grid: Sequence[int], shape: Sequence[int], nearest_axis: int | None) -> tuple[Taps, Taps, Taps]:

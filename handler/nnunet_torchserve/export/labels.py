@@ -11,6 +11,7 @@ import torch
 from nnunetv2.utilities.helpers import softmax_helper_dim0
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from ..errors import BadOption
 from ..options import ExportMethod, Options, ProbabilityType
 from ..volume import Geometry, LabelArray, LabelMap
 from . import dense, nearest, probabilities, sparse, stock, streamed
@@ -22,14 +23,20 @@ _CPU = torch.device("cpu")
 
 
 def export(
-    model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any], geometry: Geometry, options: Options
+    model: TrainedModel,
+    logits: torch.Tensor,
+    properties: Mapping[str, Any],
+    geometry: Geometry,
+    options: Options,
+    deadline: float | None = None,
 ) -> LabelMap:
-    """What a request asks for: labels, and probabilities if it wants them."""
+    """What a request asks for: labels, and probabilities if it wants them; see the functions below."""
     if not options.save_probabilities:
-        return LabelMap(label_map(model, logits, properties, options.export), geometry)
+        return LabelMap(label_map(model, logits, properties, options.export, deadline), geometry)
     dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
-    labels, each = label_map_and_probabilities(model, logits, properties, options.probability_channels, dtype)
-    return LabelMap(labels, geometry, each)
+    chosen = options.probability_channels
+    labels, probability = label_map_and_probabilities(model, logits, properties, chosen, dtype, deadline)
+    return LabelMap(labels, geometry, probability)
 
 
 def label_map(
@@ -37,6 +44,7 @@ def label_map(
     logits: torch.Tensor,
     properties: Mapping[str, Any],
     method: ExportMethod = ExportMethod.EXACT,
+    deadline: float | None = None,
 ) -> LabelArray:
     """The segmentation of one case.
 
@@ -45,28 +53,34 @@ def label_map(
         logits: float16 or float32 (classes, z, y, x) on the network's grid, in the plan's axis order; left as they are.
         properties: nnU-Net's ``data_properties`` from preprocessing.
         method: ``EXACT`` gives what ``convert_predicted_logits_to_segmentation_with_correct_shape`` gives.
+        deadline: ``time.monotonic()`` after which it is given up.
 
     Returns:
         Labels (Z, Y, X) on the input's grid, uint8, or uint16 if one is above 254.
 
     Raises:
+        BadOption: a label manager of the model's own knows no other method than ``EXACT``.
+        Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
     if not _is_stocks(model.labels):
+        if method is not ExportMethod.EXACT:
+            msg = "export: this model's own way from logits to labels allows exact only"
+            raise BadOption(msg)
         return stock.label_map(model, logits, properties)
     rule, resampling = _rule(model, logits), resampling_of(model, logits, properties)
     canvas = Canvas(model, rule, properties)
     if method is ExportMethod.NEAREST:
-        nearest.export(logits.cpu(), resampling, rule, canvas)
+        nearest.export(logits.cpu(), resampling, rule, canvas, deadline)
     elif method is ExportMethod.LINEAR:
         by_torch = replace(resampling, function=streamed.linear(resampling), together=1)
-        streamed.export(logits, by_torch, rule, canvas)
+        streamed.export(logits, by_torch, rule, canvas, deadline)
     elif resampling.taps is None:
-        streamed.export(logits, resampling, rule, canvas)
+        streamed.export(logits, resampling, rule, canvas, deadline)
     elif logits.device == _CPU:
-        sparse.export(logits, resampling.taps, rule, canvas)
+        sparse.export(logits, resampling.taps, rule, canvas, deadline)
     else:
-        dense.export(logits, resampling.taps, rule, canvas)
+        dense.export(logits, resampling.taps, rule, canvas, deadline)
     return canvas.finish()
 
 
@@ -76,6 +90,7 @@ def label_map_and_probabilities(
     properties: Mapping[str, Any],
     chosen: Sequence[int] | None = None,
     dtype: type[np.float32 | np.float16] = np.float32,
+    deadline: float | None = None,
 ) -> tuple[LabelArray, probabilities.Probabilities]:
     """The segmentation of one case, and how probable each class is.
 
@@ -85,6 +100,7 @@ def label_map_and_probabilities(
         properties: as in :func:`label_map`.
         chosen: channels of the network, in the order in which they are wanted; ``None`` takes all.
         dtype: of the probabilities.
+        deadline: ``time.monotonic()`` after which it is given up.
 
     Returns:
         Labels as in :func:`label_map`, except where two classes' probabilities are equal although their logits are
@@ -95,14 +111,15 @@ def label_map_and_probabilities(
         NonFiniteLogits: a logit is NaN or infinite.
     """
     channels = range(len(logits)) if chosen is None else chosen
-    if not _is_stocks(model.labels):
+    resampling = resampling_of(model, logits, properties)
+    if not _is_stocks(model.labels) or not resampling.known:
         labels, every = stock.label_map_and_probabilities(model, logits, properties)
         return labels, cast("probabilities.Probabilities", every[list(channels)].astype(dtype, copy=False))
-    rule, resampling = _rule(model, logits), resampling_of(model, logits, properties)
+    rule = _rule(model, logits)
     canvas = Canvas(model, rule, properties)
     out: probabilities.Probabilities = probabilities.blank(rule, channels, properties["shape_before_cropping"], dtype)
     crop = out[:, *crop_box(properties)]
-    probabilities.export(logits.cpu(), resampling, rule, canvas, channels, crop)
+    probabilities.export(logits.cpu(), resampling, rule, canvas, channels, crop, deadline)
     return canvas.finish(), cast("probabilities.Probabilities", to_image(out, model))
 
 
@@ -118,9 +135,3 @@ def _is_stocks(labels: LabelManager) -> bool:
     """Whether nnU-Net's own label manager decides, with its own nonlinearity."""
     nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim0
     return type(labels) is LabelManager and labels.inference_nonlin is nonlinearity
-
-
-def mixed_share(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]) -> float:
-    """The share of cells of the network's grid whose corners leave their label open, for benchmarks."""
-    taps = resampling_of(model, logits, properties).taps
-    return sparse.mixed_share(logits, taps, rule_of(model)) if taps else 1.0

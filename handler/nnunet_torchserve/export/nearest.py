@@ -11,10 +11,16 @@ from .canvas import Canvas
 from .grid import Resampling
 from .rules import ArgMax, Regions
 from .sparse import IMAGE_BLOCK, boxes, encode
-from .threads import each
+from .threads import in_threads
 
 
-def export(logits: torch.Tensor, resampling: Resampling, rule: ArgMax | Regions, canvas: Canvas) -> None:
+def export(
+    logits: torch.Tensor,
+    resampling: Resampling,
+    rule: ArgMax | Regions,
+    canvas: Canvas,
+    deadline: float | None = None,
+) -> None:
     """Paint the label of the nearest voxel of the network's grid (torch's ``nearest-exact``).
 
     Args:
@@ -22,18 +28,20 @@ def export(logits: torch.Tensor, resampling: Resampling, rule: ArgMax | Regions,
         resampling: only its shape matters.
         rule: the model's.
         canvas: what to paint on.
+        deadline: ``time.monotonic()`` after which it is given up.
 
     Raises:
+        Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
-    codes, _ = encode(logits, rule, certify=False)
+    codes, _ = encode(logits, rule, certify=False, deadline=deadline)
     chosen = [_nearest(inputs, outputs) for inputs, outputs in zip(codes.shape, resampling.shape, strict=True)]
 
     def paint(box: tuple[slice, slice, slice]) -> None:
         z, y, x = (indices[part] for indices, part in zip(chosen, box, strict=True))
         canvas.paint(box, codes[z][:, y][:, :, x])
 
-    each(paint, boxes(resampling.shape, IMAGE_BLOCK))
+    in_threads(paint, boxes(resampling.shape, IMAGE_BLOCK), deadline)
 
 
 def _nearest(inputs: int, outputs: int) -> npt.NDArray[np.int64]:

@@ -21,7 +21,7 @@ from .grid import Array, Resampling, Shape
 from .rules import ArgMax, Regions, check_finite
 from .sparse import Box, boxes
 from .streamed import resampled
-from .threads import each
+from .threads import check, in_threads
 
 _ELEMENTS = 2**21
 """Values of a block; 8 MiB in float32."""
@@ -39,6 +39,7 @@ def export(
     canvas: Canvas,
     chosen: Sequence[int],
     out: Probabilities,
+    deadline: float | None = None,
 ) -> None:
     """Paint labels and write probabilities.
 
@@ -49,13 +50,15 @@ def export(
         canvas: what to paint on.
         chosen: channels that are wanted.
         out: (len(chosen), z, y, x) of the crop, in the plan's axis order.
+        deadline: ``time.monotonic()`` after which it is given up.
 
     Raises:
+        Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
     check_finite(logits)
     if resampling.taps is None or isinstance(rule, Regions):
-        _whole(logits, resampling, rule, canvas, chosen, out)
+        _whole(logits, resampling, rule, canvas, chosen, out, deadline)
         return
     taps, width = resampling.taps, resampling.shape[2]
 
@@ -70,7 +73,7 @@ def export(
             for target, channel in zip(out, chosen, strict=True):
                 target[box] = probabilities[channel, part].reshape(_sizes(box))
 
-    each(block, list(_shares(resampling.shape, len(logits))))
+    in_threads(block, _shares(resampling.shape, len(logits)), deadline)
 
 
 def _whole(
@@ -80,11 +83,13 @@ def _whole(
     canvas: Canvas,
     chosen: Sequence[int],
     out: Probabilities,
+    deadline: float | None,
 ) -> None:
     """All classes at once, in float32, once: for regions, and for functions that give no part of a class."""
     values = np.empty((len(logits), *resampling.shape), np.float32)
     if resampling.taps is None:
-        for channel, resampled_class in resampled(logits, resampling.function, resampling.together):
+        for channel, resampled_class in resampled(logits, resampling):
+            check(deadline)
             values[channel] = resampled_class
     else:
         taps, flat = resampling.taps, values.reshape(len(logits), -1, resampling.shape[2])
@@ -94,7 +99,7 @@ def _whole(
             last = min(first + step, flat.shape[1])
             flat[:, first:last] = stock_arithmetic.rows(logits, taps, first, last)
 
-        each(block, range(0, flat.shape[1], step))
+        in_threads(block, range(0, flat.shape[1], step), deadline)
     if isinstance(rule, Regions):
         threads = torch.get_num_threads()
         torch.set_num_threads(STOCK_THREADS)
@@ -104,14 +109,14 @@ def _whole(
             torch.set_num_threads(threads)
     else:
         lines = torch.from_numpy(values).flatten(1)
-        each(lambda span: _softmax(lines[:, slice(*span)]), list(_shares(resampling.shape, len(logits))))
+        in_threads(lambda span: _softmax(lines[:, slice(*span)]), _shares(resampling.shape, len(logits)), deadline)
 
     def paint(box: Box) -> None:
         canvas.paint(box, rule.from_probabilities(values[:, *box]))
         for target, channel in zip(out, chosen, strict=True):
             target[box] = values[channel][box]
 
-    each(paint, list(boxes(resampling.shape, max(1, _ELEMENTS // len(logits)))))
+    in_threads(paint, boxes(resampling.shape, max(1, _ELEMENTS // len(logits))), deadline)
 
 
 def _softmax(values: torch.Tensor) -> None:

@@ -8,7 +8,9 @@ close to call; and settles those from values in stock's own arithmetic.
 Stock rounds resampled logits to the dtype of the logits, float16, before it compares them, so that ties are common and
 go to the first class. Why a margin of one step of that dtype is enough: weights are not negative and sum to one. If
 class *a* leads class *k* by ``g > eps * max(|a|, |k|)`` at every corner of a cell, it leads by more than
-``eps * max(|A|, |K|)`` anywhere between them, and two numbers that far apart round to different ones.
+``eps * max(|A|, |K|)`` anywhere between them, and two numbers that far apart round to different ones. It is enough to
+look at ``|a|`` and the second best class: ``|k| <= |a| + g``, so that ``g > eps * |a|``, with a little slack, implies
+the same of ``|k|``, and every other class is further behind.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 
 from ..errors import NonFiniteLogits
 from .grid import Array, TrainedModel
-from .threads import each
+from .threads import in_threads
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -41,15 +43,13 @@ PAINTED = 0.5
 
 _ROUNDING = 2**-20
 """What interpolating in float32 may be off by, as a part of the largest logit: 8 products and sums and the products of
-3 weights, each rounded by 2^-24, are within 12 * 2^-24."""
+3 weights, each rounded by 2^-24, are within 13 * 2^-24."""
 
 _SLACK = 1.01
 """For what the bounds neglect: rounding of the bounds themselves, and of float64."""
 
 _SURELY_POSITIVE = 2**-20
 """A logit from which sigmoid is above 0.5 in float32 on any processor; at 2^-24 it is not yet."""
-
-_NOT_FINITE = "the network's logits for this case are not finite; no segmentation can be given"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class ArgMax:
         Args:
             channel: its number; classes come in order.
             values: its logits on the image's grid, as the plan's function gave them.
-            best: the largest so far, -inf at first; updated.
+            best: the largest so far, at first those of the first class; updated.
             codes: 0 at first; updated.
         """
         larger = values > best
@@ -254,8 +254,8 @@ class Regions:
 
 def check_finite(logits: torch.Tensor) -> None:
     """Raise :class:`NonFiniteLogits` if one of (C, …) is NaN or infinite."""
-    if not all(each(lambda channel: bool(torch.isfinite(channel).all()), logits)):
-        raise NonFiniteLogits(_NOT_FINITE)
+    if not all(in_threads(lambda channel: bool(torch.isfinite(channel).all()), logits)):
+        raise NonFiniteLogits
 
 
 def _float32(logits: torch.Tensor) -> npt.NDArray[np.float32]:
@@ -268,5 +268,5 @@ def _largest(ends: Sequence[np.floating[Any]]) -> float:
     """The largest magnitude of values whose least and largest are among ``ends``, which NaN reaches too."""
     largest = float(np.max(np.abs(ends)))
     if not np.isfinite(largest):
-        raise NonFiniteLogits(_NOT_FINITE)
+        raise NonFiniteLogits
     return largest

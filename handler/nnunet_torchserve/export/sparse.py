@@ -1,7 +1,7 @@
 """Exact labels without all classes at full resolution: only what the corners of a cell leave open is interpolated.
 
 A *cell* is the box between neighbouring voxels of the network's grid. If all its corners have one and the same certain
-code (:mod:`.rules`), every voxel of the image in it has that code: no interpolation is needed. The others, *mixed*, are
+code (:mod:`.rules`), every voxel of the image in it has that code: no interpolation is needed. The others, *open*, are
 interpolated in float32, all classes of a voxel by one weighted gather, and the few of those that float32 cannot tell
 apart are settled in stock's own arithmetic. In blocks of the image, each on one thread.
 """
@@ -22,24 +22,30 @@ from . import stock_arithmetic
 from .canvas import Canvas
 from .grid import Array, Taps
 from .rules import MIXED, ArgMax, Codes, Precision, Regions
-from .threads import each
+from .threads import in_threads
 
 GRID_BLOCK = 2**16
 """Voxels of the network's grid that are encoded at a time: a few arrays of them, float32, fit a core's cache."""
 
 IMAGE_BLOCK = 2**16
-"""Voxels of the image that are painted at a time."""
+"""Voxels of the image that are painted at a time, and of the network's grid that they lie among."""
 
 SAME_GRID_BLOCK = 2**17
-"""The same, where nothing is resampled and a voxel costs little."""
+"""Voxels at a time where nothing is resampled and a voxel costs little."""
 
 _ELEMENTS = 2**20
-"""Values that are interpolated at a time; 4 MiB."""
+"""Values that are interpolated at a time; 4 MiB, and at most eight times as many around them."""
 
 Box = tuple[slice, slice, slice]
 
 
-def export(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, canvas: Canvas) -> None:
+def export(
+    logits: torch.Tensor,
+    taps: Sequence[Taps],
+    rule: ArgMax | Regions,
+    canvas: Canvas,
+    deadline: float | None = None,
+) -> None:
     """Paint the labels that stock would give.
 
     Args:
@@ -47,24 +53,29 @@ def export(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, c
         taps: of each axis.
         rule: the model's.
         canvas: what to paint on.
+        deadline: ``time.monotonic()`` after which it is given up.
 
     Raises:
+        Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
-    shape = [len(each_taps) for each_taps in taps]
-    if all(each_taps.is_identity for each_taps in taps):
+    shape = [len(each) for each in taps]
+    if all(each.is_identity for each in taps):
 
         def paint(box: Box) -> None:
             canvas.paint(box, rule.encode(logits[:, *box], certify=False)[0])
 
-        each(paint, list(boxes(shape, SAME_GRID_BLOCK)))
+        in_threads(paint, boxes(shape, SAME_GRID_BLOCK), deadline)
         return
-    codes, largest = encode(logits, rule)
+    codes, largest = encode(logits, rule, deadline=deadline)
     painter = _Painter(logits, codes, taps, rule, Precision.of(logits.dtype, largest), canvas)
-    each(painter.paint, list(boxes(shape, IMAGE_BLOCK)))
+    crowd = max(1.0, codes.size / math.prod(shape))  # voxels of the network's grid for one of a coarse image
+    in_threads(painter.paint, boxes(shape, int(IMAGE_BLOCK / crowd)), deadline)
 
 
-def encode(logits: torch.Tensor, rule: ArgMax | Regions, *, certify: bool = True) -> tuple[Codes, float]:
+def encode(
+    logits: torch.Tensor, rule: ArgMax | Regions, *, certify: bool = True, deadline: float | None = None
+) -> tuple[Codes, float]:
     """Codes of every voxel of the network's grid, and the largest magnitude of their logits."""
     shape = logits.shape[1:]
     codes: Codes = np.empty(shape, rule.dtype)
@@ -73,24 +84,7 @@ def encode(logits: torch.Tensor, rule: ArgMax | Regions, *, certify: bool = True
         codes[box], largest = rule.encode(logits[:, *box], certify=certify)
         return largest
 
-    return codes, max(each(encode_box, list(boxes(shape, GRID_BLOCK))))
-
-
-def cells(codes: Codes, axes: Sequence[int]) -> Codes:
-    """The codes of the cells that start at each voxel, or :data:`~.rules.MIXED`.
-
-    Args:
-        codes: of voxels.
-        axes: along which a cell reaches to the next voxel; the last one's cell ends with it.
-    """
-    for axis in axes:
-        before, after = _without(codes, axis, last=True), _without(codes, axis, last=False)
-        merged = codes.copy()
-        # all ones where they differ; -1 has all bits set
-        differ = np.negative(np.not_equal(before, after).astype(codes.dtype))
-        np.bitwise_or(before, differ, out=_without(merged, axis, last=True))
-        codes = merged
-    return codes
+    return codes, max(in_threads(encode_box, boxes(shape, GRID_BLOCK), deadline))
 
 
 def boxes(shape: Sequence[int], voxels: int) -> Iterator[Box]:
@@ -102,13 +96,16 @@ def boxes(shape: Sequence[int], voxels: int) -> Iterator[Box]:
         yield slice(start, min(depth, start + planes)), slice(row, min(height, row + rows)), slice(0, width)
 
 
-def mixed_share(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions) -> float:
-    """The share of cells whose corners leave their label open."""
-    axes = _interpolated(taps)
-    codes = cells(encode(logits, rule)[0], axes)
-    for axis in axes:
-        codes = _without(codes, axis, last=True) if codes.shape[axis] > 1 else codes
-    return float(np.mean(codes == _mixed(codes)))
+def cell_codes(codes: Codes, taps: Sequence[Taps]) -> Codes:
+    """For each output of ``taps`` the code that its corners share, or :data:`~.rules.MIXED`."""
+    for axis, each in enumerate(taps):
+        lower = np.take(codes, each.lower, axis=axis)
+        if each.interpolates:
+            upper = np.take(codes, each.upper, axis=axis)
+            # all bits are set where they differ
+            lower |= np.negative(np.not_equal(lower, upper).astype(codes.dtype))
+        codes = lower
+    return codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,108 +118,73 @@ class _Painter:
     canvas: Canvas
 
     def paint(self, box: Box) -> None:
-        taps = [each_taps[part] for each_taps, part in zip(self.taps, box, strict=True)]
-        low = [int(each_taps.lower.min()) for each_taps in taps]
-        region = tuple(slice(start, int(each_taps.upper.max()) + 1) for start, each_taps in zip(low, taps, strict=True))
-        taps = [each_taps.shifted(start) for each_taps, start in zip(taps, low, strict=True)]
-        axes = _interpolated(taps)
-        known = cells(self.codes[region], axes)
-        painted = known
-        for axis, each_taps in enumerate(taps):
-            painted = np.take(painted, each_taps.lower, axis=axis)
-        open_voxels = np.flatnonzero(painted == _mixed(painted))
-        if open_voxels.size:
-            needed = known == _mixed(known)
-            for axis in axes:  # the far corners of mixed cells too
-                near = needed.copy()
-                _without(needed, axis, last=False)[...] |= _without(near, axis, last=True)
-            corners = _Corners.gather(self.logits, region, needed)
-            step = max(1, _ELEMENTS // self.rule.classes)
-            flat = painted.reshape(-1)
-            for start in range(0, open_voxels.size, step):
-                chosen = open_voxels[start : start + step]
-                flat[chosen] = self._decide(corners, taps, axes, np.unravel_index(chosen, painted.shape))
+        """Paint one block of the image."""
+        taps = [each[part] for each, part in zip(self.taps, box, strict=True)]
+        low = [int(each.lower.min()) for each in taps]
+        region = tuple(slice(start, int(each.upper.max()) + 1) for start, each in zip(low, taps, strict=True))
+        taps = [each.shifted(start) for each, start in zip(taps, low, strict=True)]
+        painted = cell_codes(self.codes[region], taps)
+        flat = painted.reshape(-1)
+        open_voxels = np.flatnonzero(flat == MIXED[self.rule.dtype])
+        step = max(1, _ELEMENTS // self.rule.classes)
+        for start in range(0, open_voxels.size, step):
+            chosen = open_voxels[start : start + step]
+            flat[chosen] = self._decide(region, taps, np.unravel_index(chosen, painted.shape))
         self.canvas.paint(box, painted)
 
-    def _decide(
-        self,
-        corners: _Corners,
-        taps: Sequence[Taps],
-        axes: Sequence[int],
-        voxels: Sequence[npt.NDArray[np.intp]],
-    ) -> npt.NDArray[np.int64]:
-        """Codes of some voxels of the block, given by their positions along each axis."""
-        indices = corners.around(taps, axes, voxels)
-        sides = [
-            [torch.from_numpy(side.astype(np.float32)[voxels[axis]]) for side in taps[axis].weights] for axis in axes
-        ]
-        ones = torch.ones(len(indices))  # a block without an interpolated axis has one corner
+    def _decide(self, region: Sequence[slice], taps: Sequence[Taps], voxels: Sequence[npt.NDArray[np.intp]]) -> Codes:
+        """Codes of some voxels of a block, given by their positions along each axis."""
+        corners = _Corners.of(self.logits[:, *region], taps, voxels)
+        moving = [(each, at) for each, at in zip(taps, voxels, strict=True) if each.interpolates]
+        sides = [[torch.from_numpy(side.astype(np.float32)[at]) for side in each.weights] for each, at in moving]
+        ones = torch.ones(len(corners.indices))  # a block without an interpolated axis has one corner
         weights = torch.stack([math.prod(corner, start=ones) for corner in itertools.product(*sides)], 1)
+        table = torch.empty(corners.logits.shape[::-1]).copy_(torch.from_numpy(corners.logits).t())
         values = functional.embedding_bag(
-            torch.from_numpy(indices), corners.table, mode="sum", per_sample_weights=weights
+            torch.from_numpy(corners.indices), table, mode="sum", per_sample_weights=weights
         )
         codes, near = self.rule.decide(values, self.precision)
-        decided: npt.NDArray[np.int64] = codes.numpy()
+        decided: Codes = codes.numpy()
         if (close := np.flatnonzero(near.numpy())).size:
-            exact = [[side[voxels[axis][close]] for side in taps[axis].weights] for axis in axes]
-            decided[close] = self.rule.settle(stock_arithmetic.at_points(corners.logits, indices[close], exact))
+            exact = [[side[at[close]] for side in each.weights] for each, at in moving]
+            values_there = stock_arithmetic.at_points(corners.logits, corners.indices[close], exact)
+            decided[close] = self.rule.settle(values_there)
         return decided
 
 
 @dataclass(frozen=True, slots=True)
 class _Corners:
-    """Logits of the voxels of a region that are needed, and no others.
+    """The network's voxels around some of the image, each once.
 
     Attributes:
-        number: int32, flat position in the region -> row of ``table``, where the voxel is needed.
-        shape: (z, y, x) of the region.
         logits: (C, u), as they came.
-        table: float32 (u, C), the same.
+        indices: int32 (n, corners), a column of ``logits`` for each corner of a voxel, the last axis fastest.
     """
 
-    number: npt.NDArray[np.int32]
-    shape: tuple[int, ...]
     logits: Array
-    table: torch.Tensor
+    indices: npt.NDArray[np.int32]
 
     @classmethod
-    def gather(cls, logits: torch.Tensor, region: Sequence[slice], needed: npt.NDArray[np.bool_]) -> _Corners:
-        classes = len(logits)
-        part = logits[:, *region]
-        memory = part.numpy()
+    def of(cls, logits: torch.Tensor, taps: Sequence[Taps], voxels: Sequence[npt.NDArray[np.intp]]) -> _Corners:
+        """Gather them from a region (C, z, y, x) of the grid."""
+        classes, *shape = logits.shape
+        steps = (shape[1] * shape[2], shape[2], 1)
+        sides = []
+        for each, step, at in zip(taps, steps, voxels, strict=True):
+            ends = (each.lower, each.upper) if each.interpolates else (each.lower,)
+            sides.append([(end * step)[at] for end in ends])
+        around = np.stack([z + y + x for z, y, x in itertools.product(*sides)], 1)
+        needed = np.zeros(math.prod(shape), np.bool_)
+        needed[around] = True
+        number = np.cumsum(needed, dtype=np.int32) - 1
+
+        memory = logits.numpy()
         strides = [stride // memory.itemsize for stride in memory.strides[1:]]
-        reach = 1 + sum((n - 1) * stride for n, stride in zip(part.shape[1:], strides, strict=True))
-        lines = part.as_strided((classes, reach), (part.stride(0), 1)).numpy()
-        offsets = np.zeros(np.count_nonzero(needed), np.intp)
-        for index, stride in zip(needed.nonzero(), strides, strict=True):
-            offsets += index * stride
-        found = np.empty((classes, len(offsets)), memory.dtype)
+        reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        lines = logits.as_strided((classes, reach), (logits.stride(0), 1)).numpy()
+        z, y, x = np.unravel_index(np.flatnonzero(needed), shape)
+        offsets = z * strides[0] + y * strides[1] + x * strides[2]
+        found = np.empty((classes, int(number[-1]) + 1), memory.dtype)
         for line, out in zip(lines, found, strict=True):
             np.take(line, offsets, out=out, mode="clip")  # "raise" would copy `out`
-        number = np.cumsum(needed, dtype=np.int32) - 1
-        table = torch.empty(found.shape[::-1]).copy_(torch.from_numpy(found).t())
-        return cls(number, needed.shape, found, table)
-
-    def around(
-        self, taps: Sequence[Taps], axes: Sequence[int], voxels: Sequence[npt.NDArray[np.intp]]
-    ) -> npt.NDArray[np.int32]:
-        """Rows of the table at the corners of the voxels' cells, (n, corners), the last axis fastest."""
-        steps = (self.shape[1] * self.shape[2], self.shape[2], 1)
-        sides = []
-        for axis, (each_taps, step) in enumerate(zip(taps, steps, strict=True)):
-            lower = (each_taps.lower * step)[voxels[axis]]
-            sides.append((lower, (each_taps.upper * step)[voxels[axis]]) if axis in axes else (lower,))
-        return np.stack([self.number[z + y + x] for z, y, x in itertools.product(*sides)], 1)
-
-
-def _interpolated(taps: Sequence[Taps]) -> list[int]:
-    return [axis for axis, each_taps in enumerate(taps) if each_taps.interpolates]
-
-
-def _mixed(codes: Codes) -> int:
-    return MIXED[codes.dtype.type]
-
-
-def _without(array: Array, axis: int, *, last: bool) -> Array:
-    """A view without the last, or the first, along an axis."""
-    return array[(slice(None),) * axis + (slice(None, -1) if last else slice(1, None),)]
+        return cls(found, number[around])

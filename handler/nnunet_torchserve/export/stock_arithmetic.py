@@ -66,7 +66,9 @@ def rows(logits: torch.Tensor, taps: Sequence[Taps], first: int, last: int) -> A
         plane, start = divmod(row, height)
         end = min(height, start + last - row)
         part = values[:, row - first : row - first + end - start]
-        step = max(1, _ELEMENTS // (end - start) // width)
+        height_used = int(taps[1].upper[start:end].max()) + 1 - int(taps[1].lower[start:end].min())
+        widest = max(height_used, end - start) * max(logits.shape[3], width)
+        step = max(1, _ELEMENTS // widest)
         for begin in range(0, len(logits), step):
             group = slice(begin, begin + step)
             part[group] = _plane(logits[group].numpy(), taps, plane, slice(start, end))
@@ -76,25 +78,30 @@ def rows(logits: torch.Tensor, taps: Sequence[Taps], first: int, last: int) -> A
 
 def _plane(logits: Array, taps: Sequence[Taps], plane: int, rows: slice) -> Array:
     """Some rows of one plane, float64 (C, rows, X)."""
+    in_plane = taps[1][rows]
+    lowest = int(in_plane.lower.min())
+    used = slice(lowest, int(in_plane.upper.max()) + 1)
     terms = 0
     total: Array = np.empty(0)
-    for z_index, z_weight in _sides(taps[0], slice(plane, plane + 1)):
-        slab = logits[:, z_index[0]].astype(np.float64)
-        if taps[0].interpolates:
+    across = taps[0][plane : plane + 1]
+    for z_index, z_weight in _sides(across):
+        slab = logits[:, z_index[0], used].astype(np.float64)
+        if across.interpolates:
             slab *= z_weight[0]
-        for y_index, y_weight in _sides(taps[1], rows):
+        for y_index, y_weight in _sides(in_plane.shifted(lowest)):
             lines = slab[:, y_index]
-            if taps[1].interpolates:
+            if in_plane.interpolates:
                 lines *= y_weight[:, None]
-            for x_index, x_weight in _sides(taps[2], slice(None)):
+            for x_index, x_weight in _sides(taps[2]):
                 term = np.take(lines, x_index, axis=2)
                 if taps[2].interpolates:
                     term *= x_weight
                 total = np.add(total, term, out=total) if terms else term
                 terms += 1
+        del slab
     return total
 
 
-def _sides(taps: Taps, part: slice) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    lower = (taps.lower[part], taps.lower_weight[part])
-    return [lower, (taps.upper[part], taps.upper_weight[part])] if taps.interpolates else [lower]
+def _sides(taps: Taps) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    lower = (taps.lower, taps.lower_weight)
+    return [lower, (taps.upper, taps.upper_weight)] if taps.interpolates else [lower]
