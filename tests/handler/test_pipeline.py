@@ -295,7 +295,7 @@ from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import Options
+from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.pipeline import Pipeline, Request
 bundle = ModelBundle(Path(sys.argv[1]))
 pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600)
@@ -305,29 +305,51 @@ def memory(what):
     return int(re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
 before = memory("VmRSS")
-options = '{"folds": [0], "use_mirroring": false, "tile_step_size": 1}'
-response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": options}))
+text = sys.argv[3]
+response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": text}))
 assert response.status == 200, response.body
-image = open_image(body, Limits(), "SimpleITKIO")
-settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False, tile_step_size=1.0))
-print(memory("VmHWM") - before, price(bundle, image.geometry, 1, settings, Options()).bytes)
+image, options = open_image(body, Limits(), "SimpleITKIO"), parse_options(text.encode())
+settings = settings_for(bundle, options)
+print(memory("VmHWM") - before, price(bundle, image.geometry, bundle.channels, settings, options).bytes)
 """
 
 
+PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "slope", "size", "spacing"),
-    [("int16", 1, 200, 0.4), ("float64", 2, 200, 0.4), ("int64", 2, 200, 0.4), ("int16", 1, 60, 4.5)],
+    ("model", "dtype", "slope", "size", "spacing", "options"),
+    [
+        ("five_folds", "int16", 1, 200, 0.4, {}),
+        ("five_folds", "float64", 2, 200, 0.4, {}),
+        ("five_folds", "int64", 2, 200, 0.4, {}),
+        ("five_folds", "int16", 1, 60, 4.5, {}),
+        ("five_folds", "int16", 1, 200, 0.4, {"preprocess": "stock"}),
+        ("five_folds", "int16", 1, 160, 0.6, PROBABILITIES),
+        ("five_folds", "int16", 1, 160, 0.6, PROBABILITIES | {"probability_channels": [1]}),
+        ("regions", "int16", 1, 160, 0.6, PROBABILITIES),
+        ("regions", "int16", 1, 160, 0.6, {"export": "linear"}),
+    ],
 )
 def test_the_price_in_bytes_is_an_upper_bound(
-    dtype: str, slope: int, size: int, spacing: float, unpacked: Callable[[str], Path], tmp_path: Path
+    model: str,
+    dtype: str,
+    slope: int,
+    size: int,
+    spacing: float,
+    options: dict[str, object],
+    unpacked: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     """Measured in a process of its own: the peak of a case above that of a small one."""
-    voxels = np.random.default_rng(0).integers(1, 99, (size,) * 3).astype(dtype)
+    channels = () if model == "five_folds" else (2,)
+    voxels = np.random.default_rng(0).integers(1, 99, (size,) * 3 + channels).astype(dtype)
     body = bytearray(volumes.nifti(voxels, np.diag([spacing] * 3 + [1])))
     body[112:120] = np.array([slope, 0], "<f4").tobytes()  # scl_slope and scl_inter
     file = volumes.write(tmp_path, "body", bytes(body))
+    text = json.dumps({"folds": [0], "use_mirroring": False, "tile_step_size": 1} | options)
     answer = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(unpacked("five_folds")), str(file)],
+        [sys.executable, "-c", MEASURE, str(unpacked(model)), str(file), text],
         capture_output=True,
         text=True,
         check=False,
