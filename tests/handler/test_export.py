@@ -50,13 +50,13 @@ from support.export_cases import (
     Case,
     Labelling,
     Pattern,
-    PlannedModel,
     Resampling,
     classes,
     examples,
     stock_labels,
     stock_probabilities,
 )
+from support.logits import ExportModel
 
 REGIONS = Labelling({"background": 0, "all": [1, 2, 3], "core": [2, 3], "centre": 3}, [1, 2, 3])
 BOTH_TYPES = st.sampled_from(["float16", "float32"])
@@ -532,7 +532,7 @@ def around(logits: torch.Tensor) -> torch.Tensor:
     return functional.max_pool3d(logits.float().abs(), 3, stride=1, padding=1)
 
 
-def painted(values: torch.Tensor, model: PlannedModel) -> npt.NDArray[np.int64]:
+def painted(values: torch.Tensor, model: ExportModel) -> npt.NDArray[np.int64]:
     """Labels of logits (C, ...): the largest, or regions one over the other."""
     if not model.labels.has_regions:
         winners: npt.NDArray[np.int64] = values.numpy().argmax(0)
@@ -548,7 +548,7 @@ def on_the_image(values: npt.NDArray[Any], case: Case) -> npt.NDArray[Any]:
     return np.pad(values, case.margins).transpose(np.argsort(case.transpose))
 
 
-def undecided(values: torch.Tensor, scale: torch.Tensor, model: PlannedModel) -> npt.NDArray[np.bool_]:
+def undecided(values: torch.Tensor, scale: torch.Tensor, model: ExportModel) -> npt.NDArray[np.bool_]:
     """Voxels whose label hangs on the order of additions in float32."""
     error = 1e-5 * scale + torch.finfo(torch.float32).smallest_normal
     if model.labels.has_regions:
@@ -817,7 +817,7 @@ def test_no_voxel_and_no_bit_differs_for_real_logits(
 ) -> None:
     pipeline = material_pipeline(dataset, configuration)
     bundle = pipeline.bundle
-    model = PlannedModel(bundle.plans, bundle.configuration, bundle.labels)
+    model = ExportModel(bundle.plans, bundle.configuration, bundle.labels)
     reader = bundle.plans.plans["image_reader_writer"]
     files = sorted((material / "images" / dataset).glob(f"{name}_*.nii.gz"))
     images = [codecs.open_image(file.read_bytes(), Limits(), reader) for file in files]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from nnunetv2.preprocessing.normalization import default_normalization_schemes
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import ZScoreNormalization
@@ -29,6 +29,7 @@ from nnunet_torchserve.options import PreprocessMethod
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import PreprocessedCase, preprocess
 from nnunet_torchserve.resampling import resample_image, spline_arguments
+from support.export_cases import examples
 from support.plans import AS_STOCK_PLANS_IT, ISOTROPIC, Array, Plan, Spacing, stock, volume_of
 
 FLOAT64_ROUNDING = 2.0**-46
@@ -117,7 +118,7 @@ def cases(draw: st.DrawFn) -> tuple[Plan, Array, Spacing]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@examples(400)
 @given(cases())
 @example((Plan(use_mask=(True,)), np.zeros((1, 4, 5, 6), np.float32), ISOTROPIC))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # an empty mask has no mean, in stock neither

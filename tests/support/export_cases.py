@@ -22,12 +22,11 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import gaussian_filter
 
 from nnunet_torchserve.tiling import STOCK_THREADS
 
+from .logits import ExportModel, export_model_of
 from .untrained import DEMO_MODEL
 
 SEARCH_VARIABLE = "NNUNET_TORCHSERVE_SEARCH"
@@ -49,15 +48,6 @@ def examples(count: int) -> settings:
 
 
 # ------------------------------------------------------------------------------------------------------------ models
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """As much of a model as an export needs."""
-
-    plans: PlansManager
-    configuration: ConfigurationManager
-    labels: LabelManager
 
 
 @dataclass(frozen=True)
@@ -104,7 +94,7 @@ def planned_model(
     resampling: Resampling = STANDARD,
     target: Sequence[float] = (2.0, 2.0, 2.0),
     transpose: Sequence[int] = (0, 1, 2),
-) -> PlannedModel:
+) -> ExportModel:
     """The demo model's plans with another resampling, spacing, transpose and other labels.
 
     Args:
@@ -122,9 +112,9 @@ def planned_model(
         "resampling_fn_probabilities": resampling.name,
         "resampling_fn_probabilities_kwargs": resampling.arguments,
     }
-    manager = PlansManager(plans)
-    dataset = {"labels": labelling.labels, "regions_class_order": labelling.regions_class_order}
-    return PlannedModel(manager, manager.get_configuration(name), manager.get_label_manager(dataset))
+    return export_model_of(
+        plans, {"labels": labelling.labels, "regions_class_order": labelling.regions_class_order}, name
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ logits
@@ -330,11 +320,11 @@ class Case:
     target: tuple[float, ...] = (2.0, 2.0, 2.0)
     transpose: tuple[int, ...] = (0, 1, 2)
 
-    def model(self) -> PlannedModel:
+    def model(self) -> ExportModel:
         """The model."""
         return planned_model(self.labelling, self.resampling, self.target, self.transpose)
 
-    def logits(self, model: PlannedModel) -> torch.Tensor:
+    def logits(self, model: ExportModel) -> torch.Tensor:
         """The logits (C, z, y, x)."""
         shape = (int(model.labels.num_segmentation_heads), *self.grid)
         return make_logits(self.pattern, shape, self.seed, self.dtype, self.layout)
@@ -489,21 +479,21 @@ def cases(
 # ------------------------------------------------------------------------------------------------------------- stock
 
 
-def stock_labels(model: PlannedModel, logits: torch.Tensor, properties: dict[str, Any]) -> LabelArray:
+def stock_labels(model: ExportModel, logits: torch.Tensor, properties: dict[str, Any]) -> LabelArray:
     """nnU-Net's label map (Z, Y, X)."""
     labels: LabelArray = _stock(model, logits, properties, probabilities=False)
     return labels
 
 
 def stock_probabilities(
-    model: PlannedModel, logits: torch.Tensor, properties: dict[str, Any]
+    model: ExportModel, logits: torch.Tensor, properties: dict[str, Any]
 ) -> tuple[LabelArray, npt.NDArray[np.float32]]:
     """nnU-Net's label map (Z, Y, X) where probabilities are asked for, and these, float32 (C, Z, Y, X)."""
     labels, probabilities = _stock(model, logits, properties, probabilities=True)
     return labels, probabilities
 
 
-def _stock(model: PlannedModel, logits: torch.Tensor, properties: dict[str, Any], *, probabilities: bool) -> Any:
+def _stock(model: ExportModel, logits: torch.Tensor, properties: dict[str, Any], *, probabilities: bool) -> Any:
     threads = torch.get_num_threads()
     try:
         return convert_predicted_logits_to_segmentation_with_correct_shape(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -40,39 +39,25 @@ def export_model(
     classes: int | None = None,
     *,
     regions: Sequence[Sequence[int]] | None = None,
-    regions_class_order: Sequence[int] | None = None,
-    configuration: str = "3d_fullres",
     spacing: Sequence[float] = (1.5, 1.5, 1.5),
-    transpose_forward: Sequence[int] = (0, 1, 2),
-    resampling: str = "resample_data_or_seg_to_shape",
-    resampling_options: Mapping[str, object] | None = None,
 ) -> ExportModel:
     """The demo model's plans with other labels and another grid.
 
     Args:
         classes: with background; or else
-        regions: the labels of each region, background apart.
-        regions_class_order: what each region is painted as; 1, 2, … by default.
-        configuration: ``2d`` or ``3d_fullres``.
-        spacing: mm, of the configuration, in the plan's axis order: two for ``2d``.
-        transpose_forward: the plan's axes in terms of the image's.
-        resampling: the plan's function for probabilities.
-        resampling_options: entries of its keyword arguments to add or replace; ``None`` of all takes the demo's.
+        regions: the labels of each region, background apart; they are painted as 1, 2, ….
+        spacing: mm, in the plan's axis order.
     """
     plans: dict[str, Any] = json.loads((DEMO_MODEL / "plans.json").read_text())
-    plans["transpose_forward"] = list(transpose_forward)
-    plans["transpose_backward"] = [int(axis) for axis in np.argsort(transpose_forward)]
-    planned = plans["configurations"][configuration]
-    planned |= {"spacing": list(spacing), "resampling_fn_probabilities": resampling}
-    planned["resampling_fn_probabilities_kwargs"] |= resampling_options or {}
+    plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)
     dataset: dict[str, Any] = json.loads((DEMO_MODEL / "dataset.json").read_text())
     if regions is None:
         assert classes is not None
         dataset["labels"] = {"background": 0} | {f"part_{label}": label for label in range(1, classes)}
     else:
         dataset["labels"] = {"background": 0} | {f"region_{n}": list(labels) for n, labels in enumerate(regions, 1)}
-        dataset["regions_class_order"] = list(regions_class_order or range(1, len(regions) + 1))
-    return export_model_of(plans, dataset, configuration)
+        dataset["regions_class_order"] = list(range(1, len(regions) + 1))
+    return export_model_of(plans, dataset, "3d_fullres")
 
 
 def export_model_of(plans: dict[str, Any], dataset: dict[str, Any], configuration: str) -> ExportModel:
