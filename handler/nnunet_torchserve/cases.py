@@ -6,6 +6,7 @@ a volume that vanishes on the network's grid, more work than the limits allow.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import torch
 from .bundle import ModelBundle
 from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
-from .options import Accumulate, FoldName, Options
-from .resampling import spline_arguments
+from .options import Accumulate, FoldName, Options, PreprocessMethod
+from .resampling import LONGEST_BY_MATRIX, spline_arguments
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
 
@@ -25,7 +26,17 @@ _DECODE_BYTES = 48
 """Bytes for a voxel while it is decoded, at worst: 64-bit voxels with a scaling, as sent, copied, scaled, rounded."""
 
 _PREPROCESS_BYTES = 36
-"""Bytes for a voxel as sent, beside the volume, while stock's preprocessor works on it; measured."""
+"""Bytes for a voxel as sent and padded, beside the volume, while stock's preprocessor works on it; measured."""
+
+_SPLINE_PADDING = 24
+"""Voxels by which ``scipy.ndimage`` lengthens every axis before it filters a spline (12 at either end): a single slice
+becomes 25."""
+
+_EXACT_PREPROCESS_BYTES = 16
+"""Bytes for a voxel as sent, beside the volume, while ``preprocess: exact`` works on it; measured with a mask."""
+
+MAX_AXIS = 2**15 - 1
+"""Voxels: NIfTI-1 has no longer axis, and no scanner; what has one is a trap."""
 
 _SAFETY = 1.2
 
@@ -38,7 +49,7 @@ _COORDINATE_BYTES = 80
 _EXPORT_BLOCK_BYTES = 96 * 2**20
 """What one thread of the export holds at most."""
 
-_PREPROCESS_S, _EXPORT_S = 1e-8, 5e-10
+_PREPROCESS_S, _EXPORT_S, _PROBABILITIES_S = 1e-8, 5e-10, 2e-9
 """Seconds that preprocessing takes for a voxel, and the export for a voxel and class, on a fast machine: a
 request that has less time left than that is given up before and not after the stage."""
 
@@ -115,6 +126,7 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     Raises:
         WrongChannels: the model takes another number of channels.
         TooThin: no voxel would be left on an axis of the network's grid.
+        TooLarge: an axis is longer than any image's.
     """
     if channels != bundle.channels:
         names = ", ".join(bundle.channel_names.values())
@@ -126,31 +138,50 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     )
     if min(grid) < 1:
         raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx))
+    if (longest := max(*geometry.shape, *grid)) > MAX_AXIS:
+        msg = (
+            f"an axis would have {longest} voxels, at most {MAX_AXIS} are served; check the voxel spacing in the header"
+        )
+        raise TooLarge(msg)
     padded = padded_shape(grid, bundle.patch_size)
     patches = count_windows(padded, bundle.patch_size, settings.tile_step_size)
-    grid_voxels = grid[0] * grid[1] * grid[2]
-    padded_voxels = padded[0] * padded[1] * padded[2]
+    grid_voxels, padded_voxels = math.prod(grid), math.prod(padded)
     classes = bundle.classes
     volume = channels * geometry.voxels * _FLOAT32
     decode = channels * geometry.voxels * _DECODE_BYTES
-    resample = volume + channels * (geometry.voxels * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32))
+    resample = volume + channels * _preprocess_bytes(bundle, [geometry.shape[axis] for axis in order], grid, options)
     exact = settings.accumulate is Accumulate.HALF
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
-    export = logits + _export_bytes(bundle, geometry.voxels, grid_voxels, options)
+    export = logits + _export_bytes(bundle, geometry.voxels, grid, options)
     return Price(
         grid=grid,
         patches=patches,
         passes=patches * len(settings.folds) * 2 ** len(settings.mirroring_axes),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
         preprocess_s=channels * geometry.voxels * _PREPROCESS_S,
-        export_s=classes * geometry.voxels * _EXPORT_S,
+        export_s=classes * geometry.voxels * (_PROBABILITIES_S if options.save_probabilities else _EXPORT_S),
     )
 
 
-def _export_bytes(bundle: ModelBundle, voxels: int, grid_voxels: int, options: Options) -> int:
+def _preprocess_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
+    """What preprocessing holds of a channel beside it; axes of the image and of the network's grid in one order."""
+    voxels, grid_voxels = math.prod(shape), math.prod(grid)
+    separable = spline_arguments(bundle.configuration.resampling_fn_data) is not None
+    if options.preprocess is PreprocessMethod.EXACT and separable and max(*shape, *grid) <= LONGEST_BY_MATRIX:
+        half_way = max(n * grid_voxels // m for n, m in zip(shape, grid, strict=True))  # one axis is yet to come
+        return voxels * _EXACT_PREPROCESS_BYTES + half_way * _FLOAT64 + grid_voxels * _FLOAT32
+    return _padded(shape) * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32)
+
+
+def _padded(shape: Sequence[int]) -> int:
+    """Voxels that scipy filters for a spline."""
+    return math.prod(n + _SPLINE_PADDING for n in shape)
+
+
+def _export_bytes(bundle: ModelBundle, voxels: int, grid: Sequence[int], options: Options) -> int:
     """What the export holds beside the logits; at most, whatever way the plan makes it take."""
-    classes = bundle.classes
+    classes, grid_voxels = bundle.classes, math.prod(grid)
     blocks = min(torch.get_num_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
     if options.save_probabilities:
@@ -160,7 +191,8 @@ def _export_bytes(bundle: ModelBundle, voxels: int, grid_voxels: int, options: O
     if arguments is not None and arguments.order == 1 and type(bundle.labels).__name__ == "LabelManager":
         return export
     # nnU-Net's own function: slices by torch, other splines, or a whole export
-    return export + classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32) + voxels * _COORDINATE_BYTES
+    all_classes = classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32)
+    return export + all_classes + voxels * _COORDINATE_BYTES + _padded(grid) * _PREPROCESS_BYTES
 
 
 def check_affordable(case: Price, limits: Limits) -> None:

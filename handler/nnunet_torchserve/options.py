@@ -99,17 +99,12 @@ class Options(BaseModel):
     output_format: OutputFormat | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
 
-    @field_validator("folds", mode="before")
+    @field_validator("folds", "probability_channels", mode="before")
     @classmethod
-    def _one_fold_is_a_list_of_one(cls, value: Any) -> Any:
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
         if isinstance(value, list):
             return tuple(value)
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
-
-    @field_validator("probability_channels", mode="before")
-    @classmethod
-    def _a_list_is_a_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:

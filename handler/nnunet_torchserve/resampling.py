@@ -36,7 +36,7 @@ ResamplingFunction = Callable[[Any, Sequence[int], Sequence[float], Sequence[flo
 
 _MAX_ORDER = 3
 
-_MAX_AXIS = 2048
+LONGEST_BY_MATRIX = 2048
 """Voxels. The matrix of a longer axis costs its size squared, in time and memory; stock's function is better there."""
 
 _NEGLIGIBLE = 1e-20
@@ -126,7 +126,7 @@ def resample_image(
     arguments = spline_arguments(function)
     shape = tuple(int(n) for n in new_shape)
     sizes = (*data.shape[1:], *shape)
-    if arguments is None or data.dtype != np.float32 or not 1 <= min(sizes) <= max(sizes) <= _MAX_AXIS:
+    if arguments is None or data.dtype != np.float32 or not 1 <= min(sizes) <= max(sizes) <= LONGEST_BY_MATRIX:
         return _as_it_is(function, data, new_shape, current_spacing, new_spacing)
     if data.shape[1:] == shape:
         return data

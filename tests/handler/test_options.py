@@ -59,7 +59,7 @@ def test_output_format_is_one_that_exists() -> None:
         '{"probability_channels": [1, 1], "save_probabilities": true}',
         '{"probability_channels": [-1], "save_probabilities": true}',
         '{"probability_channels": [1.0], "save_probabilities": true}',
-        '{"probability_channels": 1, "save_probabilities": true}',
+        '{"probability_channels": "1", "save_probabilities": true}',
         '{"probability_dtype": "float16"}',
         '{"probability_dtype": "float64", "save_probabilities": true}',
     ],

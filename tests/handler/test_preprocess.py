@@ -323,7 +323,7 @@ def test_another_resampling_function_runs_as_it_is(function: Callable[..., Array
 
 
 def test_a_very_long_axis_is_left_to_stock() -> None:
-    array = texture((1, 3, resampling._MAX_AXIS + 1))
+    array = texture((1, 3, resampling.LONGEST_BY_MATRIX + 1))
     function = partial(resample_data_or_seg_to_shape, **AS_STOCK_PLANS_IT)
     arguments = (1, 4, 2000), ISOTROPIC, (1.0, 0.75, 1.02)
     expected = function(array, *arguments)

@@ -56,6 +56,13 @@ def bomb() -> bytes:
     return b"".join([*parts, compressor.flush()])
 
 
+def long_row() -> bytes:
+    """A NIfTI-2 file of few bytes whose one row scipy would pad to 25 x 25 rows."""
+    row = np.ones((40_000, 1, 1), np.uint8)
+    image = nib.Nifti2Image(row, np.diag([1e-3, 2.0, 2.0, 1.0]))
+    return gzip.compress(image.to_bytes())
+
+
 def with_voxel(value: float) -> bytes:
     """``IMAGE`` with one voxel replaced."""
     changed = IMAGE.copy()
@@ -82,6 +89,7 @@ BAD_REQUESTS = {
     "a header that claims 10^12 voxels": BadRequest(
         413, "too_large", header(dim={1: 10_000, 2: 10_000, 3: 10_000}), says="1000000000000 voxels"
     ),
+    "an axis that no scanner makes": BadRequest(413, "too_large", long_row(), says="40000 voxels"),
     "spacing that asks for a huge grid": BadRequest(
         413, "too_large", header(pixdim={1: 5e3, 2: 5e3, 3: 5e3}), says="spacing"
     ),

@@ -71,7 +71,8 @@ def smallest_answer(geometry: Geometry, output: OutputFormat, probability_bytes:
         output: the file format.
         probability_bytes: what the probabilities of one voxel take.
     """
-    labels = geometry.voxels if output is OutputFormat.NIFTI else 0
+    plain = output is OutputFormat.NIFTI or (output is OutputFormat.NPZ and probability_bytes > 0)
+    labels = geometry.voxels if plain else 0
     return labels + probability_bytes * geometry.voxels
 
 

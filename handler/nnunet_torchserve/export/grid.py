@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -118,7 +118,6 @@ class Resampling:
     known: bool
 
 
-@lru_cache(maxsize=64)
 def linear_taps(inputs: int, outputs: int) -> Taps:
     """What ``scipy.ndimage.zoom(order=1, mode="nearest", grid_mode=True)`` does along an axis.
 
@@ -133,7 +132,6 @@ def linear_taps(inputs: int, outputs: int) -> Taps:
     return Taps(inputs, lower.clip(0, last), (lower + 1).clip(0, last), 1.0 - weight, weight)
 
 
-@lru_cache(maxsize=64)
 def nearest_taps(inputs: int, outputs: int) -> Taps:
     """The slices that ``resample_data_or_seg`` takes, where it takes the nearest."""
     chosen = nearest_slices(inputs, outputs)
