@@ -107,7 +107,7 @@ def too_large_message(size: int, limit: int) -> str:
     """The one sentence that says an answer does not fit."""
     return (
         f"the answer would have {size} bytes, this server sends at most {limit}; "
-        "ask without save_probabilities, for fewer probability_channels, for float16 as probability_dtype, or for nii.gz"
+        "ask for fewer probability_channels, probability_dtype float16, no probabilities, or output_format nii.gz"
     )
 
 

@@ -138,7 +138,7 @@ BAD_REQUESTS = {
         "response_too_large",
         volumes.nifti_gz(np.zeros((90, 90, 90), np.uint8)),
         options='{"save_probabilities": true}',
-        says="save_probabilities",
+        says="probability_channels",
     ),
     "no time": BadRequest(504, "deadline", GOOD, options='{"timeout_s": 0.001}'),
 }
