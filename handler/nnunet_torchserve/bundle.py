@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -162,6 +163,19 @@ class ModelBundle:
     def classes(self) -> int:
         """Output channels of the network: labels with background, or regions without."""
         return int(self.labels.num_segmentation_heads)
+
+    @property
+    def output_names(self) -> list[str]:
+        """The name of each output channel: labels by value, with background; or regions in dataset.json's order."""
+        named = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
+        if self.labels.has_regions:
+            return [name for name, label in named.items() if np.any(label)]
+        return sorted(named, key=lambda name: int(np.max(named[name])))
+
+    @property
+    def has_own_label_manager(self) -> bool:
+        """Whether the plan names another label manager than nnU-Net's default."""
+        return type(self.labels).__name__ != "LabelManager"
 
     @property
     def patch_size(self) -> tuple[int, ...]:

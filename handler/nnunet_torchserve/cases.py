@@ -15,7 +15,7 @@ import torch
 from .bundle import ModelBundle
 from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
-from .options import Accumulate, FoldName, Options, PreprocessMethod
+from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod
 from .resampling import LONGEST_BY_MATRIX, spline_arguments
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
@@ -34,6 +34,9 @@ becomes 25."""
 
 _EXACT_PREPROCESS_BYTES = 16
 """Bytes for a voxel as sent, beside the volume, while ``preprocess: exact`` works on it; measured with a mask."""
+
+_NAMES = 2000
+"""Characters of a list of names in a message."""
 
 MAX_AXIS = 2**15 - 1
 """Voxels: NIfTI-1 has no longer axis, and no scanner; what has one is a trap."""
@@ -99,7 +102,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
 
     Raises:
         UnknownFold: the archive lacks one of the folds.
-        BadOption: the model has no such channel.
+        BadOption: the model has no such channel, or knows no such export.
     """
     folds = bundle.folds if options.folds is None else options.folds
     for fold in folds:
@@ -107,8 +110,12 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
             hint = "; without the option all of them are averaged" if fold == "all" else ""
             msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}{hint}"
             raise UnknownFold(msg)
-    if options.probability_channels is not None and max(options.probability_channels) >= bundle.classes:
-        msg = f"probability_channels: this model has the channels 0 to {bundle.classes - 1}"
+    if options.probability_channels is not None and (last := max(options.probability_channels)) >= bundle.classes:
+        names = ", ".join(f"{number} {ascii(name)[1:-1]}" for number, name in enumerate(bundle.output_names))
+        msg = f"probability_channels: {last} is no channel of this model; they are {names[:_NAMES]}"
+        raise BadOption(msg)
+    if options.export is not ExportMethod.EXACT and bundle.has_own_label_manager:
+        msg = "export: this model's own way from logits to labels allows exact only"
         raise BadOption(msg)
     allowed = bundle.fold(folds[0]).mirroring_axes or ()
     return Settings(
@@ -188,7 +195,7 @@ def _export_bytes(bundle: ModelBundle, voxels: int, grid: Sequence[int], options
         whole = classes * _FLOAT32  # regions need all classes once
         export += voxels * (2 * options.probability_bytes(classes) + whole)  # and the answer is written
     arguments = spline_arguments(bundle.configuration.resampling_fn_probabilities)
-    if arguments is not None and arguments.order == 1 and type(bundle.labels).__name__ == "LabelManager":
+    if arguments is not None and arguments.order == 1 and not bundle.has_own_label_manager:
         return export
     # nnU-Net's own function: slices by torch, other splines, or a whole export
     all_classes = classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32)

@@ -109,14 +109,12 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         chosen = self.probability_channels
-        if not self.save_probabilities and self.model_fields_set & {"probability_channels", "probability_dtype"}:
-            msg = "probability_channels and probability_dtype need save_probabilities"
-            raise ValueError(msg)
-        if chosen is not None and (not chosen or len(set(chosen)) != len(chosen)):
-            msg = "probability_channels must be a non-empty list of channel numbers without repeats"
+        wanted = chosen is not None or self.probability_dtype is not ProbabilityType.FLOAT32
+        if wanted and not self.save_probabilities:
+            msg = 'probability_channels and probability_dtype need "save_probabilities": true'
             raise ValueError(msg)
         if self.save_probabilities and self.export is not ExportMethod.EXACT:
-            msg = "save_probabilities needs export exact"
+            msg = f"export {self.export} gives no probabilities: leave out export, or save_probabilities"
             raise ValueError(msg)
         return self
 
@@ -127,13 +125,35 @@ class Options(BaseModel):
         chosen = classes if self.probability_channels is None else len(self.probability_channels)
         return chosen * self.probability_dtype.bytes
 
-    @field_validator("folds")
+    @field_validator("folds", "probability_channels")
     @classmethod
-    def _folds_are_distinct(cls, value: tuple[FoldName, ...] | None) -> tuple[FoldName, ...] | None:
+    def _are_distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
         if value is not None and (not value or len(set(value)) != len(value)):
-            msg = 'folds must be a number, "all", or a non-empty list of them without repeats'
+            msg = "empty, or something twice"
             raise ValueError(msg)
         return value
+
+
+def _one_of(names: type[StrEnum]) -> str:
+    return "should be " + " or ".join(names)
+
+
+_YES_OR_NO = "should be true or false, without quotes"
+_EXPECTED = {
+    "folds": 'should be a fold number, "all", or a list of them without repeats, as in [0, 1]',
+    "use_mirroring": _YES_OR_NO,
+    "tile_step_size": f"should be a number from {MIN_TILE_STEP_SIZE} to 1",
+    "use_gaussian": _YES_OR_NO,
+    "accumulate": _one_of(Accumulate),
+    "preprocess": _one_of(PreprocessMethod),
+    "export": _one_of(ExportMethod) + "; exact is stock's",
+    "save_probabilities": _YES_OR_NO,
+    "probability_channels": "should be a list of channel numbers without repeats, as in [1, 3]; names are no numbers",
+    "probability_dtype": _one_of(ProbabilityType),
+    "output_format": _one_of(OutputFormat),
+    "timeout_s": "should be a number of seconds above 0",
+}
+"""What is right, for each option."""
 
 
 def parse_options(text: bytes | None) -> Options:
@@ -159,9 +179,11 @@ def parse_options(text: bytes | None) -> Options:
         if first["type"] == "value_error" and not first["loc"]:
             raise BadOption(_explain(first["msg"])) from None
         if not first["loc"]:
-            msg = 'options must be one JSON object, as in {"use_mirroring": false}'
+            where = f" ({_explain(first['msg'])})" if first["type"] == "json_invalid" else ""
+            msg = f'options must be one JSON object, as in {{"use_mirroring": false}}{where}'
             raise Malformed(msg) from None
-        msg = f"option {first['loc'][0]}: {_explain(first['msg'])}"
+        name = str(first["loc"][0])
+        msg = f"option {name}: {_EXPECTED.get(name) or _explain(first['msg'])}"
         raise BadOption(msg) from None
 
 

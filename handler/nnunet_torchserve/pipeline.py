@@ -228,6 +228,7 @@ class Pipeline:
             "labels": bundle.dataset["labels"],
             "regions_class_order": bundle.dataset.get("regions_class_order") if labels.has_regions else None,
             "classes": bundle.classes,
+            "probability_channels": bundle.output_names,
             "patch_size": list(bundle.patch_size),
             "spacing": [float(size) for size in bundle.configuration.spacing],
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",

@@ -62,8 +62,10 @@ class LabelMap:
         geometry: the input's.
         probabilities: float32 or float16 (C, Z, Y, X) in nnU-Net's channel order, or of the channels chosen, where
             they were asked for.
+        channels: the number of each of them.
     """
 
     array: LabelArray
     geometry: Geometry
     probabilities: npt.NDArray[np.float32] | npt.NDArray[np.float16] | None = None
+    channels: tuple[int, ...] = ()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nnunet_torchserve.errors import BadOption, Malformed, UnknownOption
-from nnunet_torchserve.options import MAX_OPTIONS_BYTES, Options, OutputFormat, parse_options
+from nnunet_torchserve.options import _EXPECTED, MAX_OPTIONS_BYTES, Options, OutputFormat, parse_options
 
 
 def test_no_options_are_nnunets_defaults() -> None:
@@ -92,3 +92,16 @@ def test_what_is_no_json_object_is_malformed(text: bytes) -> None:
 def test_options_are_short() -> None:
     with pytest.raises(Malformed, match=str(MAX_OPTIONS_BYTES)):
         parse_options(b" " * (MAX_OPTIONS_BYTES + 1))
+
+
+def test_every_option_says_what_would_be_right() -> None:
+    assert _EXPECTED.keys() == Options.model_fields.keys()
+
+
+def test_defaults_may_be_sent() -> None:
+    defaults = json.dumps(Options().model_dump(mode="json")).encode()
+    assert parse_options(defaults) == Options()
+
+
+def test_one_channel_is_a_list_of_one() -> None:
+    assert parse_options(b'{"save_probabilities": true, "probability_channels": 2}').probability_channels == (2,)

@@ -24,6 +24,7 @@ import pytest
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
@@ -239,6 +240,8 @@ def test_some_probabilities_in_float16_can_be_asked_for(model: str, pipeline: Lo
         answers.append(np.load(io.BytesIO(response.body)))
     every, some = answers
     np.testing.assert_array_equal(some["labels"], every["labels"])
+    assert some["channels"].tolist() == [2, 0]
+    assert every["channels"].tolist() == list(range(len(every["probabilities"])))
     np.testing.assert_array_equal(some["probabilities"], every["probabilities"][[2, 0]].astype(np.float16), strict=True)
 
 
@@ -246,7 +249,23 @@ def test_a_channel_that_the_model_lacks_is_refused(pipeline: Load) -> None:
     options = json.dumps({"save_probabilities": True, "probability_channels": [0, 4]})
     response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
     assert (int(response.status), json.loads(response.body)["code"]) == (400, "bad_option")
-    assert "channels 0 to 3" in json.loads(response.body)["detail"]
+    assert "0 background, 1 low, 2 middle, 3 high" in json.loads(response.body)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"high": 2, "background": 0, "low": 1, "ignore": 3}, ["background", "low", "high"]),
+        ({"whole": [1, 2], "core": [2], "background": 0, "rim": 3}, ["whole", "core", "rim"]),
+    ],
+)
+def test_channels_are_named_as_nnunet_numbers_them(
+    labels: dict[str, object], names: list[str], unpacked: Callable[[str], Path]
+) -> None:
+    bundle = ModelBundle(unpacked("five_folds"))
+    bundle.dataset = bundle.dataset | {"labels": labels, "regions_class_order": [1, 2, 3]}
+    assert bundle.output_names == names
+    assert bundle.classes == len(names)
 
 
 def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:

@@ -106,7 +106,7 @@ def _zip_entry(name: str) -> zipfile.ZipInfo:
 
 
 def _npz(answer: LabelMap, labels: LabelArray | None = None) -> bytes:
-    """``labels``, ``probabilities``, and ITK's geometry; probabilities are not worth compressing."""
+    """``labels``, ``probabilities`` with their ``channels``, ITK's geometry; probabilities are not worth compressing."""
     arrays = {
         "spacing": np.array(answer.geometry.spacing),
         "origin": np.array(answer.geometry.origin),
@@ -116,6 +116,7 @@ def _npz(answer: LabelMap, labels: LabelArray | None = None) -> bytes:
         arrays["labels"] = labels
     if answer.probabilities is not None:
         arrays["probabilities"] = answer.probabilities
+        arrays["channels"] = np.array(answer.channels)
     file = io.BytesIO()
     save = np.savez_compressed if answer.probabilities is None else np.savez
     save(file, allow_pickle=False, **arrays)

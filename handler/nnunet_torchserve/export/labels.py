@@ -36,7 +36,7 @@ def export(
     dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
     chosen = options.probability_channels
     labels, probability = label_map_and_probabilities(model, logits, properties, chosen, dtype, deadline)
-    return LabelMap(labels, geometry, probability)
+    return LabelMap(labels, geometry, probability, tuple(range(len(logits))) if chosen is None else chosen)
 
 
 def label_map(
