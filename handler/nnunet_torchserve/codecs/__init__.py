@@ -106,7 +106,7 @@ def _zip_entry(name: str) -> zipfile.ZipInfo:
 
 
 def _npz(answer: LabelMap, labels: LabelArray | None = None) -> bytes:
-    """``labels``, ``probabilities`` with their ``channels``, ITK's geometry; probabilities are not worth compressing."""
+    """Labels, probabilities with their channels, and ITK's geometry; probabilities are not worth compressing."""
     arrays = {
         "spacing": np.array(answer.geometry.spacing),
         "origin": np.array(answer.geometry.origin),
