@@ -573,7 +573,8 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="large-117: resample every class by stock's function")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine; write no results")
     arguments = parser.parse_args()
-    kept: dict[str, Any] = json.loads(_RESULT_FILE.read_text())["cases"] if _RESULT_FILE.exists() else {}
+    before: dict[str, Any] = json.loads(_RESULT_FILE.read_text()) if _RESULT_FILE.exists() else {"cases": {}}
+    kept: dict[str, Any] = {} if "transcribed" in before else before["cases"]  # from a log: not all that is needed here
     measured = {}
     with tempfile.TemporaryDirectory(prefix="bench-export-") as folder:
         material = os.environ.get(MATERIAL_VARIABLE)
