@@ -27,6 +27,7 @@ EXPECTED = {
     "Busy": (429, "busy"),
     "NoEngine": (503, "internal"),
     "CaseFailed": (500, "case_failed"),
+    "NonFiniteLogits": (500, "case_failed"),
     "ServingError": (500, "internal"),
     "Deadline": (504, "deadline"),
     "OutOfMemory": (507, "out_of_memory"),
