@@ -158,8 +158,10 @@ class CaseFailed(ServingError):
 class NonFiniteLogits(CaseFailed):
     """The network's logits hold NaN or infinity: stock nnU-Net would answer with background there, silently."""
 
-    def __init__(self) -> None:
-        super().__init__("the network's logits for this case are not finite; no segmentation can be given")
+    def __init__(
+        self, message: str = "the network's logits for this case are not finite; no segmentation can be given"
+    ) -> None:
+        super().__init__(message)
 
 
 class Deadline(ServingError):
