@@ -8,6 +8,7 @@ they say otherwise.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gzip
 import hashlib
 import importlib.metadata
@@ -18,11 +19,12 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 from unittest import mock
 
 import httpx
@@ -43,6 +45,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
 from support.chaos import ChaosServer, family, wait_for
 from support.server import LiveServer
+
+Result = TypeVar("Result")
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -287,6 +291,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def percentile_95(values: Sequence[float]) -> float:
     """The 95th percentile, interpolated."""
     return float(np.percentile(values, 95))
+
+
+def with_extra_memory(work: Callable[[], Result]) -> tuple[Result, int]:
+    """What ``work`` gives, and the peak of this process's memory meanwhile, above what it held before; Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set is from here on (man 5 proc)
+    before = _status_bytes("VmRSS")
+    result = work()
+    return result, _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
+    return 1024 * int(line.split()[1])
 
 
 def stage_medians(answers: Sequence[Answer]) -> dict[str, float]:

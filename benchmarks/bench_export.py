@@ -19,7 +19,6 @@ Results of cases that a run leaves out are kept from the run before; every case 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import math
@@ -379,16 +378,8 @@ def measure_memory(side: Side, folder: Path) -> int:
     export = Export.load(folder)
     export.thinned().by(side)
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set is from here on (man 5 proc)
-    before = _status_bytes("VmRSS")
-    labels = export.by(side)
-    return max(0, _status_bytes("VmHWM") - before - labels.nbytes)
-
-
-def _status_bytes(field: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-    return 1024 * int(line.split()[1])
+    labels, extra = _common.with_extra_memory(partial(export.by, side))
+    return max(0, extra - labels.nbytes)
 
 
 def measure(case: Case, sources: Sources, repeats: int, *, quick: bool) -> dict[str, Any]:

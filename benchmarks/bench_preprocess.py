@@ -13,7 +13,6 @@ In the end a trained model predicts the 1 mm image from either side's array, and
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,6 @@ _NOISE = 0.02
 """Of the image's largest value."""
 
 _WARM_UP = (12, 13, 14)
-_RESET_PEAK = "5"
-"""Written to ``clear_refs``, it makes the peak resident set size the present one (man 5 proc)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,17 +200,9 @@ def be_a_process(case: Case, method: PreprocessMethod, file: Path) -> int:
     small = np.random.default_rng(SEED).normal(size=(1, *_WARM_UP)).astype(np.float32)
     by(method, case, small)
     volume, bundle = volume_of(np.load(file), case.spacing), case.plan.bundle
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    before = _status("VmRSS")
-    preprocessed = preprocess(bundle, volume, method)
-    print(_status("VmHWM") - before - preprocessed.data.nbytes)
+    preprocessed, extra = _common.with_extra_memory(partial(preprocess, bundle, volume, method))
+    print(extra - preprocessed.data.nbytes)
     return 0
-
-
-def _status(field: str) -> int:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:")]
-    return 1024 * int(line.split()[1])
 
 
 def labels_in_the_end(material: Material, scratch: Path) -> dict[str, Any]:
