@@ -175,7 +175,7 @@ class ModelBundle:
     @property
     def has_own_label_manager(self) -> bool:
         """Whether the plan names another label manager than nnU-Net's default."""
-        return type(self.labels).__name__ != "LabelManager"
+        return not decides_as_default(self.labels)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -202,6 +202,15 @@ class ModelBundle:
     def _json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / name).read_bytes())
         return content
+
+
+def decides_as_default(labels: LabelManager) -> bool:
+    """Whether nnU-Net's default label manager decides, with its default nonlinearity."""
+    from nnunetv2.utilities.helpers import softmax_helper_dim0
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim0
+    return type(labels) is LabelManager and labels.inference_nonlin is nonlinearity
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

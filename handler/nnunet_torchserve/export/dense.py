@@ -67,10 +67,7 @@ def _interpolated(logits: torch.Tensor, taps: Sequence[Taps]) -> torch.Tensor:
 def _settled(logits: torch.Tensor, taps: Sequence[Taps], rule: ArgMax | Regions, close: torch.Tensor) -> torch.Tensor:
     """Codes of the voxels at these flat positions of a slab."""
     voxels = torch.unravel_index(close, [len(each) for each in taps])
-    sides = [
-        [_on(side, logits)[at] for side in ((each.lower, each.upper) if each.interpolates else (each.lower,))]
-        for each, at in zip(taps, voxels, strict=True)
-    ]
+    sides = [[_on(end, logits)[at] for end in each.ends] for each, at in zip(taps, voxels, strict=True)]
     corners = torch.stack([logits[:, z, y, x] for z, y, x in itertools.product(*sides)], 2)
     indices = torch.arange(corners.shape[1] * corners.shape[2]).view(corners.shape[1:])
     weights = [

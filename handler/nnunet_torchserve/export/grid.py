@@ -78,6 +78,11 @@ class Taps:
         return Taps(self.size, self.lower[part], self.upper[part], self.lower_weight[part], self.upper_weight[part])
 
     @property
+    def ends(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """The inputs that count: lower and upper, or lower alone where nothing is interpolated."""
+        return (self.lower, self.upper) if self.interpolates else (self.lower,)
+
+    @property
     def weights(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Lower and upper."""
         return self.lower_weight, self.upper_weight

@@ -8,9 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from nnunetv2.utilities.helpers import softmax_helper_dim0
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from ..bundle import decides_as_default
 from ..errors import BadOption
 from ..options import ExportMethod, Options, ProbabilityType
 from ..volume import Geometry, LabelArray, LabelMap
@@ -63,7 +62,7 @@ def label_map(
         Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
-    if not _is_stocks(model.labels):
+    if not decides_as_default(model.labels):
         if method is not ExportMethod.EXACT:
             msg = "export: this model's own way from logits to labels allows exact only"
             raise BadOption(msg)
@@ -112,7 +111,7 @@ def label_map_and_probabilities(
     """
     channels = range(len(logits)) if chosen is None else chosen
     resampling = resampling_of(model, logits, properties)
-    if not _is_stocks(model.labels) or not resampling.known:
+    if not decides_as_default(model.labels) or not resampling.known:
         labels, every = stock.label_map_and_probabilities(model, logits, properties)
         return labels, cast("probabilities.Probabilities", every[list(channels)].astype(dtype, copy=False))
     rule = _rule(model, logits)
@@ -129,9 +128,3 @@ def _rule(model: TrainedModel, logits: torch.Tensor) -> ArgMax | Regions:
         msg = f"the logits have {len(logits)} classes, the model has {rule.classes}"
         raise ValueError(msg)
     return rule
-
-
-def _is_stocks(labels: LabelManager) -> bool:
-    """Whether nnU-Net's own label manager decides, with its own nonlinearity."""
-    nonlinearity = torch.sigmoid if labels.has_regions else softmax_helper_dim0
-    return type(labels) is LabelManager and labels.inference_nonlin is nonlinearity

@@ -171,8 +171,7 @@ class _Corners:
         steps = (shape[1] * shape[2], shape[2], 1)
         sides = []
         for each, step, at in zip(taps, steps, voxels, strict=True):
-            ends = (each.lower, each.upper) if each.interpolates else (each.lower,)
-            sides.append([(end * step)[at] for end in ends])
+            sides.append([(end * step)[at] for end in each.ends])
         around = np.stack([z + y + x for z, y, x in itertools.product(*sides)], 1)
         needed = np.zeros(math.prod(shape), np.bool_)
         needed[around] = True

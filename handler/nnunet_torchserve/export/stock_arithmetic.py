@@ -103,5 +103,4 @@ def _plane(logits: Array, taps: Sequence[Taps], plane: int, rows: slice) -> Arra
 
 
 def _sides(taps: Taps) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    lower = (taps.lower, taps.lower_weight)
-    return [lower, (taps.upper, taps.upper_weight)] if taps.interpolates else [lower]
+    return list(zip(taps.ends, taps.weights, strict=False))
