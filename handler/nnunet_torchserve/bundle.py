@@ -37,6 +37,9 @@ GOLDEN_FILE = "golden.safetensors"
 ALIASES_KEY = "aliases"
 """Key of the safetensors metadata: JSON, name of an aliased tensor -> name under which it is stored."""
 
+REORIENTING_READERS = {"SimpleITKIOWithReorient": "RAS", "NibabelIOWithReorient": "RAS"}
+"""nnU-Net's readers that turn every image, and where to."""
+
 _HASH_CHUNK_BYTES = 1024**2
 
 
@@ -76,6 +79,7 @@ class BundleDescription(BaseModel):
         built_with: package -> version, for the record.
         files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
         source: trained model folder (its last two names) and checkpoint file name.
+        input_orientation: nibabel's letters of the orientation that every image is brought into; ``None``: as sent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,6 +97,7 @@ class BundleDescription(BaseModel):
     built_with: dict[str, str]
     source: dict[str, str]
     files: dict[str, str]
+    input_orientation: str | None = None
 
 
 class ModelBundle:
@@ -171,6 +176,23 @@ class ModelBundle:
         if self.labels.has_regions:
             return [name for name, label in named.items() if np.any(label)]
         return sorted(named, key=lambda name: int(np.max(named[name])))
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the labels of a segmentation that make it up, without background; a region has several."""
+        named = {name: tuple(map(int, np.atleast_1d(label))) for name, label in self.dataset["labels"].items()}
+        return {name: labels for name, labels in named.items() if name != "ignore" and any(labels)}
+
+    @property
+    def reader(self) -> str:
+        """nnU-Net's image reader that the plan names."""
+        name: str = self.plans.plans["image_reader_writer"]
+        return name
+
+    @property
+    def input_orientation(self) -> str | None:
+        """The orientation that the model sees, in nibabel's letters; ``None`` for the image's own."""
+        return REORIENTING_READERS.get(self.reader) or self.description.input_orientation
 
     @property
     def has_own_label_manager(self) -> bool:

@@ -49,6 +49,10 @@ class Limits:
         response_bytes: the body of an answer.
         expanded_bytes: one image part after decompression.
         voxels: voxels of one channel, as sent.
+        channels: images in one file.
+        header_bytes: the text header of an NRRD or MHA file, or of an array.
+        header_fields: entries of such a header; files in an npz.
+        parts: fields of a multipart request.
         grid_voxels: voxels of one channel on the network's grid: a header that claims a huge spacing asks for a
             huge grid with few bytes.
         passes: forward passes (patches x folds x mirrorings) of one request, and of all that an engine works on.
@@ -61,6 +65,10 @@ class Limits:
     response_bytes: int = 512 * 1024**2
     expanded_bytes: int = 4 * 1024**3
     voxels: int = 1_000_000_000
+    channels: int = 64
+    header_bytes: int = 64 * 1024
+    header_fields: int = 256
+    parts: int = 72
     grid_voxels: int = 1_000_000_000
     passes: int = 200_000
     memory_bytes: int = field(default_factory=memory_for_cases)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import BadOption, Malformed, UnknownOption
+from .volume import Placement
 
 HEADER = "X-Nnunet-Options"
 PART = "options"
@@ -29,7 +30,19 @@ class OutputFormat(StrEnum):
 
     NIFTI_GZ = "nii.gz"
     NIFTI = "nii"
+    NRRD = "nrrd"
+    MHA = "mha"
     NPZ = "npz"
+    PNG = "png"
+    JSON = "json"
+
+
+class ProbabilityFormat(StrEnum):
+    """The file formats of probabilities."""
+
+    NPZ = "npz"
+    NIFTI_GZ = "nii.gz"
+    NIFTI = "nii"
 
 
 class Accumulate(StrEnum):
@@ -80,7 +93,10 @@ class Options(BaseModel):
         save_probabilities: send probabilities too, (C, Z, Y, X).
         probability_channels: which of them, in this order; ``None`` sends all.
         probability_dtype: float32 is stock's, to the bit.
-        output_format: ``None`` answers in the input's format.
+        probability_format: npz, or a 4-D NIfTI with the channels last.
+        output_format: ``None`` answers in the input's format; several of them come in one zip.
+        spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
+            ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
     """
 
@@ -96,8 +112,17 @@ class Options(BaseModel):
     save_probabilities: bool = False
     probability_channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     probability_dtype: ProbabilityType = ProbabilityType.FLOAT32
-    output_format: OutputFormat | None = None
+    probability_format: ProbabilityFormat = ProbabilityFormat.NPZ
+    output_format: OutputFormat | tuple[OutputFormat, ...] | None = None
+    spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    origin: tuple[float, ...] | None = None
+    direction: tuple[float, ...] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+
+    @field_validator("output_format", "spacing", "origin", "direction", mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("folds", "probability_channels", mode="before")
     @classmethod
@@ -109,14 +134,29 @@ class Options(BaseModel):
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
         chosen = self.probability_channels
-        wanted = chosen is not None or self.probability_dtype is not ProbabilityType.FLOAT32
+        wanted = (
+            chosen is not None
+            or self.probability_dtype is not ProbabilityType.FLOAT32
+            or self.probability_format is not ProbabilityFormat.NPZ
+        )
         if wanted and not self.save_probabilities:
-            msg = 'probability_channels and probability_dtype need "save_probabilities": true'
+            msg = 'probability_channels, probability_dtype and probability_format need "save_probabilities": true'
             raise ValueError(msg)
         if self.save_probabilities and self.export is not ExportMethod.EXACT:
             msg = f"export {self.export} gives no probabilities: leave out export, or save_probabilities"
             raise ValueError(msg)
+        if self.probability_format is not ProbabilityFormat.NPZ and self.probability_dtype is ProbabilityType.FLOAT16:
+            msg = "NIfTI has no float16: leave out probability_dtype, or take probability_format npz"
+            raise ValueError(msg)
+        if self.spacing is None and (self.origin is not None or self.direction is not None):
+            msg = "origin and direction need spacing"
+            raise ValueError(msg)
         return self
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the request says that its array lies."""
+        return None if self.spacing is None else Placement(self.spacing, self.origin, self.direction)
 
     def probability_bytes(self, classes: int) -> int:
         """What the probabilities of one voxel take in the answer, of a model with so many channels."""
@@ -125,10 +165,10 @@ class Options(BaseModel):
         chosen = classes if self.probability_channels is None else len(self.probability_channels)
         return chosen * self.probability_dtype.bytes
 
-    @field_validator("folds", "probability_channels")
+    @field_validator("folds", "probability_channels", "output_format")
     @classmethod
-    def _are_distinct(cls, value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if value is not None and (not value or len(set(value)) != len(value)):
+    def _are_distinct(cls, value: tuple[Any, ...] | str | None) -> tuple[Any, ...] | str | None:
+        if isinstance(value, tuple) and (not value or len(set(value)) != len(value)):
             msg = "empty, or something twice"
             raise ValueError(msg)
         return value
@@ -150,7 +190,11 @@ _EXPECTED = {
     "save_probabilities": _YES_OR_NO,
     "probability_channels": "should be a list of channel numbers without repeats, as in [1, 3]; names are no numbers",
     "probability_dtype": _one_of(ProbabilityType),
-    "output_format": _one_of(OutputFormat),
+    "probability_format": _one_of(ProbabilityFormat),
+    "output_format": _one_of(OutputFormat) + ", or a list of some without repeats",
+    "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
+    "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
+    "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
     "timeout_s": "should be a number of seconds above 0",
 }
 """What is right, for each option."""

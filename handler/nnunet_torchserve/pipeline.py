@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__, codecs
-from .bundle import ModelBundle
+from .bundle import REORIENTING_READERS, ModelBundle
 from .cases import check_affordable, price, settings_for
 from .codecs import ImageSource
+from .codecs.inflate import Payload
 from .engine.prediction import Engine
 from .errors import (
     BundleError,
@@ -36,7 +37,8 @@ from .errors import (
 )
 from .export import export
 from .limits import Limits
-from .options import HEADER, PART, Options, OutputFormat, parse_options
+from .options import HEADER, PART, Options, parse_options
+from .orientation import Turn, turn_towards
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
 from .telemetry import RequestRecord, Stage
@@ -49,8 +51,6 @@ _DRY_RUN_VOXELS = 12
 _ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
 
 _IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
-
-Payload = bytes | bytearray | memoryview
 
 logger = logging.getLogger(__name__)
 
@@ -140,22 +140,23 @@ class Pipeline:
         settings = settings_for(self.bundle, options)
 
         with clock.stage(Stage.DECODE):
-            images = self._open_images(request)
-            geometry = self._common_geometry(images)
-            record.shape = geometry.shape
-            warnings = _warnings(images)
+            images = self._open_images(request, options)
+            turns = [self._turn(image) for image in images]
+            geometry = _common_geometry([turn.after for turn in turns])
+            record.shape = images[0].geometry.shape
+            warnings = _warnings([turn.after for turn in turns])
             channels = sum(image.channels for image in images)
             case_price = price(self.bundle, geometry, channels, settings, options)
             record.patches, record.passes = case_price.patches, case_price.passes
             check_affordable(case_price, self.limits)
-            output = options.output_format or images[0].native_format
-            self._check_answer_fits(geometry, output, options)
+            form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
+            self._check_answer_fits(geometry, form, options)
 
         with self.engine.reserve(case_price, deadline, guaranteed=request.is_trial) as waited_s:
             clock.add(Stage.QUEUE, waited_s)
 
             with clock.stage(Stage.DECODE):
-                array, constant = _decode(images)
+                array, constant = _decode(images, turns)
                 volume = Volume(array, geometry)
                 del array
                 if constant:
@@ -184,10 +185,11 @@ class Pipeline:
                     deadline,
                 )
                 del prediction
+                answer = turns[0].turn_back(answer)
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, output, images[0])
+                file = codecs.encode(answer, form, images[0], self.bundle.structures)
                 del answer
 
         return responses.result(file.body, file.content_type, record.request_id, clock.server_timing(), warnings)
@@ -231,6 +233,7 @@ class Pipeline:
             "probability_channels": bundle.output_names,
             "patch_size": list(bundle.patch_size),
             "spacing": [float(size) for size in bundle.configuration.spacing],
+            "input_orientation": bundle.input_orientation,
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",
             "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
             "options": Options.model_json_schema(),
@@ -256,52 +259,59 @@ class Pipeline:
             return json.dumps(part).encode()
         return bytes(_payload(PART, part))
 
-    def _open_images(self, request: Request) -> Sequence[ImageSource]:
+    def _open_images(self, request: Request, options: Options) -> Sequence[ImageSource]:
+        if len(request.parts) > self.limits.parts:
+            msg = f"the request has {len(request.parts)} fields, this server takes at most {self.limits.parts}"
+            raise TooLarge(msg)
         bodies = _image_parts(request)
         size = sum(len(body) for body in bodies)
         if size > self.limits.body_bytes:
             msg = f"the images have {size} bytes, this server takes at most {self.limits.body_bytes}"
             raise TooLarge(msg)
-        reader = self.bundle.plans.plans["image_reader_writer"]
-        return [codecs.open_image(body, self.limits, reader) for body in bodies]
+        reader, placement = self.bundle.reader, options.placement
+        return [codecs.open_image(body, self.limits, reader, placement) for body in bodies]
 
-    def _common_geometry(self, images: Sequence[ImageSource]) -> Geometry:
-        """The first image's; shapes and spacings must agree, as nnU-Net's readers demand."""
-        first = images[0].geometry
-        for number, image in enumerate(images[1:], start=1):
-            other = image.geometry
-            if other.shape != first.shape or not np.allclose(other.spacing, first.spacing):
-                msg = (
-                    f"channel {number} has shape {other.shape} and spacing {other.spacing} mm, channel 0 has "
-                    f"{first.shape} and {first.spacing} mm; resample them to one grid"
-                )
-                raise ChannelsDisagree(msg)
-        return first
+    def _turn(self, image: ImageSource) -> Turn:
+        as_itk = self.bundle.reader.startswith("SimpleITK") and self.bundle.reader in REORIENTING_READERS
+        return turn_towards(image.geometry, self.bundle.input_orientation, as_itk=as_itk)
 
-    def _check_answer_fits(self, geometry: Geometry, output: OutputFormat, options: Options) -> None:
-        size = codecs.smallest_answer(geometry, output, options.probability_bytes(self.bundle.classes))
+    def _check_answer_fits(self, geometry: Geometry, form: codecs.AnswerForm, options: Options) -> None:
+        size = codecs.smallest_answer(geometry, form, options.probability_bytes(self.bundle.classes))
         if size > self.limits.response_bytes:
             raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
 
 
-def _warnings(images: Sequence[ImageSource]) -> list[str]:
+def _common_geometry(geometries: Sequence[Geometry]) -> Geometry:
+    """The first image's; shapes and spacings must agree, as nnU-Net's readers demand."""
+    first = geometries[0]
+    for number, other in enumerate(geometries[1:], start=1):
+        if other.shape != first.shape or not np.allclose(other.spacing_zyx, first.spacing_zyx):
+            msg = (
+                f"channel {number} has shape {other.shape} and spacing {other.spacing_zyx} mm (z, y, x), channel 0 has "
+                f"{first.shape} and {first.spacing_zyx} mm; resample them to one grid"
+            )
+            raise ChannelsDisagree(msg)
+    return first
+
+
+def _warnings(geometries: Sequence[Geometry]) -> list[str]:
     """What stock would print a warning for, from the headers."""
-    first = images[0].geometry
+    first = geometries[0]
     aligned = all(
-        np.allclose(image.geometry.origin, first.origin, atol=_ALIGNED_MM)
-        and np.allclose(image.geometry.direction, first.direction, atol=_ALIGNED_DIRECTION)
-        for image in images
+        np.allclose(other.origin, first.origin, atol=_ALIGNED_MM)
+        and np.allclose(other.direction, first.direction, atol=_ALIGNED_DIRECTION)
+        for other in geometries
     )
     return [] if aligned else [Warnings.CHANNELS_MISALIGNED]
 
 
-def _decode(images: Sequence[ImageSource]) -> tuple[npt.NDArray[np.float32], bool]:
-    """All channels, float32 (C, Z, Y, X), and whether every voxel has one value.
+def _decode(images: Sequence[ImageSource], turns: Sequence[Turn]) -> tuple[npt.NDArray[np.float32], bool]:
+    """All channels as the model sees them, float32 (C, Z, Y, X), and whether every voxel has one value.
 
     Raises:
         NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
     """
-    channels = [image.read() for image in images]
+    channels = [turn.turn(image.read()) for image, turn in zip(images, turns, strict=True)]
     array = channels[0] if len(channels) == 1 else np.concatenate(channels)
     low, high = array.min(), array.max()
     if not np.isfinite(low) or not np.isfinite(high):

@@ -44,6 +44,29 @@ class Geometry:
         depth, height, width = self.shape
         return depth * height * width
 
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """4x4, voxel (x, y, z) to LPS mm."""
+        affine = np.eye(4)
+        affine[:3, :3] = self.direction * self.spacing
+        affine[:3, 3] = self.origin
+        return affine
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an array lies that has no header: as SimpleITK's ``GetSpacing``, ``GetOrigin`` and ``GetDirection`` say it.
+
+    Attributes:
+        spacing: mm along x, y(, z).
+        origin: LPS mm of the first voxel, x, y(, z); ``None`` is 0.
+        direction: 4 or 9 numbers, row by row; ``None`` is the patient's axes.
+    """
+
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...] | None = None
+    direction: tuple[float, ...] | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Volume:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
-from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
+from nnunet_torchserve.errors import (
+    BadOption,
+    BadSpacing,
+    Malformed,
+    ServingError,
+    TooLarge,
+    UnknownFormat,
+    WrongChannels,
+)
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import OutputFormat
-from nnunet_torchserve.volume import LabelMap
+from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
+from nnunet_torchserve.volume import LabelArray, LabelMap
 from support import volumes
 from support.bad_requests import header as with_fields
 
@@ -31,6 +40,12 @@ RNG = np.random.default_rng(5)
 
 def open_image(body: bytes, reader: str = "SimpleITKIO") -> codecs.ImageSource:
     return codecs.open_image(body, LIMITS, reader)
+
+
+def encode(labels: LabelArray, image: codecs.ImageSource, output: str | None = None) -> codecs.EncodedFile:
+    options = Options(output_format=None if output is None else OutputFormat(output))
+    form = codecs.answer_form(options, image.native_format, image.geometry)
+    return codecs.encode(LabelMap(labels, image.geometry), form, image, {})
 
 
 def some(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
@@ -104,6 +119,42 @@ def test_of_two_forms_that_disagree_itks_is_taken(qform: int, sform: int, tmp_pa
     np.testing.assert_allclose(geometry.spacing, itk.GetSpacing())
 
 
+@pytest.mark.parametrize("sform", range(3))
+@pytest.mark.parametrize("qform", range(3))
+@pytest.mark.parametrize("shear", [0.0, 1e-5, 2e-3, 0.2])
+def test_an_sform_that_is_no_turn_is_used_as_itk_uses_it(qform: int, sform: int, shear: float, tmp_path: Path) -> None:
+    """ITK then takes the qform; without one it refuses the file, and we read the sform."""
+    sheared = volumes.oblique((1, 1.5, 2), 0.5, (10, 20, 30)).astype(np.float64)
+    sheared[:3, 1] += shear * 1.5 * sheared[:3, 0]
+    image = nib.Nifti1Image(some((4, 5, 6), "int16"), np.eye(4))
+    image.set_qform(volumes.oblique((1, 1.5, 2), 0.2, (1, 2, 3)), qform)
+    image.set_sform(sheared, sform)
+    image.header["pixdim"][1:4] = (1, 1.5, 2)
+    content = image.to_bytes()
+    geometry = open_image(content).geometry
+    if sform and not qform and shear > 1e-4:
+        np.testing.assert_allclose(geometry.affine, np.diag([-1, -1, 1, 1]) @ sheared, atol=0.05)
+        return
+    itk = sitk.ReadImage(str(volumes.write(tmp_path, "a.nii", content)))
+    np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(geometry.direction.ravel(), itk.GetDirection(), atol=1e-4)
+    np.testing.assert_allclose(geometry.spacing, itk.GetSpacing())
+
+
+@pytest.mark.parametrize("sform", range(3))
+@pytest.mark.parametrize("qform", range(3))
+def test_for_nibabels_readers_the_image_lies_where_nibabel_says(qform: int, sform: int) -> None:
+    image = nib.Nifti1Image(some((4, 5, 6), "int16"), np.eye(4))
+    image.set_qform(volumes.oblique((1, 1.5, 2), 0.2, (1, 2, 3)), qform)
+    image.set_sform(volumes.oblique((1.1, 1.4, 2.2), 0.5, (10, 20, 30)), sform)
+    image.header["pixdim"][1:4] = (1, 1.5, 2)
+    content = image.to_bytes()
+    loaded = nib.Nifti1Image.from_bytes(content)
+    geometry = open_image(content, "NibabelIO").geometry
+    np.testing.assert_allclose(np.diag([-1, -1, 1, 1]) @ geometry.affine, loaded.affine, atol=1e-5)
+    np.testing.assert_allclose(geometry.spacing_zyx[::-1], loaded.header.get_zooms())
+
+
 def test_a_gap_before_the_voxels_is_skipped_and_not_kept() -> None:
     import tracemalloc
 
@@ -141,8 +192,8 @@ def test_two_dimensional_images_get_nnunets_spacing_between_slices(tmp_path: Pat
     image = open_image(content)
     np.testing.assert_array_equal(image.read(), expected, strict=True)
     np.testing.assert_allclose(image.geometry.spacing_zyx, properties["spacing"])
-    written = nib.Nifti1Image.from_bytes(image.encode_nifti(np.ones((1, 9, 8), np.uint8)))
-    assert written.shape == (8, 9)
+    body = encode(np.ones((1, 9, 8), np.uint8), image, "nii").body
+    assert nib.Nifti1Image.from_bytes(body).shape == (8, 9)
 
 
 def test_the_fourth_axis_is_the_channel() -> None:
@@ -166,7 +217,7 @@ def test_labels_are_written_on_the_inputs_grid(
     content = source.to_bytes()
     image = open_image(gzip.compress(content) if compressed else content)
     labels = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
-    file = codecs.encode(LabelMap(labels, image.geometry), image.native_format, image)
+    file = encode(labels, image)
 
     name = "labels.nii.gz" if compressed else "labels.nii"
     written = kind.from_bytes(gzip.decompress(file.body) if compressed else file.body)  # type: ignore[attr-defined]
@@ -189,7 +240,7 @@ def test_npz_carries_itks_geometry(tmp_path: Path) -> None:
     content = volumes.nifti(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9)))
     image = open_image(content)
     labels = np.ones((6, 5, 4), np.uint8)
-    loaded = np.load(io.BytesIO(codecs.encode(LabelMap(labels, image.geometry), OutputFormat.NPZ, image).body))
+    loaded = np.load(io.BytesIO(encode(labels, image, "npz").body))
     itk = sitk.GetImageFromArray(loaded["labels"])
     itk.SetSpacing(loaded["spacing"].tolist())
     itk.SetOrigin(loaded["origin"].tolist())
@@ -199,11 +250,55 @@ def test_npz_carries_itks_geometry(tmp_path: Path) -> None:
         np.testing.assert_allclose(getattr(itk, what)(), getattr(source, what)(), atol=1e-5)
 
 
-def test_the_same_answer_has_the_same_bytes() -> None:
-    image = open_image(volumes.nifti_gz(some((4, 5, 6), "int16")))
-    labels = LabelMap(np.ones((6, 5, 4), np.uint8), image.geometry, np.zeros((2, 6, 5, 4), np.float32))
-    for output in OutputFormat:
-        assert codecs.encode(labels, output, image) == codecs.encode(labels, output, image)
+@pytest.mark.parametrize("output", [*OutputFormat, tuple(OutputFormat)])
+@pytest.mark.parametrize("probabilities", [None, *ProbabilityFormat])
+def test_the_same_answer_has_the_same_bytes(
+    output: OutputFormat | tuple[OutputFormat, ...], probabilities: ProbabilityFormat | None
+) -> None:
+    image = open_image(volumes.nifti_gz(some((4, 5, 1), "int16")))
+    labels = LabelMap(np.ones((1, 5, 4), np.uint8), image.geometry, np.zeros((2, 1, 5, 4), np.float32), (0, 1))
+    options = Options(output_format=output)
+    if probabilities:
+        options = Options(output_format=output, save_probabilities=True, probability_format=probabilities)
+    form = codecs.answer_form(options, image.native_format, image.geometry)
+    written = [codecs.encode(labels, form, image, {"all": (1,)}) for _ in range(2)]
+    assert written[0] == written[1]
+    assert len(written[0].body) >= codecs.smallest_answer(image.geometry, form, 8 if probabilities else 0)
+
+
+def test_several_files_come_in_one_zip() -> None:
+    image = open_image(volumes.nifti_gz(some((4, 5, 1), "int16")))
+    labels = LabelMap(np.ones((1, 5, 4), np.uint8), image.geometry, np.zeros((2, 1, 5, 4), np.float32), (0, 1))
+    options = Options(
+        output_format=tuple(OutputFormat), save_probabilities=True, probability_format=ProbabilityFormat.NIFTI_GZ
+    )
+    form = codecs.answer_form(options, image.native_format, image.geometry)
+    file = codecs.encode(labels, form, image, {"all": (1,)})
+    assert file.content_type == "application/zip"
+    assert zipfile.ZipFile(io.BytesIO(file.body)).namelist() == [
+        "labels.nii.gz", "labels.nii", "labels.nrrd", "labels.mha", "labels.npz", "labels.png", "report.json",
+        "probabilities.nii.gz",
+    ]  # fmt: skip
+
+
+def test_probabilities_as_nifti_have_the_channels_last(tmp_path: Path) -> None:
+    content = volumes.nifti_gz(some((4, 5, 6), "int16"), volumes.oblique((0.7, 1.3, 2.9)))
+    image = open_image(content)
+    probabilities = RNG.random((3, 6, 5, 4), np.float32)
+    labels = LabelMap(np.ones((6, 5, 4), np.uint8), image.geometry, probabilities, (0, 1, 2))
+    options = Options(save_probabilities=True, probability_format=ProbabilityFormat.NIFTI)
+    form = codecs.answer_form(options, image.native_format, image.geometry)
+    parts = zipfile.ZipFile(io.BytesIO(codecs.encode(labels, form, image, {}).body))
+    assert parts.namelist() == ["labels.nii.gz", "probabilities.nii"]
+    written = nib.Nifti1Image.from_bytes(parts.read("probabilities.nii"))
+    np.testing.assert_array_equal(np.asarray(written.dataobj), probabilities.T, strict=True)
+    np.testing.assert_array_equal(written.affine, nib.Nifti1Image.from_bytes(gzip.decompress(content)).affine)
+
+
+def test_a_volume_is_no_picture() -> None:
+    image = open_image(PLAIN)
+    with pytest.raises(BadOption, match="one slice"):
+        codecs.answer_form(Options(output_format=OutputFormat.PNG), image.native_format, image.geometry)
 
 
 PLAIN = volumes.nifti(some((9, 8, 7), "int16"))
@@ -243,7 +338,7 @@ def test_bytes_that_break_their_format_are_malformed(name: str) -> None:
         b"",
         b"\x1f\x8b",
         b"not an image",
-        b"\x89PNG\r\n\x1a\n" + bytes(1000),
+        b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(1000),
         bytes(5000),
         gzip.compress(bytes(5000)),
         with_fields(PLAIN, magic=b"ni1"),
@@ -251,7 +346,7 @@ def test_bytes_that_break_their_format_are_malformed(name: str) -> None:
         with_fields(PLAIN, datatype=128, bitpix=24),
         with_fields(PLAIN, datatype=32, bitpix=64),
     ],
-    ids=["empty", "two bytes", "text", "png", "zeros", "zeros in gzip", "pair header", "no magic", "rgb", "complex"],
+    ids=["empty", "two bytes", "text", "jpeg", "zeros", "zeros in gzip", "pair header", "no magic", "rgb", "complex"],
 )
 def test_other_formats_are_named_as_unknown(body: bytes) -> None:
     with pytest.raises(ServingError) as refused:

@@ -78,7 +78,8 @@ OTHER_SPACING = volumes.nifti_gz(INT16, np.diag([1.5, 1.5, 1.6, 1]))
 
 BAD_REQUESTS = {
     "not an image": BadRequest(415, "unknown_format", b"this is not an image", says="NIfTI"),
-    "a PNG": BadRequest(415, "unknown_format", b"\x89PNG\r\n\x1a\n" + bytes(600)),
+    "a JPEG": BadRequest(415, "unknown_format", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(600)),
+    "a PNG that is none": BadRequest(400, "malformed", b"\x89PNG\r\n\x1a\n" + bytes(600)),
     "zeros": BadRequest(415, "unknown_format", bytes(5000)),
     "an Analyze pair's header": BadRequest(415, "unknown_format", header(magic=b"ni1"), says=".hdr"),
     "RGB voxels": BadRequest(415, "unknown_format", header(datatype=128, bitpix=24)),

@@ -242,9 +242,9 @@ def test_names_that_lead_out_of_nnunet_are_refused(key: str, name: object, folde
         make(folder, tmp_path)
 
 
-def test_a_reader_that_is_not_served_yet_is_named(folder: Path, tmp_path: Path) -> None:
-    edit_plans(folder, lambda plans: plans.update(image_reader_writer="NaturalImage2DIO"))
-    with pytest.raises(ToolError, match="NaturalImage2DIO"):
+def test_a_reader_that_is_not_served_is_named(folder: Path, tmp_path: Path) -> None:
+    edit_plans(folder, lambda plans: plans.update(image_reader_writer="BaseReaderWriter"))
+    with pytest.raises(ToolError, match="BaseReaderWriter"):
         make(folder, tmp_path)
 
 
@@ -302,3 +302,21 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert missing.stderr.startswith("error: ")
     assert missing.stderr.count("\n") == 1
     assert runner.invoke(app, ["archive", str(tmp_path), "--folds", "one"]).exit_code == 2
+
+
+def test_the_input_orientation_is_recorded(folder: Path, tmp_path: Path) -> None:
+    [archive] = make_archives(ArchiveRequest(folder, tmp_path / "store", input_orientation="LPI"))
+    with zipfile.ZipFile(archive) as content:
+        assert json.loads(content.read("bundle.json"))["input_orientation"] == "LPI"
+
+
+@pytest.mark.parametrize("letters", ["ras", "RAX", "RA", "RRS", "R,A,S", ""])
+def test_an_input_orientation_that_is_none_is_refused(letters: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="three letters"):
+        make_archives(ArchiveRequest(folder, tmp_path / "store", input_orientation=letters))
+
+
+def test_an_input_orientation_that_contradicts_the_plans_reader_is_refused(folder: Path, tmp_path: Path) -> None:
+    edit_plans(folder, lambda plans: plans.update(image_reader_writer="NibabelIOWithReorient"))
+    with pytest.raises(UsageError, match="RAS itself"):
+        make_archives(ArchiveRequest(folder, tmp_path / "store", input_orientation="LPS"))

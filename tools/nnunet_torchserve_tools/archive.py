@@ -33,6 +33,7 @@ from nnunet_torchserve.bundle import (
     DATASET_FILE,
     GOLDEN_FILE,
     PLANS_FILE,
+    REORIENTING_READERS,
     SCHEMA_VERSION,
     BundleDescription,
     FoldDescription,
@@ -43,6 +44,7 @@ from nnunet_torchserve.engine.network import FoldNetworks, golden_tensors
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
+from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.pipeline import Pipeline
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
@@ -59,11 +61,16 @@ REQUIRES = {
     "scipy": ">=1.11",
     "scikit-image": ">=0.22",
     "nibabel": ">=5.2",
+    "SimpleITK": ">=2.3",
+    "connected-components-3d": ">=3.12",
+    "imageio": ">=2.33",
+    "pillow": ">=10.1",
+    "tifffile": ">=2024.1",
     "safetensors": ">=0.4",
     "pydantic": ">=2.7",
     "isal": ">=1.6",
 }
-_BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "SimpleITK", "nnunet-torchserve")
+_BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "nnunet-torchserve")
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
@@ -124,6 +131,8 @@ class ArchiveRequest:
         version: TorchServe model version.
         checkpoint: file name within each fold's folder.
         trust_checkpoint: open checkpoints as ordinary pickles.
+        input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
+            into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
         serving: what goes to model-config.yaml.
     """
 
@@ -135,6 +144,7 @@ class ArchiveRequest:
     version: str = "1.0"
     checkpoint: str = "checkpoint_final.pth"
     trust_checkpoint: bool = False
+    input_orientation: str | None = None
     serving: ServingSettings = field(default_factory=ServingSettings)
 
 
@@ -167,6 +177,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     if not _VERSION.fullmatch(request.version):
         msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
         raise UsageError(msg)
+    _check_orientation(request.input_orientation, str(plans["image_reader_writer"]))
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,6 +234,7 @@ def _make_archive(
             built_with=_installed_versions(),
             source={"folder": "/".join(request.model_folder.resolve().parts[-2:]), "checkpoint": request.checkpoint},
             files={},
+            input_orientation=request.input_orientation,
         )
         _add_golden_patch(stage, bundle)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
@@ -337,6 +349,17 @@ def _numbered_folds(folder: Path, checkpoint: str) -> tuple[FoldName, ...]:
         msg = f"{folder} has no fold_0 … fold_4 with a {checkpoint}; name folds with --folds or --checkpoint"
         raise UsageError(msg)
     return tuple(found)
+
+
+def _check_orientation(letters: str | None, reader: str) -> None:
+    if letters is None:
+        return
+    if not is_orientation(letters):
+        msg = f"--input-orientation {letters}: three letters were expected, one each of L/R, A/P and S/I, as in RAS"
+        raise UsageError(msg)
+    if (own := REORIENTING_READERS.get(reader, letters)) != letters:
+        msg = f"--input-orientation {letters}: the plan's reader {reader} brings every image into {own} itself"
+        raise UsageError(msg)
 
 
 def _default_name(plans: Mapping[str, Any], configuration: str) -> str:

@@ -57,6 +57,13 @@ def archive(
     version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
     checkpoint: Annotated[str, typer.Option(help="Checkpoint file in each fold's folder.")] = "checkpoint_final.pth",
     output: Annotated[Path, typer.Option(help="Where the archives go.")] = Path("model_store"),
+    input_orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Orientation that the model was trained in, what the axes run towards, as RAS; every image is brought "
+            "into it and the answer back. Default: images are taken as they are sent, as nnU-Net takes them."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="TorchServe workers in all; default: left to the server.")
     ] = None,
@@ -84,6 +91,7 @@ def archive(
         version=version,
         checkpoint=checkpoint,
         trust_checkpoint=trust_checkpoint,
+        input_orientation=input_orientation,
         serving=serving,
     )
     for file in make_archives(request):

@@ -21,7 +21,14 @@ from .errors import ToolError
 
 _NETWORK_PART = re.compile(r"(torch\.nn|dynamic_network_architectures|nnunetv2)(\.[A-Za-z_]\w*)+")
 _NETWORK_PACKAGES = ("torch", "dynamic_network_architectures", "nnunetv2")
-_READERS = ("SimpleITKIO", "NibabelIO")
+_READERS = (
+    "SimpleITKIO",
+    "SimpleITKIOWithReorient",
+    "NibabelIO",
+    "NibabelIOWithReorient",
+    "NaturalImage2DIO",
+    "Tiff3DIO",
+)
 
 
 def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
@@ -47,7 +54,7 @@ def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
         _check_architecture(configuration.configuration["architecture"])
         reader = plans["image_reader_writer"]
         if reader not in _READERS:
-            msg = f"plans.json names the image reader {reader!r}; only {' and '.join(_READERS)} can be served yet"
+            msg = f"plans.json names the image reader {reader!r}; only {', '.join(_READERS)} can be served"
             raise ToolError(msg)
         if configuration.previous_stage_name is not None:
             msg = f"{configuration_name} is the second stage of a cascade, which cannot be served yet"

@@ -1,123 +1,73 @@
 """Bytes to images and label maps to bytes: the registry of file formats.
 
-A format is recognised from the bytes of the request, never from a name or a content type.
+A format is recognised from the bytes of the request, never from a name or a content type. Decoders read from memory
+only: no byte of a request is written to a disk, and no name in it is ever opened.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
-from dataclasses import dataclass
-
-import numpy as np
-from isal import igzip
-
-from ..errors import UnknownFormat
+from ..errors import BadOption, UnknownFormat
 from ..limits import Limits
-from ..options import OutputFormat
-from ..volume import Geometry, LabelArray, LabelMap
-from .inflate import ByteSource
+from ..volume import Placement
+from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
+from .arrays import is_npy, is_npz, open_npy, open_npz
+from .inflate import ByteSource, Payload
+from .metaimage import is_metaimage, open_metaimage
 from .nifti import HEADER_BYTES, NiftiSource, header_class
+from .nrrd import is_nrrd, open_nrrd
+from .pictures import is_png, is_tiff, open_png, open_tiff
 from .source import ImageSource
 
-__all__ = ["EncodedFile", "ImageSource", "encode", "open_image", "smallest_answer"]
+__all__ = ["AnswerForm", "EncodedFile", "ImageSource", "answer_form", "encode", "open_image", "smallest_answer"]
 
-_GZIP_LEVEL = 2
-"""igzip's levels are 0 to 3; above 2 label maps shrink little and cost twice."""
-
-_CONTENT_TYPE = {
-    OutputFormat.NIFTI_GZ: "application/gzip",
-    OutputFormat.NIFTI: "application/octet-stream",
-    OutputFormat.NPZ: "application/octet-stream",
-}
+_PICTURE_READERS = {"NaturalImage2DIO": Placement((1.0, 1.0)), "Tiff3DIO": Placement((1.0, 1.0, 1.0))}
+"""nnU-Net's readers of files without a spacing, and the one that they make up."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedFile:
-    """An answer's body and its content type."""
-
-    body: bytes
-    content_type: str
-
-
-def open_image(body: bytes | bytearray | memoryview, limits: Limits, reader: str) -> ImageSource:
+def open_image(body: Payload, limits: Limits, reader: str, placement: Placement | None = None) -> ImageSource:
     """Recognise an encoded image and read its header.
 
     Args:
         body: the encoded image.
-        limits: voxels and expanded bytes are checked against the header.
+        limits: voxels, channels and expanded bytes are checked against the header.
         reader: nnU-Net's reader class in the model's plans, whose conventions are followed.
+        placement: where the request says that an array or a picture lies.
 
     Raises:
         UnknownFormat: no format that this server reads.
         Malformed, TooLarge, BadSpacing, WrongChannels: the header says so.
+        BadOption: a place was given for a file that says itself where it lies.
     """
     source = ByteSource(body)
-    head = source.read(HEADER_BYTES)
+    head = source.peek(HEADER_BYTES)
+    if not source.compressed:
+        default = placement or _PICTURE_READERS.get(reader)
+        if is_npy(head):
+            return open_npy(source, limits, placement)
+        if is_npz(head):
+            return open_npz(source.body, limits, placement)
+        if is_png(head):
+            return open_png(source.body, limits, default)
+        if is_tiff(head):
+            return open_tiff(source.body, limits, default)
+    image = _open_volume(source, head, limits, reader)
+    if placement is not None:
+        msg = "options spacing, origin and direction are for arrays and pictures; this file says itself where it lies"
+        raise BadOption(msg)
+    return image
+
+
+def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -> ImageSource:
+    """A file with a geometry of its own."""
     if (kind := header_class(head)) is not None:
-        return NiftiSource(head, kind, source, limits, itk=reader.startswith("SimpleITK"))
-    found = "an empty body" if not head else "bytes that are no NIfTI image"
-    msg = f"{found}; send a NIfTI file (.nii or .nii.gz) as the raw body or as multipart field image"
+        return NiftiSource(source, kind, limits, as_nibabel=reader.startswith("Nibabel"))
+    if not source.compressed and is_nrrd(head):
+        return open_nrrd(source, limits)
+    if not source.compressed and is_metaimage(head):
+        return open_metaimage(source, limits)
+    found = "an empty body" if not head else "bytes of no format that is served"
+    msg = (
+        f"{found}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
+        "as the raw body or as multipart field image"
+    )
     raise UnknownFormat(msg)
-
-
-def smallest_answer(geometry: Geometry, output: OutputFormat, probability_bytes: int) -> int:
-    """Bytes that an answer has at least, known from the header alone.
-
-    Probabilities travel uncompressed; a compressed label map may be close to nothing.
-
-    Args:
-        geometry: the image's.
-        output: the file format.
-        probability_bytes: what the probabilities of one voxel take.
-    """
-    plain = output is OutputFormat.NIFTI or (output is OutputFormat.NPZ and probability_bytes > 0)
-    labels = geometry.voxels if plain else 0
-    return labels + probability_bytes * geometry.voxels
-
-
-def encode(answer: LabelMap, output: OutputFormat, image: ImageSource) -> EncodedFile:
-    """Write the answer.
-
-    With probabilities a NIfTI answer becomes a zip of ``labels.<format>`` and ``probabilities.npz``; an npz answer
-    holds both.
-
-    Args:
-        answer: labels, and probabilities where they were asked for.
-        output: the format of the label map.
-        image: the input, whose geometry fields a NIfTI answer repeats.
-    """
-    if output is OutputFormat.NPZ:
-        return EncodedFile(_npz(answer, labels=answer.array), _CONTENT_TYPE[output])
-    body = image.encode_nifti(answer.array)
-    if output is OutputFormat.NIFTI_GZ:
-        body = igzip.compress(body, _GZIP_LEVEL, mtime=0)
-    if answer.probabilities is None:
-        return EncodedFile(body, _CONTENT_TYPE[output])
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as parts:
-        parts.writestr(_zip_entry(f"labels.{output}"), body)
-        parts.writestr(_zip_entry("probabilities.npz"), _npz(answer))
-    return EncodedFile(archive.getvalue(), "application/zip")
-
-
-def _zip_entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-
-
-def _npz(answer: LabelMap, labels: LabelArray | None = None) -> bytes:
-    """Labels, probabilities with their channels, and ITK's geometry; probabilities are not worth compressing."""
-    arrays = {
-        "spacing": np.array(answer.geometry.spacing),
-        "origin": np.array(answer.geometry.origin),
-        "direction": answer.geometry.direction,
-    }
-    if labels is not None:
-        arrays["labels"] = labels
-    if answer.probabilities is not None:
-        arrays["probabilities"] = answer.probabilities
-        arrays["channels"] = np.array(answer.channels)
-    file = io.BytesIO()
-    save = np.savez_compressed if answer.probabilities is None else np.savez
-    save(file, allow_pickle=False, **arrays)
-    return file.getvalue()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import zlib
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -12,50 +14,84 @@ from isal import igzip, isal_zlib
 
 from ..errors import Malformed, TooLarge
 
+Payload = bytes | bytearray | memoryview
+
 GZIP_MAGIC = b"\x1f\x8b"
 SLACK_BYTES = 1024**2
 """Bytes that may follow the declared voxels; some writers pad."""
 
 _CHUNK_BYTES = 64 * 1024
+_STREAM_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, OSError)
+"""What the decompressors raise for damaged streams."""
+
+
+class Compression(Enum):
+    """How bytes are packed."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    ZLIB = "zlib"
+    BZIP2 = "bzip2"
 
 
 class ByteSource:
-    """A request body read front to back, through gzip where it is gzip.
+    """Bytes read front to back, through a decompressor where they are packed; the body itself is never copied.
 
-    Raises :class:`Malformed` from every method when the gzip stream is damaged or ends early.
+    Raises :class:`Malformed` from every method when the packed stream is damaged or ends early.
     """
 
-    def __init__(self, body: bytes | bytearray | memoryview) -> None:
-        self.compressed = bytes(body[:2]) == GZIP_MAGIC
-        raw = io.BytesIO(body)
-        self._stream: Any = igzip.IGzipFile(fileobj=raw, mode="rb") if self.compressed else raw
+    def __init__(self, body: Payload, compression: Compression | None = None) -> None:
+        """Read from the start of ``body``; ``None`` unpacks it if it begins like gzip."""
+        if compression is None:
+            compression = Compression.GZIP if bytes(body[:2]) == GZIP_MAGIC else Compression.NONE
+        self.body = memoryview(body)
+        self.compressed = compression is not Compression.NONE
+        self._ahead = b""
+        self._position = 0
+        self._stream: Any = _stream(self.body, compression)
+
+    def peek(self, size: int) -> bytes:
+        """The next ``size`` bytes, which stay to be read; fewer only at the end."""
+        if len(self._ahead) < size:
+            self._ahead += self._take(size - len(self._ahead))
+        return self._ahead[:size]
 
     def read(self, size: int) -> bytes:
         """Up to ``size`` bytes; fewer only at the end."""
-        with _gzip_errors():
-            return bytes(self._stream.read(size))
+        taken, self._ahead = self._ahead[:size], self._ahead[size:]
+        if len(taken) < size:
+            taken += self._take(size - len(taken))
+        self._position += len(taken)
+        return taken
 
     def skip(self, size: int) -> None:
         """Read ``size`` bytes and keep none."""
         while size > 0 and (chunk := self.read(min(size, _CHUNK_BYTES))):
             size -= len(chunk)
 
-    def read_exactly(self, size: int, lead: bytes) -> npt.NDArray[np.uint8]:
-        """``size`` bytes in a writable array, uint8 (size,); the first are ``lead``, which were read before."""
+    def rest(self, compression: Compression) -> ByteSource:
+        """What follows, packed on its own: only for a source that is not packed itself."""
+        return ByteSource(self.body[self._position :], compression)
+
+    def read_exactly(self, size: int) -> npt.NDArray[np.uint8]:
+        """``size`` bytes in a writable array, uint8 (size,)."""
         buffer = np.empty(size, np.uint8)
-        view, filled = buffer.data, len(lead)
-        view[:filled] = lead
-        with _gzip_errors():
+        view = buffer.data
+        first = self.read(min(size, len(self._ahead)))
+        view[: len(first)] = first
+        filled = len(first)
+        with _stream_errors():
             while filled < size:
                 count = self._stream.readinto(view[filled:])
                 if not count:
                     msg = f"the image ends after {filled} of {size} bytes of voxels; it seems cut off"
                     raise Malformed(msg)
                 filled += count
+        self._position += filled - len(first)
         return buffer
 
     def finish(self) -> None:
-        """Read to the end, so that a gzip checksum is verified.
+        """Read to the end, so that a checksum is verified.
 
         Raises:
             TooLarge: far more bytes follow than the image's header declares.
@@ -67,12 +103,66 @@ class ByteSource:
                 msg = "far more data follows the voxels than the image's header declares"
                 raise TooLarge(msg)
 
+    def _take(self, size: int) -> bytes:
+        with _stream_errors():
+            return bytes(self._stream.read(size))
 
-class _gzip_errors:  # noqa: N801 (reads as a statement)
+
+def _stream(body: memoryview, compression: Compression) -> Any:
+    plain = io.BufferedReader(_Body(body), _CHUNK_BYTES)
+    if compression is Compression.GZIP:
+        return igzip.IGzipFile(fileobj=plain, mode="rb")
+    if compression is Compression.BZIP2:
+        return bz2.BZ2File(plain)
+    if compression is Compression.ZLIB:
+        return io.BufferedReader(_ZlibReader(plain), _CHUNK_BYTES)
+    return plain
+
+
+class _Body(io.RawIOBase):
+    """Bytes in memory as a raw stream; unlike ``BytesIO`` it does not copy a bytearray."""
+
+    def __init__(self, body: memoryview) -> None:
+        self._body, self._position = body, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._body[self._position : self._position + len(buffer)]
+        buffer[: len(chunk)] = chunk
+        self._position += len(chunk)
+        return len(chunk)
+
+
+class _ZlibReader(io.RawIOBase):
+    """A zlib stream, unpacked as far as it is read."""
+
+    def __init__(self, packed: Any) -> None:
+        self._packed = packed
+        self._inflate = isal_zlib.decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._inflate.eof:
+            packed = self._inflate.unconsumed_tail or self._packed.read1(_CHUNK_BYTES)
+            if not packed:
+                msg = "the stream ends early"
+                raise EOFError(msg)
+            chunk = self._inflate.decompress(packed, len(buffer))
+            if chunk:
+                buffer[: len(chunk)] = chunk
+                return len(chunk)
+        return 0
+
+
+class _stream_errors:  # noqa: N801 (reads as a statement)
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, EOFError | zlib.error | isal_zlib.error | OSError):
-            msg = "the gzip stream is damaged or cut off"
+        if isinstance(error, _STREAM_ERRORS):
+            msg = "the compressed stream is damaged or cut off"
             raise Malformed(msg) from None

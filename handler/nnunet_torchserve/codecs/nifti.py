@@ -1,8 +1,10 @@
 """NIfTI-1 and NIfTI-2 single files, by nibabel, from memory to memory.
 
-Voxels and spacing are what nnU-Net's own readers give for the same file. ``SimpleITKIO`` converts the header's
-length unit to mm, ``NibabelIO`` takes the numbers as they stand; both are reproduced. A label map is written with
-the input's own affine fields, bit for bit, and nothing else of its header: no description, no names.
+Voxels and spacing are what nnU-Net's own readers give for the same file, and the place in the patient is the one
+that the plan's reader sees. ITK (``SimpleITKIO``) converts the header's length unit to mm, takes the sform or the
+qform by rules of its own and the spacing always from ``pixdim``; nibabel (``NibabelIO``) takes the numbers as they
+stand and prefers the sform. Both are reproduced. A NIfTI answer to a NIfTI image repeats the input's affine fields,
+bit for bit, and nothing else of its header: no description, no names.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.spatialimages import HeaderDataError
 
-from ..errors import BadSpacing, Malformed, TooLarge, UnknownFormat, WrongChannels
+from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
-from ..volume import Geometry, LabelArray
+from ..volume import Geometry
+from .geometry import check_size, check_spacing, make_geometry
 from .inflate import ByteSource
 
 HEADER_BYTES = 540
@@ -30,20 +33,18 @@ HEADER_BYTES = 540
 _UNIT_IN_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """NIfTI xyzt_units & 7: unknown, metre, millimetre, micrometre."""
 
-_2D_SPACING_FACTOR = 999
-"""SimpleITKIO's spacing between the slices of a 2-D image, in multiples of the in-plane spacing."""
-
 _GEOMETRY_FIELDS = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
 
-_SMALLEST_MM, _LARGEST_MM = 1e-6, 1e6
-
 _VECTOR_INTENTS = range(1004, 1008)
 """NIFTI_INTENT_GENMATRIX to NIFTI_INTENT_VECTOR: voxels that are no numbers, whatever the dimensions say."""
 
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+_ORTHONORMAL = 1e-4
+"""How far from a turn ITK lets an sform be (``itkNiftiImageIO.cxx``)."""
 
 
 def header_class(head: bytes) -> Any:
@@ -65,23 +66,22 @@ def header_class(head: bytes) -> Any:
 class NiftiSource:
     """One NIfTI image, as an :class:`~.source.ImageSource`."""
 
-    def __init__(self, head: bytes, kind: Any, source: ByteSource, limits: Limits, *, itk: bool) -> None:
+    def __init__(self, source: ByteSource, kind: Any, limits: Limits, *, as_nibabel: bool = False) -> None:
         """Read and check the header; the voxels stay compressed.
 
         Args:
-            head: the first ``HEADER_BYTES`` bytes, already taken from ``source``.
+            source: at the first byte of the header.
             kind: what :func:`header_class` said.
-            source: positioned after ``head``.
             limits: voxels and expanded bytes are checked here.
-            itk: follow ITK (``SimpleITKIO``): the header's length unit counts, and integers that are scaled pass
-                through float32. Otherwise nibabel (``NibabelIO``).
+            as_nibabel: follow nibabel (``NibabelIO``); otherwise ITK, where integers that are scaled also pass
+                through float32.
 
         Raises:
             Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
         """
-        self._head, self._source, self._itk = head, source, itk
+        self._source, self._as_nibabel = source, as_nibabel
         try:
-            self._header = kind.from_fileobj(io.BytesIO(head), check=False)
+            self._header = kind.from_fileobj(io.BytesIO(source.peek(HEADER_BYTES)), check=False)
             self._dtype = self._header.get_data_dtype()
         except (HeaderDataError, KeyError, ValueError):
             msg = "the NIfTI header names a voxel type that does not exist"
@@ -89,19 +89,19 @@ class NiftiSource:
         if self._dtype.kind not in "iuf" or self._dtype.itemsize > 8:
             msg = f"voxels of type {self._dtype} are not supported; send integers or floats of at most 64 bits"
             raise UnknownFormat(msg)
-        shape, ndim = self._shape()
-        self.channels = shape[3]
-        voxels = shape[0] * shape[1] * shape[2]
-        if voxels > limits.voxels:
-            msg = f"the header declares {voxels} voxels, this server takes at most {limits.voxels}"
-            raise TooLarge(msg)
-        self._data_bytes = voxels * self.channels * self._dtype.itemsize
+        shape, self.channels = self._shape()
+        self._data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits)
         self._data_offset = self._offset()
         if self._data_offset + self._data_bytes > limits.expanded_bytes:
-            msg = f"the image would expand to {self._data_bytes} bytes; the limit is {limits.expanded_bytes}"
-            raise TooLarge(msg)
+            msg = f"the image would expand to {self._data_offset + self._data_bytes} bytes; the limit is "
+            raise TooLarge(msg + str(limits.expanded_bytes))
         self._scale = self._scaling()
-        self.geometry = self._geometry(shape, ndim)
+        self.geometry = self._geometry(shape)
+
+    @property
+    def nifti_header(self) -> Any:
+        """The header, whose affine fields a NIfTI answer repeats."""
+        return self._header
 
     @property
     def native_format(self) -> OutputFormat:
@@ -115,35 +115,22 @@ class NiftiSource:
             Malformed: the bytes end early or the gzip stream is damaged.
             TooLarge: far more bytes than declared.
         """
-        self._source.skip(max(0, self._data_offset - len(self._head)))
-        raw = self._source.read_exactly(self._data_bytes, self._head[self._data_offset :][: self._data_bytes])
+        self._source.skip(self._data_offset)
+        raw = self._source.read_exactly(self._data_bytes)
         self._source.finish()
         depth, height, width = self.geometry.shape
         stored = raw.view(self._dtype).reshape(self.channels, depth, height, width)
         slope, intercept = self._scale
         with np.errstate(over="ignore", invalid="ignore"):
             if (slope, intercept) != (1.0, 0.0):
-                if self._itk and stored.dtype.kind in "iu":
+                if not self._as_nibabel and stored.dtype.kind in "iu":
                     stored = stored.astype(np.float32)  # as ITK does, which rounds integers above 2**24
                 stored = stored.astype(np.float64) * slope + intercept
             voxels: npt.NDArray[np.float32] = stored.astype(np.float32)
         return voxels
 
-    def encode_nifti(self, labels: LabelArray) -> bytes:
-        """``labels`` (Z, Y, X) as an uncompressed NIfTI file with this image's affine fields."""
-        header = type(self._header)()
-        for field in _GEOMETRY_FIELDS:
-            header[field] = self._header[field]
-        ndim = self.geometry.ndim
-        voxels = labels.T if ndim == 3 else labels[0].T
-        header.set_data_dtype(labels.dtype)
-        header.set_data_shape(voxels.shape)
-        header["pixdim"][: ndim + 1] = self._header["pixdim"][: ndim + 1]
-        image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
-        return bytes(image(voxels, None, header).to_bytes())
-
-    def _shape(self) -> tuple[tuple[int, int, int, int], int]:
-        """(x, y, z, channels) and the number of spatial dimensions."""
+    def _shape(self) -> tuple[tuple[int, ...], int]:
+        """((z,) y, x) and the number of channels."""
         dim = [int(n) for n in self._header["dim"]]
         if not 2 <= dim[0] <= 7 or any(n < 1 for n in dim[1 : dim[0] + 1]):
             msg = f"the NIfTI header declares dimensions {dim}; two to seven of at least 1 were expected"
@@ -157,9 +144,7 @@ class NiftiSource:
         if len(sizes) > 4:
             msg = f"an image of {len(sizes)} dimensions {sizes}; send 3-D, or 4-D with the channels last"
             raise WrongChannels(msg)
-        ndim = min(len(sizes), 3)
-        width, height, depth, channels = sizes + [1] * (4 - len(sizes))
-        return (width, height, depth, channels), ndim
+        return tuple(sizes[:3][::-1]), sizes[3] if len(sizes) == 4 else 1
 
     def _offset(self) -> int:
         declared = float(self._header["vox_offset"])
@@ -184,43 +169,100 @@ class NiftiSource:
             raise Malformed(msg)
         return slope, intercept
 
-    def _geometry(self, shape: tuple[int, int, int, int], ndim: int) -> Geometry:
+    def _geometry(self, shape: tuple[int, ...]) -> Geometry:
+        ndim = len(shape)
         pixdim = [float(size) for size in self._header["pixdim"][1 : ndim + 1]]
-        unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0) if self._itk else 1.0
+        unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0)
         spacing = [size * unit for size in pixdim]
-        if not all(_SMALLEST_MM <= size <= _LARGEST_MM for size in spacing):
-            msg = f"voxel spacing {spacing} mm; every spacing must be a positive number, at most {_LARGEST_MM:g}"
-            raise BadSpacing(msg)
+        check_spacing(spacing, ndim)  # before the qform is made of it
         with np.errstate(all="ignore"):
-            affine = self._affine()
-            columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-        if not np.isfinite(affine).all() or not np.allclose(np.linalg.norm(columns, axis=0), 1):
+            affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
+            lengths = np.linalg.norm(affine[:3, :3], axis=0)
+            turn = (_RAS_TO_LPS @ affine)[:3, :3] / lengths
+        if not np.isfinite(affine).all() or not np.isfinite(turn).all():
             msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN or infinite columns"
             raise Malformed(msg)
-        between = spacing[2] if ndim == 3 else max(spacing) * _2D_SPACING_FACTOR
-        width, height, depth, _ = shape
-        x, y, z = (float(v) for v in _RAS_TO_LPS @ affine[:3, 3] * unit)
-        return Geometry(
-            shape=(depth, height, width),
-            spacing_zyx=(between, spacing[1], spacing[0]),
-            spacing=(spacing[0], spacing[1], spacing[2] if ndim == 3 else 1.0),
-            origin=(x, y, z),
-            direction=_RAS_TO_LPS @ columns,
-            ndim=ndim,
+        if ndim == 2:
+            return self._flat_geometry(shape, spacing, affine, turn, unit)
+        return make_geometry(
+            shape,
+            [float(length) * unit for length in lengths] if self._as_nibabel else spacing,
+            ((_RAS_TO_LPS @ affine)[:3, 3] * unit).tolist(),
+            turn.ravel().tolist(),
+            pixdim if self._as_nibabel else spacing,
         )
 
-    def _affine(self) -> npt.NDArray[np.float64]:
+    def _flat_geometry(
+        self, shape: tuple[int, ...], spacing: list[float], affine: Any, turn: Any, unit: float
+    ) -> Geometry:
+        """Of a 2-D image, which keeps its place in space for a NIfTI answer only."""
+        flat = make_geometry(shape, spacing, (0, 0), (1, 0, 0, 1))
+        solid = make_geometry((1, *shape), (*spacing, 1.0), (_RAS_TO_LPS @ affine)[:3, 3] * unit, turn.ravel())
+        return Geometry(flat.shape, flat.spacing_zyx, flat.spacing, solid.origin, solid.direction, ndim=2)
+
+    def _affine_of_itk(self) -> npt.NDArray[np.float64]:
         """Voxel (x, y, z) to RAS, from the form that ITK takes.
 
-        The sform if its code is 1 or there is no qform, else the qform; without either, no turn and no origin, in LPS.
+        The sform if its code is 1 or there is no qform, unless it is no turn and there is a qform; else the qform;
+        without either, no turn and no origin, in LPS.
         """
         qform, sform = int(self._header["qform_code"]), int(self._header["sform_code"])
+        if sform == 1 or (sform > 0 and qform <= 0):
+            affine = np.asarray(self._header.get_sform(), np.float64)
+            if qform <= 0 or _is_turn(affine):
+                return affine
+        if qform > 0:
+            return self._qform()
+        return np.diag([-1.0, -1.0, 1.0, 1.0])
+
+    def _affine_of_nibabel(self) -> npt.NDArray[np.float64]:
+        """Voxel (x, y, z) to RAS: the sform, else the qform, else nibabel's own (x to the left, centred)."""
+        if int(self._header["sform_code"]) > 0:
+            return np.asarray(self._header.get_sform(), np.float64)
+        if int(self._header["qform_code"]) > 0:
+            return self._qform()
+        return np.asarray(self._header.get_base_affine(), np.float64)
+
+    def _qform(self) -> npt.NDArray[np.float64]:
         try:
-            if sform == 1 or (sform > 0 and qform <= 0):
-                return np.asarray(self._header.get_sform(), np.float64)
-            if qform > 0:
-                return np.asarray(self._header.get_qform(), np.float64)
+            return np.asarray(self._header.get_qform(), np.float64)
         except (HeaderDataError, ValueError):
             msg = "the NIfTI header's qform is no rotation"
             raise Malformed(msg) from None
-        return np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def _is_turn(affine: npt.NDArray[np.float64]) -> bool:
+    """Whether the columns are orthogonal once their lengths are set to 1; a column of 0 is left to be refused."""
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not lengths.all() or not np.isfinite(lengths).all():
+        return True
+    columns = affine[:3, :3] / lengths
+    return np.allclose(columns.T @ columns, np.eye(3), atol=_ORTHONORMAL)
+
+
+def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | None) -> bytes:
+    """An uncompressed NIfTI file.
+
+    Args:
+        array: (Z, Y, X), or (C, Z, Y, X) with the channels to be the fourth axis; integers or float32.
+        geometry: where it lies.
+        template: the NIfTI header of the input, if it was one, whose affine fields are repeated; else a NIfTI-1
+            header gets the geometry as sform, and as qform too where that can say it.
+    """
+    solid = geometry.ndim == 3 or array.ndim == 4
+    voxels = array.T if solid else array[0].T
+    header = Nifti1Header() if template is None else type(template)()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(voxels.shape)
+    if template is None:
+        affine = _RAS_TO_LPS @ geometry.affine
+        header.set_xyzt_units("mm")
+        header.set_qform(affine, 1 if _is_turn(affine) else 0)
+        header.set_sform(affine, 1)
+        header["pixdim"][1:4] = geometry.spacing
+    else:
+        for field in _GEOMETRY_FIELDS:
+            header[field] = template[field]
+        header["pixdim"][: geometry.ndim + 1] = template["pixdim"][: geometry.ndim + 1]
+    image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
+    return bytes(image(voxels, None, header).to_bytes())

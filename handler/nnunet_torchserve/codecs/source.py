@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..options import OutputFormat
-from ..volume import Geometry, LabelArray
+from ..volume import Geometry
 
 
 class ImageSource(Protocol):
@@ -23,11 +23,12 @@ class ImageSource(Protocol):
         """Images in the file: the length of a fourth axis, else 1."""
 
     @property
+    def nifti_header(self) -> Any | None:
+        """A NIfTI input's header, whose affine fields a NIfTI answer repeats bit for bit; ``None`` for the others."""
+
+    @property
     def native_format(self) -> OutputFormat:
         """The format that answers in kind."""
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X), scaled as the header says. May be called once."""
-
-    def encode_nifti(self, labels: LabelArray) -> bytes:
-        """``labels`` (Z, Y, X) as an uncompressed NIfTI file on this image's grid."""

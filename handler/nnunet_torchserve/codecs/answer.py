@@ -1,0 +1,176 @@
+"""An answer's files: which ones a request gets, how large they are at least, and their bytes.
+
+The label map goes into one file format or several; probabilities into a file of their own, except that an npz holds
+both. What is more than one file comes as a zip.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+from isal import igzip
+
+from ..errors import BadOption
+from ..options import Options, OutputFormat, ProbabilityFormat
+from ..volume import Geometry, LabelMap
+from .arrays import encode_npz
+from .metaimage import encode_metaimage
+from .nifti import encode_nifti
+from .nrrd import encode_nrrd
+from .pictures import encode_png
+from .report import encode_report
+from .source import ImageSource
+
+_GZIP_LEVEL = 2
+"""igzip's levels are 0 to 3; above 2 label maps shrink little and cost twice."""
+
+_BINARY = "application/octet-stream"
+_CONTENT_TYPE = {
+    OutputFormat.NIFTI_GZ: "application/gzip",
+    OutputFormat.NIFTI: _BINARY,
+    OutputFormat.NRRD: _BINARY,
+    OutputFormat.MHA: _BINARY,
+    OutputFormat.NPZ: _BINARY,
+    OutputFormat.PNG: "image/png",
+    OutputFormat.JSON: "application/json",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """An answer's body and its content type."""
+
+    body: bytes
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """The files of one answer.
+
+    Attributes:
+        labels: formats of the label map.
+        probabilities: format of the probabilities; ``None`` if there are none.
+        zipped: in a zip, or a single file.
+    """
+
+    labels: tuple[OutputFormat, ...]
+    probabilities: ProbabilityFormat | None
+    zipped: bool
+
+    @property
+    def one_npz(self) -> bool:
+        """Whether labels and probabilities share a single npz."""
+        return not self.zipped and self.probabilities is not None
+
+
+def answer_form(options: Options, native: OutputFormat, geometry: Geometry) -> AnswerForm:
+    """What a request asks for, in the input's own format where it names none.
+
+    Raises:
+        BadOption: a volume cannot be a png.
+    """
+    asked = options.output_format
+    labels = asked if isinstance(asked, tuple) else (asked or native,)
+    if OutputFormat.PNG in labels and geometry.shape[0] > 1:
+        msg = f"output_format png holds one slice, the image has {geometry.shape[0]}; take another format"
+        raise BadOption(msg)
+    probabilities = options.probability_format if options.save_probabilities else None
+    in_one = labels == (OutputFormat.NPZ,) and probabilities is ProbabilityFormat.NPZ
+    zipped = isinstance(asked, tuple) or (probabilities is not None and not in_one)
+    return AnswerForm(labels, probabilities, zipped)
+
+
+def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int) -> int:
+    """Bytes that an answer has at least, known from the header alone.
+
+    Probabilities travel uncompressed unless they go to a nii.gz; a compressed label map may be close to nothing.
+
+    Args:
+        geometry: the image's.
+        form: the files.
+        probability_bytes: what the probabilities of one voxel take.
+    """
+    plain = form.one_npz or OutputFormat.NIFTI in form.labels
+    if form.probabilities is ProbabilityFormat.NIFTI_GZ:
+        probability_bytes = 0
+    return (plain + probability_bytes) * geometry.voxels
+
+
+def encode(
+    answer: LabelMap, form: AnswerForm, image: ImageSource, structures: Mapping[str, tuple[int, ...]]
+) -> EncodedFile:
+    """Write the answer.
+
+    Args:
+        answer: labels, and probabilities where they were asked for.
+        form: the files.
+        image: the input, whose header a NIfTI answer repeats in part.
+        structures: name -> labels that make it up, for the report.
+    """
+    if not form.zipped:
+        [output] = form.labels
+        body = encode_npz(answer, with_labels=True) if form.one_npz else _labels(answer, output, image, structures)
+        return EncodedFile(body, _CONTENT_TYPE[output])
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as files:
+        for output in form.labels:
+            name = "report.json" if output is OutputFormat.JSON else f"labels.{output}"
+            files.writestr(_zip_entry(name), _labels(answer, output, image, structures))
+        if form.probabilities is not None:
+            name = f"probabilities.{form.probabilities}"
+            files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, image))
+    return EncodedFile(archive.getvalue(), "application/zip")
+
+
+def _labels(
+    answer: LabelMap, output: OutputFormat, image: ImageSource, structures: Mapping[str, tuple[int, ...]]
+) -> bytes:
+    labels, geometry = answer.array, answer.geometry
+    nifti = partial(encode_nifti, labels, geometry, image.nifti_header)
+    writers: dict[OutputFormat, Callable[[], bytes]] = {
+        OutputFormat.NIFTI_GZ: lambda: _gzip(nifti()),
+        OutputFormat.NIFTI: nifti,
+        OutputFormat.NRRD: lambda: encode_nrrd(labels, _in_space(geometry)),
+        OutputFormat.MHA: lambda: encode_metaimage(labels, _in_space(geometry)),
+        OutputFormat.NPZ: lambda: encode_npz(LabelMap(labels, geometry), with_labels=True),
+        OutputFormat.PNG: lambda: encode_png(labels),
+        OutputFormat.JSON: lambda: encode_report(labels, geometry, structures),
+    }
+    return writers[output]()
+
+
+def _probabilities(answer: LabelMap, form: ProbabilityFormat, image: ImageSource) -> bytes:
+    if form is ProbabilityFormat.NPZ:
+        return encode_npz(answer, with_labels=False)
+    probabilities = np.asarray(answer.probabilities)
+    body = encode_nifti(probabilities, answer.geometry, image.nifti_header)
+    return _gzip(body) if form is ProbabilityFormat.NIFTI_GZ else body
+
+
+def _in_space(geometry: Geometry) -> Geometry:
+    """A slice that does not lie in the patient's x-y plane at z = 0 is written as a volume, which can say where."""
+    if geometry.ndim == 2 and (geometry.origin[2] != 0 or np.any(geometry.direction != _flat(geometry.direction))):
+        return replace(geometry, ndim=3)
+    return geometry
+
+
+def _flat(direction: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    within = np.eye(3)
+    within[:2, :2] = direction[:2, :2]
+    return within
+
+
+def _gzip(body: bytes) -> bytes:
+    packed: bytes = igzip.compress(body, _GZIP_LEVEL, mtime=0)
+    return packed
+
+
+def _zip_entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
