@@ -26,6 +26,20 @@ _MARGIN_S = 10
 
 _PARENT_POLL_S = 0.5
 
+_STREAM_NEXT = "ts_stream_next"
+"""TorchServe's word for "another message follows". Without it a good answer to gRPC's StreamPredictions ends the
+worker; over HTTP it would cut the answer's headers off."""
+
+_SEQUENCE_HEADER = "ts_request_sequence_"
+"""What TorchServe's gRPC side adds to a request of StreamPredictions2, and to no other."""
+
+_NO_BIDIRECTIONAL_STREAM = (
+    b'{"type": "about:blank", "title": "Not Implemented", "status": 501, "code": "not_served", '
+    b'"detail": "StreamPredictions2 is not served; call Predictions"}'
+)
+"""The answer to every request of StreamPredictions2. An error raised there ends the worker for good, so that a mask
+and a problem would both be plain messages: there are no masks."""
+
 
 class NnunetHandler:
     """One TorchServe worker's view of one model."""
@@ -56,18 +70,27 @@ class NnunetHandler:
 
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
+        if headers and _is_grpc(headers):
+            return _NO_BIDIRECTIONAL_STREAM
         response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)))
-        if response.status >= _FIRST_ERROR_STATUS and not any(name.lower() == "host" for name in headers):
-            # gRPC has no headers, and would hand the problem over as if it were a mask
-            from ts.utils.util import PredictionException
+        if _is_grpc(headers):
+            if response.status >= _FIRST_ERROR_STATUS:
+                # gRPC has no place for a status, and would hand the problem over as if it were a mask
+                from ts.utils.util import PredictionException
 
-            raise PredictionException(response.body.decode(), int(response.status))
+                raise PredictionException(response.body.decode(), int(response.status))
+            context.set_response_header(index, _STREAM_NEXT, "false")
         context.set_response_status(int(response.status), response.status.phrase, index)
         context.set_response_content_type(index, response.content_type)
         for name, value in response.headers.items():
             context.set_response_header(index, name, value)
         body: bytes = response.body
         return body
+
+
+def _is_grpc(headers: dict[str, str]) -> bool:
+    """Whether a request came by gRPC, which has no headers: those of HTTP hold at least TorchServe's own url_path."""
+    return all(name.startswith(_SEQUENCE_HEADER) for name in headers)
 
 
 def _load(context: Any) -> Any:

@@ -41,9 +41,9 @@ def npy(array: Array, version: tuple[int, int] | None = None) -> bytes:
     return file.getvalue()
 
 
-def npz(*, deflated: bool = False, **arrays: Any) -> bytes:
+def npz(save: Any = np.savez, **arrays: Any) -> bytes:
     file = io.BytesIO()
-    (np.savez_compressed if deflated else np.savez)(file, **arrays)
+    save(file, **arrays)
     return file.getvalue()
 
 
@@ -80,7 +80,9 @@ def test_voxels_are_those_that_numpy_loads(dtype: str, endian: str, order: Any, 
 @pytest.mark.parametrize("packed", ["npy", "stored", "deflated"])
 def test_axes_are_channel_z_y_x(shape: tuple[int, ...], packed: str) -> None:
     array = some(shape, "f4")
-    content = npy(array) if packed == "npy" else npz(deflated=packed == "deflated", image=array)
+    content = (
+        npy(array) if packed == "npy" else npz(np.savez_compressed if packed == "deflated" else np.savez, image=array)
+    )
     image = open_array(content)
     full = array.reshape((1,) * (4 - array.ndim) + shape)
     assert (image.channels, image.geometry.shape) == (full.shape[0], full.shape[1:])
@@ -116,17 +118,18 @@ def test_an_npz_with_its_own_geometry_needs_no_options(flat: bool) -> None:
 
 @pytest.mark.parametrize("names", [{"image"}, {"data"}, {"anything"}, {"image", "other"}])
 def test_the_image_is_found_by_its_name_or_because_it_is_alone(names: set[str]) -> None:
-    arrays = {name: PLAIN if name != "other" else some((2, 2)) for name in names}
+    arrays: dict[str, Any] = {name: PLAIN if name != "other" else some((2, 2)) for name in names}
     np.testing.assert_array_equal(open_array(npz(**arrays)).read()[0], PLAIN)
 
 
 @pytest.mark.parametrize("arrays", [{"image": PLAIN, "data": PLAIN}, {"a": PLAIN, "b": PLAIN}, {"spacing": PLAIN}])
-def test_two_candidates_or_none_are_refused(arrays: dict[str, Array]) -> None:
+def test_two_candidates_or_none_are_refused(arrays: dict[str, Any]) -> None:
     with pytest.raises(Malformed, match="name it image"):
         open_array(npz(**arrays))
 
 
 def test_geometry_in_the_file_and_in_the_request_is_refused() -> None:
+    numbers: Any
     for key, numbers in (("spacing", [1, 1, 1]), ("origin", [0, 0, 0]), ("direction", np.eye(3))):
         with pytest.raises(BadOption, match="send one of them"):
             open_array(npz(image=PLAIN, **{key: numbers}))
@@ -188,7 +191,7 @@ def patched(content: bytes, old: bytes, new: bytes) -> bytes:
     return content.replace(old, new)
 
 
-STORED, DEFLATED = npz(image=PLAIN), npz(deflated=True, image=PLAIN)
+STORED, DEFLATED = npz(image=PLAIN), npz(np.savez_compressed, image=PLAIN)
 MIDDLE = STORED.index(PLAIN.tobytes()) + 100
 LONG = npy(PLAIN) + bytes(SLACK_BYTES + 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import struct
@@ -18,7 +19,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_torchserve import codecs
-from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
+from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource, Compression
 from nnunet_torchserve.errors import (
     BadOption,
     BadSpacing,
@@ -393,3 +394,34 @@ def test_a_little_padding_after_the_voxels_is_taken() -> None:
 def test_gzip_members_in_a_row_are_one_stream() -> None:
     source = ByteSource(gzip.compress(b"abc") + gzip.compress(b"def"))
     assert source.read(10) + source.read(10) == b"abcdef"
+
+
+@pytest.mark.parametrize("content", [b"\0", b"ab", bytes(range(256))])
+def test_zlib_streams_of_every_length_are_unpacked_whole(content: bytes) -> None:
+    """isal may swallow its input before it has given its output."""
+    for length in [0, 1, 1000, *range(65_000, 66_100, 37), 129_000, 131_072, 1_000_003]:
+        plain = (content * (length // len(content) + 1))[:length]
+        for level in (0, 1, 9):
+            source = ByteSource(zlib.compress(plain, level), Compression.ZLIB)
+            assert source.read_exactly(length).tobytes() == plain
+            source.finish()
+
+
+@pytest.mark.parametrize("compression", [Compression.ZLIB, Compression.GZIP, Compression.BZIP2])
+def test_a_cut_stream_is_malformed_at_every_byte(compression: Compression) -> None:
+    plain = bytes(range(256)) * 4
+    packed = {
+        Compression.ZLIB: zlib.compress(plain),
+        Compression.GZIP: gzip.compress(plain),
+        Compression.BZIP2: bz2.compress(plain),
+    }[compression]
+
+    def unpack(body: bytes) -> None:
+        source = ByteSource(body, compression)
+        assert source.read_exactly(len(plain)).tobytes() == plain
+        source.finish()
+
+    unpack(packed)
+    for end in range(len(packed)):
+        with pytest.raises(Malformed):
+            unpack(packed[:end])

@@ -24,7 +24,9 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
-from nnunet_torchserve.codecs.pictures import PictureSource, encode_png, is_png, is_tiff, open_png, open_tiff
+from nnunet_torchserve.codecs.pictures import PictureSource
+from nnunet_torchserve.codecs.png import encode_png, is_png, open_png
+from nnunet_torchserve.codecs.tiff import is_tiff, open_tiff
 from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import OutputFormat
@@ -118,7 +120,8 @@ PNGS: dict[str, bytes] = {
     "interlaced RGB": made_png(7, 9, 8, 2, adam7(COLOUR), interlace=1),
     "gamma, profile, text and time": made_png(
         7, 9, 8, 0, rows_of(GREY), chunk(b"gAMA", struct.pack(">I", 45455)),
-        chunk(b"iCCP", b"n\0\0" + zlib.compress(b"x")), chunk(b"tEXt", b"Patient\0NAME"), chunk(b"tIME", bytes(7)), tail=chunk(b"tEXt", b"a\0b"),
+        chunk(b"iCCP", b"n\0\0" + zlib.compress(b"x")), chunk(b"tEXt", b"Patient\0NAME"), chunk(b"tIME", bytes(7)),
+        tail=chunk(b"tEXt", b"a\0b"),
     ),
     "orientation": png(GREY, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"),
     "many small chunks of voxels": MAGIC + png(GREY)[8:33]
@@ -178,11 +181,11 @@ def test_the_request_says_where_a_picture_lies() -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_labels_written_as_png_are_read_back_by_nnunet(dtype: str, tmp_path: Path) -> None:
     labels = some((1, 9, 7), dtype)
-    content = encode_png(labels)  # type: ignore[arg-type]
+    content = encode_png(labels)
     read, _ = NaturalImage2DIO().read_seg(str(volumes.write(tmp_path, "a.png", content)))
     np.testing.assert_array_equal(read, labels[None])
     np.testing.assert_array_equal(open_picture(content).read(), labels[None])
-    assert encode_png(labels.copy()) == content  # type: ignore[arg-type]
+    assert encode_png(labels.copy()) == content
 
 
 IHDR = png(GREY)[8:33]
@@ -291,11 +294,16 @@ def same_as_stock(content: bytes, tmp_path: Path, reader: Any = NaturalImage2DIO
     return image
 
 
-@pytest.mark.parametrize("packed", PACKED)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "packed"),  # the writer has no predictor for integers of 64 bits
+    [
+        (dtype, packed)
+        for dtype in DTYPES
+        for packed in PACKED
+        if "int64" not in dtype or "predictor" not in PACKED[packed]
+    ],
+)
 def test_a_tiff_is_read_as_nnunet_reads_it(dtype: str, packed: str, tmp_path: Path) -> None:
-    if PACKED[packed].get("predictor") and dtype in {"uint64", "int64"}:
-        pytest.skip("the writer has none for them")
     image = same_as_stock(tif(some((90, 70), dtype), **PACKED[packed]), tmp_path)
     assert image.native_format is OutputFormat.PNG
 
@@ -558,7 +566,8 @@ def test_no_name_in_a_file_is_opened() -> None:
 BOMB = """
     import io, struct, sys, zlib
     import numpy as np, tifffile, imagecodecs
-    from nnunet_torchserve.codecs.pictures import open_png, open_tiff
+    from nnunet_torchserve.codecs.png import open_png
+    from nnunet_torchserve.codecs.tiff import open_tiff
     from nnunet_torchserve.errors import ServingError
     from nnunet_torchserve.limits import Limits
     from nnunet_torchserve.volume import Placement
@@ -567,7 +576,7 @@ BOMB = """
         status = open("/proc/self/status").read()
         return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
-    size = 300_000_000
+    size = 100_000_000
     def bomb(kind):
         if kind == "deflate":
             packer = zlib.compressobj(9)
@@ -608,7 +617,7 @@ BOMB = """
 
 
 @pytest.mark.parametrize("kind", ["png", "deflate", "lzw", "packbits"])
-def test_a_bomb_of_300_mb_costs_no_memory(kind: str) -> None:
+def test_a_bomb_of_100_mb_costs_no_memory(kind: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(BOMB), kind], capture_output=True, text=True, check=False, timeout=60
     )

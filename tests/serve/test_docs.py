@@ -1,4 +1,4 @@
-"""Every curl command of the documentation works as it stands there, but for the address and the models' names."""
+"""Every curl command of README and the HTTP reference works as it stands there, but for the address and the models' names."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ MODELS = {"brain": "five_folds", "tumour": "regions"}
 
 
 def commands() -> list[str]:
-    """The curl commands of all pages, each on one line."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """The curl commands of the pages for callers, each on one line."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "http.md"]
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = [found for page in pages for found in re.findall(r"`(curl -[^`]*)`", page.read_text())]

@@ -15,8 +15,9 @@ from .inflate import ByteSource, Payload
 from .metaimage import is_metaimage, open_metaimage
 from .nifti import HEADER_BYTES, NiftiSource, header_class
 from .nrrd import is_nrrd, open_nrrd
-from .pictures import is_png, is_tiff, open_png, open_tiff
+from .png import is_png, open_png
 from .source import ImageSource
+from .tiff import is_tiff, open_tiff
 
 __all__ = ["AnswerForm", "EncodedFile", "ImageSource", "answer_form", "encode", "open_image", "smallest_answer"]
 

@@ -23,7 +23,7 @@ from .arrays import encode_npz
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
 from .nrrd import encode_nrrd
-from .pictures import encode_png
+from .png import encode_png
 from .report import encode_report
 from .source import ImageSource
 

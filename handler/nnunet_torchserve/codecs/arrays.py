@@ -23,9 +23,9 @@ import numpy.typing as npt
 from ..errors import BadOption, BadSpacing, Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
-from ..volume import Geometry, LabelMap, Placement
-from .geometry import check_size, make_geometry
-from .inflate import SLACK_BYTES, ByteSource
+from ..volume import LabelMap, Placement
+from .geometry import check_size, place
+from .inflate import SLACK_BYTES, ByteSource, MemoryFile
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -66,73 +66,6 @@ def is_npy(head: bytes) -> bool:
 def is_npz(head: bytes) -> bool:
     """Whether a file that begins with ``head`` is a zip, as every .npz is."""
     return head.startswith(_ZIP_MAGIC)
-
-
-class MemoryFile(io.RawIOBase):
-    """Memory as a file that libraries can seek in; unlike ``BytesIO`` it copies nothing but what is read.
-
-    Several pieces follow each other, so that a made header can stand before a client's bytes.
-    """
-
-    def __init__(self, *pieces: memoryview) -> None:
-        self._pieces, self._position = pieces, 0
-        self._size = sum(len(piece) for piece in pieces)
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes from the start."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As every file's.
-
-        Raises:
-            ValueError: before the start.
-        """
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if position < 0:
-            msg = "a position before the start of the file"
-            raise ValueError(msg)
-        self._position = position
-        return position
-
-    def readinto(self, buffer: Any) -> int:
-        """As every raw file's: up to ``len(buffer)`` bytes, 0 at the end."""
-        target = memoryview(buffer).cast("B")
-        start, filled = self._position, 0
-        for piece in self._pieces:
-            if start < len(piece):
-                chunk = piece[start : start + len(target) - filled]
-                target[filled : filled + len(chunk)] = chunk
-                filled += len(chunk)
-            start = max(0, start - len(piece))
-        self._position += filled
-        return filled
-
-
-def place(shape: tuple[int, int, int], placement: Placement) -> Geometry:
-    """The geometry of voxels that have no header of their own.
-
-    Args:
-        shape: voxels along z, y, x.
-        placement: with 2 numbers for the spacing it is a 2-D image, which has one slice; with 3 a volume.
-
-    Raises:
-        BadSpacing: not as many numbers as the image has dimensions, or none that a scanner has.
-        Malformed: an origin or a direction that is no place in space.
-    """
-    plane = len(placement.spacing) == len(shape) - 1 and shape[0] == 1
-    ndim = 2 if plane else 3
-    origin = (0.0,) * ndim if placement.origin is None else placement.origin
-    direction = np.eye(ndim).ravel().tolist() if placement.direction is None else placement.direction
-    return make_geometry(shape[-ndim:], placement.spacing, origin, direction)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import BadSpacing, Malformed, TooLarge
 from ..limits import Limits
-from ..volume import Geometry
+from ..volume import Geometry, Placement
 
 SMALLEST_MM, LARGEST_MM = 1e-6, 1e6
 _LARGEST_OFFSET_MM = 1e9
@@ -64,6 +64,24 @@ def make_geometry(
         direction=axes,
         ndim=ndim,
     )
+
+
+def place(shape: tuple[int, int, int], placement: Placement) -> Geometry:
+    """The geometry of voxels that have no header of their own.
+
+    Args:
+        shape: voxels along z, y, x.
+        placement: with 2 numbers for the spacing it is a 2-D image, which has one slice; with 3 a volume.
+
+    Raises:
+        BadSpacing: not as many numbers as the image has dimensions, or none that a scanner has.
+        Malformed: an origin or a direction that is no place in space.
+    """
+    plane = len(placement.spacing) == len(shape) - 1 and shape[0] == 1
+    ndim = 2 if plane else 3
+    origin = (0.0,) * ndim if placement.origin is None else placement.origin
+    direction = np.eye(ndim).ravel().tolist() if placement.direction is None else placement.direction
+    return make_geometry(shape[-ndim:], placement.spacing, origin, direction)
 
 
 def check_spacing(spacing: Sequence[float], ndim: int) -> None:

@@ -109,7 +109,7 @@ class ByteSource:
 
 
 def _stream(body: memoryview, compression: Compression) -> Any:
-    plain = io.BufferedReader(_Body(body), _CHUNK_BYTES)
+    plain = io.BufferedReader(MemoryFile(body), _CHUNK_BYTES)
     if compression is Compression.GZIP:
         return igzip.IGzipFile(fileobj=plain, mode="rb")
     if compression is Compression.BZIP2:
@@ -119,20 +119,53 @@ def _stream(body: memoryview, compression: Compression) -> Any:
     return plain
 
 
-class _Body(io.RawIOBase):
-    """Bytes in memory as a raw stream; unlike ``BytesIO`` it does not copy a bytearray."""
+class MemoryFile(io.RawIOBase):
+    """Memory as a file that libraries can seek in; unlike ``BytesIO`` it copies nothing but what is read.
 
-    def __init__(self, body: memoryview) -> None:
-        self._body, self._position = body, 0
+    Several pieces follow each other, so that a made header can stand before a client's bytes.
+    """
+
+    def __init__(self, *pieces: memoryview) -> None:
+        self._pieces, self._position = pieces, 0
+        self._size = sum(len(piece) for piece in pieces)
 
     def readable(self) -> bool:
+        """Always."""
         return True
 
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes from the start."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As every file's.
+
+        Raises:
+            ValueError: before the start.
+        """
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if position < 0:
+            msg = "a position before the start of the file"
+            raise ValueError(msg)
+        self._position = position
+        return position
+
     def readinto(self, buffer: Any) -> int:
-        chunk = self._body[self._position : self._position + len(buffer)]
-        buffer[: len(chunk)] = chunk
-        self._position += len(chunk)
-        return len(chunk)
+        """As every raw file's: up to ``len(buffer)`` bytes, 0 at the end."""
+        target = memoryview(buffer).cast("B")
+        start, filled = self._position, 0
+        for piece in self._pieces:
+            if start < len(piece):
+                chunk = piece[start : start + len(target) - filled]
+                target[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+            start = max(0, start - len(piece))
+        self._position += filled
+        return filled
 
 
 class _ZlibReader(io.RawIOBase):
@@ -146,15 +179,16 @@ class _ZlibReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        packed = self._inflate.unconsumed_tail
         while not self._inflate.eof:
-            packed = self._inflate.unconsumed_tail or self._packed.read1(_CHUNK_BYTES)
-            if not packed:
-                msg = "the stream ends early"
-                raise EOFError(msg)
-            chunk = self._inflate.decompress(packed, len(buffer))
-            if chunk:
+            # isal may have taken all of its input and still hold output, which an empty input asks for
+            if chunk := self._inflate.decompress(packed, len(buffer)):
                 buffer[: len(chunk)] = chunk
                 return len(chunk)
+            packed = self._inflate.unconsumed_tail or self._packed.read1(_CHUNK_BYTES)
+            if not packed and not self._inflate.eof:
+                msg = "the stream ends early"
+                raise EOFError(msg)
         return 0
 
 

@@ -1,0 +1,453 @@
+"""TIFF and BigTIFF: the voxels that nnU-Net's ``NaturalImage2DIO`` and ``Tiff3DIO`` read, by way of tifffile.
+
+tifffile decodes them, but never sees a client's header: this module reads the directories itself, within bounds, and
+hands over one page at a time under a small header of its own. So vendors' tags, subdirectories and references to other
+files are never parsed, a size is checked before anything is unpacked, and only compressions whose output is bounded
+are taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+
+from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
+from ..limits import Limits
+from ..volume import Placement
+from .geometry import check_size
+from .inflate import MemoryFile
+from .pictures import MOST_RATIO, PLANE, PictureSource
+
+_TIFF_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+"""Byte orders; the plus is BigTIFF's."""
+
+_WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
+_DESCRIPTION, _STRIP_OFFSETS, _SAMPLES_PER_PIXEL, _ROWS_PER_STRIP, _STRIP_COUNTS = 270, 273, 277, 278, 279
+_PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 284, 317, 322, 323, 324, 325
+_SAMPLE_FORMAT = 339
+
+_NUMBERS = (
+    _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES_PER_PIXEL, _ROWS_PER_STRIP, _PLANAR,
+    _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _SAMPLE_FORMAT,
+)  # fmt: skip
+"""The tags whose one number (or the same number for each sample) tells how to decode."""
+
+_ANOTHER_KIND = {
+    32997, 33445, 33471, 33560, 33628, 34361, 34362, 34412, 43314, 51123, 65000, 65001, 65002, 65420,
+}  # fmt: skip
+"""Tags of volumes in tiles (SGI) and of MD Gel, Olympus, MetaMorph, FluoView, LSM, NIH Image, Micro-Manager, EER and
+NDPI files: their voxels, or the order of their slices, do not follow from the baseline tags."""
+
+_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 7: "u1", 16: "u8"}
+"""TIFF's BYTE, ASCII, SHORT, LONG, UNDEFINED and LONG8."""
+
+_LONG8 = 16
+_RATIO = {1: 1, 5: 4096, 8: MOST_RATIO, 32773: 64, 32946: MOST_RATIO}
+"""Compressions whose output can be bounded, and what each makes of a byte at most: none, LZW (a code of 12 bits stands
+for at most 4,094 bytes), deflate, PackBits, and deflate by its older number."""
+
+_DTYPES = {(1, 1), (1, 8), (1, 16), (1, 32), (1, 64), (2, 8), (2, 16), (2, 32), (2, 64), (3, 16), (3, 32), (3, 64)}
+"""Sample format (unsigned, signed, float) and bits."""
+
+_MOST_PAGES = 16_384
+_MOST_SEGMENTS = 2**18
+"""Strips or tiles of a page, each of which costs tifffile some hundred bytes; 2¹⁸ tiles of 256² are a slide."""
+
+_TILE_BYTES = 64 * 1024**2
+"""What tiles may take beyond the picture, whose edge they overlap; or three times the picture."""
+
+_MOST_DESCRIPTION_BYTES = 4 * 1024**2
+_TIFF_ERRORS = (ValueError, RuntimeError, OSError, IndexError, TypeError, ArithmeticError, struct.error)
+"""What tifffile and imagecodecs raise for damaged strips."""
+
+
+def is_tiff(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is a TIFF or a BigTIFF."""
+    return head[:4] in _TIFF_MAGIC
+
+
+def open_tiff(body: memoryview, limits: Limits, placement: Placement | None) -> PictureSource:
+    """A TIFF or BigTIFF: one picture, or a stack of grey pages as slices.
+
+    In a plane (two numbers of spacing) three or four grey pages are the channels of one picture: so scikit-image reads
+    them for ``NaturalImage2DIO``. Compressions: none, deflate, LZW, PackBits.
+
+    Args:
+        body: the file.
+        limits: what is allowed.
+        placement: where the picture lies, by the request or by the model's reader (2 numbers for
+            ``NaturalImage2DIO``, 3 for ``Tiff3DIO``); ``None`` where neither says it.
+
+    Raises:
+        Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: the header says so.
+    """
+    pages, description = _pages(body, limits)
+    first = pages[0]
+    if any(page.kind != first.kind for page in pages):
+        msg = "the TIFF's pages differ in size or type; send pages of one kind, without thumbnails"
+        raise WrongChannels(msg)
+    _check_description(description, len(pages), first)
+    channels, slices = first.samples, len(pages)
+    if slices > 1 and channels > 1:
+        msg = "a TIFF with several pages in colour; send one picture, or a stack of grey pages"
+        raise WrongChannels(msg)
+    if slices > 1 and placement is not None and len(placement.spacing) == PLANE:
+        if slices not in {3, 4} or first.width in {3, 4}:
+            msg = f"a TIFF of {slices} pages, placed in a plane; send one page, or a spacing along x, y, z"
+            raise WrongChannels(msg)
+        channels, slices = slices, 1
+    shape = (slices, first.length, first.width)
+    check_size(shape, channels, max(1, first.bits // 8), limits)
+
+    def decode() -> npt.NDArray[np.float32]:
+        voxels = np.empty((channels, *shape), np.float32)
+        planes = voxels.reshape(len(pages), first.samples, first.length, first.width)
+        for plane, page in zip(planes, pages, strict=True):
+            with np.errstate(over="ignore", invalid="ignore"):
+                plane[...] = page.decode(body)
+        return voxels
+
+    return PictureSource(shape, channels, placement, decode)
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """One page of a TIFF, checked.
+
+    Attributes:
+        order: ``<`` or ``>``.
+        numbers: by tag, those of ``_NUMBERS`` that the page has.
+        offsets: where its strips or tiles begin in the file.
+        counts: their bytes, as packed.
+    """
+
+    order: str
+    numbers: dict[int, int]
+    offsets: npt.NDArray[np.uint64] = field(repr=False)
+    counts: npt.NDArray[np.uint64] = field(repr=False)
+
+    @property
+    def kind(self) -> tuple[tuple[int, int], ...]:
+        """What pages of one stack have in common; a page's strips may be cut in their own way."""
+        layout = {_ROWS_PER_STRIP, _TILE_WIDTH, _TILE_LENGTH}
+        return tuple(sorted((tag, number) for tag, number in self.numbers.items() if tag not in layout))
+
+    @property
+    def width(self) -> int:
+        """Voxels along x."""
+        return self.numbers[_WIDTH]
+
+    @property
+    def length(self) -> int:
+        """Voxels along y."""
+        return self.numbers[_LENGTH]
+
+    @property
+    def samples(self) -> int:
+        """Channels."""
+        return self.numbers[_SAMPLES_PER_PIXEL]
+
+    @property
+    def bits(self) -> int:
+        """Of one sample."""
+        return self.numbers[_BITS]
+
+    @property
+    def tiled(self) -> bool:
+        """Whether in tiles, or in strips."""
+        return _TILE_WIDTH in self.numbers
+
+    @property
+    def segment_shape(self) -> tuple[int, int]:
+        """(y, x) of a strip or a tile."""
+        if self.tiled:
+            return self.numbers[_TILE_LENGTH], self.numbers[_TILE_WIDTH]
+        return min(self.numbers[_ROWS_PER_STRIP], self.length), self.width
+
+    @property
+    def planes(self) -> int:
+        """How many times the segments cover the picture: once, or once for each sample."""
+        return self.samples if self.numbers[_PLANAR] == 2 else 1
+
+    @property
+    def segments(self) -> int:
+        """Strips or tiles."""
+        rows, columns = self.segment_shape
+        return math.ceil(self.length / rows) * math.ceil(self.width / columns) * self.planes
+
+    def decode(self, body: memoryview) -> npt.NDArray[Any]:
+        """The samples, (C, Y, X), by tifffile under a header that holds this page's numbers and nothing else."""
+        whole: Any = MemoryFile(memoryview(self._header()), body)
+        try:
+            with tifffile.TiffFile(whole) as file:
+                planes = file.pages.first.asarray(squeeze=False, maxworkers=1)
+        except _TIFF_ERRORS:
+            msg = "the TIFF's voxels are damaged or cut off"
+            raise Malformed(msg) from None
+        stored: npt.NDArray[Any] = np.moveaxis(planes[:, 0], 3, 1)  # plane, sample, y, x; one of the first two is 1
+        return stored.reshape(self.samples, self.length, self.width)
+
+    def _header(self) -> bytes:
+        """A BigTIFF header whose offsets count from its own start, with the file's bytes behind it."""
+        offsets, counts = (_TILE_OFFSETS, _TILE_COUNTS) if self.tiled else (_STRIP_OFFSETS, _STRIP_COUNTS)
+        tags = sorted([*self.numbers, offsets, counts])
+        arrays_start = 16 + 8 + 20 * len(tags) + 8
+        size = arrays_start + 16 * self.segments
+        values = {offsets: self.offsets + np.uint64(size), counts: self.counts}
+        entries = [struct.pack(f"{self.order}2s3HQQ", b"II" if self.order == "<" else b"MM", 43, 8, 0, 16, len(tags))]
+        arrays: list[bytes] = []
+        for tag in tags:
+            numbers = values.get(tag, np.array([self.numbers.get(tag, 0)], np.uint64))
+            raw = numbers.astype(f"{self.order}u8").tobytes()
+            if len(numbers) > 1:
+                arrays.append(raw)
+                raw = struct.pack(f"{self.order}Q", arrays_start + sum(map(len, arrays[:-1])))
+            entries.append(struct.pack(f"{self.order}HHQ", tag, _LONG8, len(numbers)) + raw)
+        header = b"".join([*entries, bytes(8), *arrays])
+        return header + bytes(size - len(header))
+
+
+class _Directory:
+    """The tags of one page, unread."""
+
+    def __init__(self, body: memoryview, order: str, *, big: bool, offset: int, limits: Limits) -> None:
+        self._body, self._order = body, order
+        count_format, entry, link = ("Q", struct.Struct(f"{order}HHQ8s"), "Q") if big else ("H", None, "I")
+        entry = entry or struct.Struct(f"{order}HHI4s")
+        (count,) = _unpack(body, order + count_format, offset)
+        if count > limits.header_fields:
+            msg = f"a page of the TIFF has {count} tags; this server takes at most {limits.header_fields}"
+            raise TooLarge(msg)
+        start = offset + struct.calcsize(order + count_format)
+        end = start + count * entry.size
+        (self.next,) = _unpack(body, order + link, end)
+        self._entries: dict[int, list[tuple[int, int, int]]] = {}
+        for position in range(start, end, entry.size):
+            tag, kind, items, inline = entry.unpack_from(body, position)
+            value_bytes = items * np.dtype(_TYPES.get(kind, "u1")).itemsize
+            place_of_value = position + entry.size - len(inline)
+            if value_bytes > len(inline):
+                (place_of_value,) = struct.unpack(order + link, inline)
+            self._entries.setdefault(tag, []).append((kind, items, place_of_value))
+
+    @property
+    def tags(self) -> set[int]:
+        """The numbers of the tags."""
+        return set(self._entries)
+
+    def values(self, tag: int, most: int) -> npt.NDArray[np.uint64]:
+        """The first ``most`` numbers of a tag.
+
+        Raises:
+            Malformed: not whole numbers, none, or outside the file.
+        """
+        kind, items, start = self._entries[tag][0]
+        dtype = np.dtype(self._order + _TYPES.get(kind, "u1"))
+        count = min(items, most)
+        if kind not in _TYPES or not count or start + count * dtype.itemsize > len(self._body):
+            msg = f"the TIFF's tag {tag} is no whole number, or points outside the file"
+            raise Malformed(msg)
+        return np.frombuffer(self._body, dtype, count, start).astype(np.uint64)
+
+    def texts(self, tag: int, most: int) -> list[str]:
+        """The texts of a tag, which may stand twice.
+
+        Raises:
+            TooLarge: a text of more than ``most`` bytes.
+        """
+        texts = []
+        for _kind, items, start in self._entries.get(tag, [])[:2]:
+            if items > most:
+                msg = f"the TIFF's description has {items} bytes; this server takes at most {most}"
+                raise TooLarge(msg)
+            texts.append(bytes(self._body[start : start + items]).split(b"\0")[0].decode("latin-1"))
+        return texts
+
+
+def _unpack(body: memoryview, layout: str, offset: int) -> tuple[Any, ...]:
+    if offset + struct.calcsize(layout) > len(body):
+        msg = "the TIFF is cut off: a directory lies outside the file"
+        raise Malformed(msg)
+    return struct.unpack_from(layout, body, offset)
+
+
+def _pages(body: memoryview, limits: Limits) -> tuple[list[_Page], list[str]]:
+    """The pages of the main chain, each checked by itself, and the first one's descriptions."""
+    order = _TIFF_MAGIC[bytes(body[:4])]
+    big = b"+" in bytes(body[:4])
+    if big and _unpack(body, f"{order}HH", 4) != (8, 0):
+        msg = "the BigTIFF header has offsets of another length than 8 bytes"
+        raise Malformed(msg)
+    (offset,) = _unpack(body, order + ("Q" if big else "I"), 8 if big else 4)
+    pages: list[_Page] = []
+    descriptions: list[str] = []
+    seen: set[int] = set()
+    while offset:
+        if offset in seen or len(pages) >= _MOST_PAGES:
+            msg = f"the TIFF's pages form a loop, or are more than {_MOST_PAGES}"
+            raise Malformed(msg)
+        seen.add(offset)
+        directory = _Directory(body, order, big=big, offset=offset, limits=limits)
+        pages.append(_page(directory, order, len(body), limits))
+        descriptions = descriptions or directory.texts(_DESCRIPTION, _MOST_DESCRIPTION_BYTES)
+        offset = directory.next
+    if not pages:
+        msg = "the TIFF has no page"
+        raise Malformed(msg)
+    if sum(int(page.counts.sum()) for page in pages) > len(body):
+        msg = "the TIFF's strips or tiles overlap each other"
+        raise Malformed(msg)
+    return pages, descriptions
+
+
+_DEFAULTS = {
+    _BITS: 1, _COMPRESSION: 1, _FILL_ORDER: 1, _SAMPLES_PER_PIXEL: 1, _PLANAR: 1, _PREDICTOR: 1, _SAMPLE_FORMAT: 1,
+    _ROWS_PER_STRIP: 2**32 - 1,
+}  # fmt: skip
+"""What TIFF 6.0 says of tags that are absent."""
+
+
+def _page(directory: _Directory, order: str, body_bytes: int, limits: Limits) -> _Page:
+    """The checked page of one directory."""
+    tags = directory.tags
+    if tags & _ANOTHER_KIND:
+        msg = "a vendor's own kind of TIFF; save it as a plain TIFF, one page a slice"
+        raise UnknownFormat(msg)
+    if not {_WIDTH, _LENGTH, _PHOTOMETRIC} <= tags or (_TILE_WIDTH in tags) != (_TILE_LENGTH in tags):
+        msg = "a page of the TIFF does not say its size or its photometric interpretation"
+        raise Malformed(msg)
+    numbers = dict(_DEFAULTS)
+    for tag in tags.intersection(_NUMBERS):
+        values = directory.values(tag, 1 + limits.channels)
+        if (values != values[0]).any():
+            msg = "the samples of the TIFF are of different types; send one type for all"
+            raise UnknownFormat(msg)
+        numbers[tag] = int(values[0])
+    if _TILE_WIDTH in numbers:
+        del numbers[_ROWS_PER_STRIP]
+    none = np.empty(0, np.uint64)
+    page = _Page(order, numbers, none, none)
+    _check_type(page)
+    _check_layout(page, limits)
+    offsets, counts = (_TILE_OFFSETS, _TILE_COUNTS) if page.tiled else (_STRIP_OFFSETS, _STRIP_COUNTS)
+    if not {offsets, counts} <= tags:
+        msg = "a page of the TIFF does not say where its strips or tiles are, or how long"
+        raise Malformed(msg)
+    page = replace(
+        page, offsets=directory.values(offsets, page.segments), counts=directory.values(counts, page.segments)
+    )
+    if len(page.offsets) < page.segments or len(page.counts) < page.segments:
+        msg = f"a page of the TIFF has too few strips or tiles; {page.segments} were expected"
+        raise Malformed(msg)
+    if not page.counts.all() or (page.counts > body_bytes).any() or (page.offsets > body_bytes - page.counts).any():
+        msg = "a strip or tile of the TIFF is empty or lies outside the file; it seems cut off"
+        raise Malformed(msg)
+    stored_bytes = page.samples * page.length * page.width * page.bits // 8
+    if stored_bytes > _RATIO[page.numbers[_COMPRESSION]] * int(page.counts.sum()):
+        msg = f"a page of the TIFF declares voxels of {stored_bytes} bytes, which its strips or tiles cannot hold"
+        raise Malformed(msg)
+    return page
+
+
+def _check_type(page: _Page) -> None:
+    """Refuse what a model cannot take or what cannot be decoded within bounds."""
+    numbers = page.numbers
+    if numbers[_COMPRESSION] not in _RATIO:
+        msg = "the TIFF is packed in a way that this server does not take; send it unpacked, or deflate, LZW, PackBits"
+        raise UnknownFormat(msg)
+    if (numbers[_SAMPLE_FORMAT], page.bits) not in _DTYPES:
+        msg = f"TIFF samples of {page.bits} bits of this type are not taken; send integers or floats of 8 to 64 bits"
+        raise UnknownFormat(msg)
+    float_predictor, integer_predictor = 3, 2
+    predictor_fits = {1: True, integer_predictor: page.bits > 1, float_predictor: numbers[_SAMPLE_FORMAT] == 3}
+    if not predictor_fits.get(numbers[_PREDICTOR]) or numbers[_FILL_ORDER] not in {1, 2}:
+        msg = "the TIFF's predictor or fill order does not exist, or does not fit its samples"
+        raise UnknownFormat(msg)
+    palette = 3
+    if numbers[_PHOTOMETRIC] > palette or numbers[_PLANAR] not in {1, 2}:
+        msg = "the TIFF's colours are neither grey, RGB nor a palette; send one of them"
+        raise UnknownFormat(msg)
+    if page.samples not in {1, 3, 4}:
+        msg = f"a TIFF of {page.samples} samples a voxel; send 1 (grey), 3 (RGB) or 4 (RGBA)"
+        raise WrongChannels(msg)
+
+
+def _check_layout(page: _Page, limits: Limits) -> None:
+    """Refuse strips and tiles that would cost far more than the picture."""
+    size = check_size((1, page.length, page.width), page.samples, max(1, page.bits // 8), limits)
+    rows, columns = page.segment_shape
+    if min(rows, columns) < 1:
+        msg = "the TIFF has strips or tiles without rows"
+        raise Malformed(msg)
+    samples = page.samples // page.planes
+    tiles_bytes = page.segments * rows * columns * samples * max(1, page.bits // 8)
+    if page.segments > _MOST_SEGMENTS or tiles_bytes > max(4 * size, size + _TILE_BYTES):
+        msg = f"the TIFF has more than {_MOST_SEGMENTS} strips or tiles, or tiles far larger than the picture"
+        raise TooLarge(msg)
+
+
+def _check_description(texts: list[str], pages: int, page: _Page) -> None:
+    """Refuse a TIFF whose description says that the pages are not simply its slices in order.
+
+    Raises:
+        WrongChannels: more dimensions than a stack, or slices that are in no page of this file.
+    """
+    for text in texts:
+        if text.startswith("ImageJ="):
+            _check_imagej(text, pages, page)
+        elif text.startswith(('{"shape"', "shape=")):
+            _check_shaped(text, pages, page)
+        elif text.rstrip().endswith("OME>"):
+            _check_ome(text, pages, page)
+
+
+def _check_imagej(text: str, pages: int, page: _Page) -> None:
+    found = {
+        name: int(number)
+        for name, number in re.findall(r"^(images|channels|slices|frames)=(\d{1,9})$", text, re.MULTILINE)
+    }
+    axes = [found.get(name, 1) for name in ("channels", "slices", "frames")]
+    in_samples = page.samples > 1 and axes[0] == page.samples
+    images = math.prod(axes[1:] if in_samples else axes)
+    if images > 1 and (images != pages or max(axes[1:] if in_samples else axes) != images):
+        msg = f"an ImageJ hyperstack of {axes} channels, slices and frames in {pages} pages; send slices alone"
+        raise WrongChannels(msg)
+    if found.get("images", pages) > pages:
+        msg = f"an ImageJ stack whose {found['images']} images are not in pages of their own; save it as a plain TIFF"
+        raise WrongChannels(msg)
+
+
+def _check_shaped(text: str, pages: int, page: _Page) -> None:
+    """The shape that tifffile writes: of one array, whose pages may not all be there."""
+    try:
+        shape = json.loads(text)["shape"] if text.startswith("{") else re.findall(r"\d+", text)
+        declared = [int(n) for n in shape]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        msg = "the TIFF's description is no shape, though it begins like one"
+        raise Malformed(msg) from None
+    expected = [n for n in (pages, page.samples, page.length, page.width) if n > 1]
+    if sorted(n for n in declared if n != 1) != sorted(expected):
+        msg = f"the TIFF says that it holds an array of shape {declared}, but has {pages} pages; send slices alone"
+        raise WrongChannels(msg)
+
+
+def _check_ome(text: str, pages: int, page: _Page) -> None:
+    """OME-XML may name other files, and may give the pages another order; it is not parsed as XML."""
+    sizes = {axis: int(number) for axis, number in re.findall(r'\bSize([CTZ])="(\d{1,9})"', text)}
+    planes = [
+        dict(re.findall(r'\b(\w+)="([^"]*)"', plane)) for plane in re.findall(r"<(?:\w+:)?TiffData\b([^>]*)", text)
+    ]
+    in_order = all(plane.get("IFD", "0") == plane.get("FirstZ", "0") for plane in planes)
+    one_image = len(re.findall(r"<(?:\w+:)?Pixels\b", text)) == 1 and "FileName" not in text
+    volume = sizes.get("C") == page.samples and sizes.get("T") == 1 and sizes.get("Z") == pages
+    if not (in_order and one_image and volume):
+        msg = "an OME-TIFF of several files, channels or times, or with pages out of order; send slices alone"
+        raise WrongChannels(msg)

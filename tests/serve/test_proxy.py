@@ -1,0 +1,207 @@
+"""deploy/nginx.conf in front of a real server: what the proxy passes, and what it keeps from TorchServe."""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from nnunet_torchserve_tools import launcher
+from support import volumes
+from support.bad_requests import FAST, GOOD
+from support.server import LiveServer
+
+pytestmark = pytest.mark.serve
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+BODY_LIMIT = 3 * 1024**2
+"""The session server's max_request_size."""
+
+PER_ADDRESS = 16
+TIMEOUT_S = 2
+STALLED = 100
+OF_ONE_ANSWER = {"date", "server", "connection", "server-timing", "x-request-id"}
+"""Headers that differ between two answers to the same request, or belong to the connection."""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running nginx."""
+
+    process: psutil.Process
+    port: int
+    upstream_port: int
+    log: Path
+
+    def predict(self, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            return client.post(f"http://127.0.0.1:{self.port}/predictions/five_folds", content=body, headers=headers)
+
+    def upload(self, sent: bytes, length: int, source: str = "127.0.0.1") -> socket.socket:
+        """A connection from an address of its own, with the header and the beginning of a body sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30, source_address=(source, 0))
+        head = f"POST /predictions/five_folds HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n"
+        connection.sendall(f"{head}X-Nnunet-Options: {FAST}\r\nConnection: close\r\n\r\n".encode() + sent)
+        return connection
+
+    def upstream_connections(self) -> int:
+        """Connections that nginx has to TorchServe."""
+        family = [self.process, *self.process.children(recursive=True)]
+        every = [connection for process in family for connection in process.net_connections("tcp")]
+        return sum(bool(each.raddr) and each.raddr.port == self.upstream_port for each in every)
+
+
+@pytest.fixture(scope="module")
+def proxy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    port = launcher.free_ports().inference
+    upstream_port = int(server.server.inference_url.rpartition(":")[2])
+    text = CONFIG.read_text()
+    for ours, here in (
+        ("server 127.0.0.1:8080", f"server 127.0.0.1:{upstream_port}"),
+        ("listen 127.0.0.1:8443", f"listen 127.0.0.1:{port}"),
+        ("client_max_body_size 537919488", f"client_max_body_size {BODY_LIMIT}"),
+        ("client_header_timeout 15s", f"client_header_timeout {TIMEOUT_S}s"),
+        ("client_body_timeout 30s", f"client_body_timeout {TIMEOUT_S}s"),
+    ):
+        assert text.count(ours) == 1, ours
+        text = text.replace(ours, here)
+    folder = tmp_path_factory.mktemp("nginx")
+    config = volumes.write(folder, "nginx.conf", text.encode())
+    log = folder / "requests.log"
+    command = [nginx, "-p", str(folder), "-c", str(config), "-g", f"daemon off; user {getpass.getuser()};"]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE) as process:
+        try:
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, process.stderr and process.stderr.read()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            yield Proxy(psutil.Process(process.pid), port, upstream_port, log)
+        finally:
+            process.terminate()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What the other side sends until it ends the connection."""
+    answer = b""
+    try:
+        while received := connection.recv(2**16):
+            answer += received
+    except ConnectionResetError:
+        pass
+    return answer
+
+
+def test_an_answer_passes_with_the_same_bytes_and_headers(server: LiveServer, proxy: Proxy) -> None:
+    headers = {"X-Request-Id": "study-7", "X-Nnunet-Options": FAST}
+    direct = server.predict("five_folds", GOOD, headers=headers)
+    passed = proxy.predict(GOOD, headers)
+    assert (passed.status_code, passed.content) == (200, direct.content)
+    assert passed.headers["x-nnunet-request-id"] == "study-7"
+    assert "server-timing" in passed.headers
+    same = [{n: v for n, v in a.headers.items() if n not in OF_ONE_ANSWER} for a in (direct, passed)]
+    assert same[0] == same[1]
+    assert "x-nnunet-model" in same[1]
+
+
+def test_a_problem_passes_and_a_request_without_an_id_gets_the_proxys(proxy: Proxy) -> None:
+    refused = proxy.predict(b"this is not an image")
+    assert (refused.status_code, refused.headers["content-type"]) == (415, "application/problem+json")
+    assert refused.json()["code"] == "unknown_format"
+    assert f"id={refused.json()['request_id']}" in proxy.log.read_text()
+
+
+def test_a_large_body_passes_and_is_not_kept(server: LiveServer, proxy: Proxy) -> None:
+    noise = np.random.default_rng(0).integers(0, 1000, (100, 100, 90)).astype(np.int16)
+    body = volumes.nifti(noise, np.diag([0.5, 0.5, 0.5, 1]))
+    assert 1_700_000 < len(body) < 2 * 1024**2
+    headers = {"X-Nnunet-Options": FAST}
+    assert proxy.predict(body, headers).content == server.predict("five_folds", body, headers=headers).content
+    folder = proxy.log.parent / "bodies"
+    assert not [file for file in folder.rglob("*") if file.is_file()]
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_stalled_uploads_are_cut_and_none_reaches_torchserve(server: LiveServer, proxy: Proxy) -> None:
+    expected = server.predict("five_folds", GOOD, options=FAST).content
+    with ExitStack() as stack:
+        started = time.monotonic()
+        uploads = [
+            stack.enter_context(proxy.upload(bytes(1_000_000), 2_000_000, source=f"127.0.0.{2 + number // 10}"))
+            for number in range(STALLED)
+        ]
+        assert proxy.upstream_connections() == 0
+        served = 0
+        while served < 3 or time.monotonic() < started + TIMEOUT_S / 2:
+            answer = proxy.predict(GOOD, {"X-Nnunet-Options": FAST})
+            assert (answer.status_code, answer.content) == (200, expected)
+            served += 1
+        answers = [read_all(upload) for upload in uploads]
+        assert time.monotonic() - started < TIMEOUT_S + 5
+    assert set(answers) <= {b""} or all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
+    assert proxy.log.read_text().count(" POST 408 ") == STALLED
+    assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST}).content == expected
+
+
+def test_a_header_that_stalls_is_cut(proxy: Proxy) -> None:
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=TIMEOUT_S + 5) as connection:
+        connection.sendall(b"POST /predictions/five_folds HTTP/1.1\r\nHost: local")
+        assert not read_all(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_a_slow_but_steady_upload_is_not_cut(server: LiveServer, proxy: Proxy) -> None:
+    expected = server.predict("five_folds", GOOD, options=FAST).content
+    step = len(GOOD) // 5
+    started = time.monotonic()
+    with proxy.upload(b"", len(GOOD)) as upload:
+        for begin in range(0, len(GOOD), step):
+            time.sleep(TIMEOUT_S * 0.4)
+            upload.sendall(GOOD[begin : begin + step])
+        assert time.monotonic() - started > 1.5 * TIMEOUT_S
+        answer = read_all(upload)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(expected)
+
+
+def test_a_body_above_the_limit_is_refused_before_it_is_sent(proxy: Proxy) -> None:
+    with proxy.upload(b"", BODY_LIMIT + 1) as upload:
+        assert upload.recv(12) == b"HTTP/1.1 413"
+
+
+def test_one_address_cannot_take_every_connection(proxy: Proxy) -> None:
+    with ExitStack() as stack:
+        for _ in range(PER_ADDRESS):
+            stack.enter_context(proxy.upload(b"half", 1000, source="127.0.0.50"))
+        with proxy.upload(b"half", 1000, source="127.0.0.50") as one_more:
+            assert one_more.recv(12) == b"HTTP/1.1 429"
+        assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/models", "/", "/api-description", "/predictions/../models"])
+def test_nothing_but_predictions_and_ping_passes(path: str, proxy: Proxy) -> None:
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", proxy.port), timeout=30) as connection:
+        connection.sendall(head.encode())
+        assert read_all(connection).startswith(b"HTTP/1.1 404")
+
+
+def test_ping_passes(proxy: Proxy) -> None:
+    assert httpx.get(f"http://127.0.0.1:{proxy.port}/ping", trust_env=False).json() == {"status": "Healthy"}
