@@ -35,7 +35,7 @@ def commands() -> list[str]:
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = [found for page in pages for found in re.findall(r"`(curl -[^`]*)`", page.read_text())]
-    return sorted({re.sub(r"\s+", " ", line) for line in [*lines, *inline] if line.startswith("curl ")})
+    return sorted({re.sub(r"\s+", " ", line) for line in [*lines, *inline] if line.startswith("curl ") and "http:" in line})
 
 
 @pytest.fixture

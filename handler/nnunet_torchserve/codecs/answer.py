@@ -14,21 +14,18 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from isal import igzip
 
 from ..errors import BadOption
 from ..options import Options, OutputFormat, ProbabilityFormat
 from ..volume import Geometry, LabelMap
 from .arrays import encode_npz
+from .inflate import gzipped
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
 from .nrrd import encode_nrrd
 from .png import encode_png
 from .report import encode_report
 from .source import ImageSource
-
-_GZIP_LEVEL = 2
-"""igzip's levels are 0 to 3; above 2 label maps shrink little and cost twice."""
 
 _BINARY = "application/octet-stream"
 _CONTENT_TYPE = {
@@ -135,7 +132,7 @@ def _labels(
     labels, geometry = answer.array, answer.geometry
     nifti = partial(encode_nifti, labels, geometry, image.nifti_header)
     writers: dict[OutputFormat, Callable[[], bytes]] = {
-        OutputFormat.NIFTI_GZ: lambda: _gzip(nifti()),
+        OutputFormat.NIFTI_GZ: lambda: gzipped(nifti()),
         OutputFormat.NIFTI: nifti,
         OutputFormat.NRRD: lambda: encode_nrrd(labels, _in_space(geometry)),
         OutputFormat.MHA: lambda: encode_metaimage(labels, _in_space(geometry)),
@@ -151,7 +148,7 @@ def _probabilities(answer: LabelMap, form: ProbabilityFormat, image: ImageSource
         return encode_npz(answer, with_labels=False)
     probabilities = np.asarray(answer.probabilities)
     body = encode_nifti(probabilities, answer.geometry, image.nifti_header)
-    return _gzip(body) if form is ProbabilityFormat.NIFTI_GZ else body
+    return gzipped(body) if form is ProbabilityFormat.NIFTI_GZ else body
 
 
 def _in_space(geometry: Geometry) -> Geometry:
@@ -165,11 +162,6 @@ def _flat(direction: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     within = np.eye(3)
     within[:2, :2] = direction[:2, :2]
     return within
-
-
-def _gzip(body: bytes) -> bytes:
-    packed: bytes = igzip.compress(body, _GZIP_LEVEL, mtime=0)
-    return packed
 
 
 def _zip_entry(name: str) -> zipfile.ZipInfo:

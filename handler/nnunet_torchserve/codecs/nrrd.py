@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from isal import igzip
 
 from ..errors import BadSpacing, Malformed, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import Geometry, LabelArray
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, make_geometry
-from .inflate import ByteSource, Compression
+from .inflate import ByteSource, Compression, gzipped
 from .text_header import (
     Voxels,
     add_field,
@@ -40,9 +39,6 @@ from .text_header import (
 )
 
 _MAGIC = re.compile(rb"NRRD000[1-5]")
-_GZIP_LEVEL = 2
-"""igzip's levels are 0 to 3; above 2 label maps shrink little and cost twice."""
-
 _FIELDS = (
     "content", "number", "type", "block size", "dimension", "space", "space dimension", "sizes", "spacings",
     "thicknesses", "axis mins", "axis maxs", "space directions", "centers", "kinds", "labels", "units", "min", "max",
@@ -176,8 +172,7 @@ def encode_nrrd(array: LabelArray, geometry: Geometry) -> bytes:
         f"space origin: ({numbers_text(geometry.origin[:ndim], ',')})",
     ]
     voxels = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    packed: bytes = igzip.compress(voxels.data, _GZIP_LEVEL, mtime=0)
-    return "\n".join([*lines, "", ""]).encode("ascii") + packed
+    return "\n".join([*lines, "", ""]).encode("ascii") + gzipped(voxels.data)
 
 
 class _Axes:
