@@ -12,7 +12,7 @@ MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fu
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,dev]'
 	touch $@
 
-.PHONY: help setup demo archive serve stop test test-long lint type parity bench soak clean
+.PHONY: help setup demo archive serve stop test test-long lint type parity bench fuzz soak clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -47,6 +47,12 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 
 bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
 	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go to .nnunet-torchserve/fuzz/
+	status=0; export PYTHONPATH=tests; \
+	$(BIN)/python -m fuzz.mutate --seconds 210 --targets image || status=1; \
+	$(BIN)/python -m fuzz.mutate --seconds 90 --targets options geometry request || status=1; \
+	$(BIN)/python -m fuzz.coverage_guided --seconds 300 || status=1; exit $$status
 
 soak: .venv/ready ## 1,000 requests while engines and workers are killed (a quarter of an hour)
 	$(BIN)/python benchmarks/soak.py

@@ -1,4 +1,4 @@
-"""Every curl command of README and the HTTP reference works as it stands there, but for the address and the models' names."""
+"""Every curl command of README and the HTTP reference works as it stands there, but for addresses and models' names."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def commands() -> list[str]:
     pages = [ROOT / "README.md", ROOT / "docs" / "http.md"]
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = [found for page in pages for found in re.findall(r"`(curl -[^`]*)`", page.read_text())]
-    return sorted({re.sub(r"\s+", " ", line) for line in [*lines, *inline] if line.startswith("curl ") and "http:" in line})
+    inline = [each for page in pages for each in re.findall(r"`(curl -[^`]*)`", page.read_text())]
+    return sorted(
+        {re.sub(r"\s+", " ", line) for line in [*lines, *inline] if line.startswith("curl ") and "http:" in line}
+    )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ..limits import Limits
 from ..volume import Geometry, Placement
 
 SMALLEST_MM, LARGEST_MM = 1e-6, 1e6
-_LARGEST_OFFSET_MM = 1e9
+_LARGEST_OFFSET_MM = 1e6
 _SMALLEST_DETERMINANT = 1e-6
 
 _2D_SPACING_FACTOR = 999
@@ -44,12 +44,13 @@ def make_geometry(
     check_spacing(nnunet_spacing or spacing, ndim)
     for name, numbers, count in (("origin", origin, ndim), ("direction", direction, ndim * ndim)):
         if len(numbers) != count or not all(abs(number) <= _LARGEST_OFFSET_MM for number in numbers):
-            msg = f"the image's {name} is not {count} finite numbers"
+            msg = f"the image's {name} is not {count} numbers of at most {_LARGEST_OFFSET_MM:g}"
             raise Malformed(msg)
     axes = np.eye(3)
     axes[:ndim, :ndim] = np.reshape(direction, (ndim, ndim))
-    lengths = np.linalg.norm(axes, axis=0)
-    if not np.allclose(lengths, 1, atol=1e-3) or abs(np.linalg.det(axes)) < _SMALLEST_DETERMINANT:
+    with np.errstate(all="ignore"):
+        lengths, determinant = np.linalg.norm(axes, axis=0), abs(np.linalg.det(axes))
+    if not np.allclose(lengths, 1, atol=1e-3) or not determinant >= _SMALLEST_DETERMINANT:
         msg = "the image's direction has no three independent columns of length 1"
         raise Malformed(msg)
     for_nnunet = [float(size) for size in (nnunet_spacing or spacing)]

@@ -24,7 +24,7 @@ from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import Geometry
-from .geometry import check_size, check_spacing, make_geometry
+from .geometry import LARGEST_MM, SMALLEST_MM, check_size, check_spacing, make_geometry
 from .inflate import ByteSource
 
 HEADER_BYTES = 540
@@ -40,6 +40,9 @@ _GEOMETRY_FIELDS = (
 
 _VECTOR_INTENTS = range(1004, 1008)
 """NIFTI_INTENT_GENMATRIX to NIFTI_INTENT_VECTOR: voxels that are no numbers, whatever the dimensions say."""
+
+_LAST_FORM = 5
+"""NIFTI_XFORM_TEMPLATE_OTHER; nibabel writes codes above as 0."""
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -81,7 +84,8 @@ class NiftiSource:
         """
         self._source, self._as_nibabel = source, as_nibabel
         try:
-            self._header = kind.from_fileobj(io.BytesIO(source.peek(HEADER_BYTES)), check=False)
+            head = source.peek(kind.template_dtype.itemsize)  # no more: what follows would be read as extensions
+            self._header = kind.from_fileobj(io.BytesIO(head), check=False)
             self._dtype = self._header.get_data_dtype()
         except (HeaderDataError, KeyError, ValueError):
             msg = "the NIfTI header names a voxel type that does not exist"
@@ -96,6 +100,7 @@ class NiftiSource:
             msg = f"the image would expand to {self._data_offset + self._data_bytes} bytes; the limit is "
             raise TooLarge(msg + str(limits.expanded_bytes))
         self._scale = self._scaling()
+        self._check_forms()
         self.geometry = self._geometry(shape)
 
     @property
@@ -169,6 +174,12 @@ class NiftiSource:
             raise Malformed(msg)
         return slope, intercept
 
+    def _check_forms(self) -> None:
+        for name in ("qform_code", "sform_code"):
+            if not 0 <= int(self._header[name]) <= _LAST_FORM:
+                msg = f"the NIfTI header's {name} must be 0 to {_LAST_FORM}; readers disagree on others"
+                raise Malformed(msg)
+
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         ndim = len(shape)
         pixdim = [float(size) for size in self._header["pixdim"][1 : ndim + 1]]
@@ -179,8 +190,9 @@ class NiftiSource:
             affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
             lengths = np.linalg.norm(affine[:3, :3], axis=0)
             turn = (_RAS_TO_LPS @ affine)[:3, :3] / lengths
-        if not np.isfinite(affine).all() or not np.isfinite(turn).all():
-            msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN or infinite columns"
+        usable = all(SMALLEST_MM <= length * unit <= LARGEST_MM for length in lengths)
+        if not usable or not np.isfinite(affine).all() or not np.isfinite(turn).all():
+            msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN, tiny or huge columns"
             raise Malformed(msg)
         if ndim == 2:
             return self._flat_geometry(shape, spacing, affine, turn, unit)

@@ -101,7 +101,7 @@ def integers(name: str, text: str | Sequence[str], count: int = 1) -> list[int]:
     Raises:
         Malformed: another number of them, or something else.
     """
-    words = text.split() if isinstance(text, str) else text
+    words = _words(text)
     if len(words) != count or not all(_INTEGER.fullmatch(word) for word in words):
         msg = f"the header's field {name} must be {count} integer{'s' * (count != 1)} of at most 18 digits"
         raise Malformed(msg)
@@ -120,7 +120,7 @@ def floats(name: str, text: str | Sequence[str], count: int, *, nan: bool = Fals
     Raises:
         Malformed: another number of them, or something else.
     """
-    words = text.split() if isinstance(text, str) else text
+    words = _words(text)
     values = [_float(word, nan=nan) for word in words[: count + 1]]
     if len(values) != count or None in values:
         msg = f"the header's field {name} must be {count} finite number{'s' * (count != 1)}"
@@ -209,6 +209,11 @@ class Voxels:
         with np.errstate(over="ignore", invalid="ignore"):
             voxels: npt.NDArray[np.float32] = stored.astype(np.float32, order="C")
         return voxels
+
+
+def _words(text: str | Sequence[str]) -> Sequence[str]:
+    """Between ASCII white space; Latin-1 has other spaces, which ITK does not know."""
+    return re.findall(r"\S+", text, re.ASCII) if isinstance(text, str) else text
 
 
 def _float(word: str, *, nan: bool) -> float | None:
