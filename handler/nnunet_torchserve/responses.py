@@ -31,6 +31,9 @@ _HEADER_TEXT = re.compile(r"[\x20-\x7e]*")
 _REQUEST_ID = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
 
 
+_LONGEST_DETAIL = 4096
+"""Characters: a message that repeats what a client sent must not become an answer above TorchServe's limit."""
+
 WARNING = "X-Nnunet-Warning"
 
 
@@ -85,7 +88,7 @@ class ResponseMaker:
             "title": error.status.phrase,
             "status": int(error.status),
             "code": error.code,
-            "detail": str(error),
+            "detail": str(error)[:_LONGEST_DETAIL],
             "request_id": request_id,
         }
         body = json.dumps(document, ensure_ascii=True).encode("ascii")

@@ -203,5 +203,14 @@ def test_nothing_but_predictions_and_ping_passes(path: str, proxy: Proxy) -> Non
         assert read_all(connection).startswith(b"HTTP/1.1 404")
 
 
+def test_a_form_is_refused_before_torchserve_writes_it_to_its_log(server: LiveServer, proxy: Proxy) -> None:
+    plain = volumes.nifti(np.ones((4, 4, 4), np.int16)).replace(bytes(80), b"PATIENT^NAME" + bytes(68), 1)
+    assert b"PATIENT^NAME" in plain
+    answer = proxy.predict(plain, {"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"})
+    assert answer.status_code == 415
+    assert "PATIENT" not in answer.text
+    assert "PATIENT^NAME" not in (Path(server.server.log_dir) / "ts_log.log").read_text()
+
+
 def test_ping_passes(proxy: Proxy) -> None:
     assert httpx.get(f"http://127.0.0.1:{proxy.port}/ping", trust_env=False).json() == {"status": "Healthy"}

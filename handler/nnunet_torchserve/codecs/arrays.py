@@ -247,9 +247,12 @@ def _read_header(peek: Callable[[int], bytes], limits: Limits) -> _Header:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
         msg = "an array of this type is no image; send integers, floats of at most 64 bits, or bool"
         raise UnknownFormat(msg)
-    if any(n < 0 for n in shape):
-        msg = f"the array's npy header declares the shape {shape}; no axis can be negative"
+    if any(n < 0 for n in shape):  # numbers of any length, which Python may refuse to print
+        msg = "the array's npy header declares a negative axis"
         raise Malformed(msg)
+    if any(n > limits.voxels for n in shape):
+        msg = f"the array's npy header declares an axis of more than {limits.voxels} numbers, the limit"
+        raise TooLarge(msg)
     return _Header(size, tuple(int(n) for n in shape), bool(fortran_order), dtype)
 
 

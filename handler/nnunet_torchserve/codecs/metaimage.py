@@ -67,7 +67,8 @@ _TYPE_OF = {
 
 _BOOLEANS = {"t": True, "true": True, "1": True, "f": False, "false": False, "0": False}
 
-_LINE = re.compile(r"\s*([^=:]*?)\s*([=:])\s*(.*?)\s*")
+_LINE = re.compile(r"([^=:]*)([=:])(.*)")
+"""In linear time, whatever the line: the spaces around name and value are stripped afterwards."""
 _FIRST_FIELD = re.compile(rb"\s*([A-Za-z]+)[ \t]*=")
 _TELLING_LINE = re.compile(rb"^[ \t]*(?:%s)[ \t]*=" % "|".join(_TELLING_FIELDS).encode(), re.MULTILINE)
 
@@ -173,13 +174,14 @@ def _parse(lines: list[str]) -> dict[str, str]:
         if not found:
             msg = "the header has a line that is no MetaImage field; a name, = and a value were expected"
             raise Malformed(msg)
-        meant = _FIELD_OF.get(re.sub(r"[\s_-]", "", found[1]).lower())
+        name, value = found[1].strip(), found[3].strip()
+        meant = _FIELD_OF.get(re.sub(r"[\s_-]", "", name).lower())
         if meant is None:
             continue
-        if found[1] != meant or found[2] != "=":
+        if name != meant or found[2] != "=":
             msg = f"the header's field {meant} must be written so, and with ="
             raise Malformed(msg)
-        add_field(fields, meant, found[3])
+        add_field(fields, meant, value)
     _check_kind(fields)
     return fields
 

@@ -61,6 +61,9 @@ _MOST_PAGES = 16_384
 _MOST_SEGMENTS = 2**18
 """Strips or tiles of a page, each of which costs tifffile some hundred bytes; 2¹⁸ tiles of 256² are a slide."""
 
+_MOST_SEGMENTS_OF_ALL = 2**22
+"""Of all pages together."""
+
 _TILE_BYTES = 64 * 1024**2
 """What tiles may take beyond the picture, whose edge they overlap; or three times the picture."""
 
@@ -290,20 +293,27 @@ def _pages(body: memoryview, limits: Limits) -> tuple[list[_Page], list[str]]:
     pages: list[_Page] = []
     descriptions: list[str] = []
     seen: set[int] = set()
+    segments = packed_bytes = 0
     while offset:
         if offset in seen or len(pages) >= _MOST_PAGES:
             msg = f"the TIFF's pages form a loop, or are more than {_MOST_PAGES}"
             raise Malformed(msg)
         seen.add(offset)
         directory = _Directory(body, order, big=big, offset=offset, limits=limits)
-        pages.append(_page(directory, order, len(body), limits))
+        page = _page(directory, order, len(body), limits)
+        pages.append(page)
+        segments += page.segments
+        packed_bytes += int(page.counts.sum())
+        if segments > _MOST_SEGMENTS_OF_ALL:
+            msg = f"the TIFF has more than {_MOST_SEGMENTS_OF_ALL} strips or tiles in all"
+            raise TooLarge(msg)
+        if packed_bytes > len(body):  # at once: many pages may share one long list of strips
+            msg = "the TIFF's strips or tiles overlap each other"
+            raise Malformed(msg)
         descriptions = descriptions or directory.texts(_DESCRIPTION, _MOST_DESCRIPTION_BYTES)
         offset = directory.next
     if not pages:
         msg = "the TIFF has no page"
-        raise Malformed(msg)
-    if sum(int(page.counts.sum()) for page in pages) > len(body):
-        msg = "the TIFF's strips or tiles overlap each other"
         raise Malformed(msg)
     return pages, descriptions
 
@@ -430,12 +440,12 @@ def _check_shaped(text: str, pages: int, page: _Page) -> None:
     try:
         shape = json.loads(text)["shape"] if text.startswith("{") else re.findall(r"\d+", text)
         declared = [int(n) for n in shape]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         msg = "the TIFF's description is no shape, though it begins like one"
         raise Malformed(msg) from None
     expected = [n for n in (pages, page.samples, page.length, page.width) if n > 1]
     if sorted(n for n in declared if n != 1) != sorted(expected):
-        msg = f"the TIFF says that it holds an array of shape {declared}, but has {pages} pages; send slices alone"
+        msg = f"the TIFF says that it holds an array of shape {declared[:8]}, but has {pages} pages; send slices alone"
         raise WrongChannels(msg)
 
 
