@@ -233,7 +233,8 @@ ONLY_ORTHONORMAL = {"nii.gz by SimpleITK"}
 
 
 def found_by_nibabel(body: bytes, folder: Path) -> Matrix:
-    name = "answer.nii.gz" if body.startswith(b"\x1f\x8b") else "answer.nii"
+    """Names differ in their stem, because ITK takes ``x.nii`` for ``x.nii.gz`` where both lie side by side."""
+    name = "packed.nii.gz" if body.startswith(b"\x1f\x8b") else "answer.nii"
     (folder / name).write_bytes(body)
     image = nib.load(folder / name)
     return centre_of(np.asarray(image.dataobj), RAS @ image.affine)
@@ -283,7 +284,7 @@ def centre_of(labels: npt.NDArray[np.generic], affine: Matrix) -> Matrix:
 
 READERS: dict[str, list[Callable[[bytes, Path], Matrix]]] = {
     "labels.nii": [found_by_nibabel, found_by_simpleitk("answer.nii")],
-    "labels.nii.gz": [found_by_nibabel, found_by_simpleitk("answer.nii.gz")],
+    "labels.nii.gz": [found_by_nibabel, found_by_simpleitk("packed.nii.gz")],
     "labels.nrrd": [found_by_simpleitk("answer.nrrd"), found_by_pynrrd],
     "labels.mha": [found_by_simpleitk("answer.mha")],
     "labels.npz": [found_in_npz],

@@ -94,7 +94,7 @@ class ByteSource:
             while filled < size:
                 count = self._stream.readinto(view[filled:])
                 if not count:
-                    msg = f"the image ends after {filled} of {size} bytes of voxels; it seems cut off"
+                    msg = "the image ends before the last of its voxels; it seems cut off"
                     raise Malformed(msg)
                 filled += count
         self._position += filled - len(first)

@@ -26,6 +26,7 @@ from ..options import OutputFormat
 from ..volume import Geometry
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, check_spacing, make_geometry
 from .inflate import ByteSource
+from .voxels import read_voxels
 
 HEADER_BYTES = 540
 """The longer of the two headers; the shorter has 348."""
@@ -94,10 +95,10 @@ class NiftiSource:
             msg = f"voxels of type {self._dtype} are not supported; send integers or floats of at most 64 bits"
             raise UnknownFormat(msg)
         shape, self.channels = self._shape()
-        self._data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits)
+        data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits)
         self._data_offset = self._offset()
-        if self._data_offset + self._data_bytes > limits.expanded_bytes:
-            msg = f"the image would expand to {self._data_offset + self._data_bytes} bytes; the limit is "
+        if self._data_offset + data_bytes > limits.expanded_bytes:
+            msg = f"the image would expand to {self._data_offset + data_bytes} bytes; the limit is "
             raise TooLarge(msg + str(limits.expanded_bytes))
         self._scale = self._scaling()
         self._check_forms()
@@ -121,18 +122,14 @@ class NiftiSource:
             TooLarge: far more bytes than declared.
         """
         self._source.skip(self._data_offset)
-        raw = self._source.read_exactly(self._data_bytes)
-        self._source.finish()
-        depth, height, width = self.geometry.shape
-        stored = raw.view(self._dtype).reshape(self.channels, depth, height, width)
+        scale = None if self._scale == (1.0, 0.0) else self._scaled
+        return read_voxels(self._source, self._dtype, (self.channels, *self.geometry.shape), scale=scale)
+
+    def _scaled(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
         slope, intercept = self._scale
-        with np.errstate(over="ignore", invalid="ignore"):
-            if (slope, intercept) != (1.0, 0.0):
-                if not self._as_nibabel and stored.dtype.kind in "iu":
-                    stored = stored.astype(np.float32)  # as ITK does, which rounds integers above 2**24
-                stored = stored.astype(np.float64) * slope + intercept
-            voxels: npt.NDArray[np.float32] = stored.astype(np.float32)
-        return voxels
+        if not self._as_nibabel and stored.dtype.kind in "iu":
+            stored = stored.astype(np.float32)  # as ITK does, which rounds integers above 2**24
+        return stored.astype(np.float64) * slope + intercept
 
     def _shape(self) -> tuple[tuple[int, ...], int]:
         """((z,) y, x) and the number of channels."""

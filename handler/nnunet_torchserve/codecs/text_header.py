@@ -24,6 +24,7 @@ import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from ..errors import Malformed, TooLarge, UnknownFormat
 from ..limits import Limits
 from .inflate import ByteSource, Compression
+from .voxels import read_voxels
 
 _ITK_LOCK = threading.Lock()
 
@@ -182,7 +183,7 @@ class Voxels:
         source: their bytes.
         dtype: type and byte order.
         sizes: along the file's axes, the fastest first.
-        channel_axis: index in ``sizes`` of the channels; ``None`` if there is one.
+        channel_axis: index in ``sizes`` of the channels, the first or the last; ``None`` if there is one.
     """
 
     source: ByteSource
@@ -197,18 +198,11 @@ class Voxels:
             Malformed: the bytes end early or their compression is damaged.
             TooLarge: far more bytes than declared.
         """
-        raw = self.source.read_exactly(int(np.prod(self.sizes, dtype=np.int64)) * self.dtype.itemsize)
-        self.source.finish()
-        stored = raw.view(self.dtype).reshape(self.sizes[::-1])
-        if self.channel_axis is None:
-            stored = stored[np.newaxis]
-        else:
-            stored = np.moveaxis(stored, len(self.sizes) - 1 - self.channel_axis, 0)
-        if stored.ndim == 3:
-            stored = stored[:, np.newaxis]
-        with np.errstate(over="ignore", invalid="ignore"):
-            voxels: npt.NDArray[np.float32] = stored.astype(np.float32, order="C")
-        return voxels
+        grid = [size for axis, size in enumerate(self.sizes) if axis != self.channel_axis]
+        width, height, depth = (*grid, 1)[:3]
+        channels = 1 if self.channel_axis is None else self.sizes[self.channel_axis]
+        shape = (channels, depth, height, width)
+        return read_voxels(self.source, self.dtype, shape, channels_fastest=self.channel_axis == 0)
 
 
 def _words(text: str | Sequence[str]) -> Sequence[str]:
