@@ -15,7 +15,7 @@ import torch
 from .bundle import ModelBundle
 from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
-from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod
+from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, ProbabilityFormat
 from .resampling import LONGEST_BY_MATRIX, spline_arguments
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
@@ -137,7 +137,8 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     """
     if channels != bundle.channels:
         names = ", ".join(bundle.channel_names.values())
-        msg = f"the case has {channels} channels, the model takes {bundle.channels} ({ascii(names)[1:-1]})"
+        plural = "" if channels == 1 else "s"
+        msg = f"the case has {channels} channel{plural}, the model takes {bundle.channels} ({ascii(names)[1:-1]})"
         raise WrongChannels(msg)
     order = bundle.plans.transpose_forward
     grid = network_grid(
@@ -193,7 +194,8 @@ def _export_bytes(bundle: ModelBundle, voxels: int, grid: Sequence[int], options
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
     if options.save_probabilities:
         whole = classes * _FLOAT32  # regions need all classes once
-        export += voxels * (2 * options.probability_bytes(classes) + whole)  # and the answer is written
+        copies = 3 if options.probability_format is ProbabilityFormat.NIFTI_GZ else 2  # and the answer is written
+        export += voxels * (copies * options.probability_bytes(classes) + whole)
     arguments = spline_arguments(bundle.configuration.resampling_fn_probabilities)
     if arguments is not None and arguments.order == 1 and not bundle.has_own_label_manager:
         return export
@@ -244,5 +246,6 @@ def network_grid(bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[fl
 def too_thin_message(shape: Sequence[int], spacing: Sequence[float]) -> str:
     """The one sentence that says a volume is too thin."""
     return (
-        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left on an axis of the network's grid"
+        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left on an axis of the network's grid; "
+        "is the spacing in mm?"
     )

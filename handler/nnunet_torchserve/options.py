@@ -6,6 +6,7 @@ any voxel is touched; unknown names are refused, so that a misspelt option is ne
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
@@ -149,7 +150,7 @@ class Options(BaseModel):
             msg = "NIfTI has no float16: leave out probability_dtype, or take probability_format npz"
             raise ValueError(msg)
         if self.spacing is None and (self.origin is not None or self.direction is not None):
-            msg = "origin and direction need spacing"
+            msg = "origin and direction need spacing, and are for arrays and pictures only"
             raise ValueError(msg)
         return self
 
@@ -218,7 +219,10 @@ def parse_options(text: bytes | None) -> Options:
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_input=False)[0]
         if first["type"] == "extra_forbidden":
-            msg = f"unknown option {ascii(str(first['loc'][0]))[:80]}; options are {', '.join(Options.model_fields)}"
+            name = str(first["loc"][0])[:80]
+            meant = get_close_matches(name.lower(), Options.model_fields, 1)
+            hint = f"did you mean {meant[0]}? " if meant else ""
+            msg = f"unknown option {ascii(name)[:80]}; {hint}options are {', '.join(Options.model_fields)}"
             raise UnknownOption(msg) from None
         if first["type"] == "value_error" and not first["loc"]:
             raise BadOption(_explain(first["msg"])) from None

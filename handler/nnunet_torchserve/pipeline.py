@@ -144,7 +144,7 @@ class Pipeline:
             turns = [self._turn(image) for image in images]
             geometry = _common_geometry([turn.after for turn in turns])
             record.shape = images[0].geometry.shape
-            warnings = _warnings([turn.after for turn in turns])
+            warnings = _warnings([turn.after for turn in turns], len(self.bundle.patch_size))
             channels = sum(image.channels for image in images)
             case_price = price(self.bundle, geometry, channels, settings, options)
             record.patches, record.passes = case_price.patches, case_price.passes
@@ -233,6 +233,7 @@ class Pipeline:
             "probability_channels": bundle.output_names,
             "patch_size": list(bundle.patch_size),
             "spacing": [float(size) for size in bundle.configuration.spacing],
+            "reader": bundle.reader,
             "input_orientation": bundle.input_orientation,
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",
             "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
@@ -294,15 +295,20 @@ def _common_geometry(geometries: Sequence[Geometry]) -> Geometry:
     return first
 
 
-def _warnings(geometries: Sequence[Geometry]) -> list[str]:
-    """What stock would print a warning for, from the headers."""
+def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:
+    """What stock would print a warning for, or should, from the headers."""
     first = geometries[0]
     aligned = all(
         np.allclose(other.origin, first.origin, atol=_ALIGNED_MM)
         and np.allclose(other.direction, first.direction, atol=_ALIGNED_DIRECTION)
         for other in geometries
     )
-    return [] if aligned else [Warnings.CHANNELS_MISALIGNED]
+    warnings = [] if aligned else [Warnings.CHANNELS_MISALIGNED]
+    if first.ndim < dimensions:
+        warnings.append(Warnings.SINGLE_SLICE)
+    if first.assumed:
+        warnings.append(Warnings.SPACING_ASSUMED)
+    return [str(warning) for warning in warnings]
 
 
 def _decode(images: Sequence[ImageSource], turns: Sequence[Turn]) -> tuple[npt.NDArray[np.float32], bool]:

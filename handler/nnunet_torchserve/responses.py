@@ -42,6 +42,8 @@ class Warnings(StrEnum):
 
     CONSTANT_IMAGE = "constant_image"
     CHANNELS_MISALIGNED = "channels_misaligned"
+    SINGLE_SLICE = "single_slice"
+    SPACING_ASSUMED = "spacing_assumed"
 
 
 @dataclass(frozen=True, slots=True)

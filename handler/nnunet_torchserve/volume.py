@@ -7,13 +7,16 @@ LPS coordinates, ``spacing``, ``origin`` and the columns of ``direction`` in (x,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
+_PLANE = 2
+"""Dimensions of a slice."""
+
 LabelArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 
@@ -29,6 +32,7 @@ class Geometry:
         origin: LPS mm of voxel (0, 0, 0).
         direction: 3×3, column k is the unit vector of array axis x, y, z in LPS.
         ndim: 2 or 3, the dimensions of the file it came from.
+        assumed: nobody said the spacing: it is what nnU-Net makes up for its pictures.
     """
 
     shape: tuple[int, int, int]
@@ -37,12 +41,21 @@ class Geometry:
     origin: tuple[float, float, float]
     direction: npt.NDArray[np.float64]
     ndim: int
+    assumed: bool = False
 
     @property
     def voxels(self) -> int:
         """Number of voxels of one channel."""
         depth, height, width = self.shape
         return depth * height * width
+
+    def in_space(self) -> Geometry:
+        """The same; but a slice that does not lie in the patient's x-y plane at z = 0 as a volume, which can say so."""
+        flat = np.eye(3)
+        flat[:2, :2] = self.direction[:2, :2]
+        if self.ndim == _PLANE and (self.origin[2] != 0 or np.any(self.direction != flat)):
+            return replace(self, ndim=3)
+        return self
 
     @property
     def affine(self) -> npt.NDArray[np.float64]:
@@ -61,11 +74,13 @@ class Placement:
         spacing: mm along x, y(, z).
         origin: LPS mm of the first voxel, x, y(, z); ``None`` is 0.
         direction: 4 or 9 numbers, row by row; ``None`` is the patient's axes.
+        assumed: made up, as nnU-Net does for its pictures.
     """
 
     spacing: tuple[float, ...]
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,10 @@ from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import Options, OutputFormat
+from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.pipeline import Pipeline, Request
-from nnunet_torchserve.volume import LabelMap
+from nnunet_torchserve.volume import LabelMap, Placement
 
 Matrix = npt.NDArray[np.float64]
 
@@ -268,6 +268,14 @@ def found_in_npz(body: bytes, _: Path) -> Matrix:
     return centre_of(content["labels"].T, affine)
 
 
+def found_in_probabilities(body: bytes, folder: Path) -> Matrix:
+    """Where class 1 is the likeliest."""
+    (folder / "probabilities.nii.gz").write_bytes(body)
+    image = nib.load(folder / "probabilities.nii.gz")
+    likeliest = np.asarray(image.dataobj).argmax(-1)
+    return centre_of((likeliest == 1).astype(np.uint8), RAS @ image.affine)
+
+
 def found_in_report(body: bytes, _: Path) -> Matrix:
     report = json.loads(body)
     [structure] = [each for each in report["structures"] if each["labels"] == [1]]
@@ -289,7 +297,9 @@ READERS: dict[str, list[Callable[[bytes, Path], Matrix]]] = {
     "labels.mha": [found_by_simpleitk("answer.mha")],
     "labels.npz": [found_in_npz],
     "report.json": [found_in_report],
+    "probabilities.nii.gz": [found_in_probabilities],
 }
+PROBABILITIES = {"save_probabilities": True, "probability_format": "nii.gz"}
 ALL_OUTPUTS = ("nii", "nii.gz", "nrrd", "mha", "npz", "json")
 
 
@@ -331,7 +341,7 @@ def finder(pipeline: Callable[[str], Pipeline]) -> Callable[..., bytes]:
     bundles = {letters: replace_orientation(model, letters) for letters in (None, "RAS", "PIR")}
 
     def find(body: bytes, options: dict[str, object], orientation: str | None = None) -> bytes:
-        asked = json.dumps({"folds": [0], "output_format": ALL_OUTPUTS} | options).encode()
+        asked = json.dumps({"folds": [0], "output_format": ALL_OUTPUTS} | PROBABILITIES | options).encode()
         response = bundles[orientation].answer(Request({"image": body, "options": asked}, {}))
         assert response.status == HTTPStatus.OK, response.body
         return response.body
@@ -364,7 +374,7 @@ millimetres = st.floats(0.2, 8)
 offset = st.floats(-1500, 1500)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     axes=st.permutations((0, 1, 2)),
     signs=st.tuples(*[st.sampled_from((-1, 1))] * 3),
@@ -396,8 +406,13 @@ def test_any_geometry_survives_any_format(
     image = codecs.open_image(WRITERS[writer](where, tmp_path), Limits(), reader, placed)
     turn = turn_towards(image.geometry, orientation)
     labels = (turn.turn(image.read())[0] > 2).astype(np.uint8)
-    answer = turn.turn_back(LabelMap(labels, turn.after))
-    options = Options(output_format=tuple(OutputFormat(name) for name in ALL_OUTPUTS))
+    probabilities = np.stack([1 - labels, labels]).astype(np.float32)
+    answer = turn.turn_back(LabelMap(labels, turn.after, probabilities, (0, 1)))
+    options = Options(
+        output_format=tuple(OutputFormat(name) for name in ALL_OUTPUTS),
+        save_probabilities=True,
+        probability_format=ProbabilityFormat.NIFTI_GZ,
+    )
     form = codecs.answer_form(options, image.native_format, image.geometry)
     body = codecs.encode(answer, form, image, {"marker": (1,)}).body
     check(body, where, tmp_path, itk_reads_nifti=where.orthonormal and writer != "NIfTI-2")
@@ -435,10 +450,64 @@ def test_where_sform_and_qform_disagree_every_answer_says_the_same(
     parts = zipfile.ZipFile(io.BytesIO(body))
     for name, readers in READERS.items():
         for reader in readers:
-            if reader is not found_by_nibabel:  # which always takes the sform
+            if reader not in {found_by_nibabel, found_in_probabilities}:  # nibabel always takes the sform
                 np.testing.assert_allclose(
                     reader(parts.read(name), tmp_path), where.centroid(), atol=TOLERANCE_MM, err_msg=name
                 )
     written = nib.Nifti1Image.from_bytes(parts.read("labels.nii"))
     np.testing.assert_array_equal(written.get_sform(), image.get_sform())
     np.testing.assert_array_equal(written.get_qform(), image.get_qform())
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+
+def flat_image(angle: float) -> tuple[sitk.Image, Matrix]:
+    """A 2-D image, turned in its plane, and where its marker's centroid lies, (x, y) mm."""
+    c, s = np.cos(angle), np.sin(angle)
+    array = np.ones((23, 31), np.uint8)
+    array[4:9, 17:29] = MARKER
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((0.8, 1.7))
+    image.SetOrigin((-40.5, 12.25))
+    image.SetDirection((c, -s, s, c))
+    y, x = np.argwhere(array == MARKER).mean(0)
+    return image, np.array(image.TransformContinuousIndexToPhysicalPoint((x, y)))
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, -2.0])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.npy", "a.npz", "a.png"])
+def test_a_marker_on_a_slice_stays_where_it_is(name: str, angle: float, tmp_path: Path) -> None:
+    image, place = flat_image(angle)
+    array = sitk.GetArrayFromImage(image)
+    given = Placement(image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    elif name == "a.npz":
+        direction = np.reshape(image.GetDirection(), (2, 2))
+        np.savez(tmp_path / name, a=array, spacing=image.GetSpacing(), origin=image.GetOrigin(), direction=direction)
+    else:
+        sitk.WriteImage(image, str(tmp_path / name))
+    placement = given if name in {"a.npy", "a.png"} else None
+    source = codecs.open_image((tmp_path / name).read_bytes(), Limits(), "SimpleITKIO", placement)
+    assert (source.geometry.shape, source.geometry.ndim) == ((1, 23, 31), 2)
+    labels = (source.read()[0] == MARKER).astype(np.uint8)
+    outputs = tuple(OutputFormat(each) for each in (*ALL_OUTPUTS, "png"))
+    form = codecs.answer_form(Options(output_format=outputs), source.native_format, source.geometry)
+    body = codecs.encode(LabelMap(labels, source.geometry), form, source, {"marker": (1,)}).body
+    zipfile.ZipFile(io.BytesIO(body)).extractall(tmp_path)
+
+    for flat in ("labels.nrrd", "labels.mha"):
+        answer = sitk.ReadImage(str(tmp_path / flat))
+        y, x = np.argwhere(sitk.GetArrayFromImage(answer) == 1).mean(0)
+        np.testing.assert_allclose(answer.TransformContinuousIndexToPhysicalPoint((x, y)), place, atol=TOLERANCE_MM)
+    content = np.load(tmp_path / "labels.npz")
+    y, x = np.argwhere(content["labels"][0] == 1).mean(0)
+    found = content["direction"] @ (content["spacing"] * (x, y)) + content["origin"]
+    np.testing.assert_allclose(found, place, atol=TOLERANCE_MM)
+    nifti = nib.load(tmp_path / "labels.nii.gz")
+    x, y = np.argwhere(np.asarray(nifti.dataobj) == 1).mean(0)
+    np.testing.assert_allclose((RAS @ nifti.affine @ (x, y, 0, 1))[:2], place, atol=TOLERANCE_MM)
+    report = json.loads((tmp_path / "report.json").read_bytes())
+    np.testing.assert_allclose(report["structures"][0]["centroid_mm"], [*place, 0], atol=TOLERANCE_MM)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "labels.png"))), labels[0])

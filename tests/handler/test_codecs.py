@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from scipy.spatial.transform import Rotation
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource, Compression
@@ -31,7 +33,7 @@ from nnunet_torchserve.errors import (
 )
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
-from nnunet_torchserve.volume import LabelArray, LabelMap
+from nnunet_torchserve.volume import LabelArray, LabelMap, Placement
 from support import volumes
 from support.bad_requests import header as with_fields
 
@@ -118,6 +120,84 @@ def test_of_two_forms_that_disagree_itks_is_taken(qform: int, sform: int, tmp_pa
     np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-5)
     np.testing.assert_allclose(geometry.direction.ravel(), itk.GetDirection(), atol=1e-6)
     np.testing.assert_allclose(geometry.spacing, itk.GetSpacing())
+
+
+def matrix(turn: Rotation, spacing: npt.NDArray[Any], origin: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = turn.as_matrix() * spacing, origin
+    return affine.astype(np.float32)
+
+
+def test_wherever_itk_reads_a_nifti_it_lies_where_itk_says(tmp_path: Path) -> None:
+    """Random forms and codes; shears of about what ITK lets pass; turns of about half a circle."""
+    random = np.random.default_rng(20)
+    refused = 0
+    for number in range(1500):
+        qform, sform = (int(code) for code in random.integers(0, 6, 2))
+        spacing, near = random.uniform(0.5, 4, 3).astype(np.float32), random.random() < 0.5
+        turn = Rotation.from_rotvec(random.normal(0, 10.0 ** random.uniform(-5, 0), 3))
+        if near:  # LPS axes in RAS: where a quaternion's first number is nearly 0
+            turn = turn * Rotation.from_rotvec([0, 0, np.pi])
+        header = nib.Nifti1Header()
+        header.set_data_shape((2, 3, 4))
+        header.set_data_dtype(np.uint8)
+        header.set_qform(matrix(turn, spacing, random.uniform(-200, 200, 3)), qform)
+        sheared = matrix(Rotation.random(random_state=number), spacing, random.uniform(-200, 200, 3))
+        sheared[:3, 1] += 10.0 ** random.uniform(-5, -2) * sheared[:3, 0]
+        header.set_sform(sheared, sform)
+        header["pixdim"][:4] = (random.choice([1, -1, 0, 2]), *spacing)
+        content = with_fields(bytes(header.binaryblock) + bytes(4 + 24), vox_offset=352)
+        try:
+            itk = sitk.ReadImage(str(volumes.write(tmp_path, "a.nii", content)))
+        except RuntimeError:
+            refused += 1
+            continue
+        geometry = open_image(content).geometry
+        np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-4)
+        corner = np.reshape(itk.GetDirection(), (3, 3)) @ (300, 300, 300)
+        np.testing.assert_allclose(geometry.direction @ (300, 300, 300), corner, atol=0.05)
+    assert refused < 300, "ITK must read most of them"
+
+
+@pytest.mark.parametrize("qfac", [0, 2, -1, 1, -2, np.nan])
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_a_sign_of_the_third_axis_that_is_none_is_read_as_the_reader_reads_it(
+    qfac: float, reader: type, tmp_path: Path
+) -> None:
+    image = nib.Nifti1Image(some((4, 5, 6), "int16"), np.eye(4))
+    image.set_qform(volumes.oblique((1, 1.5, 2), 0.2, (1, 2, 3)), 1)
+    image.set_sform(None, 0)
+    content = with_fields(image.to_bytes(), pixdim={0: qfac})
+    file = volumes.write(tmp_path, "a.nii", content)
+    geometry = open_image(content, reader.__name__).geometry
+    if reader is NibabelIO:
+        np.testing.assert_allclose(np.diag([-1, -1, 1, 1]) @ geometry.affine, nib.load(file).affine, atol=1e-5)
+    else:
+        np.testing.assert_allclose(geometry.direction.ravel(), sitk.ReadImage(str(file)).GetDirection(), atol=1e-5)
+
+
+@pytest.mark.parametrize("field", [3, 4], ids=["name", "comment"])
+def test_a_gzip_header_with_a_long_text_is_malformed_or_read(field: int) -> None:
+    for length in (100, 70_000, 600_000):
+        body = gzip.compress(PLAIN)
+        body = body[:3] + bytes([2**field]) + body[4:10] + b"x" * length + b"\0" + body[10:]
+        try:
+            np.testing.assert_array_equal(open_image(body).read(), open_image(PLAIN).read())
+        except Malformed:
+            assert length > 500_000
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.npy"])
+def test_other_formats_may_be_packed_by_gzip_as_a_whole(name: str, tmp_path: Path) -> None:
+    array = some((6, 5, 4), "int16")
+    if name == "a.npy":
+        np.save(tmp_path / name, array)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / name), useCompression=False)
+    placement = Placement((1.0, 1.0, 1.0)) if name == "a.npy" else None
+    body = gzip.compress((tmp_path / name).read_bytes())
+    image = codecs.open_image(body, LIMITS, "SimpleITKIO", placement)
+    np.testing.assert_array_equal(image.read()[0], array)
 
 
 @pytest.mark.parametrize("sform", range(3))

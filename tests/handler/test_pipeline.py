@@ -333,6 +333,7 @@ print(memory("VmHWM") - before, price(bundle, image.geometry, bundle.channels, s
 """
 
 
+EVERY_FORMAT = ["nii.gz", "nii", "nrrd", "mha", "npz", "json"]
 PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
 
 
@@ -348,6 +349,9 @@ PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
         ("five_folds", "int16", 1, (2100, 1500, 1), (0.35, 0.35, 1.02), {}),
         ("five_folds", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES),
         ("five_folds", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES | {"probability_channels": [1]}),
+        ("five_folds", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES | {"probability_format": "nii.gz"}),
+        ("five_folds", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES | {"output_format": EVERY_FORMAT}),
+        ("five_folds", "int16", 1, (200,) * 3, (0.4,) * 3, {"output_format": EVERY_FORMAT}),
         ("regions", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES),
         ("regions", "int16", 1, (160,) * 3, (0.6,) * 3, {"export": "linear"}),
     ],

@@ -236,7 +236,7 @@ def test_the_document_says_which_coordinates_and_conventions_it_uses() -> None:
 
 
 def test_the_geometrys_numbers_are_written_in_full() -> None:
-    geometry = make_geometry(SHAPE, (1 / 3, 2 / 3, 1e-6), (1e-17, 1 / 7, -1e8 / 3), _TURN.ravel().tolist())
+    geometry = make_geometry(SHAPE, (1 / 3, 2 / 3, 1e-6), (1e-17, 1 / 7, -1e6 / 3), _TURN.ravel().tolist())
     document = report(ellipsoid(), geometry, {"it": (1,)})
     assert document["spacing"] == list(geometry.spacing)
     assert document["origin"] == list(geometry.origin)

@@ -180,6 +180,7 @@ def test_pictures_give_stocks_labels(
     options = {"X-Nnunet-Options": json.dumps(FAST)}
     response = pipeline.answer(Request({"body": (tmp_path / name).read_bytes()}, options))
     assert (response.status, response.content_type) == (HTTPStatus.OK, "image/png"), response.body
+    assert response.headers["X-Nnunet-Warning"] == "spacing_assumed"
     written = volumes.write(tmp_path, "answer.png", response.body)
     np.testing.assert_array_equal(imread(written), expected[0])
 
@@ -194,3 +195,18 @@ def test_a_stack_of_pictures_gives_stocks_labels(
     expected = stock.predict(folder, [tmp_path / "case_0000.tif"], folds=[0], use_mirroring=False).labels
     body = (tmp_path / "case_0000.tif").read_bytes()
     np.testing.assert_array_equal(answer(pipeline, body, spacing=[1.3, 1.6, 1.9]), expected)
+
+
+def test_a_slice_for_a_model_of_volumes_is_answered_as_stock_does_with_a_warning(
+    models: dict[str, Path], pipeline: Callable[[str], Pipeline], tmp_path: Path
+) -> None:
+    image, _ = volumes.blobs((40, 36, 4), seed=5)
+    flat = sitk.GetImageFromArray(image[..., 1].T.astype(np.int16))
+    flat.SetSpacing((1.5, 1.5))
+    file = tmp_path / "case_0000.nrrd"
+    sitk.WriteImage(flat, str(file))
+    expected = stock.predict(models["five_folds"], [file], folds=[0], use_mirroring=False).labels
+    asked = json.dumps(FAST | {"output_format": "npz"})
+    response = pipeline("five_folds").answer(Request({"body": file.read_bytes()}, {"X-Nnunet-Options": asked}))
+    assert response.headers["X-Nnunet-Warning"] == "single_slice"
+    np.testing.assert_array_equal(np.load(io.BytesIO(response.body))["labels"], expected)

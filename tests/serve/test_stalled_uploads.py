@@ -22,7 +22,7 @@ STALLED = 100
 CONTENT_LENGTH = 2_900_000
 """Below the session server's max_request_size, 3 MiB."""
 
-SENT = CONTENT_LENGTH // 2
+SENT = CONTENT_LENGTH // 5
 JVM_GROWTH = 2 * STALLED * SENT
 """Bytes: TorchServe keeps what has arrived, in buffers that are at most half empty; nothing for what was announced."""
 

@@ -91,7 +91,7 @@ def archive(
         version=version,
         checkpoint=checkpoint,
         trust_checkpoint=trust_checkpoint,
-        input_orientation=input_orientation,
+        input_orientation=input_orientation and input_orientation.upper(),
         serving=serving,
     )
     for file in make_archives(request):

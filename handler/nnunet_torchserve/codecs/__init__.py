@@ -21,8 +21,22 @@ from .tiff import is_tiff, open_tiff
 
 __all__ = ["AnswerForm", "EncodedFile", "ImageSource", "answer_form", "encode", "open_image", "smallest_answer"]
 
-_PICTURE_READERS = {"NaturalImage2DIO": Placement((1.0, 1.0)), "Tiff3DIO": Placement((1.0, 1.0, 1.0))}
+_PICTURE_READERS = {
+    "NaturalImage2DIO": Placement((1.0, 1.0), assumed=True),
+    "Tiff3DIO": Placement((1.0, 1.0, 1.0), assumed=True),
+}
 """nnU-Net's readers of files without a spacing, and the one that they make up."""
+
+
+_DICOM_AT = 128
+_OTHERS = {
+    b"\xff\xd8\xff": "a JPEG, which has lost part of the picture",
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"\x1f\x8b": "a file that was packed by gzip twice",
+    b"\x5c\x01\0\0": "an Analyze header or image",
+    b"<": "a page or an XML document",
+}
 
 
 def open_image(body: Payload, limits: Limits, reader: str, placement: Placement | None = None) -> ImageSource:
@@ -41,10 +55,10 @@ def open_image(body: Payload, limits: Limits, reader: str, placement: Placement 
     """
     source = ByteSource(body)
     head = source.peek(HEADER_BYTES)
+    if is_npy(head):
+        return open_npy(source, limits, placement)
     if not source.compressed:
         default = placement or _PICTURE_READERS.get(reader)
-        if is_npy(head):
-            return open_npy(source, limits, placement)
         if is_npz(head):
             return open_npz(source.body, limits, placement)
         if is_png(head):
@@ -62,13 +76,24 @@ def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -
     """A file with a geometry of its own."""
     if (kind := header_class(head)) is not None:
         return NiftiSource(source, kind, limits, as_nibabel=reader.startswith("Nibabel"))
-    if not source.compressed and is_nrrd(head):
+    if is_nrrd(head):
         return open_nrrd(source, limits)
-    if not source.compressed and is_metaimage(head):
+    if is_metaimage(head):
         return open_metaimage(source, limits)
-    found = "an empty body" if not head else "bytes of no format that is served"
     msg = (
-        f"{found}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
+        f"{_what(head)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
         "as the raw body or as multipart field image"
     )
     raise UnknownFormat(msg)
+
+
+def _what(head: bytes) -> str:
+    """What a body is that is no image of ours, for the people who send what they have."""
+    if not head:
+        return "an empty body"
+    if head[_DICOM_AT:].startswith(b"DICM"):
+        return "a DICOM file; convert its series first, with dcm2niix for example"
+    for magic, name in _OTHERS.items():
+        if head.startswith(magic):
+            return name
+    return "bytes of no format that is served"

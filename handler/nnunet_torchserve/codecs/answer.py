@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BadOption
 from ..options import Options, OutputFormat, ProbabilityFormat
@@ -134,8 +133,8 @@ def _labels(
     writers: dict[OutputFormat, Callable[[], bytes]] = {
         OutputFormat.NIFTI_GZ: lambda: gzipped(nifti()),
         OutputFormat.NIFTI: nifti,
-        OutputFormat.NRRD: lambda: encode_nrrd(labels, _in_space(geometry)),
-        OutputFormat.MHA: lambda: encode_metaimage(labels, _in_space(geometry)),
+        OutputFormat.NRRD: lambda: encode_nrrd(labels, geometry.in_space()),
+        OutputFormat.MHA: lambda: encode_metaimage(labels, geometry.in_space()),
         OutputFormat.NPZ: lambda: encode_npz(LabelMap(labels, geometry), with_labels=True),
         OutputFormat.PNG: lambda: encode_png(labels),
         OutputFormat.JSON: lambda: encode_report(labels, geometry, structures),
@@ -149,19 +148,6 @@ def _probabilities(answer: LabelMap, form: ProbabilityFormat, image: ImageSource
     probabilities = np.asarray(answer.probabilities)
     body = encode_nifti(probabilities, answer.geometry, image.nifti_header)
     return gzipped(body) if form is ProbabilityFormat.NIFTI_GZ else body
-
-
-def _in_space(geometry: Geometry) -> Geometry:
-    """A slice that does not lie in the patient's x-y plane at z = 0 is written as a volume, which can say where."""
-    if geometry.ndim == 2 and (geometry.origin[2] != 0 or np.any(geometry.direction != _flat(geometry.direction))):
-        return replace(geometry, ndim=3)
-    return geometry
-
-
-def _flat(direction: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    within = np.eye(3)
-    within[:2, :2] = direction[:2, :2]
-    return within
 
 
 def _zip_entry(name: str) -> zipfile.ZipInfo:

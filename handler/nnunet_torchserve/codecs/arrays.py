@@ -37,7 +37,7 @@ _LONGEST_HEADER = 10_000
 """NumPy's own bound: what it evaluates as a Python literal shall not be long."""
 
 _HEADER_ERRORS = (
-    ValueError, TypeError, KeyError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError,
+    ValueError, TypeError, LookupError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError,
     UserWarning,
 )  # fmt: skip
 """What ``ast.literal_eval`` and NumPy raise for a header that is none."""
@@ -167,6 +167,9 @@ def open_npz(body: memoryview, limits: Limits, placement: Placement | None) -> A
     archive = _Archive(body, limits)
     name = _image_name(archive.names)
     inside = [key for key in _GEOMETRY_KEYS if key in archive.names]
+    if inside and "spacing" not in inside:
+        msg = f"the npz holds {', '.join(inside)} and no spacing; put spacing (mm along x, y, z) into it too"
+        raise BadSpacing(msg)
     if inside and placement is not None:
         msg = f"the npz holds {', '.join(inside)} and the options say where the array lies too; send one of them"
         raise BadOption(msg)
@@ -185,10 +188,12 @@ def encode_npz(answer: LabelMap, *, with_labels: bool) -> bytes:
             compressing.
         with_labels: whether the label map goes in.
     """
+    geometry = answer.geometry.in_space()
+    ndim = geometry.ndim
     arrays = {
-        "spacing": np.array(answer.geometry.spacing),
-        "origin": np.array(answer.geometry.origin),
-        "direction": answer.geometry.direction,
+        "spacing": np.array(geometry.spacing[:ndim]),
+        "origin": np.array(geometry.origin[:ndim]),
+        "direction": geometry.direction[:ndim, :ndim],
     }
     if with_labels:
         arrays["labels"] = answer.array
@@ -261,7 +266,8 @@ def _image_name(names: list[str]) -> str:
     named = [name for name in names if name in {"image", "data"}]
     candidates = named or [name for name in names if name not in _GEOMETRY_KEYS]
     if len(candidates) != 1:
-        msg = f"{len(candidates)} arrays of the npz could be the image; name it image, beside {_GEOMETRY_KEYS}"
+        beside = ", ".join(_GEOMETRY_KEYS)
+        msg = f"{len(candidates)} arrays of the npz could be the image; name it image or data, beside {beside}"
         raise Malformed(msg)
     return candidates[0]
 
@@ -277,7 +283,9 @@ class _Archive:
         arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
         self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
         if not arrays:
-            msg = "a zip without any array (.npy); send the .npz that numpy.savez writes"
+            msg = (
+                "a zip without any array (.npy); send the .npz that numpy.savez writes, or unpack it and send the image"
+            )
             raise UnknownFormat(msg)
         if len(self._members) != len(arrays):
             msg = "the npz holds two arrays of the same name"

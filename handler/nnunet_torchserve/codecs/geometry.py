@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def place(shape: tuple[int, int, int], placement: Placement) -> Geometry:
     ndim = 2 if plane else 3
     origin = (0.0,) * ndim if placement.origin is None else placement.origin
     direction = np.eye(ndim).ravel().tolist() if placement.direction is None else placement.direction
-    return make_geometry(shape[-ndim:], placement.spacing, origin, direction)
+    return replace(make_geometry(shape[-ndim:], placement.spacing, origin, direction), assumed=placement.assumed)
 
 
 def check_spacing(spacing: Sequence[float], ndim: int) -> None:

@@ -21,7 +21,7 @@ SLACK_BYTES = 1024**2
 """Bytes that may follow the declared voxels; some writers pad."""
 
 _CHUNK_BYTES = 64 * 1024
-_STREAM_ERRORS: tuple[Any, ...] = (EOFError, zlib.error, isal_zlib.error, OSError)
+_STREAM_ERRORS: tuple[Any, ...] = (EOFError, OverflowError, zlib.error, isal_zlib.error, OSError)
 """What the decompressors raise for damaged streams."""
 
 

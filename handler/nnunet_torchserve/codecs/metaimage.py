@@ -27,7 +27,7 @@ from ..volume import Geometry, LabelArray
 from .geometry import check_size, make_geometry
 from .inflate import GZIP_MAGIC, SLACK_BYTES, ByteSource, Compression
 from .text_header import (
-    Voxels,
+    StoredVoxels,
     add_field,
     floats,
     integers,
@@ -125,7 +125,7 @@ class MetaImageSource:
         self.geometry = make_geometry(shape, spacing, origin, direction)
         self.nifti_header: Any | None = None
         self.native_format = OutputFormat.MHA
-        self._voxels = Voxels(_payload(source, fields), dtype, tuple(stored), channel_axis)
+        self._voxels = StoredVoxels(_payload(source, fields), dtype, tuple(stored), channel_axis)
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X); may be called once.

@@ -5,8 +5,8 @@ ITK does, units and the measurement frame are not looked at, and directions in a
 taken as LPS. Stricter than ITK: a file must say its spacing (ITK would take 1 mm), and only its own bytes are read.
 An axis of channels (kind ``list`` or ``vector``, or no space direction) may come first or last.
 
-Answers are written here and not by ITK's writer, which works in memory but takes three to five times as long for the
-same size: 58 ms against 13 ms for 189×233×197 labels, 605 ms against 198 ms for 300×512×512. The header is ITK's own.
+Answers are written here and not by ITK's writer, which works in memory but takes several times as long for the same
+size (``benchmarks/results/codecs.json``). The header is ITK's own.
 
 Format: https://teem.sourceforge.net/nrrd/format.html
 """
@@ -27,7 +27,7 @@ from ..volume import Geometry, LabelArray
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, make_geometry
 from .inflate import ByteSource, Compression, gzipped
 from .text_header import (
-    Voxels,
+    StoredVoxels,
     add_field,
     floats,
     integers,
@@ -139,7 +139,7 @@ class NrrdSource:
         self.geometry = make_geometry(shape, spacing, origin, direction)
         self.nifti_header: Any | None = None
         self.native_format = OutputFormat.NRRD
-        self._voxels = Voxels(unpacked(source, compression), dtype, tuple(axes.sizes), axes.channel)
+        self._voxels = StoredVoxels(unpacked(source, compression), dtype, tuple(axes.sizes), axes.channel)
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X); may be called once.

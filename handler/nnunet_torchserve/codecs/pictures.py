@@ -38,8 +38,8 @@ class PictureSource:
         """
         if placement is None:
             msg = (
-                "a picture has no voxel spacing and this model was trained on volumes with one; "
-                "give option spacing, mm along x, y(, z)"
+                "a picture has no voxel spacing and this model was trained on images with one; "
+                "give option spacing, mm along x, y for a slice, or x, y, z"
             )
             raise BadSpacing(msg)
         self.geometry = place(shape, placement)

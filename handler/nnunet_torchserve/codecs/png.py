@@ -23,6 +23,7 @@ from ..errors import Malformed, TooLarge, WrongChannels
 from ..limits import Limits
 from ..volume import LabelArray, Placement
 from .geometry import check_size
+from .inflate import SLACK_BYTES
 from .pictures import MOST_RATIO, PLANE, PictureSource
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -82,6 +83,9 @@ def open_png(body: memoryview, limits: Limits, placement: Placement | None) -> P
     size = check_size((1, height, width), channels, 2 if depth == 16 and colour == _GREY else 1, limits)
     stored_bytes = _stored_bytes(width, height, depth * _SAMPLES[colour], interlaced=bool(interlace))
     packed_bytes = sum(len(content) for content in contents)
+    if packed_bytes > stored_bytes + stored_bytes // 100 + SLACK_BYTES:
+        msg = "far more data follows the PNG's voxels than its header declares"
+        raise TooLarge(msg)
     if stored_bytes > MOST_RATIO * packed_bytes:
         msg = f"the PNG declares voxels of {size} bytes, which its {packed_bytes} bytes cannot hold; it seems cut off"
         raise Malformed(msg)

@@ -52,6 +52,7 @@ def encode_report(labels: LabelArray, geometry: Geometry, structures: Mapping[st
     """What is in a segmentation, how large, and where.
 
     The document has ``coordinates`` ("LPS mm"), ``conventions`` (the rules below in words), ``dimensions`` (2 or 3),
+    ``spacing_assumed`` (true for a picture whose size nobody gave: then mm are pixels),
     ``shape``, ``spacing`` and ``origin`` (x, y, z), ``direction`` (row by row; column k is the unit vector of voxel
     axis k), ``voxel_volume_ml``, and ``structures``, a list in the order given. Each has ``name``, ``labels``,
     ``voxels``, ``volume_ml``, ``bounding_box_voxels`` and ``bounding_box_mm`` (``[[x0, x1], [y0, y1], [z0, z1]]``)
@@ -102,6 +103,7 @@ def encode_report(labels: LabelArray, geometry: Geometry, structures: Mapping[st
         "coordinates": "LPS mm",
         "conventions": CONVENTIONS,
         "dimensions": ndim,
+        "spacing_assumed": geometry.assumed,
         "shape": list(geometry.shape[::-1][:ndim]),
         "spacing": list(geometry.spacing[:ndim]),
         "origin": list(geometry.origin),

@@ -68,7 +68,7 @@ def read_header(source: ByteSource, limits: Limits, is_last: Callable[[str], boo
     if len(window) > limits.header_bytes:
         msg = f"the text header is longer than {limits.header_bytes} bytes"
         raise TooLarge(msg)
-    msg = "the text header has no end; the file seems cut off"
+    msg = "the text header has no end (in NRRD an empty line): the file is cut off, or its voxels lie in another"
     raise Malformed(msg)
 
 
@@ -176,7 +176,7 @@ def unpacked(source: ByteSource, compression: Compression) -> ByteSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Voxels:
+class StoredVoxels:
     """Raw voxels that wait to be read.
 
     Attributes:

@@ -33,6 +33,11 @@ _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258,
 _DESCRIPTION, _STRIP_OFFSETS, _SAMPLES_PER_PIXEL, _ROWS_PER_STRIP, _STRIP_COUNTS = 270, 273, 277, 278, 279
 _PLANAR, _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 284, 317, 322, 323, 324, 325
 _SAMPLE_FORMAT = 339
+_DIFFERENCES, _OF_FLOATS = 2, 3
+"""Predictors."""
+
+_COLOUR_MAP = 3
+"""The last kind of colours that is taken: grey, inverted or not, RGB, a palette."""
 
 _NUMBERS = (
     _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES_PER_PIXEL, _ROWS_PER_STRIP, _PLANAR,
@@ -376,13 +381,11 @@ def _check_type(page: _Page) -> None:
     if (numbers[_SAMPLE_FORMAT], page.bits) not in _DTYPES:
         msg = f"TIFF samples of {page.bits} bits of this type are not taken; send integers or floats of 8 to 64 bits"
         raise UnknownFormat(msg)
-    float_predictor, integer_predictor = 3, 2
-    predictor_fits = {1: True, integer_predictor: page.bits > 1, float_predictor: numbers[_SAMPLE_FORMAT] == 3}
+    predictor_fits = {1: True, _DIFFERENCES: page.bits > 1, _OF_FLOATS: numbers[_SAMPLE_FORMAT] == 3}
     if not predictor_fits.get(numbers[_PREDICTOR]) or numbers[_FILL_ORDER] not in {1, 2}:
         msg = "the TIFF's predictor or fill order does not exist, or does not fit its samples"
         raise UnknownFormat(msg)
-    palette = 3
-    if numbers[_PHOTOMETRIC] > palette or numbers[_PLANAR] not in {1, 2}:
+    if numbers[_PHOTOMETRIC] > _COLOUR_MAP or numbers[_PLANAR] not in {1, 2}:
         msg = "the TIFF's colours are neither grey, RGB nor a palette; send one of them"
         raise UnknownFormat(msg)
     if page.samples not in {1, 3, 4}:
