@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -100,9 +101,10 @@ def _load(context: Any) -> Any:
 
         import nnunet_torchserve
         from nnunet_torchserve.bundle import ModelBundle
+        from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.remote import RemoteEngine
         from nnunet_torchserve.engine.scheduler import Policy
-        from nnunet_torchserve.environment import refuse_faults_outside_tests
+        from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.pipeline import Pipeline
     except ImportError as error:
@@ -125,13 +127,16 @@ def _load(context: Any) -> Any:
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.get("limits") or {})
     policy = Policy(settings.get("policy") or Policy.SHORTEST_REMAINING)
+    gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     pipeline = Pipeline(
         bundle=bundle,
         engine=RemoteEngine(bundle, device, settings.get("max_patch_batch") or "auto", policy, limits),
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
+        refuse=gate.refuse,
     )
     pipeline.dry_run()
+    gate.report(_waits_for_a_request)
     return pipeline
 
 
@@ -143,6 +148,17 @@ def _device(gpu_id: Any, torch: Any) -> Any:
         msg = f"TorchServe assigned GPU {gpu_id}, but this PyTorch sees {torch.cuda.device_count()}; use --device cpu"
         raise RuntimeError(msg)
     return torch.device(f"cuda:{int(gpu_id)}")
+
+
+def _waits_for_a_request() -> bool:
+    """Whether TorchServe's loop, in the main thread, waits for the first byte of a request.
+
+    Its ``retrieve_msg`` reads that byte by ``_retrieve_buffer`` itself, and all others through helpers. There is no
+    hook that says when an answer has been handed over.
+    """
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 (there is no other way)
+    calls = [each.f_code.co_name for each in (frame, frame.f_back) if each is not None] if frame else []
+    return calls == ["_retrieve_buffer", "retrieve_msg"]
 
 
 def _end_with_the_front_end() -> None:

@@ -13,6 +13,9 @@ RUNTIME_DIR_VARIABLE = "NNUNET_TORCHSERVE_RUNTIME_DIR"
 FAULTS_VARIABLE = "NNUNET_TORCHSERVE_FAULTS"
 """Faults that a test orders: :mod:`.engine.faults`."""
 
+CONTROL_DIR_VARIABLE = "NNUNET_TORCHSERVE_CONTROL_DIR"
+"""The server's private directory: :mod:`.draining`. Set by ``nnunet-torchserve serve``."""
+
 TESTING_VARIABLE = "NNUNET_TORCHSERVE_TESTING"
 """Set to 1 by ``nnunet-torchserve serve --testing``."""
 
@@ -22,6 +25,12 @@ def runtime_dir() -> Path:
     configured = os.environ.get(RUNTIME_DIR_VARIABLE)
     default = Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}"
     return (Path(configured) if configured else default).absolute()
+
+
+def control_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The server's private directory; a bare TorchServe has none."""
+    configured = environ.get(CONTROL_DIR_VARIABLE)
+    return Path(configured) if configured else None
 
 
 def refuse_faults_outside_tests(environ: Mapping[str, str] = os.environ) -> None:

@@ -20,6 +20,7 @@
     ├── CaseFailed                  500 case_failed
     │   └── NonFiniteLogits         500 case_failed
     ├── NoEngine                    503 internal
+    ├── Draining                    503 draining
     ├── Deadline                    504 deadline
     └── OutOfMemory                 507 out_of_memory
     BundleError                     the archive cannot be served; the worker does not become READY
@@ -147,6 +148,13 @@ class NoEngine(ServingError):
     """No engine could be started, or it died again and again under other cases."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+class Draining(ServingError):
+    """The model takes no new requests, because its workers or its version are about to change."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "draining"
 
 
 class CaseFailed(ServingError):

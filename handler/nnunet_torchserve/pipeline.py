@@ -9,8 +9,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 
 import nibabel as nib
@@ -97,12 +97,14 @@ class Pipeline:
         engine: turns patches into logits.
         limits: what a request may ask for.
         time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
+        refuse: raises a :class:`ServingError` while no requests are taken.
     """
 
     bundle: ModelBundle
     engine: Engine
     limits: Limits
     time_limit_s: float
+    refuse: Callable[[], None] = field(default=lambda: None)
 
     def answer(self, request: Request) -> Response:
         """The response to a request; errors are responses too."""
@@ -118,6 +120,8 @@ class Pipeline:
 
     def _answer(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:
         try:
+            if not request.is_trial:
+                self.refuse()
             return self._segment(request, record, responses)
         except ServingError as error:
             record.code = error.code

@@ -26,6 +26,7 @@ EXPECTED = {
     "UnknownFold": (422, "unknown_fold"),
     "Busy": (429, "busy"),
     "NoEngine": (503, "internal"),
+    "Draining": (503, "draining"),
     "CaseFailed": (500, "case_failed"),
     "NonFiniteLogits": (500, "case_failed"),
     "ServingError": (500, "internal"),

@@ -168,6 +168,45 @@ def stop(
         typer.echo(f"no server of {state_dir.resolve()} is running", err=True)
 
 
+_STATE_DIR = typer.Option(help="The server's state directory.")
+_MANAGEMENT_URL = typer.Option(help="Of a server of this machine, instead of its state directory.")
+_MODEL = typer.Option(help="NAME or NAME/VERSION; default: every model.")
+
+
+@app.command()
+@_reports_errors
+def drain(
+    model: Annotated[str | None, _MODEL] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 1260,
+    retry_after: Annotated[int, typer.Option(min=1, help="Seconds after which refused clients shall come again.")] = 10,
+    state_dir: Annotated[Path, _STATE_DIR] = Path(".nnunet-torchserve"),
+    management_url: Annotated[str | None, _MANAGEMENT_URL] = None,
+) -> None:
+    """Refuse new requests (503, Retry-After) and wait until none is in flight; then scale down, unregister or stop."""
+    from . import drain as draining
+
+    target = draining.find_target(state_dir, management_url, model)
+    draining.drain(target, timeout, retry_after)
+    typer.echo(f"drained {target.name}: it takes no requests until 'nnunet-torchserve resume'")
+
+
+@app.command()
+@_reports_errors
+def resume(
+    model: Annotated[str | None, _MODEL] = None,
+    state_dir: Annotated[Path, _STATE_DIR] = Path(".nnunet-torchserve"),
+    management_url: Annotated[str | None, _MANAGEMENT_URL] = None,
+) -> None:
+    """Take requests again after a drain of the same model."""
+    from . import drain as draining
+
+    target = draining.find_target(state_dir, management_url, model)
+    if draining.resume(target):
+        typer.echo(f"resumed {target.name}")
+    else:
+        typer.echo(f"{target.name} was not drained under that name", err=True)
+
+
 class _Stopped(Exception):
     """SIGTERM or SIGINT arrived."""
 

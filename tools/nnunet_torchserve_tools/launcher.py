@@ -31,7 +31,14 @@ import yaml
 
 from nnunet_handler import LOAD_FAILED
 from nnunet_torchserve.bundle import BUNDLE_FILE
-from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE, runtime_dir
+from nnunet_torchserve.draining import ORDERS, REPORTS
+from nnunet_torchserve.environment import (
+    CONTROL_DIR_VARIABLE,
+    FAULTS_VARIABLE,
+    RUNTIME_DIR_VARIABLE,
+    TESTING_VARIABLE,
+    runtime_dir,
+)
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
 
 from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME
@@ -130,6 +137,7 @@ class Server:
     metrics_url: str
     models: list[str]
     log_dir: str
+    control_dir: str
 
     def process(self) -> psutil.Process | None:
         """The JVM, ``None`` if it is not there."""
@@ -181,6 +189,7 @@ def start(request: ServeRequest) -> Server:
         log_dir.rename(previous)
     for folder in (log_dir, work_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    control_dir = _new_control_dir(state_dir)
     temp_dir = Path(tempfile.mkdtemp(prefix="nnunet-ts-"))
     store, heap = request.model_store.resolve(), sizes.heap // 1024**2
     server = Server(
@@ -190,6 +199,7 @@ def start(request: ServeRequest) -> Server:
         metrics_url=f"http://127.0.0.1:{request.ports.metrics}",
         models=sorted({archive.name for archive in archives}),
         log_dir=str(log_dir),
+        control_dir=str(control_dir),
     )
     settings = {
         "inference_address": server.inference_url,
@@ -210,7 +220,7 @@ def start(request: ServeRequest) -> Server:
     config.write_text(merge_properties(base_config, settings))
     waiting_cases = max(workers.values()) // max(1, gpus)
     limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "waiting_cases": waiting_cases}
-    environment = _environment(java, temp_dir, log_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
+    environment = _environment(java, temp_dir, log_dir, control_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
     if request.testing:
         environment[TESTING_VARIABLE] = "1"
     (state_dir / STOPPING_FILE).unlink(missing_ok=True)
@@ -383,12 +393,21 @@ def _check_ports(ports: Ports) -> None:
         raise ToolError("; ".join(taken))
 
 
+def _new_control_dir(state_dir: Path) -> Path:
+    """An empty directory for draining; the last server's orders do not stand."""
+    control = state_dir / "control"
+    shutil.rmtree(control, ignore_errors=True)
+    for folder in (control, control / ORDERS, control / REPORTS):
+        folder.mkdir(mode=0o700)
+    return control
+
+
 def _worker_ports() -> int:
     """The first of a hundred port numbers for workers, spread by process so that two servers differ."""
     return _WORKER_PORTS[os.getpid() % len(_WORKER_PORTS)]
 
 
-def _environment(java: Path, temp_dir: Path, log_dir: Path) -> dict[str, str]:
+def _environment(java: Path, temp_dir: Path, log_dir: Path, control_dir: Path) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
     search = [str(Path(sys.executable).parent), str(java / "bin"), environment.get("PATH", "")]
     # threads that spin while they wait keep each other off busy cores: a request took up to ten times as long
@@ -400,6 +419,7 @@ def _environment(java: Path, temp_dir: Path, log_dir: Path) -> dict[str, str]:
         "TMPDIR": str(temp_dir),
         "LOG_LOCATION": str(log_dir),
         "METRICS_LOCATION": str(log_dir),
+        CONTROL_DIR_VARIABLE: str(control_dir),
         RUNTIME_DIR_VARIABLE: str(runtime_dir()),  # not below the private TMPDIR: servers share devices and memory
     }
 

@@ -1,0 +1,180 @@
+"""Scaling down, and replacing a version, without a lost request: a drain comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from nnunet_torchserve_tools import drain
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.errors import ToolError, UsageError
+from support import volumes
+from support.server import LiveServer, running
+
+pytestmark = pytest.mark.serve
+
+BODY = volumes.nifti_gz(volumes.blobs((40, 38, 6), seed=4)[0].astype(np.int16), np.diag([1.5, 1.5, 3.0, 1.0]))
+CLIENTS = 8
+RETRY_AFTER_S = 5
+
+
+@dataclass
+class Load:
+    """Clients that send one request after another, and repeat those that are refused with Retry-After only."""
+
+    server: LiveServer
+    answers: list[bytes] = field(default_factory=list)
+    refused: int = 0
+    lost: list[str] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def client(self) -> None:
+        with httpx.Client(base_url=self.server.server.inference_url, timeout=120, trust_env=False) as client:
+            while not self._stop.is_set():
+                self._one(client)
+
+    def _one(self, client: httpx.Client) -> None:
+        while True:
+            try:
+                answer = client.post("/predictions/flat", content=BODY)
+            except httpx.HTTPError as error:
+                self.lost.append(type(error).__name__)
+                return
+            if answer.status_code == 200:
+                self.answers.append(answer.content)
+                return
+            if answer.status_code != 503 or "retry-after" not in answer.headers:
+                self.lost.append(f"{answer.status_code} {answer.text[:200]}")
+                return
+            self.refused += 1
+            assert answer.json()["code"] == "draining"
+            self._stop.wait(float(answer.headers["retry-after"]))
+            if self._stop.is_set():
+                return
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def goes_on(self, answers: int = CLIENTS) -> None:
+        """Wait for so many answers more."""
+        wanted, deadline = len(self.answers) + answers, time.monotonic() + 90
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline, "the server answers no more"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def live(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    store = tmp_path_factory.mktemp("store")
+    make_archives(ArchiveRequest(models["flat"], store, name="flat"))
+    [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
+    second.rename(store / "flat-2.0.mar")
+    with running(store, tmp_path_factory.mktemp("state"), models=["flat.mar"], workers=4) as server:
+        yield server
+
+
+def manage(live: LiveServer, method: str, path: str, **parameters: object) -> None:
+    answer = httpx.request(
+        method, live.server.management_url + path, params={k: str(v) for k, v in parameters.items()},
+        timeout=120, trust_env=False,
+    )  # fmt: skip
+    assert answer.is_success, answer.text
+
+
+def test_scaling_and_a_new_version_lose_no_request_under_load(live: LiveServer) -> None:
+    load = Load(live)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(load.client) for _ in range(CLIENTS)]
+        try:
+            load.goes_on()
+            whole = drain.find_target(live.state_dir, None, "flat")
+            drain.drain(whole, 120, RETRY_AFTER_S)
+            manage(live, "PUT", "/models/flat", min_worker=1, max_worker=1, synchronous="true")
+            drain.resume(whole)
+            load.goes_on()
+            assert len(live.workers("flat")) == 1
+            manage(live, "PUT", "/models/flat", min_worker=4, max_worker=4, synchronous="true")
+            load.goes_on()
+            manage(live, "POST", "/models", url="flat-2.0.mar", initial_workers=2, synchronous="true")
+            manage(live, "PUT", "/models/flat/2.0/set-default")
+            old = drain.find_target(live.state_dir, None, "flat/1.0")
+            drain.drain(old, 120, RETRY_AFTER_S)
+            manage(live, "DELETE", "/models/flat/1.0")
+            load.goes_on()
+        finally:
+            load.stop()
+        for client in clients:
+            client.result()
+    assert load.lost == []
+    assert load.refused > 0, "nobody was there to be lost"
+    assert len(set(load.answers)) == 1, "both versions hold the same weights"
+
+
+def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -> None:
+    target = drain.find_target(live.state_dir, None, None)
+    drain.drain(target, 60, 7)
+    try:
+        answer = live.predict("flat", BODY)
+        assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "draining", "7")
+        assert "come again" in answer.json()["detail"]
+    finally:
+        assert drain.resume(target)
+    assert not drain.resume(target)
+    assert live.predict("flat", BODY).status_code == 200
+
+
+def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: LiveServer) -> None:
+    large = volumes.nifti_gz(np.random.default_rng(0).integers(0, 99, (120, 120, 20)).astype(np.int16))
+    target = drain.find_target(live.state_dir, live.server.management_url, "flat")
+    before = received(live)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(live.predict, "flat", large, options='{"tile_step_size": 0.2, "use_mirroring": false}')
+        deadline = time.monotonic() + 30
+        while received(live) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        try:
+            with pytest.raises(ToolError, match=r"still has a request .* takes no new requests"):
+                drain.drain(target, 0.0)
+            assert not slow.done()
+            drain.drain(target, 120)
+            assert slow.result(timeout=5).status_code == 200
+        finally:
+            drain.resume(target)
+
+
+def received(live: LiveServer) -> int:
+    """Requests that TorchServe has handed to a worker so far."""
+    return (Path(live.server.log_dir) / "model_log.log").read_text().count("Backend received inference")
+
+
+def test_drain_and_resume_from_the_command_line(live: LiveServer) -> None:
+    command = [sys.executable, "-m", "nnunet_torchserve_tools.cli"]
+    where = ["--model", "flat", "--management-url", live.server.management_url]
+    drained = subprocess.run(
+        [*command, "drain", *where, "--timeout", "60"], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert (drained.returncode, drained.stdout[:12]) == (0, "drained flat"), drained.stderr
+    assert live.predict("flat", BODY).status_code == 503
+    resumed = subprocess.run([*command, "resume", *where], capture_output=True, text=True, timeout=90, check=False)
+    assert (resumed.returncode, resumed.stdout) == (0, "resumed flat\n")
+    assert live.predict("flat", BODY).status_code == 200
+
+
+def test_what_cannot_be_drained_is_named(live: LiveServer, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model nothing"):
+        drain.find_target(live.state_dir, None, "nothing")
+    with pytest.raises(UsageError, match="no server of"):
+        drain.find_target(tmp_path, None, None)
+    with pytest.raises(UsageError, match="no server of this machine"):
+        drain.find_target(live.state_dir, "http://127.0.0.1:9", None)
