@@ -76,13 +76,13 @@ def engine(model_dir: Path, started: float) -> list[dict[str, object]]:
     _import("nnunet_torchserve.engine.process", "nnunet_torchserve.engine.core", "nnunet_torchserve.engine.channel")
     steps.note("the engine's other modules")
     from nnunet_torchserve.bundle import ModelBundle
-    from nnunet_torchserve.engine.network import FoldNetworks, check_golden
+    from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
 
     bundle = ModelBundle(model_dir)
     steps.note("checksums")
     networks = FoldNetworks(bundle, torch.device("cpu"))
     steps.note("building the networks and loading their weights")
-    check_golden(networks, bundle)
+    check_golden(networks, read_golden(bundle))
     steps.note("golden patch")
     return steps.done
 

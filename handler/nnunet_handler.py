@@ -130,7 +130,14 @@ def _load(context: Any) -> Any:
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     pipeline = Pipeline(
         bundle=bundle,
-        engine=RemoteEngine(bundle, device, settings.get("max_patch_batch") or "auto", policy, limits),
+        engine=RemoteEngine(
+            bundle,
+            device,
+            settings.get("max_patch_batch") or "auto",
+            policy,
+            limits,
+            settings.get("golden_interval_s"),
+        ),
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
         refuse=gate.refuse,

@@ -398,3 +398,40 @@ def test_the_engine_works_without_its_log(bundle: ModelBundle, runtime: Path, co
     log.unlink()
     log.mkdir()
     assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
+
+
+def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
+    bundle: ModelBundle, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The golden patch is computed again, every second here, with cases in flight or without."""
+    bad, good = volume(31, 1), volume(20, 2)
+    expected = LocalEngine(bundle, CPU).predict(good, PLAIN).logits
+    faults = [{"kind": "spoil", "shape": list(bad.shape), "times": 1}]
+    monkeypatch.setenv(FAULTS_VARIABLE, json.dumps(faults))
+    monkeypatch.setenv(TESTING_VARIABLE, "1")
+    engine = RemoteEngine(bundle, CPU, golden_interval_s=1.0)
+    try:
+        torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
+        [first] = engines(runtime)
+        time.sleep(2.5)  # two checks that find nothing
+        assert first.is_running()
+        engine.predict(bad, PLAIN)
+        assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, 20)
+        torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
+        assert "golden patch: the logits of fold 0 differ" in next(runtime.glob("*/engine.log")).read_text()
+    finally:
+        engine.disconnect()
+
+
+def test_an_unloaded_models_engine_is_checked_all_the_same(bundle: ModelBundle, runtime: Path, tmp_path: Path) -> None:
+    """Unregistering a model deletes its directory while the engine still works on the last cases."""
+    shutil.copytree(bundle.folder, tmp_path / "model")
+    engine = RemoteEngine(ModelBundle(tmp_path / "model"), CPU, golden_interval_s=0.5)
+    try:
+        [process] = engines(runtime)
+        shutil.rmtree(tmp_path / "model")
+        time.sleep(1.5)
+        assert process.is_running()
+        assert engine.predict(volume(20, 2), PLAIN).logits.isfinite().all()
+    finally:
+        engine.disconnect()

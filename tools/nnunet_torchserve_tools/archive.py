@@ -92,6 +92,7 @@ class ServingSettings:
         max_patch_batch: passes in a batch; ``auto`` is 1 on a CPU and probed on a GPU.
         policy: which case goes first, of :class:`nnunet_torchserve.engine.scheduler.Policy`.
         limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
+        golden_interval_s: seconds between two checks of the golden patch in a running engine; ``None``: at its start.
     """
 
     workers: int | None = None
@@ -100,6 +101,7 @@ class ServingSettings:
     max_patch_batch: int | Literal["auto"] = "auto"
     policy: str = "shortest_remaining"
     limits: Mapping[str, int] = field(default_factory=dict)
+    golden_interval_s: float | None = None
 
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
@@ -113,6 +115,7 @@ class ServingSettings:
                 "max_patch_batch": self.max_patch_batch,
                 "policy": str(self.policy),
                 "limits": dict(self.limits),
+                "golden_interval_s": self.golden_interval_s,
             },
         }
         return yaml.safe_dump(document, sort_keys=False)

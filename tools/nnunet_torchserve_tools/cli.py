@@ -72,6 +72,9 @@ def archive(
         int | None,
         typer.Option(min=1, max=64, help="Patches in one forward pass; default: 1 on a CPU, probed on a GPU."),
     ] = None,
+    golden_interval: Annotated[
+        float | None, typer.Option(min=0.1, help="Minutes between checks of the weights in a running engine.")
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
@@ -80,7 +83,10 @@ def archive(
     from .archive import ArchiveRequest, ServingSettings, make_archives
 
     serving = ServingSettings(
-        workers=workers, response_timeout_s=response_timeout, max_patch_batch=max_patch_batch or "auto"
+        workers=workers,
+        response_timeout_s=response_timeout,
+        max_patch_batch=max_patch_batch or "auto",
+        golden_interval_s=None if golden_interval is None else golden_interval * 60,
     )
     request = ArchiveRequest(
         model_folder=model_folder,

@@ -43,6 +43,7 @@ class EngineSettings(BaseModel):
         policy: of :class:`~.scheduler.Policy`.
         memory_bytes, passes, waiting_cases: see :class:`~..limits.Limits`.
         machine_bytes: memory that the cases of all engines may take together.
+        golden_interval_s: seconds between two checks of the golden patch; ``None``: it is checked at the start only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +55,7 @@ class EngineSettings(BaseModel):
     machine_bytes: int
     passes: int
     waiting_cases: int
+    golden_interval_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class ChannelError(Exception):

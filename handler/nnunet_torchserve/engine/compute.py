@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import queue
 import threading
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import ServingError
+from ..errors import BundleError, ServingError
 from . import channel
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
 from .channel import Done, Failed, Message, Submit
@@ -66,13 +67,22 @@ class Drop:
 class Compute:
     """Predicts admitted cases in a thread of its own."""
 
-    def __init__(self, core: EngineCore, device_ledger: Ledger, device_bytes: int) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        device_ledger: Ledger,
+        device_bytes: int,
+        check: Callable[[], None] = lambda: None,
+        check_interval_s: float | None = None,
+    ) -> None:
         """Take the core over.
 
         Args:
             core: networks loaded.
             device_ledger: of the networks' device.
             device_bytes: of the device, which the networks and one forward pass take.
+            check: of the golden patch; raises where the networks would give wrong segmentations.
+            check_interval_s: between two checks; ``None`` checks no more.
         """
         self._core = core
         self._memory = _DeviceMemory(core.networks.device, device_ledger, device_bytes)
@@ -82,6 +92,8 @@ class Compute:
         self._sizes: dict[int, int] = {}
         self._busy_since: float | None = None
         self._stepped_s = 0.0
+        self._check, self._check_interval_s = check, check_interval_s or math.inf
+        self._next_check = time.monotonic() + self._check_interval_s
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -118,6 +130,7 @@ class Compute:
         self._busy_since = time.monotonic()
         if first is not None:
             self._obey(first)
+        self._check_if_due()
         with suppress(queue.Empty):
             while True:
                 self._obey(self._commands.get_nowait())
@@ -128,13 +141,31 @@ class Compute:
             self._report(outcome)
         self._busy_since = None
 
-    def _next_command(self) -> Admit | Drop:
-        """Wait for work; after a while without any the memory of the last pass goes back to the system."""
+    def _next_command(self) -> Admit | Drop | None:
+        """Wait for work, at most until a check is due.
+
+        After a while without any the memory of the last pass goes back to the system.
+        """
+        with suppress(queue.Empty):
+            return self._commands.get(timeout=min(_IDLE_S, self._until_check_s()))
+        self._give_memory_back()
+        with suppress(queue.Empty):
+            return self._commands.get(timeout=self._until_check_s() if self._next_check < math.inf else None)
+        return None
+
+    def _until_check_s(self) -> float:
+        return max(0.0, self._next_check - time.monotonic())
+
+    def _check_if_due(self) -> None:
+        """Compute the golden patch again. A mismatch ends this engine; the next one is checked when it starts."""
+        if time.monotonic() < self._next_check:
+            return
         try:
-            return self._commands.get(timeout=_IDLE_S)
-        except queue.Empty:
-            self._give_memory_back()
-            return self._commands.get()
+            self._check()
+        except BundleError as error:
+            logger.critical("the engine ends: %s", error)
+            os._exit(1)
+        self._next_check = time.monotonic() + self._check_interval_s
 
     def _give_memory_back(self) -> None:
         if self._malloc_trim is not None:

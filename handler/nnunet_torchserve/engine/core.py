@@ -246,6 +246,7 @@ class EngineCore:
             logits = self.networks.forward(passes[0].unit.fold, torch.stack(patches))
         for shape, patch_logits in zip(shapes, logits, strict=False):
             self._faults.after_pass(shape, patch_logits)
+        self._faults.spoil(shapes, self.networks.modules)
         return logits
 
     def _on_device(self, patch: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import torch
@@ -25,6 +25,7 @@ class Kind(StrEnum):
     RAISE = "raise"
     OUT_OF_MEMORY = "out_of_memory"
     NAN = "nan"
+    SPOIL = "spoil"
 
 
 class Fault(BaseModel):
@@ -72,6 +73,13 @@ class Faults:
         """Spoil the logits of a case."""
         if self._due(Kind.NAN, [shape]):
             logits.fill_(torch.nan)
+
+    def spoil(self, shapes: Sequence[tuple[int, ...]], modules: Iterable[torch.nn.Module]) -> None:
+        """Overwrite the weights, as a broken memory would."""
+        if self._due(Kind.SPOIL, shapes):
+            for module in modules:
+                for parameter in module.parameters():
+                    parameter.fill_(1.0)
 
     def _due(self, kind: Kind, shapes: Sequence[tuple[int, ...]]) -> bool:
         for number, (fault, left) in enumerate(self._left):

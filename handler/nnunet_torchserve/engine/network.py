@@ -6,6 +6,7 @@ which costs time and makes concurrent requests impossible.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -59,6 +60,11 @@ class FoldNetworks:
             self._networks[fold] = network.to(device).eval().requires_grad_(False)
 
     @property
+    def modules(self) -> Collection[torch.nn.Module]:
+        """The folds' networks."""
+        return self._networks.values()
+
+    @property
     def folds(self) -> tuple[FoldName, ...]:
         """The folds that are loaded."""
         return tuple(self._networks)
@@ -91,7 +97,7 @@ def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
         torch.backends.cudnn.benchmark = True
     torch.set_num_threads(min(STOCK_THREADS, torch.get_num_threads()))
     networks = FoldNetworks(bundle, device)
-    check_golden(networks, bundle)
+    check_golden(networks, read_golden(bundle))
     return networks
 
 
@@ -198,15 +204,23 @@ def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[
     return {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
 
 
-def check_golden(networks: FoldNetworks, bundle: ModelBundle) -> None:
+def read_golden(bundle: ModelBundle) -> dict[str, torch.Tensor]:
+    """What :func:`golden_tensors` stored in the archive."""
+    return read_tensors(bundle.folder / GOLDEN_FILE)
+
+
+def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> None:
     """Compare the networks' logits with those stored in the archive.
+
+    Args:
+        networks: all of the archive's folds.
+        golden: of :func:`read_golden`.
 
     Raises:
         BundleError: they differ by more than the device's tolerance: this machine would give wrong segmentations.
     """
-    golden = read_tensors(bundle.folder / GOLDEN_FILE)
     tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
-    for fold in bundle.folds:
+    for fold in networks.folds:
         expected = golden[f"fold_{fold}"]
         difference = (_golden_logits(networks, fold, golden["patch"]) - expected).abs().max().item()
         if not difference <= tolerance * expected.abs().max().item():

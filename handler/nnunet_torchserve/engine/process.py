@@ -76,7 +76,7 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
     from .core import EngineCore
     from .faults import Faults
     from .ledger import Ledger
-    from .network import device_name, load_networks, peak_bytes, probe_batch
+    from .network import check_golden, device_name, load_networks, peak_bytes, probe_batch, read_golden
     from .scheduler import Policy
     from .switchboard import Switchboard
 
@@ -90,7 +90,14 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
     core = EngineCore(networks, batch, policy, record.write, Faults.from_environment())
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
     logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
-    compute = Compute(core, Ledger(folder, device_name(networks.device)), peak_bytes(networks, batch))
+    golden = read_golden(bundle)  # now: unregistering the model deletes the file
+    compute = Compute(
+        core,
+        Ledger(folder, device_name(networks.device)),
+        peak_bytes(networks, batch),
+        lambda: check_golden(networks, golden),
+        settings.golden_interval_s,
+    )
     return Switchboard(folder, listener, compute, settings, record_fd, life)
 
 

@@ -119,6 +119,7 @@ class RemoteEngine:
         max_patch_batch: int | Literal["auto"] = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
         limits: Limits | None = None,
+        golden_interval_s: float | None = None,
     ) -> None:
         """Connect to the engine, starting it if there is none; returns when its networks are loaded.
 
@@ -128,6 +129,7 @@ class RemoteEngine:
             max_patch_batch: passes in a batch; see :class:`~.channel.EngineSettings`.
             policy: how cases are ordered.
             limits: what all cases may take together.
+            golden_interval_s: see :class:`~.channel.EngineSettings`.
 
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
@@ -142,6 +144,7 @@ class RemoteEngine:
             machine_bytes=memory_for_cases(),
             passes=limits.passes,
             waiting_cases=limits.waiting_cases,
+            golden_interval_s=golden_interval_s,
         )
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
         versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
