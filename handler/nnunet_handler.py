@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +74,40 @@ class NnunetHandler:
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
         if headers and _is_grpc(headers):
             return _NO_BIDIRECTIONAL_STREAM
-        response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)))
-        if _is_grpc(headers):
+        is_grpc = _is_grpc(headers)
+        send = None if is_grpc else partial(_send_part, context=context, index=index)  # gRPC would take one for a mask
+        response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)), send)
+        if is_grpc:
             if response.status >= _FIRST_ERROR_STATUS:
                 # gRPC has no place for a status, and would hand the problem over as if it were a mask
                 from ts.utils.util import PredictionException
 
                 raise PredictionException(response.body.decode(), int(response.status))
             context.set_response_header(index, _STREAM_NEXT, "false")
-        context.set_response_status(int(response.status), response.status.phrase, index)
-        context.set_response_content_type(index, response.content_type)
-        for name, value in response.headers.items():
-            context.set_response_header(index, name, value)
+        _set_head(response, context, index)
         body: bytes = response.body
         return body
+
+
+def _send_part(part: Any, context: Any, index: int) -> None:
+    """Send a part of a response before ``handle`` returns the last one, as a message of its own to the front end.
+
+    TorchServe marks it with ``_STREAM_NEXT: true``, and then the last one, by itself, with ``false``. The front end
+    sends what it gets at once, keeps it for a client that reads slowly, and drops it for one that has left: the worker
+    notices neither. Its response timeout begins anew with each part.
+    """
+    from ts.handler_utils.utils import send_intermediate_predict_response
+
+    _set_head(part, context, index)
+    send_intermediate_predict_response({index: part.body}, context.request_ids, "Progress", 200, context)
+
+
+def _set_head(response: Any, context: Any, index: int) -> None:
+    """Status, content type and headers of a response."""
+    context.set_response_status(int(response.status), response.status.phrase, index)
+    context.set_response_content_type(index, response.content_type)
+    for name, value in response.headers.items():
+        context.set_response_header(index, name, value)
 
 
 def _is_grpc(headers: dict[str, str]) -> bool:

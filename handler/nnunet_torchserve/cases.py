@@ -165,11 +165,24 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     return Price(
         grid=grid,
         patches=patches,
-        passes=patches * len(settings.folds) * 2 ** len(settings.mirroring_axes),
+        passes=forward_passes(bundle, grid, settings),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
         preprocess_s=channels * geometry.voxels * _PREPROCESS_S,
         export_s=classes * geometry.voxels * (_PROBABILITIES_S if options.save_probabilities else _EXPORT_S),
     )
+
+
+def forward_passes(bundle: ModelBundle, grid: Sequence[int], settings: Settings) -> int:
+    """Forward passes that a case needs: patches x folds x mirrorings.
+
+    Args:
+        bundle: the model.
+        grid: (z, y, x) on the network's grid.
+        settings: how it is predicted.
+    """
+    padded = padded_shape(grid, bundle.patch_size)
+    patches = count_windows(padded, bundle.patch_size, settings.tile_step_size)
+    return patches * len(settings.folds) * (1 << len(settings.mirroring_axes))
 
 
 def _preprocess_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:

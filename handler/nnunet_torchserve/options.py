@@ -99,6 +99,7 @@ class Options(BaseModel):
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
+        stream: answer with events of the request's progress, the result last; see :mod:`.events`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -119,6 +120,7 @@ class Options(BaseModel):
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+    stream: bool = False
 
     @field_validator("output_format", "spacing", "origin", "direction", mode="before")
     @classmethod
@@ -197,6 +199,7 @@ _EXPECTED = {
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
     "timeout_s": "should be a number of seconds above 0",
+    "stream": _YES_OR_NO,
 }
 """What is right, for each option."""
 

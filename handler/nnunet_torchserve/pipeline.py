@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from . import __version__, codecs
 from .bundle import REORIENTING_READERS, ModelBundle
-from .cases import check_affordable, price, settings_for
+from .cases import check_affordable, forward_passes, price, settings_for
 from .codecs import ImageSource
 from .codecs.inflate import Payload
 from .engine.prediction import Engine
@@ -35,6 +35,7 @@ from .errors import (
     TooLarge,
     UnknownFormat,
 )
+from .events import UNWATCHED, EventStream, Send
 from .export import export
 from .limits import Limits
 from .options import HEADER, PART, Options, parse_options
@@ -106,23 +107,32 @@ class Pipeline:
     time_limit_s: float
     refuse: Callable[[], None] = field(default=lambda: None)
 
-    def answer(self, request: Request) -> Response:
-        """The response to a request; errors are responses too."""
+    def answer(self, request: Request, send: Send | None = None) -> Response:
+        """The response to a request; errors are responses too.
+
+        Args:
+            request: what came.
+            send: sends what goes to the client before the response, which is then the last part of a stream; ``None``
+                where nothing can, so that ``stream`` is refused.
+        """
         responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
         request_id = request.id
         if request.is_describe:
             return responses.json(self.describe(), request_id)
         record = RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
-        response = self._answer(request, record, responses)
+        stream = EventStream(send, responses.events(request_id))
+        response = self._answer(request, record, responses, stream)
         record.status = int(response.status)
         logger.info("request %s", record.line())
-        return response
+        return stream.end(response)
 
-    def _answer(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:
+    def _answer(
+        self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream
+    ) -> Response:
         try:
             if not request.is_trial:
                 self.refuse()
-            return self._segment(request, record, responses)
+            return self._segment(request, record, responses, stream)
         except ServingError as error:
             record.code = error.code
             return responses.problem(error, record.request_id)
@@ -136,12 +146,15 @@ class Pipeline:
             msg = "an unexpected error; the server's log has it under this request_id"
             return responses.problem(ServingError(msg), record.request_id)
 
-    def _segment(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:
+    def _segment(
+        self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream
+    ) -> Response:
         clock = record.clock
         started = time.monotonic()
         options = parse_options(self._options_text(request))
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
         settings = settings_for(self.bundle, options)
+        progress = stream.watched(deadline) if options.stream else UNWATCHED
 
         with clock.stage(Stage.DECODE):
             images = self._open_images(request, options)
@@ -156,7 +169,8 @@ class Pipeline:
             form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
             self._check_answer_fits(geometry, form, options)
 
-        with self.engine.reserve(case_price, deadline, guaranteed=request.is_trial) as waited_s:
+        reservation = self.engine.reserve(case_price, deadline, guaranteed=request.is_trial, watcher=progress.watcher)
+        with reservation as waited_s:
             clock.add(Stage.QUEUE, waited_s)
 
             with clock.stage(Stage.DECODE):
@@ -167,19 +181,20 @@ class Pipeline:
                     warnings.append(Warnings.CONSTANT_IMAGE)
 
             _check(deadline - case_price.preprocess_s, "decoding the volume")
-            with clock.stage(Stage.PREPROCESS):
+            with clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
                 case = preprocess(self.bundle, volume, options.preprocess)
                 del volume
 
             _check(deadline - case_price.export_s, "preprocessing")
-            prediction = self.engine.predict(case.data, settings, deadline)
+            with progress.stage(Stage.NETWORK, forward_passes(self.bundle, case.data.shape[1:], settings)):
+                prediction = self.engine.predict(case.data, settings, deadline, progress.watcher)
             clock.add(Stage.QUEUE, prediction.queue_s)
             clock.add(Stage.NETWORK, prediction.network_s)
             properties = case.properties
             del case
 
             _check(deadline - case_price.export_s, "the network")
-            with clock.stage(Stage.EXPORT):
+            with clock.stage(Stage.EXPORT), progress.stage(Stage.EXPORT):
                 answer = export(
                     self.bundle,
                     prediction.logits,

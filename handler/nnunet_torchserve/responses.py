@@ -27,6 +27,13 @@ MODEL = "X-Nnunet-Model"
 RETRY_AFTER = "Retry-After"
 PROBLEM_JSON = "application/problem+json"
 
+EVENTS = "application/vnd.nnunet-torchserve.events"
+"""The content type of a stream of events: lines of JSON, then the bytes of the result. No type that proxies compress,
+because they would hold the events back for it."""
+
+NO_BUFFERING = {"X-Accel-Buffering": "no"}
+"""Has nginx hand every event on at once."""
+
 _HEADER_TEXT = re.compile(r"[\x20-\x7e]*")
 _REQUEST_ID = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,126}[\x21-\x7e])?")
 
@@ -103,6 +110,10 @@ class ResponseMaker:
         """A 200 with a JSON document."""
         body = json.dumps(document, ensure_ascii=True, indent=2).encode("ascii")
         return _checked(Response(HTTPStatus.OK, "application/json", body, self._headers(request_id)))
+
+    def events(self, request_id: str) -> Response:
+        """The head of a stream of events; its body comes by and by."""
+        return _checked(Response(HTTPStatus.OK, EVENTS, b"", self._headers(request_id) | NO_BUFFERING))
 
     def _headers(self, request_id: str) -> dict[str, str]:
         return {REQUEST_ID: request_id, MODEL: self.model}

@@ -27,7 +27,7 @@ from nibabel.affines import apply_affine
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import Price, Settings
-from nnunet_torchserve.engine.prediction import Prediction
+from nnunet_torchserve.engine.prediction import Prediction, Watcher
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
@@ -325,10 +325,14 @@ class Threshold:
     """An engine whose segmentation is known: label 1 where the image is bright."""
 
     @contextmanager
-    def reserve(self, price: Price, deadline: float | None, *, guaranteed: bool = False) -> Iterator[float]:
+    def reserve(
+        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
+    ) -> Iterator[float]:
         yield 0.0
 
-    def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> Prediction:
+    def predict(
+        self, data: torch.Tensor, settings: Settings, deadline: float | None, watcher: Watcher | None = None
+    ) -> Prediction:
         bright = (data[0] > (data.min() + data.max()) / 2).to(torch.float16)
         logits = torch.stack([1 - bright, bright, *[torch.zeros_like(bright) - 1] * 2])
         return Prediction(logits, queue_s=0.0, network_s=0.0)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -71,6 +72,22 @@ def test_a_documented_command_works(command: str, folder: Path, server: LiveServ
     assert done.returncode == 0, done.stdout + done.stderr
     output = re.search(r"-o (\S+)", command)
     check(output[1] if output else "answer.json", (folder / output[1]).read_bytes() if output else done.stdout, folder)
+
+
+def test_the_documented_reader_of_events_works(folder: Path, server: LiveServer) -> None:
+    """The page's Python, which shows progress and writes the result."""
+    [script] = re.findall(r"```python\n([^`]*httpx.*?)```", (ROOT / "docs" / "http.md").read_text(), re.DOTALL)
+    script = script.replace(
+        "http://127.0.0.1:8080/predictions/brain", f"{server.server.inference_url}/predictions/five_folds"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"network" in done.stdout
+    check("labels.nii.gz", (folder / "labels.nii.gz").read_bytes(), folder)
+    (folder / "head.nii.gz").write_bytes(b"no image")
+    refused = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=120, check=False)
+    assert refused.returncode == 1
+    assert b"unknown_format" in refused.stderr
 
 
 def check(name: str, body: bytes, folder: Path) -> None:

@@ -122,6 +122,16 @@ def test_options_arrive_and_probabilities_are_the_same_bytes(server: LiveServer,
     assert len(over_grpc) > 2 * len(client.predict("five_folds", {"body": GOOD, "options": FAST.encode()}))
 
 
+def test_a_stream_of_events_is_refused(server: LiveServer, client: Client) -> None:
+    """The first event would be taken for the mask."""
+    parts = {"body": GOOD, "options": json.dumps(json.loads(FAST) | {"stream": True}).encode()}
+    code, details = client.problem("five_folds", parts)
+    assert (code, problem_document(details)["code"]) == ("INVALID_ARGUMENT", "bad_option")
+    with pytest.raises(grpc.RpcError) as failed:
+        list(client.stub.StreamPredictions(client.request("five_folds", parts), timeout=30))
+    assert problem_document(failed.value.details())["code"] == "bad_option"
+
+
 def test_two_channels_go_into_numbered_fields(server: LiveServer, client: Client) -> None:
     affine = np.diag([1.5, 1.5, 1.5, 1])
     channels = [volumes.nifti_gz(IMAGE, affine), volumes.nifti_gz(IMAGE.max() - IMAGE, affine)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 NEVER_FITS = "this case needs more memory or forward passes than the engine has for all cases"
 
@@ -108,6 +109,10 @@ class Admission:
     def is_charged(self, number: int) -> bool:
         """Whether a claim was granted."""
         return number in self._charged
+
+    def ahead_of(self, number: int) -> int:
+        """How many claims wait in front of one that waits."""
+        return sum(1 for _ in takewhile(lambda other: other != number, self._waiting))
 
     @property
     def waiting_bytes(self) -> int:

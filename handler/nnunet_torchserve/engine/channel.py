@@ -25,9 +25,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..cases import Settings
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
+PROGRESS_S = 0.5
+"""While the case of a worker that watches is predicted, heartbeats come as often, and its own says what is done."""
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _FD_BYTES = array.array("i").itemsize
@@ -87,6 +90,7 @@ class Reserve(_Message):
     bytes: Annotated[int, Field(ge=0)]
     passes: Annotated[int, Field(ge=0)]
     guaranteed: bool = False
+    watched: bool = False
 
 
 class Granted(_Message):
@@ -94,6 +98,13 @@ class Granted(_Message):
 
     kind: Literal["granted"] = "granted"
     case_id: int
+
+
+class Queued(_Message):
+    """Engine → worker that watches, instead of a heartbeat: so many cases that wait for memory come first."""
+
+    kind: Literal["queued"] = "queued"
+    ahead: int
 
 
 class Release(_Message):
@@ -114,6 +125,7 @@ class Submit(_Message):
     accumulate: Accumulate
     deadline: float | None
     suspect: bool
+    watched: bool = False
 
     @field_validator("folds", "mirroring_axes")
     @classmethod
@@ -132,6 +144,13 @@ class Heartbeat(_Message):
     """Engine → worker, every second while it waits for an answer."""
 
     kind: Literal["heartbeat"] = "heartbeat"
+
+
+class Progress(_Message):
+    """Engine → worker that watches, instead of a heartbeat: the forward passes whose logits are in."""
+
+    kind: Literal["progress"] = "progress"
+    passes: int
 
 
 class Done(_Message):
@@ -154,7 +173,7 @@ class Failed(_Message):
     retry_after_s: int | None = None
 
 
-Message = Hello | Refused | Reserve | Granted | Submit | Heartbeat | Done | Failed | Release
+Message = Hello | Refused | Reserve | Queued | Granted | Submit | Heartbeat | Progress | Done | Failed | Release
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

@@ -111,6 +111,10 @@ class Compute:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
+    def passes_done(self, case_id: int) -> int | None:
+        """Forward passes of a case that are done, ``None`` before the first and after the last; any thread may ask."""
+        return self._core.passes_done(case_id)
+
     @property
     def passes_per_s(self) -> float:
         """The measured rate; 1 before there was a pass."""

@@ -139,6 +139,11 @@ class EngineCore:
         """Forget a case and its buffers; whether it was there."""
         return self._cases.pop(case_id, None) is not None
 
+    def passes_done(self, case_id: int) -> int | None:
+        """Passes of a case whose logits are in; ``None`` if it is not in flight. Any thread may ask."""
+        case = self._cases.get(case_id)
+        return None if case is None else case.accumulator.added
+
     @contextmanager
     def blaming(self, case_id: int) -> Iterator[None]:
         """Name a case in the flight record, beside those that the device works on, while something is done for it."""

@@ -19,7 +19,7 @@ from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .network import load_networks
-from .prediction import Prediction
+from .prediction import Prediction, Watcher
 from .scheduler import Policy
 
 
@@ -61,7 +61,9 @@ class LocalEngine:
         self._room = threading.Condition()
 
     @contextmanager
-    def reserve(self, price: Price, deadline: float | None, *, guaranteed: bool = False) -> Iterator[float]:
+    def reserve(
+        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
+    ) -> Iterator[float]:
         """See :meth:`~.prediction.Engine.reserve`."""
         began, claim = time.monotonic(), Claim(next(self._numbers), price.bytes, price.passes, guaranteed)
         if claim.exceeds(self._admission.budget) and not guaranteed:
@@ -72,6 +74,8 @@ class LocalEngine:
                     raise Busy(self._admission.busy_message(), 1)
                 self._admission.grant()
                 while not self._admission.is_charged(claim.number):
+                    if watcher is not None:
+                        watcher.queued(self._admission.ahead_of(claim.number))
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
                         msg = "the time for this request ran out while it waited for memory"
@@ -84,14 +88,20 @@ class LocalEngine:
                 self._admission.grant()
                 self._room.notify_all()
 
-    def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
+    def predict(
+        self,
+        data: torch.Tensor,
+        settings: Settings,
+        deadline: float | None = None,
+        watcher: Watcher | None = None,
+    ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()
         case = CaseInFlight(next(self._numbers), self._accumulator(data, settings), arrived, deadline)
         with self._lock:
             self._core.admit(case)
         try:
-            outcome = self._drive_until_done(case.case_id)
+            outcome = self._drive_until_done(case, watcher)
         finally:
             with self._lock:
                 self._core.drop(case.case_id)
@@ -111,10 +121,12 @@ class LocalEngine:
             except Exception as error:
                 raise as_serving_error(error) from error
 
-    def _drive_until_done(self, case_id: int) -> Outcome:
+    def _drive_until_done(self, case: CaseInFlight, watcher: Watcher | None) -> Outcome:
         while True:
+            if watcher is not None:
+                watcher.passes(case.accumulator.added)
             with self._lock:
-                if case_id in self._outcomes:
-                    return self._outcomes.pop(case_id)
+                if case.case_id in self._outcomes:
+                    return self._outcomes.pop(case.case_id)
                 for outcome in self._core.step(time.monotonic()):
                     self._outcomes[outcome.case.case_id] = outcome

@@ -26,11 +26,21 @@ class Prediction:
     network_s: float
 
 
+class Watcher(Protocol):
+    """Who wants to know how a case gets on. Called by the thread that waits for the engine, between its waits."""
+
+    def queued(self, ahead: int) -> None:
+        """The case waits for memory, and so many others before it."""
+
+    def passes(self, done: int) -> None:
+        """So many forward passes of the case are done; from 0 again if an engine died."""
+
+
 class Engine(Protocol):
     """Patches in, logits out; wherever the networks live."""
 
     def reserve(
-        self, price: Price, deadline: float | None, *, guaranteed: bool = False
+        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
     ) -> AbstractContextManager[float]:
         """Hold what one case takes, from before it is decoded until its answer is written.
 
@@ -38,6 +48,7 @@ class Engine(Protocol):
             price: what it takes.
             deadline: ``time.monotonic()`` after which the case is given up.
             guaranteed: do not wait, whatever others hold.
+            watcher: told while the case waits.
 
         Returns:
             A context in which the case may be worked on; entering it waits, and gives the seconds that it took.
@@ -49,13 +60,16 @@ class Engine(Protocol):
             NoEngine: there is no engine, and none could be started.
         """
 
-    def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None) -> Prediction:
+    def predict(
+        self, data: torch.Tensor, settings: Settings, deadline: float | None, watcher: Watcher | None = None
+    ) -> Prediction:
         """Predict one preprocessed case.
 
         Args:
             data: float32 (C, z, y, x) on the network's grid.
             settings: folds, mirroring, tiling.
             deadline: ``time.monotonic()`` after which the case is given up.
+            watcher: told now and then how many passes are done.
 
         Raises:
             Deadline: the time ran out; nothing of the case is kept.

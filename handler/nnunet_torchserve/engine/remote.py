@@ -40,7 +40,7 @@ from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, S
 from ..limits import Limits, memory_for_cases
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
-from .prediction import Prediction
+from .prediction import Prediction, Watcher
 from .scheduler import Policy
 
 logger = logging.getLogger(__name__)
@@ -158,29 +158,40 @@ class RemoteEngine:
             self._connected(None)
 
     @contextmanager
-    def reserve(self, price: Price, deadline: float | None, *, guaranteed: bool = False) -> Iterator[float]:
+    def reserve(
+        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
+    ) -> Iterator[float]:
         """See :meth:`~.prediction.Engine.reserve`."""
         with self._lock:
             began = time.monotonic()
-            self._claim = channel.Reserve(bytes=price.bytes, passes=price.passes, guaranteed=guaranteed)
+            watched = watcher is not None
+            self._claim = channel.Reserve(
+                bytes=price.bytes, passes=price.passes, guaranteed=guaranteed, watched=watched
+            )
             try:
-                self._survive(lambda: self._granted(deadline))
+                self._survive(lambda: self._granted(deadline, watcher))
                 self._claim = self._claim.model_copy(update={"guaranteed": True})  # from here on it holds its memory
                 yield time.monotonic() - began
             finally:
                 self._claim = _UNCLAIMED
                 self._release()
 
-    def predict(self, data: torch.Tensor, settings: Settings, deadline: float | None = None) -> Prediction:
+    def predict(
+        self,
+        data: torch.Tensor,
+        settings: Settings,
+        deadline: float | None = None,
+        watcher: Watcher | None = None,
+    ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. Without a reservation the case is charged nothing."""
         with self._lock:
             strikes = 0
 
             def ask() -> Prediction:
                 nonlocal strikes
-                link = self._granted(deadline)
+                link = self._granted(deadline, watcher)
                 try:
-                    return self._ask(link, data, settings, deadline, suspect=strikes > 0)
+                    return self._ask(link, data, settings, deadline, watcher, suspect=strikes > 0)
                 except _EngineGone as gone:
                     strikes += gone.in_batch
                     if strikes >= MAX_STRIKES:
@@ -230,7 +241,7 @@ class RemoteEngine:
         msg = f"the engine died {MAX_DEATHS} times while this case waited; try again later"
         raise NoEngine(msg, _RETRY_AFTER_S)
 
-    def _granted(self, deadline: float | None) -> _Link:
+    def _granted(self, deadline: float | None, watcher: Watcher | None) -> _Link:
         """A link whose engine has granted the claim."""
         link = self._connected(deadline)
         if link.case_id is not None:
@@ -241,6 +252,8 @@ class RemoteEngine:
             if isinstance(message, channel.Granted):
                 link.case_id, link.in_use = message.case_id, False
                 return link
+            if isinstance(message, channel.Queued) and watcher is not None:
+                watcher.queued(message.ahead)
             if isinstance(message, channel.Failed):
                 link.in_use = False
                 self._raise(message)
@@ -256,7 +269,14 @@ class RemoteEngine:
             self.disconnect()
 
     def _ask(
-        self, link: _Link, data: torch.Tensor, settings: Settings, deadline: float | None, *, suspect: bool
+        self,
+        link: _Link,
+        data: torch.Tensor,
+        settings: Settings,
+        deadline: float | None,
+        watcher: Watcher | None,
+        *,
+        suspect: bool,
     ) -> Prediction:
         shape = tuple(int(n) for n in data.shape)
         shared, descriptor = channel.share(shape, torch.float32, "nnunet-volume")
@@ -272,10 +292,13 @@ class RemoteEngine:
                 accumulate=settings.accumulate,
                 deadline=deadline,
                 suspect=suspect,
+                watched=watcher is not None,
             )
             self._send(link, submit, (descriptor,))
         finally:
             os.close(descriptor)
+        if watcher is not None:
+            watcher.passes(0)
         while True:
             message, descriptors = self._next_message(link, deadline)
             if isinstance(message, channel.Done):
@@ -283,6 +306,8 @@ class RemoteEngine:
                 logits = channel.attach(descriptors[0], message.shape, getattr(torch, message.dtype))
                 unpad = (slice(None), *(slice(start, stop) for start, stop in message.unpad))
                 return Prediction(logits[unpad], message.queue_s, message.network_s)
+            if isinstance(message, channel.Progress) and watcher is not None:
+                watcher.passes(message.passes)
             if isinstance(message, channel.Failed):
                 link.in_use = False
                 self._raise(message)

@@ -6,7 +6,8 @@ its logits, exports them, and releases. Whatever ends the connection releases to
 Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
 thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
 order; nothing comes back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
-are those around a connection's sends and its closing; nothing is called under them but the socket.
+are those around a connection's sends and its closing; nothing is called under them but the socket. How many passes of
+a case are done is a number that this thread reads and the compute thread writes: progress costs the passes nothing.
 
 Faults. Whatever a worker sends, only its own connection is closed. If the compute thread is busy with one thing for
 too long, heartbeats stop and the workers start another engine.
@@ -21,14 +22,28 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
 from . import channel
 from .admission import NEVER_FITS, Admission, Budget, Claim
-from .channel import HEARTBEAT_S, EngineSettings, Failed, Granted, Heartbeat, Hello, Message, Release, Reserve, Submit
+from .channel import (
+    HEARTBEAT_S,
+    PROGRESS_S,
+    EngineSettings,
+    Failed,
+    Granted,
+    Heartbeat,
+    Hello,
+    Message,
+    Progress,
+    Queued,
+    Release,
+    Reserve,
+    Submit,
+)
 from .compute import Admit, Compute, Drop
 from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
@@ -66,6 +81,7 @@ class Connection:
         self.endpoint = endpoint
         self.state = _State.IDLE
         self.case_id = 0
+        self.watched = False
         self._listening = False
         self._lock = threading.Lock()
         self._open = True
@@ -76,7 +92,7 @@ class Connection:
             self._listening = True
 
     def beat(self, message: Message) -> None:
-        """Send a heartbeat if the worker waits; one that does not read would fill its socket with them."""
+        """Send a sign of life if the worker waits; one that does not read would fill its socket with them."""
         self._send(message, (), last=False)
 
     def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
@@ -148,11 +164,12 @@ class Switchboard:
                 idle_since = time.monotonic()
             if time.monotonic() < next_beat:
                 continue
-            next_beat = time.monotonic() + HEARTBEAT_S
+            watched = any(each.watched and each.state is _State.SUBMITTED for each in self._connections.values())
+            next_beat = time.monotonic() + (PROGRESS_S if watched else HEARTBEAT_S)
             if not still_ours(self._folder, self._life):
                 logger.error("the directory was cleaned up, and another engine may start: leaving")
                 return
-            self._beat()
+            self._beat(self._connections.values())
             self._listen_again_if_unlinked()
             bound_log()
 
@@ -195,7 +212,7 @@ class Switchboard:
                 return
             message, descriptors = received
             if isinstance(message, Submit) and connection.state is _State.GRANTED and len(descriptors) == 1:
-                connection.state = _State.SUBMITTED
+                connection.state, connection.watched = _State.SUBMITTED, message.watched
                 connection.expect()
                 self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
                 return
@@ -227,9 +244,11 @@ class Switchboard:
             busy = Failed(code="busy", detail=self._admission.busy_message(), retry_after_s=self._retry_after_s())
             connection.answer(busy)
             return
-        connection.case_id, connection.state = claim.number, _State.WAITING
+        connection.case_id, connection.state, connection.watched = claim.number, _State.WAITING, message.watched
         self._owners[claim.number] = connection
         self._grant()
+        if connection.watched and connection.state is _State.WAITING:
+            self._beat([connection])
 
     def _grant(self) -> None:
         """Let the cases go on that fit now, seen together with what other engines hold."""
@@ -266,11 +285,21 @@ class Switchboard:
         if connection.state is not _State.IDLE:
             self._release(connection)
 
-    def _beat(self) -> None:
+    def _beat(self, connections: Iterable[Connection]) -> None:
         if self._compute.busy_for_s > BUSY_LIMIT_S:
             return
-        for connection in self._connections.values():
-            connection.beat(Heartbeat())
+        for connection in connections:
+            connection.beat(self._sign_of_life(connection))
+
+    def _sign_of_life(self, connection: Connection) -> Message:
+        """A heartbeat, or what a worker that watches wants to know instead."""
+        if connection.watched and connection.state is _State.WAITING:
+            return Queued(ahead=self._admission.ahead_of(connection.case_id))
+        if connection.watched and connection.state is _State.SUBMITTED:
+            done = self._compute.passes_done(connection.case_id)
+            if done is not None:
+                return Progress(passes=done)
+        return Heartbeat()
 
     def _retry_after_s(self) -> int:
         """Seconds that the passes in hand take at the measured rate."""
