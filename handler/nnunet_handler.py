@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def _load(context: Any) -> Any:
         from nnunet_torchserve.environment import refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.pipeline import Pipeline
+        from nnunet_torchserve.relay import Relay
+        from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
         msg = f"{error}; install the server's packages: pip install 'nnunet-torchserve[server]'"
         raise RuntimeError(msg) from error
@@ -125,14 +128,43 @@ def _load(context: Any) -> Any:
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.get("limits") or {})
     policy = Policy(settings.get("policy") or Policy.SHORTEST_REMAINING)
+    batch: Any = settings.get("max_patch_batch") or "auto"
+    counts, sink = Counts(), _metrics(context)
+    model = (bundle.description.name, bundle.description.version)
+    relay = Relay(sink, counts, model, device) if sink is not None else None
     pipeline = Pipeline(
         bundle=bundle,
-        engine=RemoteEngine(bundle, device, settings.get("max_patch_batch") or "auto", policy, limits),
+        engine=RemoteEngine(bundle, device, batch, policy, limits, counts, relay.watch if relay else None),
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
+        counts=counts,
     )
     pipeline.dry_run()
+    if relay is not None:
+        relay.start()
     return pipeline
+
+
+def _metrics(context: Any) -> Any:
+    """What emits a metric through TorchServe, as a line on stdout that the front end reads; TorchServe takes one class.
+
+    ``None`` if its metrics_config does not have our metrics: the front end would drop them.
+    """
+    from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+    from ts.metrics.metric_type_enum import MetricTypes
+
+    from nnunet_torchserve.telemetry import METRICS
+
+    try:
+        known = {each.name: context.metrics.get_metric(each.name, MetricTypes(str(each.kind))) for each in METRICS}
+    except (AttributeError, MetricsCacheKeyError) as error:
+        logger.warning("this model has no metrics: metrics_config is not the metrics.yaml of this package: %s", error)
+        return None
+
+    def emit(metric: Any, value: float, labels: Sequence[str]) -> None:
+        known[metric.name].add_or_update(value, list(labels))
+
+    return emit
 
 
 def _device(gpu_id: Any, torch: Any) -> Any:

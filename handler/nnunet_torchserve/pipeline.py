@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 
 import nibabel as nib
@@ -41,7 +41,7 @@ from .options import HEADER, PART, Options, parse_options
 from .orientation import Turn, turn_towards
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
-from .telemetry import RequestRecord, Stage
+from .telemetry import Counts, RequestRecord, Stage
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
@@ -97,12 +97,14 @@ class Pipeline:
         engine: turns patches into logits.
         limits: what a request may ask for.
         time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
+        counts: where requests are counted.
     """
 
     bundle: ModelBundle
     engine: Engine
     limits: Limits
     time_limit_s: float
+    counts: Counts = field(default_factory=Counts)
 
     def answer(self, request: Request) -> Response:
         """The response to a request; errors are responses too."""
@@ -114,6 +116,8 @@ class Pipeline:
         response = self._answer(request, record, responses)
         record.status = int(response.status)
         logger.info("request %s", record.line())
+        if not request.is_trial:
+            self.counts.add_request(record)
         return response
 
     def _answer(self, request: Request, record: RequestRecord, responses: ResponseMaker) -> Response:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..cases import Settings
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -65,7 +65,7 @@ class _Message(BaseModel):
 
 
 class Hello(_Message):
-    """Engine → worker, first of all, with the flight record's descriptor: the networks are loaded."""
+    """Engine → worker, first of all, with the descriptors of flight record and tally: the networks are loaded."""
 
     kind: Literal["hello"] = "hello"
     protocol: int
