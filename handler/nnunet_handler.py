@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ def _load(context: Any) -> Any:
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.pipeline import Pipeline
+        from nnunet_torchserve.relay import Relay
+        from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
         msg = f"{error}; install the server's packages: pip install 'nnunet-torchserve[server]'"
         raise RuntimeError(msg) from error
@@ -149,23 +152,54 @@ def _load(context: Any) -> Any:
     limits = Limits.from_settings(settings.get("limits") or {})
     policy = Policy(settings.get("policy") or Policy.SHORTEST_REMAINING)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
+    counts, sink = Counts(), _metrics(context)
+    model = (bundle.description.name, bundle.description.version)
+    relay = Relay(sink, counts, model, device) if sink is not None else None
+    engine = RemoteEngine(
+        bundle,
+        device,
+        settings.get("max_patch_batch") or "auto",
+        policy,
+        limits,
+        golden_interval_s=settings.get("golden_interval_s"),
+        counts=counts,
+        on_tally=relay.watch if relay else None,
+    )
     pipeline = Pipeline(
         bundle=bundle,
-        engine=RemoteEngine(
-            bundle,
-            device,
-            settings.get("max_patch_batch") or "auto",
-            policy,
-            limits,
-            settings.get("golden_interval_s"),
-        ),
+        engine=engine,
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
         refuse=gate.refuse,
+        counts=counts,
     )
     pipeline.dry_run()
     gate.report(_waits_for_a_request)
+    if relay is not None:
+        relay.start()
     return pipeline
+
+
+def _metrics(context: Any) -> Any:
+    """What emits a metric through TorchServe, as a line on stdout that the front end reads; TorchServe takes one class.
+
+    ``None`` if its metrics_config does not have our metrics: the front end would drop them.
+    """
+    from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+    from ts.metrics.metric_type_enum import MetricTypes
+
+    from nnunet_torchserve.telemetry import METRICS
+
+    try:
+        known = {each.name: context.metrics.get_metric(each.name, MetricTypes(str(each.kind))) for each in METRICS}
+    except (AttributeError, MetricsCacheKeyError) as error:
+        logger.warning("this model has no metrics: metrics_config is not the metrics.yaml of this package: %s", error)
+        return None
+
+    def emit(metric: Any, value: float, labels: Sequence[str]) -> None:
+        known[metric.name].add_or_update(value, list(labels))
+
+    return emit
 
 
 def _device(gpu_id: Any, torch: Any) -> Any:

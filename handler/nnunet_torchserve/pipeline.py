@@ -42,7 +42,7 @@ from .options import HEADER, PART, Options, parse_options
 from .orientation import Turn, turn_towards
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
-from .telemetry import RequestRecord, Stage
+from .telemetry import Counts, RequestRecord, Stage
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
@@ -99,6 +99,7 @@ class Pipeline:
         limits: what a request may ask for.
         time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
         refuse: raises a :class:`ServingError` while no requests are taken.
+        counts: where requests are counted.
     """
 
     bundle: ModelBundle
@@ -106,6 +107,7 @@ class Pipeline:
     limits: Limits
     time_limit_s: float
     refuse: Callable[[], None] = field(default=lambda: None)
+    counts: Counts = field(default_factory=Counts)
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too.
@@ -124,6 +126,8 @@ class Pipeline:
         response = self._answer(request, record, responses, stream)
         record.status = int(response.status)
         logger.info("request %s", record.line())
+        if not request.is_trial:
+            self.counts.add_request(record)
         return stream.end(response)
 
     def _answer(

@@ -1,15 +1,26 @@
-"""What is known of a request afterwards: where its time went, and the one line that the log has of it."""
+"""What is known of a request afterwards: where its time went, the one line that the log has of it, and what is counted.
+
+Metrics are named here and nowhere else; ``metrics.yaml`` tells TorchServe their names and labels, and docs/metrics.md
+people. A count is added in memory when something happens; :mod:`.relay` takes it from there.
+
+Locks: :class:`Counts` has one, held for an addition.
+"""
 
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 SERVER_TIMING = "Server-Timing"
+
+NO_CODE = "none"
+"""The label of an answer that is no problem: TorchServe drops a label without a value, and the sample with it."""
 
 
 class Stage(StrEnum):
@@ -90,3 +101,102 @@ class RequestRecord:
             "ms": stages,
         }
         return json.dumps(document)
+
+
+class Kind(StrEnum):
+    """What is done with a metric's value."""
+
+    COUNTER = "counter"
+    """It is added to what was there."""
+
+    GAUGE = "gauge"
+    """It replaces what was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric, named as Prometheus names them.
+
+    Attributes:
+        name: unique.
+        kind: see :class:`Kind`.
+        labels: in the order in which values are given.
+    """
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+
+
+_MODEL = ("model_name", "model_version")
+_ENGINE = (*_MODEL, "device")
+
+REQUESTS = Metric("nnunet_requests_total", Kind.COUNTER, (*_MODEL, "status", "code"))
+STAGE_SECONDS = Metric("nnunet_stage_seconds_total", Kind.COUNTER, (*_MODEL, "stage"))
+STAGE_REQUESTS = Metric("nnunet_stage_requests_total", Kind.COUNTER, (*_MODEL, "stage"))
+STRIKES = Metric("nnunet_strikes_total", Kind.COUNTER, _MODEL)
+
+PASSES = Metric("nnunet_passes_total", Kind.COUNTER, _ENGINE)
+BATCHES = Metric("nnunet_batches_total", Kind.COUNTER, _ENGINE)
+BATCH_SLOTS = Metric("nnunet_batch_slots_total", Kind.COUNTER, _ENGINE)
+SHARED_BATCHES = Metric("nnunet_shared_batches_total", Kind.COUNTER, _ENGINE)
+ENGINE_BUSY = Metric("nnunet_engine_busy_seconds_total", Kind.COUNTER, _ENGINE)
+ENGINE_STARTS = Metric("nnunet_engine_starts_total", Kind.COUNTER, _ENGINE)
+ENGINE_RESTARTS = Metric("nnunet_engine_restarts_total", Kind.COUNTER, _ENGINE)
+ENGINE_UP = Metric("nnunet_engine_up", Kind.GAUGE, _ENGINE)
+CASES_IN_FLIGHT = Metric("nnunet_cases_in_flight", Kind.GAUGE, _ENGINE)
+CASES_WAITING = Metric("nnunet_cases_waiting", Kind.GAUGE, _ENGINE)
+PASSES_WAITING = Metric("nnunet_passes_waiting", Kind.GAUGE, _ENGINE)
+CHARGED_BYTES = Metric("nnunet_charged_bytes", Kind.GAUGE, _ENGINE)
+
+DEVICE_MEMORY_USED = Metric("nnunet_device_memory_used_bytes", Kind.GAUGE, ("device",))
+DEVICE_MEMORY_TOTAL = Metric("nnunet_device_memory_total_bytes", Kind.GAUGE, ("device",))
+DEVICE_UTILIZATION = Metric("nnunet_device_utilization_ratio", Kind.GAUGE, ("device",))
+
+METRICS = (
+    *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, STRIKES),
+    *(PASSES, BATCHES, BATCH_SLOTS, SHARED_BATCHES, ENGINE_BUSY, ENGINE_STARTS, ENGINE_RESTARTS),
+    *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, PASSES_WAITING, CHARGED_BYTES),
+    *(DEVICE_MEMORY_USED, DEVICE_MEMORY_TOTAL, DEVICE_UTILIZATION),
+)
+"""All of them."""
+
+
+class MetricSink(Protocol):
+    """Where metrics go."""
+
+    def __call__(self, metric: Metric, value: float, labels: Sequence[str]) -> None:
+        """Add to a counter or set a gauge; ``labels`` are values in the metric's order."""
+
+
+class Counts:
+    """What one worker has counted since somebody last took it. Any thread may use it.
+
+    A metric of a worker's own needs no more than ``counts.add(METRIC, amount, *labels)`` where it happens.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._amounts: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        self.fresh = threading.Event()
+
+    def add(self, metric: Metric, amount: float, *labels: str) -> None:
+        """Add to a counter; ``labels`` are those beyond the model's name and version. 0 makes it visible."""
+        with self._lock:
+            key = (metric, labels)
+            self._amounts[key] = self._amounts.get(key, 0) + amount
+        self.fresh.set()
+
+    def add_request(self, record: RequestRecord) -> None:
+        """Count an answered request and the stages that it reached."""
+        self.add(REQUESTS, 1, str(record.status), record.code or NO_CODE)
+        for stage, seconds in record.clock.seconds.items():
+            self.add(STAGE_SECONDS, seconds, stage)
+            self.add(STAGE_REQUESTS, 1, stage)
+
+    def take(self) -> dict[tuple[Metric, tuple[str, ...]], float]:
+        """What was added since the last call."""
+        with self._lock:
+            self.fresh.clear()
+            taken, self._amounts = self._amounts, {}
+        return taken

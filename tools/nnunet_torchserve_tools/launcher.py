@@ -216,6 +216,10 @@ def start(request: ServeRequest) -> Server:
         "number_of_gpu": gpus,
         "default_workers_per_model": WORKERS_PER_GPU * gpus or WORKERS_ON_CPU,
     }
+    metrics = state_dir / "metrics.yaml"
+    metrics.write_text(_packaged("metrics.yaml"))
+    if not re.search(r"^\s*metrics_config\s*=", base_config, re.MULTILINE):
+        settings["metrics_config"] = metrics
     config = state_dir / "config.properties"
     config.write_text(merge_properties(base_config, settings))
     waiting_cases = max(workers.values()) // max(1, gpus)
@@ -342,10 +346,14 @@ def _base_config(config: Path | None) -> str:
         except OSError as error:
             msg = f"cannot read {config}: {error.strerror}"
             raise UsageError(msg) from error
-    packaged = resources.files(__package__) / "config.properties"
+    return _packaged("config.properties")
+
+
+def _packaged(name: str) -> str:
+    packaged = resources.files(__package__) / name
     if packaged.is_file():
         return packaged.read_text()
-    return (Path(__file__).parents[2] / "config.properties").read_text()  # a source checkout
+    return (Path(__file__).parents[2] / name).read_text()  # a source checkout
 
 
 def _gpus(device: DeviceKind) -> int:

@@ -102,6 +102,11 @@ class Admission:
         return len(self._waiting)
 
     @property
+    def charged(self) -> int:
+        """Granted claims."""
+        return len(self._charged)
+
+    @property
     def charged_bytes(self) -> int:
         """Bytes of the granted claims."""
         return sum(claim.bytes for claim in self._charged.values())

@@ -70,7 +70,7 @@ class _Message(BaseModel):
 
 
 class Hello(_Message):
-    """Engine → worker, first of all, with the flight record's descriptor: the networks are loaded."""
+    """Engine → worker, first of all, with the descriptors of flight record and tally: the networks are loaded."""
 
     kind: Literal["hello"] = "hello"
     protocol: int

@@ -27,6 +27,7 @@ from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
 from .channel import Done, Failed, Message, Submit
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .ledger import Ledger
+from .tally import Level, Tally, Total
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Compute:
         core: EngineCore,
         device_ledger: Ledger,
         device_bytes: int,
+        tally: Tally,
         check: Callable[[], None] = lambda: None,
         check_interval_s: float | None = None,
     ) -> None:
@@ -81,11 +83,14 @@ class Compute:
             core: networks loaded.
             device_ledger: of the networks' device.
             device_bytes: of the device, which the networks and one forward pass take.
+            tally: where it notes what it does.
             check: of the golden patch; raises where the networks would give wrong segmentations.
             check_interval_s: between two checks; ``None`` checks no more.
         """
         self._core = core
+        self._tally = tally
         self._memory = _DeviceMemory(core.networks.device, device_ledger, device_bytes)
+        tally.level(Level.DEVICE_BYTES, self._memory.total)
         self._commands: queue.SimpleQueue[Admit | Drop] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
         self._results: dict[int, int] = {}
@@ -141,9 +146,19 @@ class Compute:
         began = time.monotonic()
         outcomes = self._core.step(began)
         self._stepped_s += time.monotonic() - began
+        self._note()
         for outcome in outcomes:
             self._report(outcome)
         self._busy_since = None
+
+    def _note(self) -> None:
+        core, tally = self._core, self._tally
+        tally.total(Total.PASSES, core.passes)
+        tally.total(Total.BATCHES, core.batches)
+        tally.total(Total.SLOTS, core.slots)
+        tally.total(Total.SHARED_BATCHES, core.shared_batches)
+        tally.total(Total.BUSY_MICROSECONDS, round(self._stepped_s * 1e6))
+        tally.level(Level.PASSES_REMAINING, core.remaining)
 
     def _next_command(self) -> Admit | Drop | None:
         """Wait for work, at most until a check is due.
@@ -259,9 +274,11 @@ class _DeviceMemory:
         self._ledger, self._networks = ledger, networks
         self._cases: dict[int, int] = {}
         self._cuda = device.type == "cuda"
+        self.total = 0
         if self._cuda:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._capacity = int(torch.cuda.get_device_properties(device).total_memory * _DEVICE_SHARE)
+            self.total = int(torch.cuda.get_device_properties(device).total_memory)
+            self._capacity = int(self.total * _DEVICE_SHARE)
             ledger.hold(networks)
 
     def place(

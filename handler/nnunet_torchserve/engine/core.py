@@ -116,10 +116,16 @@ class EngineCore:
             before_pass: told which cases the device works on before each batch, and what is left of them after it:
                 the flight record.
             faults: ordered by a test.
+
+        What it has done is counted: ``passes``; ``batches`` of them; the ``slots`` that those had; the
+        ``shared_batches`` among them, with passes of more than one case.
         """
         self.networks = networks
         self.batch = batch
         self.passes = 0
+        self.batches = 0
+        self.slots = 0
+        self.shared_batches = 0
         self._policy = policy
         self._before_pass = before_pass
         self._faults = faults or Faults([])
@@ -130,6 +136,11 @@ class EngineCore:
     def __len__(self) -> int:
         """Cases in flight."""
         return len(self._cases) + (self._launched is not None)
+
+    @property
+    def remaining(self) -> int:
+        """Passes that its cases still need."""
+        return sum(len(case.accumulator) - case.accumulator.added for case in self._cases.values())
 
     def admit(self, case: CaseInFlight) -> None:
         """Take a case in."""
@@ -215,7 +226,7 @@ class EngineCore:
             failure = as_serving_error(error)
         # out here the tensors of the failed pass are free
         if failure is None:
-            self.passes += len(passes)
+            self._count(passes)
             return [outcome for each, patch in zip(passes, logits, strict=False) for outcome in self._add(each, patch)]
         if isinstance(failure, OutOfMemory):
             return self._run_with_less_memory(passes, failure)
@@ -224,6 +235,12 @@ class EngineCore:
             return [self._fail(cases[0], failure)]
         logger.warning("a batch of %d cases failed; trying them one by one", len(cases))
         return [outcome for case in cases for outcome in self._run([each for each in passes if each.case is case])]
+
+    def _count(self, passes: Sequence[_Pass]) -> None:
+        self.passes += len(passes)
+        self.batches += 1
+        self.slots += self.batch
+        self.shared_batches += len({each.case.case_id for each in passes}) > 1
 
     def _run_with_less_memory(self, passes: Sequence[_Pass], failure: OutOfMemory) -> list[Outcome]:
         """Free what nobody uses, halve the batch for good, then take the case's sums to the host, then give it up."""

@@ -50,9 +50,10 @@ def main(folder: Path, model_dir: Path, settings: str) -> int:
     if life is None:
         return 0
     path = folder / SOCKET
+    follows_a_death = path.exists()  # who leaves by itself takes it away
     listener = listen(path)
     try:
-        switchboard = _load(folder, listener, model_dir, settings, life)
+        switchboard = _load(folder, listener, model_dir, settings, life, restarts=int(follows_a_death))
     except Exception as error:
         logger.exception("the engine cannot serve")
         _refuse_everybody(listener, f"{type(error).__name__}: {error}")
@@ -66,7 +67,9 @@ def main(folder: Path, model_dir: Path, settings: str) -> int:
     return 0
 
 
-def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text: str, life: int) -> Switchboard:
+def _load(
+    folder: Path, listener: socket.socket, model_dir: Path, settings_text: str, life: int, *, restarts: int
+) -> Switchboard:
     import torch
 
     from ..bundle import ModelBundle
@@ -79,6 +82,7 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
     from .network import check_golden, device_name, load_networks, peak_bytes, probe_batch, read_golden
     from .scheduler import Policy
     from .switchboard import Switchboard
+    from .tally import Tally, Total
 
     refuse_faults_outside_tests()
     settings = channel.EngineSettings.model_validate_json(settings_text)
@@ -91,14 +95,17 @@ def _load(folder: Path, listener: socket.socket, model_dir: Path, settings_text:
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
     logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
     golden = read_golden(bundle)  # now: unregistering the model deletes the file
+    tally = Tally()
+    tally.total(Total.RESTARTS, restarts)
     compute = Compute(
         core,
         Ledger(folder, device_name(networks.device)),
         peak_bytes(networks, batch),
+        tally,
         lambda: check_golden(networks, golden),
         settings.golden_interval_s,
     )
-    return Switchboard(folder, listener, compute, settings, record_fd, life)
+    return Switchboard(folder, listener, compute, settings, record_fd, life, tally)
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:

@@ -38,6 +38,7 @@ from ..cases import Price, Settings
 from ..environment import FAULTS_VARIABLE, TESTING_VARIABLE, runtime_dir
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from ..limits import Limits, memory_for_cases
+from ..telemetry import STRIKES, Counts
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
 from .prediction import Prediction, Watcher
@@ -120,6 +121,8 @@ class RemoteEngine:
         policy: Policy = Policy.SHORTEST_REMAINING,
         limits: Limits | None = None,
         golden_interval_s: float | None = None,
+        counts: Counts | None = None,
+        on_tally: Callable[[int, int], None] | None = None,
     ) -> None:
         """Connect to the engine, starting it if there is none; returns when its networks are loaded.
 
@@ -130,12 +133,16 @@ class RemoteEngine:
             policy: how cases are ordered.
             limits: what all cases may take together.
             golden_interval_s: see :class:`~.channel.EngineSettings`.
+            counts: where strikes are counted.
+            on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
+                that engine, which is valid during the call.
 
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
             NoEngine: none could be started in time.
         """
         limits = limits or Limits()
+        self._counts, self._on_tally = counts or Counts(), on_tally
         settings = channel.EngineSettings(
             device=str(device),
             max_patch_batch=max_patch_batch,
@@ -194,6 +201,7 @@ class RemoteEngine:
                     return self._ask(link, data, settings, deadline, watcher, suspect=strikes > 0)
                 except _EngineGone as gone:
                     strikes += gone.in_batch
+                    self._counts.add(STRIKES, int(gone.in_batch))
                     if strikes >= MAX_STRIKES:
                         self.disconnect()
                         msg = f"the engine died {strikes} times while it worked on this case; it is not tried again"
@@ -397,7 +405,12 @@ class RemoteEngine:
             if not isinstance(message, channel.Hello) or message.protocol != channel.PROTOCOL:
                 msg = f"the engine said {message.kind} instead of hello"
                 raise BundleError(msg)
-            return _Link(endpoint, process, channel.FlightRecord.map(descriptors[0]))
+            record, tally = descriptors
+            if self._on_tally is None:
+                os.close(tally)
+            else:
+                self._on_tally(tally, process)
+            return _Link(endpoint, process, channel.FlightRecord.map(record))
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:

@@ -47,6 +47,7 @@ from .channel import (
 from .compute import Admit, Compute, Drop
 from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
+from .tally import Level, Tally, Total
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class Connection:
         self.state = _State.IDLE
         self.case_id = 0
         self.watched = False
+        self.passes_ahead = 0
         self._listening = False
         self._lock = threading.Lock()
         self._open = True
@@ -130,6 +132,7 @@ class Switchboard:
         settings: EngineSettings,
         record_fd: int,
         life: int,
+        tally: Tally,
     ) -> None:
         """Take over a listening socket.
 
@@ -140,6 +143,7 @@ class Switchboard:
             settings: the budget.
             record_fd: the flight record's descriptor, sent with every hello.
             life: what :func:`~.folder.take_life_lock` gave.
+            tally: where it notes what it does; sent with every hello.
         """
         self._folder, self._listener, self._record_fd, self._life = folder, listener, record_fd, life
         self._selector = selectors.DefaultSelector()
@@ -153,6 +157,8 @@ class Switchboard:
         self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
         self._waits_since = math.inf
         self._compute = compute
+        self._tally = tally
+        tally.total(Total.STARTS, 1)
 
     def run(self) -> None:
         """Serve until idle for ``IDLE_S``, or until the engine's directory is cleaned up."""
@@ -198,7 +204,7 @@ class Switchboard:
             return
         endpoint.setblocking(False)
         connection.expect()
-        if connection.answer(Hello(protocol=channel.PROTOCOL), (self._record_fd,)):
+        if connection.answer(Hello(protocol=channel.PROTOCOL), (self._record_fd, self._tally.descriptor)):
             self._connections[endpoint.fileno()] = connection
             self._selector.register(endpoint, selectors.EVENT_READ)
         else:
@@ -215,6 +221,8 @@ class Switchboard:
                 connection.state, connection.watched = _State.SUBMITTED, message.watched
                 connection.expect()
                 self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
+                connection.passes_ahead = 0
+                self._note()
                 return
             channel.close_all(descriptors)
             if isinstance(message, Reserve) and connection.state is _State.IDLE:
@@ -245,6 +253,7 @@ class Switchboard:
             connection.answer(busy)
             return
         connection.case_id, connection.state, connection.watched = claim.number, _State.WAITING, message.watched
+        connection.passes_ahead = claim.passes
         self._owners[claim.number] = connection
         self._grant()
         if connection.watched and connection.state is _State.WAITING:
@@ -268,6 +277,14 @@ class Switchboard:
 
     def _hold(self) -> None:
         self._host.hold(self._admission.charged_bytes, self._admission.first_waiting_bytes, self._waits_since)
+        self._note()
+
+    def _note(self) -> None:
+        tally, admission = self._tally, self._admission
+        tally.level(Level.CASES_IN_FLIGHT, admission.charged)
+        tally.level(Level.CASES_WAITING, admission.waiting)
+        tally.level(Level.CHARGED_BYTES, admission.charged_bytes)
+        tally.level(Level.PASSES_AHEAD, sum(owner.passes_ahead for owner in self._owners.values()))
 
     def _release(self, connection: Connection) -> None:
         self._compute.put(Drop(connection.case_id))

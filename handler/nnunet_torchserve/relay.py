@@ -1,0 +1,230 @@
+"""A worker's metrics on their way to the front end: its own counts, and the engine's if it is the engine's relay.
+
+One thread, which wakes when something was counted, and every ``INTERVAL_S`` to look at the engine's tally. No request
+waits for it. It takes what was counted before it passes it on, so a worker that is killed loses at most what was
+counted since it last did, and nothing is counted twice.
+
+An engine's levels are passed on when they change, and now and then all the same: when an engine follows another, two
+workers may speak of them for a moment, and the last word counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .engine.channel import ChannelError
+from .engine.tally import Level, TallyReader, Total
+from .telemetry import (
+    BATCH_SLOTS,
+    BATCHES,
+    CASES_IN_FLIGHT,
+    CASES_WAITING,
+    CHARGED_BYTES,
+    DEVICE_MEMORY_TOTAL,
+    DEVICE_MEMORY_USED,
+    DEVICE_UTILIZATION,
+    ENGINE_BUSY,
+    ENGINE_RESTARTS,
+    ENGINE_STARTS,
+    ENGINE_UP,
+    NO_CODE,
+    PASSES,
+    PASSES_WAITING,
+    REQUESTS,
+    SHARED_BATCHES,
+    STAGE_REQUESTS,
+    STAGE_SECONDS,
+    STRIKES,
+    Counts,
+    Metric,
+    MetricSink,
+    Stage,
+)
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 2.0
+"""Between two looks at the engine's tally; Prometheus looks every 15 s or so."""
+
+_GAP_S = 0.25
+"""Between two turns at least: TorchServe writes a line of its log for each value."""
+
+_REFRESH_S = 30.0
+"""A level that does not change is passed on as often."""
+
+_AFTER_FAULT_S = 60.0
+_MICROSECONDS = 1e6
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]")
+
+_TOTALS: Mapping[Total, Metric] = {
+    Total.STARTS: ENGINE_STARTS,
+    Total.RESTARTS: ENGINE_RESTARTS,
+    Total.PASSES: PASSES,
+    Total.BATCHES: BATCHES,
+    Total.SLOTS: BATCH_SLOTS,
+    Total.SHARED_BATCHES: SHARED_BATCHES,
+    Total.BUSY_MICROSECONDS: ENGINE_BUSY,
+}
+
+
+class Relay:
+    """Passes metrics of one worker, and of engines, to a sink."""
+
+    def __init__(self, sink: MetricSink, counts: Counts, model: tuple[str, str], device: torch.device) -> None:
+        """Begin with nothing.
+
+        Args:
+            sink: where the metrics go.
+            counts: the worker's own.
+            model: name and version.
+            device: of the engine.
+        """
+        self._emit, self._counts = sink, counts
+        self._model = (label(model[0]), label(model[1]))
+        self._device = label(str(device).replace(":", ""))
+        self._monitor = DeviceMonitor(device, torch.cuda) if device.type == "cuda" else None
+        self._found: queue.SimpleQueue[TallyReader] = queue.SimpleQueue()
+        self._tallies: list[TallyReader] = []
+        self._levels: dict[Metric, float] = {}
+        self._refreshed = -_REFRESH_S
+        self._looked = -INTERVAL_S
+
+    def watch(self, descriptor: int, process: int) -> None:
+        """Look at an engine's tally from now on; any thread may say so.
+
+        Args:
+            descriptor: the tally's; becomes the relay's to close.
+            process: a pidfd of the engine; stays the caller's.
+        """
+        own = os.dup(process)
+        try:
+            self._found.put(TallyReader(descriptor, own))
+        except (ChannelError, OSError):
+            os.close(own)
+            logger.exception("no metrics of this engine")
+
+    def start(self) -> None:
+        """Begin to pass on, in a thread of its own."""
+        threading.Thread(target=self._run, name="metrics", daemon=True).start()
+
+    def introduce(self) -> None:
+        """Pass zeros on: a rate is only known of a counter that was there before it counted."""
+        self._counts.add(REQUESTS, 0, "200", NO_CODE)
+        self._counts.add(STRIKES, 0)
+        for stage in Stage:
+            self._counts.add(STAGE_SECONDS, 0, stage)
+            self._counts.add(STAGE_REQUESTS, 0, stage)
+        for metric in _TOTALS.values():
+            self._emit(metric, 0, (*self._model, self._device))
+
+    def turn(self) -> None:
+        """Pass on what there is."""
+        for (metric, labels), amount in self._counts.take().items():
+            self._emit(metric, _number(amount), (*self._model, *map(label, labels)))
+        if time.monotonic() - self._looked >= INTERVAL_S:
+            self._looked = time.monotonic()
+            self.look()
+
+    def look(self) -> None:
+        """Pass on what the tallies say of which this worker is the relay."""
+        self._meet()
+        for tally in list(self._tallies):
+            alive = tally.is_alive()  # asked first: what a dead engine wrote is complete
+            if tally.become_relay():
+                for total, added in tally.take().items():
+                    if added:
+                        value = added / _MICROSECONDS if total is Total.BUSY_MICROSECONDS else added
+                        self._emit(_TOTALS[total], _number(value), (*self._model, self._device))
+                self._pass_levels(tally if alive else None)
+            if not alive:
+                self._tallies.remove(tally)
+                tally.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.introduce()
+                while True:
+                    self.turn()
+                    time.sleep(_GAP_S)
+                    self._counts.fresh.wait(INTERVAL_S - _GAP_S)
+            except Exception:
+                logger.exception("metrics are not passed on for a while")
+                time.sleep(_AFTER_FAULT_S)
+
+    def _meet(self) -> None:
+        """Take in the tallies that were found; the same engine is met again after a lost connection."""
+        while not self._found.empty():
+            tally = self._found.get()
+            if any(known.identity == tally.identity for known in self._tallies):
+                tally.close()
+            else:
+                self._tallies.append(tally)
+
+    def _pass_levels(self, tally: TallyReader | None) -> None:
+        """The levels of an engine, ``None`` if it is dead."""
+
+        def level(name: Level) -> int:
+            return 0 if tally is None else tally.level(name)
+
+        engine = (*self._model, self._device)
+        ahead = level(Level.PASSES_AHEAD) + level(Level.PASSES_REMAINING)
+        levels: dict[Metric, tuple[float, tuple[str, ...]]] = {
+            ENGINE_UP: (int(tally is not None), engine),
+            CASES_IN_FLIGHT: (level(Level.CASES_IN_FLIGHT), engine),
+            CASES_WAITING: (level(Level.CASES_WAITING), engine),
+            PASSES_WAITING: (ahead, engine),
+            CHARGED_BYTES: (level(Level.CHARGED_BYTES), engine),
+        }
+        if total := level(Level.DEVICE_BYTES):
+            levels[DEVICE_MEMORY_TOTAL] = (total, (self._device,))
+        if self._monitor is not None:
+            levels |= {metric: (value, (self._device,)) for metric, value in self._monitor.read().items()}
+        now = time.monotonic()
+        if now - self._refreshed >= _REFRESH_S:
+            self._refreshed = now
+            self._levels.clear()
+        for metric, (value, labels) in levels.items():
+            if self._levels.get(metric) != value:
+                self._levels[metric] = value
+                self._emit(metric, value, labels)
+
+
+class DeviceMonitor:
+    """A GPU's memory and utilisation as its driver reports them. Makes no CUDA context, which would take memory."""
+
+    def __init__(self, device: torch.device, cuda: Any) -> None:
+        """Watch ``device`` through ``cuda``, which is :mod:`torch.cuda` or gives recorded numbers."""
+        self._device, self._cuda = device, cuda
+        self._available = True
+
+    def read(self) -> dict[Metric, float]:
+        """Bytes used by all processes, and the share of the last moment in which it computed; empty if unknown."""
+        if not self._available:
+            return {}
+        try:
+            used, percent = self._cuda.device_memory_used(self._device), self._cuda.utilization(self._device)
+        except Exception as error:  # noqa: BLE001 (nvidia-ml-py is missing, or whatever the driver says)
+            self._available = False
+            logger.warning("no metrics of %s: %s", self._device, error)
+            return {}
+        return {DEVICE_MEMORY_USED: int(used), DEVICE_UTILIZATION: percent / 100}
+
+
+def label(value: str) -> str:
+    """A label's value as TorchServe can read it: it separates values by commas and colons, and drops empty ones."""
+    return _UNSAFE.sub("_", value) or "_"
+
+
+def _number(value: float) -> float:
+    """As TorchServe can read it: digits, no plus sign in an exponent."""
+    return int(value) if value == int(value) else round(value, 6)

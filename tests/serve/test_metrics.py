@@ -1,0 +1,170 @@
+"""What a live server tells Prometheus: each count once, gauges that return to 0, and every documented query."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.telemetry import Stage
+from nnunet_torchserve_tools import launcher
+from support.bad_requests import FAST, GOOD
+from support.chaos import Case, ChaosServer, wait_for
+from support.metrics import Scrape, queries, scrape
+from support.server import running
+
+pytestmark = pytest.mark.serve
+
+MODEL = "five_folds/1.0"
+WORKERS = 3
+REQUESTS = 6
+PASSES = 12
+"""Of GOOD with the options FAST."""
+
+SLOW = Case((40, 44, 36), options='{"folds": [0], "tile_step_size": 0.25}')
+"""Some seconds of the network."""
+
+UNKNOWN_FOLD = '{"folds": [9]}'
+
+
+@pytest.fixture(scope="module")
+def measured(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosServer]:
+    """A server with three workers and engines of its own: an engine's numbers go to one server."""
+    runtime = tmp_path_factory.mktemp("metrics") / "engines"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
+        with running(model_store, tmp_path_factory.mktemp("state"), models=["five_folds.mar"], workers=WORKERS) as live:
+            yield ChaosServer(live, runtime)
+
+
+def now(server: ChaosServer) -> Scrape:
+    return scrape(server.live.server.metrics_url)
+
+
+def settled(server: ChaosServer) -> Scrape:
+    """The numbers when nothing is in flight and what the engine did is passed on."""
+    wait_for(lambda: now(server).value("nnunet_engine_up") == 1)
+    wait_for(lambda: now(server).value("nnunet_engine_starts_total") == server.engine(MODEL).starts)
+    wait_for(lambda: now(server).value("nnunet_cases_in_flight") == 0)
+    return now(server)
+
+
+def ask_all(server: ChaosServer, count: int) -> None:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        answers = [pool.submit(server.live.predict, "five_folds", GOOD, options=FAST) for _ in range(count)]
+    assert {answer.result().status_code for answer in answers} == {HTTPStatus.OK}
+
+
+def test_every_count_comes_once_whatever_the_number_of_workers(measured: ChaosServer) -> None:
+    before = settled(measured)
+    assert before.value("nnunet_passes_total") > 0  # the workers' trials
+    ask_all(measured, REQUESTS)
+    assert measured.live.predict("five_folds", GOOD, options=UNKNOWN_FOLD).status_code == 422
+    assert measured.live.predict("five_folds", b"this is not an image", options=FAST).status_code == 415
+
+    def added(name: str, **labels: str) -> float:
+        return now(measured).value(name, **labels) - before.value(name, **labels)
+
+    wait_for(lambda: added("nnunet_requests_total") == REQUESTS + 2)
+    wait_for(lambda: added("nnunet_passes_total") >= REQUESTS * PASSES)
+    wait_for(lambda: now(measured).value("nnunet_cases_in_flight") == 0)
+    for name in ("nnunet_passes_total", "nnunet_batches_total", "nnunet_batch_slots_total"):
+        assert added(name, model_name="five_folds", model_version="1.0", device="cpu") == REQUESTS * PASSES
+    assert added("nnunet_shared_batches_total") == 0  # a batch of a CPU has one slot
+    assert added("nnunet_requests_total", status="200", code="none") == REQUESTS
+    assert added("nnunet_requests_total", status="422", code="unknown_fold") == 1
+    assert added("nnunet_requests_total", status="415", code="unknown_format") == 1
+    for stage in Stage:
+        reached = REQUESTS + (stage is Stage.DECODE)  # the bytes that are no image
+        assert added("nnunet_stage_requests_total", stage=stage) == reached
+        assert added("nnunet_stage_seconds_total", stage=stage) > 0
+    lines = measured.live.request_lines()[-REQUESTS - 2 :]
+    logged = sum(line["ms"].get(Stage.NETWORK, 0) for line in lines) / 1000
+    assert added("nnunet_stage_seconds_total", stage=Stage.NETWORK) == pytest.approx(logged, rel=0.02)
+    assert 0 < added("nnunet_engine_busy_seconds_total") < 60
+
+
+def test_gauges_show_the_work_in_hand_and_return_to_0_without_another_request(measured: ChaosServer) -> None:
+    settled(measured)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(measured.live.predict, "five_folds", SLOW.body, options=SLOW.options)
+        wait_for(lambda: now(measured).value("nnunet_cases_in_flight") == 1)
+        busy = now(measured)
+        assert busy.value("nnunet_charged_bytes") > 0
+        assert answer.result().status_code == HTTPStatus.OK
+    gauges = ("nnunet_cases_in_flight", "nnunet_passes_waiting", "nnunet_charged_bytes", "nnunet_cases_waiting")
+    wait_for(lambda: not any(now(measured).value(name) for name in gauges), within_s=10)
+    assert all(len(now(measured).labels(name)) == 1 for name in gauges)
+
+
+def test_a_killed_engine_is_one_restart_and_its_passes_are_counted_once(measured: ChaosServer) -> None:
+    before = settled(measured)
+    ask_all(measured, 1)
+    measured.engine(MODEL).kill()
+    wait_for(lambda: now(measured).value("nnunet_engine_up") == 0, within_s=10)
+    ask_all(measured, REQUESTS)
+    after = settled(measured)
+    for name in ("nnunet_engine_starts_total", "nnunet_engine_restarts_total"):
+        assert after.value(name) - before.value(name) == 1
+    assert after.value("nnunet_strikes_total") == before.value("nnunet_strikes_total")
+    asked = (1 + REQUESTS) * PASSES
+    wait_for(lambda: now(measured).value("nnunet_passes_total") - before.value("nnunet_passes_total") >= asked)
+    assert now(measured).value("nnunet_passes_total") - before.value("nnunet_passes_total") == asked
+
+
+def test_the_last_worker_left_passes_on_what_the_engine_counts(measured: ChaosServer) -> None:
+    before = settled(measured)
+    for worker in measured.live.workers("five_folds")[:-1]:
+        worker.kill()
+    wait_for(lambda: measured.live.predict("five_folds", GOOD, options=FAST).status_code == HTTPStatus.OK)
+    wait_for(lambda: now(measured).value("nnunet_passes_total") - before.value("nnunet_passes_total") >= PASSES)
+
+
+def test_every_documented_query_returns_data(measured: ChaosServer, tmp_path: Path) -> None:
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed")
+    target, port = measured.live.server.metrics_url.removeprefix("http://"), launcher.free_ports().inference
+    config = tmp_path / "prometheus.yml"
+    scraping = {"job_name": "nnunet", "scrape_interval": "1s", "static_configs": [{"targets": [target]}]}
+    config.write_text(yaml.safe_dump({"scrape_configs": [scraping]}))
+    command = [program, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"]
+    command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
+    asked = queries()
+    assert len(asked) >= 15
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as prometheus,
+    ):
+
+        def result(query: str) -> list[dict[str, object]]:
+            answer = prometheus.get("/api/v1/query", params={"query": query})
+            assert answer.status_code == HTTPStatus.OK, answer.text
+            found: list[dict[str, object]] = answer.json()["data"]["result"]
+            return found
+
+        def has_scraped() -> bool:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            try:
+                ready = prometheus.get("/-/ready").status_code == HTTPStatus.OK
+            except httpx.TransportError:
+                return False
+            return ready and bool(result("nnunet_passes_total"))
+
+        try:
+            wait_for(has_scraped, within_s=30)
+            ask_all(measured, WORKERS)
+            measured.live.predict("five_folds", GOOD, options=UNKNOWN_FOLD)
+            wait_for(lambda: bool(result("sum(rate(nnunet_passes_total[5m])) > 0")), within_s=30)
+            wait_for(lambda: all(result(query) for query in asked), within_s=20)
+        finally:
+            process.terminate()
