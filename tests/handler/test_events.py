@@ -353,12 +353,12 @@ def test_cases_that_wait_are_told_their_position(engine: Any) -> None:
 
 
 def test_a_case_is_told_its_passes(engine: Any) -> None:
-    settings, told = Settings((0,), (0, 1, 2), 0.3, use_gaussian=True), Told()
+    settings, told = Settings((0,), (0, 1, 2), 0.25, use_gaussian=True), Told()
     data = torch.randn((1, 40, 44, 36), generator=torch.Generator().manual_seed(0))
     engine().predict(data, settings, None, told)
     assert told.done[0] == 0
     assert told.done == sorted(told.done)
-    assert len(set(told.done)) > 2
+    assert len(set(told.done)) > 1
 
 
 def test_progress_begins_again_when_the_engine_dies(
@@ -375,7 +375,7 @@ def test_progress_begins_again_when_the_engine_dies(
     killer = threading.Thread(target=kill_once_it_works)
     killer.start()
     data = torch.randn((1, 40, 44, 36), generator=torch.Generator().manual_seed(0))
-    settings = Settings((0,), (0, 1, 2), 0.3, use_gaussian=True)
+    settings = Settings((0,), (0, 1, 2), 0.25, use_gaussian=True)
     prediction = engine.predict(data, settings, None, told)
     killer.join()
     engine.disconnect()

@@ -50,7 +50,7 @@ class Finely(Case):
 WORKERS = 2
 MODEL, TIGHT = "blobs", "tight"
 CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false}') for seed in range(3)]
-LONG = Case((40, 44, 36), 7, '{"tile_step_size": 0.3}')
+LONG = Case((40, 44, 36), 7, '{"tile_step_size": 0.25}')
 """Some seconds of the network."""
 
 LARGE = Finely(
@@ -178,7 +178,7 @@ def test_events_come_while_the_case_is_worked_on(server: ChaosServer) -> None:
         rest = stream.rest()
     done = [each["done"] for each in rest.of("progress", "network")]
     assert done == sorted(done)
-    assert len(done) > 2
+    assert len(done) > 1
 
 
 def test_a_connection_is_kept_and_used_again(server: ChaosServer, clients: Clients) -> None:
