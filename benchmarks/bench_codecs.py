@@ -515,14 +515,14 @@ def copies(path: Mapping[str, Any]) -> list[dict[str, Any]]:
         },
         {
             "copy": "inflated bytes",
-            "where": "codecs/inflate.py, ByteSource.read_exactly",
+            "where": "codecs/voxels.py, read_voxels",
             "volumes": round(decoded["peak"] - decoded["after"], 3),
-            "until": "the voxels are float32",
-            "why": "The voxels in the file's own type, as the decompressor writes them; int16 is half a volume.",
+            "until": "the next slab",
+            "why": "No volume: slabs of 256 KiB in the file's own type, which become float32 one by one.",
         },
         {
             "copy": "float32",
-            "where": "codecs/nifti.py, NiftiSource.read, and its siblings",
+            "where": "codecs/voxels.py, read_voxels",
             "volumes": round(decoded["after"] - decoded["before"], 3),
             "until": "preprocessing is done; on the network's grid it becomes the network's input itself",
             "why": "What nnU-Net's readers give; every step after it computes in float32.",
