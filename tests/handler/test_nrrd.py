@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import ctypes
 import gzip
 import io
 import itertools
-import os
 import tracemalloc
 import zlib
 from pathlib import Path
 
 import nrrd
 import numpy as np
-import numpy.typing as npt
 import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from hypothesis import given, settings
@@ -27,8 +24,9 @@ from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
 from nnunet_torchserve.codecs.nrrd import NrrdSource, encode_nrrd, is_nrrd, open_nrrd
 from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import OutputFormat
 from nnunet_torchserve.volume import Geometry, LabelArray
+from support import itk_files
+from support.itk_files import DTYPES, Watch, direction, values
 from support.volumes import write
 
 LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000, memory_bytes=1)
@@ -70,34 +68,7 @@ def open_image(body: bytes, limits: Limits = LIMITS) -> NrrdSource:
 def assert_as_nnunet(body: bytes, folder: Path) -> None:
     file = folder / "image.nrrd"
     file.write_bytes(body)
-    expected, properties = SimpleITKIO().read_images([str(file)])
-    itk = sitk.ReadImage(str(file))
-    image = open_image(body)
-    np.testing.assert_array_equal(image.read(), expected, strict=True)
-    geometry = image.geometry
-    n = itk.GetDimension()
-    assert list(geometry.spacing_zyx) == list(properties["spacing"])
-    assert (geometry.ndim, image.channels, image.native_format) == (n, 1, OutputFormat.NRRD)
-    assert geometry.spacing[:n] == itk.GetSpacing()
-    assert geometry.origin[:n] == itk.GetOrigin()
-    assert tuple(geometry.direction[:n, :n].ravel()) == itk.GetDirection()
-
-
-def direction(random: np.random.Generator, n: int, *, flip: bool) -> npt.NDArray[np.float64]:
-    matrix: npt.NDArray[np.float64] = np.linalg.qr(random.standard_normal((n, n)))[0]
-    if (np.linalg.det(matrix) < 0) != flip:
-        matrix[:, 0] *= -1
-    return matrix
-
-
-def values(random: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.generic]:
-    bits = np.dtype(dtype)
-    if bits.kind == "f":
-        return (random.standard_normal(shape) * 3000).astype(dtype)
-    return random.integers(np.iinfo(bits).min, np.iinfo(bits).max, shape, bits, endpoint=True)
-
-
-DTYPES = ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64"]
+    itk_files.assert_as_nnunet(open_image(body), file)
 
 
 @settings(max_examples=60, deadline=None)
@@ -449,27 +420,6 @@ DETACHED = [
     "data file : {}", " data file: {}", "data  file: {}", "data file:{}", "data\tfile: {}",
     "# x\r\ndata file: {}", "data file: x:={}", "content: x\rdata file: {}",
 ]  # fmt: skip
-
-
-class Watch:
-    """Whether a file was opened by anything of this process, C code included (inotify)."""
-
-    IN_OPEN, IN_NONBLOCK = 0x20, os.O_NONBLOCK
-
-    def __init__(self, file: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = libc.inotify_init1(self.IN_NONBLOCK)
-        assert self._fd >= 0
-        assert libc.inotify_add_watch(self._fd, os.fsencode(file), self.IN_OPEN) >= 0
-
-    def opened(self) -> bool:
-        try:
-            return bool(os.read(self._fd, 4096))
-        except BlockingIOError:
-            return False
-
-    def close(self) -> None:
-        os.close(self._fd)
 
 
 @pytest.mark.parametrize("spelling", DETACHED)
