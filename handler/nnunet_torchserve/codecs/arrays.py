@@ -11,6 +11,7 @@ import io
 import math
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -38,7 +39,6 @@ _LONGEST_HEADER = 10_000
 
 _HEADER_ERRORS = (
     ValueError, TypeError, LookupError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError,
-    UserWarning,
 )  # fmt: skip
 """What ``ast.literal_eval`` and NumPy raise for a header that is none."""
 
@@ -245,7 +245,9 @@ def _read_header(peek: Callable[[int], bytes], limits: Limits) -> _Header:
     # Version 3.0 is 2.0 with names of fields in UTF-8, and arrays with fields are refused.
     read = np.lib.format.read_array_header_1_0 if field == "<H" else np.lib.format.read_array_header_2_0
     try:
-        shape, fortran_order, dtype = read(file, max_header_size=longest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files, of Python 2 and of types that NumPy spells otherwise now
+            shape, fortran_order, dtype = read(file, max_header_size=longest)
     except _HEADER_ERRORS:
         msg = "the array's npy header is damaged or cut off"
         raise Malformed(msg) from None
