@@ -73,9 +73,9 @@ class NnunetHandler:
 
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}
-        if headers and _is_grpc(headers):
-            return _NO_BIDIRECTIONAL_STREAM
         is_grpc = _is_grpc(headers)
+        if headers and is_grpc:
+            return _NO_BIDIRECTIONAL_STREAM
         send = None if is_grpc else partial(_send_part, context=context, index=index)  # gRPC would take one for a mask
         response = self._pipeline.answer(Request(parts, headers, context.get_request_id(index)), send)
         if is_grpc:

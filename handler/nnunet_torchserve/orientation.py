@@ -21,10 +21,9 @@ from nibabel.orientations import (
     ornt_transform,
 )
 
-from .volume import Geometry, LabelMap
+from .volume import RAS_TO_LPS, Geometry, LabelMap
 
 _LETTERS = re.compile(r"(?=.*[LR])(?=.*[AP])(?=.*[SI])[LRAPSI]{3}")
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -78,14 +77,14 @@ def turn_towards(geometry: Geometry, target: str | None, *, as_itk: bool = False
     """
     if target is None or geometry.ndim == 2:
         return Turn(geometry, geometry)
-    affine = _RAS_TO_LPS @ geometry.affine
+    affine = RAS_TO_LPS @ geometry.affine
     own = _itk_orientation(geometry) if as_itk else None
     start = io_orientation(affine) if own is None else axcodes2ornt(own)
     end = axcodes2ornt(target)
     there, back = ornt_transform(start, end), ornt_transform(end, start)
     if np.array_equal(there, [[0, 1], [1, 1], [2, 1]]):
         return Turn(geometry, geometry)
-    turned = _RAS_TO_LPS @ affine @ inv_ornt_aff(there, geometry.shape[::-1])
+    turned = RAS_TO_LPS @ affine @ inv_ornt_aff(there, geometry.shape[::-1])
     source = np.argsort(there[:, 0])  # the image's axis (x, y, z) that each of the new axes was
     x, y, z = (int(axis) for axis in source)
     shape, nnunet, spacing = geometry.shape[::-1], geometry.spacing_zyx[::-1], geometry.spacing

@@ -14,6 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.floating[Any]]
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""NIfTI's and nibabel's coordinates to ITK's and DICOM's; its own inverse."""
+
 _PLANE = 2
 """Dimensions of a slice."""
 

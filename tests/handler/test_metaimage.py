@@ -18,7 +18,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_torchserve.codecs.geometry import make_geometry
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
-from nnunet_torchserve.codecs.metaimage import MetaImageSource, encode_metaimage, is_metaimage, open_metaimage
+from nnunet_torchserve.codecs.metaimage import MetaImageSource, encode_metaimage, is_metaimage
 from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.volume import Geometry, LabelArray
@@ -65,7 +65,7 @@ def packed(payload: bytes, **changed: str | None) -> bytes:
 
 
 def open_image(body: bytes, limits: Limits = LIMITS) -> MetaImageSource:
-    return open_metaimage(ByteSource(body), limits)
+    return MetaImageSource(ByteSource(body), limits)
 
 
 def assert_as_nnunet(body: bytes, folder: Path) -> None:

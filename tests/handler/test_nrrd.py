@@ -21,7 +21,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_torchserve.codecs.geometry import make_geometry
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
-from nnunet_torchserve.codecs.nrrd import NrrdSource, encode_nrrd, is_nrrd, open_nrrd
+from nnunet_torchserve.codecs.nrrd import NrrdSource, encode_nrrd, is_nrrd
 from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.volume import Geometry, LabelArray
@@ -62,7 +62,7 @@ def spaced(**changed: str | None) -> bytes:
 
 
 def open_image(body: bytes, limits: Limits = LIMITS) -> NrrdSource:
-    return open_nrrd(ByteSource(body), limits)
+    return NrrdSource(ByteSource(body), limits)
 
 
 def assert_as_nnunet(body: bytes, folder: Path) -> None:

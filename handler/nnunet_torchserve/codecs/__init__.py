@@ -12,9 +12,9 @@ from ..volume import Placement
 from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
 from .arrays import is_npy, is_npz, open_npy, open_npz
 from .inflate import ByteSource, Payload
-from .metaimage import is_metaimage, open_metaimage
+from .metaimage import MetaImageSource, is_metaimage
 from .nifti import HEADER_BYTES, NiftiSource, header_class
-from .nrrd import is_nrrd, open_nrrd
+from .nrrd import NrrdSource, is_nrrd
 from .png import is_png, open_png
 from .source import ImageSource
 from .tiff import is_tiff, open_tiff
@@ -77,9 +77,9 @@ def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -
     if (kind := header_class(head)) is not None:
         return NiftiSource(source, kind, limits, as_nibabel=reader.startswith("Nibabel"))
     if is_nrrd(head):
-        return open_nrrd(source, limits)
+        return NrrdSource(source, limits)
     if is_metaimage(head):
-        return open_metaimage(source, limits)
+        return MetaImageSource(source, limits)
     msg = (
         f"{_what(head)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
         "as the raw body or as multipart field image"

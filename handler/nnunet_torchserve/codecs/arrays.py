@@ -26,7 +26,7 @@ from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import LabelMap, Placement
 from .geometry import check_size, place
-from .inflate import SLACK_BYTES, ByteSource, MemoryFile
+from .inflate import SLACK_BYTES, ByteSource, MemoryFile, refuse_damage
 
 _NPY_MAGIC = b"\x93NUMPY"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -274,13 +274,17 @@ def _image_name(names: list[str]) -> str:
     return candidates[0]
 
 
+def _refuse_damaged_zip() -> refuse_damage:
+    return refuse_damage(_ZIP_ERRORS, "the zip is damaged, cut off or encrypted")
+
+
 class _Archive:
     """The arrays of an npz by name; each is unpacked no further than its own header says."""
 
     def __init__(self, body: memoryview, limits: Limits) -> None:
         _check_directory(body, limits)
         self._limits = limits
-        with _ZipErrors():
+        with _refuse_damaged_zip():
             self._zip = zipfile.ZipFile(io.BufferedReader(MemoryFile(body)))
         arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
         self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
@@ -302,7 +306,7 @@ class _Archive:
             raise Malformed(msg)
 
         def peek(size: int) -> bytes:
-            with _ZipErrors(), self._zip.open(info) as member:
+            with _refuse_damaged_zip(), self._zip.open(info) as member:
                 return member.read(size)
 
         header = _read_header(peek, self._limits)
@@ -318,7 +322,7 @@ class _Archive:
         """The bytes of one array's numbers, uint8 (data_bytes,); its checksum is verified."""
         raw = np.empty(header.data_bytes, np.uint8)
         filled = 0
-        with _ZipErrors(), self._zip.open(self._members[name]) as member:
+        with _refuse_damaged_zip(), self._zip.open(self._members[name]) as member:
             member.read(header.size)
             while chunk := member.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
                 kept = np.frombuffer(chunk, np.uint8)[: raw.size - filled]
@@ -358,15 +362,3 @@ def _check_directory(body: memoryview, limits: Limits) -> None:
     if entries > limits.header_fields or directory_bytes > limits.header_bytes:
         msg = f"the zip's directory has {entries} entries; this server takes at most {limits.header_fields}"
         raise TooLarge(msg)
-
-
-class _ZipErrors:
-    """A damaged zip is the client's."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, _ZIP_ERRORS):
-            msg = "the zip is damaged, cut off or encrypted"
-            raise Malformed(msg) from None

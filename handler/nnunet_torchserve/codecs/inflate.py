@@ -24,6 +24,8 @@ _CHUNK_BYTES = 64 * 1024
 _STREAM_ERRORS: tuple[Any, ...] = (EOFError, OverflowError, zlib.error, isal_zlib.error, OSError)
 """What the decompressors raise for damaged streams."""
 
+_DAMAGED = "the compressed stream is damaged or cut off"
+
 
 _GZIP_LEVEL = 2
 """igzip's levels are 0 to 3; above 2 label maps shrink little and cost twice."""
@@ -90,7 +92,7 @@ class ByteSource:
         first = self.read(min(size, len(self._ahead)))
         view[: len(first)] = first
         filled = len(first)
-        with _stream_errors():
+        with refuse_damage():
             while filled < size:
                 count = self._stream.readinto(view[filled:])
                 if not count:
@@ -114,7 +116,7 @@ class ByteSource:
                 raise TooLarge(msg)
 
     def _take(self, size: int) -> bytes:
-        with _stream_errors():
+        with refuse_damage():
             return bytes(self._stream.read(size))
 
 
@@ -202,11 +204,15 @@ class _ZlibReader(io.RawIOBase):
         return 0
 
 
-class _stream_errors:  # noqa: N801 (reads as a statement)
+class refuse_damage:  # noqa: N801 (reads as a statement)
+    """What a library raises for damaged bytes becomes :class:`Malformed`: they are the client's."""
+
+    def __init__(self, errors: tuple[Any, ...] = _STREAM_ERRORS, message: str = _DAMAGED) -> None:
+        self._errors, self._message = errors, message
+
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, _STREAM_ERRORS):
-            msg = "the compressed stream is damaged or cut off"
-            raise Malformed(msg) from None
+        if isinstance(error, self._errors):
+            raise Malformed(self._message) from None

@@ -14,10 +14,8 @@ Format: https://itk.org/Wiki/ITK/MetaIO/Documentation
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 
 from ..errors import BadSpacing, Malformed, UnknownFormat, WrongChannels
@@ -28,6 +26,7 @@ from .geometry import check_size, make_geometry
 from .inflate import GZIP_MAGIC, SLACK_BYTES, ByteSource, Compression
 from .text_header import (
     StoredVoxels,
+    TextHeaderSource,
     add_field,
     floats,
     integers,
@@ -82,24 +81,19 @@ def is_metaimage(head: bytes) -> bool:
     return first is not None and first[1].decode() in _FIELDS and _TELLING_LINE.search(head) is not None
 
 
-def open_metaimage(source: ByteSource, limits: Limits) -> MetaImageSource:
-    """Read the header; the voxels stay packed.
-
-    Args:
-        source: at the file's first byte.
-        limits: voxels and expanded bytes are checked here.
-
-    Raises:
-        Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
-    """
-    return MetaImageSource(source, limits)
-
-
-class MetaImageSource:
+class MetaImageSource(TextHeaderSource):
     """One MetaImage, as an :class:`~.source.ImageSource`."""
 
     def __init__(self, source: ByteSource, limits: Limits) -> None:
-        """As :func:`open_metaimage`."""
+        """Read the header; the voxels stay packed.
+
+        Args:
+            source: at the file's first byte.
+            limits: voxels and expanded bytes are checked here.
+
+        Raises:
+            Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
+        """
         fields = _parse(read_header(source, limits, is_last=_names_the_data))
         (ndims,) = integers("NDims", required(fields, "NDims"))
         if not 2 <= ndims <= 4:
@@ -123,18 +117,8 @@ class MetaImageSource:
         check_size(shape, self.channels, dtype.itemsize, limits)
         spacing, origin, direction = itk_geometry("MetaImageIO", _grid_header(fields, sizes))
         self.geometry = make_geometry(shape, spacing, origin, direction)
-        self.nifti_header: Any | None = None
         self.native_format = OutputFormat.MHA
         self._voxels = StoredVoxels(_payload(source, fields), dtype, tuple(stored), channel_axis)
-
-    def read(self) -> npt.NDArray[np.float32]:
-        """Decode the voxels: float32 (C, Z, Y, X); may be called once.
-
-        Raises:
-            Malformed: the bytes end early or the compressed stream is damaged.
-            TooLarge: far more bytes than declared.
-        """
-        return self._voxels.read()
 
 
 def encode_metaimage(array: LabelArray, geometry: Geometry) -> bytes:

@@ -24,7 +24,7 @@ from nibabel.spatialimages import HeaderDataError
 from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
-from ..volume import Geometry
+from ..volume import RAS_TO_LPS, Geometry
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, check_spacing, make_geometry
 from .inflate import ByteSource
 from .voxels import read_voxels
@@ -45,8 +45,6 @@ _VECTOR_INTENTS = range(1004, 1008)
 
 _LAST_FORM = 5
 """NIFTI_XFORM_TEMPLATE_OTHER; nibabel writes codes above as 0."""
-
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _ORTHONORMAL = 1e-4
 """How far from a turn ITK lets an sform be (``itkNiftiImageIO.cxx``)."""
@@ -193,7 +191,7 @@ class NiftiSource:
         with np.errstate(all="ignore"):
             affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
             lengths = np.linalg.norm(affine[:3, :3], axis=0)
-            turn = (_RAS_TO_LPS @ affine)[:3, :3] / lengths
+            turn = (RAS_TO_LPS @ affine)[:3, :3] / lengths
         usable = all(SMALLEST_MM <= length * unit <= LARGEST_MM for length in lengths)
         if not usable or not np.isfinite(affine).all() or not np.isfinite(turn).all():
             msg = "the NIfTI header's sform or qform is no usable affine: it has zero, NaN, tiny or huge columns"
@@ -203,7 +201,7 @@ class NiftiSource:
         return make_geometry(
             shape,
             [float(length) * unit for length in lengths] if self._as_nibabel else spacing,
-            ((_RAS_TO_LPS @ affine)[:3, 3] * unit).tolist(),
+            ((RAS_TO_LPS @ affine)[:3, 3] * unit).tolist(),
             turn.ravel().tolist(),
             pixdim if self._as_nibabel else spacing,
         )
@@ -213,7 +211,7 @@ class NiftiSource:
     ) -> Geometry:
         """Of a 2-D image, which keeps its place in space for a NIfTI answer only."""
         flat = make_geometry(shape, spacing, (0, 0), (1, 0, 0, 1))
-        solid = make_geometry((1, *shape), (*spacing, 1.0), (_RAS_TO_LPS @ affine)[:3, 3] * unit, turn.ravel())
+        solid = make_geometry((1, *shape), (*spacing, 1.0), (RAS_TO_LPS @ affine)[:3, 3] * unit, turn.ravel())
         return Geometry(flat.shape, flat.spacing_zyx, flat.spacing, solid.origin, solid.direction, ndim=2)
 
     def _affine_of_itk(self) -> npt.NDArray[np.float64]:
@@ -229,7 +227,7 @@ class NiftiSource:
                 return affine
         if qform > 0:
             return self._qform_of_itk()
-        return np.diag([-1.0, -1.0, 1.0, 1.0])
+        return RAS_TO_LPS.copy()
 
     def _affine_of_nibabel(self) -> npt.NDArray[np.float64]:
         """Voxel (x, y, z) to RAS: the sform, else the qform, else nibabel's own (x to the left, centred)."""
@@ -293,7 +291,7 @@ def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | No
     header.set_data_dtype(array.dtype)
     header.set_data_shape(voxels.shape)
     if template is None:
-        affine = _RAS_TO_LPS @ geometry.affine
+        affine = RAS_TO_LPS @ geometry.affine
         header.set_xyzt_units("mm")
         header.set_qform(affine, 1 if _is_turn(affine) else 0)
         header.set_sform(affine, 1)

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BadSpacing, Malformed, UnknownFormat, WrongChannels
 from ..limits import Limits
@@ -28,6 +26,7 @@ from .geometry import LARGEST_MM, SMALLEST_MM, check_size, make_geometry
 from .inflate import ByteSource, Compression, gzipped
 from .text_header import (
     StoredVoxels,
+    TextHeaderSource,
     add_field,
     floats,
     integers,
@@ -109,24 +108,19 @@ def is_nrrd(head: bytes) -> bool:
     return _MAGIC.match(head) is not None
 
 
-def open_nrrd(source: ByteSource, limits: Limits) -> NrrdSource:
-    """Read the header; the voxels stay packed.
-
-    Args:
-        source: at the file's first byte.
-        limits: voxels and expanded bytes are checked here.
-
-    Raises:
-        Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
-    """
-    return NrrdSource(source, limits)
-
-
-class NrrdSource:
+class NrrdSource(TextHeaderSource):
     """One NRRD image, as an :class:`~.source.ImageSource`."""
 
     def __init__(self, source: ByteSource, limits: Limits) -> None:
-        """As :func:`open_nrrd`."""
+        """Read the header; the voxels stay packed.
+
+        Args:
+            source: at the file's first byte.
+            limits: voxels and expanded bytes are checked here.
+
+        Raises:
+            Malformed, TooLarge, UnknownFormat, BadSpacing, WrongChannels: see :mod:`..errors`.
+        """
         lines = read_header(source, limits, is_last=lambda line: not line)
         fields = _parse(lines)
         axes = _Axes(fields)
@@ -137,18 +131,8 @@ class NrrdSource:
         check_size(shape, self.channels, dtype.itemsize, limits)
         spacing, origin, direction = itk_geometry("NrrdImageIO", axes.header())
         self.geometry = make_geometry(shape, spacing, origin, direction)
-        self.nifti_header: Any | None = None
         self.native_format = OutputFormat.NRRD
         self._voxels = StoredVoxels(unpacked(source, compression), dtype, tuple(axes.sizes), axes.channel)
-
-    def read(self) -> npt.NDArray[np.float32]:
-        """Decode the voxels: float32 (C, Z, Y, X); may be called once.
-
-        Raises:
-            Malformed: the bytes end early or the compressed stream is damaged.
-            TooLarge: far more bytes than declared.
-        """
-        return self._voxels.read()
 
 
 def encode_nrrd(array: LabelArray, geometry: Geometry) -> bytes:

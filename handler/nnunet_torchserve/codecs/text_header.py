@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -203,6 +204,22 @@ class StoredVoxels:
         channels = 1 if self.channel_axis is None else self.sizes[self.channel_axis]
         shape = (channels, depth, height, width)
         return read_voxels(self.source, self.dtype, shape, channels_fastest=self.channel_axis == 0)
+
+
+class TextHeaderSource:
+    """What images with such a header have in common, as an :class:`~.source.ImageSource`."""
+
+    nifti_header: Any | None = None
+    _voxels: StoredVoxels
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """Decode the voxels: float32 (C, Z, Y, X); may be called once.
+
+        Raises:
+            Malformed: the bytes end early or the compressed stream is damaged.
+            TooLarge: far more bytes than declared.
+        """
+        return self._voxels.read()
 
 
 def _words(text: str | Sequence[str]) -> Sequence[str]:
