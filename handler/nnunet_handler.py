@@ -155,6 +155,7 @@ def _load(context: Any) -> Any:
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
+    cache_bytes = int(settings.get("cache_bytes") or 0)
     engine = RemoteEngine(
         bundle,
         device,
@@ -162,6 +163,7 @@ def _load(context: Any) -> Any:
         policy,
         limits,
         golden_interval_s=settings.get("golden_interval_s"),
+        cache_bytes=cache_bytes,
         counts=counts,
         on_tally=relay.watch if relay else None,
     )
@@ -170,6 +172,8 @@ def _load(context: Any) -> Any:
         engine=engine,
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
+        keeps_volumes=cache_bytes > 0,
+        single_flight=bool(settings.get("single_flight")),
         refuse=gate.refuse,
         counts=counts,
     )

@@ -15,14 +15,13 @@ from http import HTTPStatus
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 
 from . import __version__, codecs
 from .bundle import REORIENTING_READERS, ModelBundle
-from .cases import check_affordable, forward_passes, price, settings_for
+from .cases import Price, Settings, check_affordable, forward_passes, price, settings_for
 from .codecs import ImageSource
 from .codecs.inflate import Payload
-from .engine.prediction import Engine
+from .engine.prediction import NO_KEYS, Engine, Keys, SharedAnswer
 from .errors import (
     BundleError,
     ChannelsDisagree,
@@ -42,7 +41,8 @@ from .options import HEADER, PART, Options, parse_options
 from .orientation import Turn, turn_towards
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
-from .telemetry import Counts, RequestRecord, Stage
+from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
+from .telemetry import CACHE_LOOKUPS, HIT, MISS, SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
@@ -90,6 +90,41 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request whose headers were read.
+
+    Attributes:
+        images: one, or one a channel.
+        turns: how each of them becomes what the model sees.
+        geometry: of that.
+        price: what the case costs.
+        form: of the answer.
+        warnings: of :class:`~.responses.Warnings`, as far as headers give cause.
+    """
+
+    images: Sequence[ImageSource]
+    turns: Sequence[Turn]
+    geometry: Geometry
+    price: Price
+    form: codecs.AnswerForm
+    warnings: list[str]
+
+    def decode(self) -> tuple[Volume, bool]:
+        """All channels as the model sees them, and whether every voxel has one value.
+
+        Raises:
+            NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
+        """
+        channels = [turn.turn(image.read()) for image, turn in zip(self.images, self.turns, strict=True)]
+        array = channels[0] if len(channels) == 1 else np.concatenate(channels)
+        low, high = array.min(), array.max()
+        if not np.isfinite(low) or not np.isfinite(high):
+            msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
+            raise NonFinite(msg)
+        return Volume(array, self.geometry), bool(low == high)
+
+
+@dataclass(frozen=True, slots=True)
 class Pipeline:
     """Answers requests for one model, one at a time.
 
@@ -98,6 +133,8 @@ class Pipeline:
         engine: turns patches into logits.
         limits: what a request may ask for.
         time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
+        keeps_volumes: whether the engine keeps preprocessed volumes for later requests with the same image.
+        single_flight: whether equal requests at the same time are computed once.
         refuse: raises a :class:`ServingError` while no requests are taken.
         counts: where requests are counted.
     """
@@ -106,6 +143,8 @@ class Pipeline:
     engine: Engine
     limits: Limits
     time_limit_s: float
+    keeps_volumes: bool = False
+    single_flight: bool = False
     refuse: Callable[[], None] = field(default=lambda: None)
     counts: Counts = field(default_factory=Counts)
 
@@ -161,61 +200,73 @@ class Pipeline:
         progress = stream.watched(deadline) if options.stream else UNWATCHED
 
         with clock.stage(Stage.DECODE):
-            images = self._open_images(request, options)
-            turns = [self._turn(image) for image in images]
-            geometry = _common_geometry([turn.after for turn in turns])
-            record.shape = images[0].geometry.shape
-            warnings = _warnings([turn.after for turn in turns], len(self.bundle.patch_size))
-            channels = sum(image.channels for image in images)
-            case_price = price(self.bundle, geometry, channels, settings, options)
-            record.patches, record.passes = case_price.patches, case_price.passes
-            check_affordable(case_price, self.limits)
-            form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
-            self._check_answer_fits(geometry, form, options)
+            asked = self._read_headers(request, record, options, settings)
+            keys = self._keys(request, options)
+        warnings, price, form = asked.warnings, asked.price, asked.form
 
-        reservation = self.engine.reserve(case_price, deadline, guaranteed=request.is_trial, watcher=progress.watcher)
-        with reservation as waited_s:
-            clock.add(Stage.QUEUE, waited_s)
+        reservation = self.engine.reserve(
+            price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
+        )
+        with reservation as reserved:
+            clock.add(Stage.QUEUE, reserved.waited_s)
+            if reserved.answer is not None:
+                return self._take_over(reserved.answer, record, responses)
+            if keys.volume is not None:
+                self.counts.add(CACHE_LOOKUPS, 1, MISS if reserved.volume is None else HIT)
 
-            with clock.stage(Stage.DECODE):
-                array, constant = _decode(images, turns)
-                volume = Volume(array, geometry)
-                del array
-                if constant:
-                    warnings.append(Warnings.CONSTANT_IMAGE)
+            if reserved.volume is not None:
+                case, constant = recall(reserved.volume)
+                record.reused = Reused.VOLUME
+            else:
+                with clock.stage(Stage.DECODE):
+                    volume, constant = asked.decode()
 
-            _check(deadline - case_price.preprocess_s, "decoding the volume")
-            with clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
-                case = preprocess(self.bundle, volume, options.preprocess)
-                del volume
+                _check(deadline - price.preprocess_s, "decoding the volume")
+                with clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
+                    case = preprocess(self.bundle, volume, options.preprocess)
+                    del volume
+            if constant:
+                warnings.append(Warnings.CONSTANT_IMAGE)
 
-            _check(deadline - case_price.export_s, "preprocessing")
+            _check(deadline - price.export_s, "preprocessing")
             with progress.stage(Stage.NETWORK, forward_passes(self.bundle, case.data.shape[1:], settings)):
-                prediction = self.engine.predict(case.data, settings, deadline, progress.watcher)
+                note = note_of(case, constant=constant) if keys.volume is not None else None
+                prediction = self.engine.predict(case.data, settings, deadline, progress.watcher, note)
             clock.add(Stage.QUEUE, prediction.queue_s)
             clock.add(Stage.NETWORK, prediction.network_s)
             properties = case.properties
             del case
 
-            _check(deadline - case_price.export_s, "the network")
+            _check(deadline - price.export_s, "the network")
             with clock.stage(Stage.EXPORT), progress.stage(Stage.EXPORT):
-                answer = export(
-                    self.bundle,
-                    prediction.logits,
-                    properties,
-                    geometry,
-                    options,
-                    deadline,
-                )
+                answer = export(self.bundle, prediction.logits, properties, asked.geometry, options, deadline)
                 del prediction
-                answer = turns[0].turn_back(answer)
+                answer = asked.turns[0].turn_back(answer)
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, form, images[0], self.bundle.structures)
+                file = codecs.encode(answer, form, asked.images[0], self.bundle.structures)
                 del answer
 
-        return responses.result(file.body, file.content_type, record.request_id, clock.server_timing(), warnings)
+            timing = clock.server_timing(record.reused)
+            response = responses.result(file.body, file.content_type, record.request_id, timing, warnings)
+            if keys.answer is not None:
+                reserved.share(response.body, answer_note(file.content_type, warnings))
+        return response
+
+    def _keys(self, request: Request, options: Options) -> Keys:
+        """What the request may have in common with others."""
+        if request.is_trial:
+            return NO_KEYS
+        return keys_of(_image_parts(request), options, volumes=self.keeps_volumes, answers=self.single_flight)
+
+    def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
+        """The answer of an equal request as this one's own."""
+        record.reused = Reused.ANSWER
+        self.counts.add(SHARED_ANSWERS, 1)
+        content_type, warnings = read_answer_note(shared.note)
+        timing = record.clock.server_timing(record.reused)
+        return responses.result(shared.body, content_type, record.request_id, timing, warnings)
 
     def dry_run(self) -> None:
         """Answer one small made-up case, so that the first real one finds everything loaded.
@@ -283,6 +334,21 @@ class Pipeline:
             return json.dumps(part).encode()
         return bytes(_payload(PART, part))
 
+    def _read_headers(self, request: Request, record: RequestRecord, options: Options, settings: Settings) -> _Asked:
+        """Everything that can be known, and refused, before a voxel is decoded."""
+        images = self._open_images(request, options)
+        turns = [self._turn(image) for image in images]
+        geometry = _common_geometry([turn.after for turn in turns])
+        record.shape = images[0].geometry.shape
+        warnings = _warnings([turn.after for turn in turns], len(self.bundle.patch_size))
+        channels = sum(image.channels for image in images)
+        case_price = price(self.bundle, geometry, channels, settings, options)
+        record.patches, record.passes = case_price.patches, case_price.passes
+        check_affordable(case_price, self.limits)
+        form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
+        self._check_answer_fits(geometry, form, options)
+        return _Asked(images, turns, geometry, case_price, form, warnings)
+
     def _open_images(self, request: Request, options: Options) -> Sequence[ImageSource]:
         if len(request.parts) > self.limits.parts:
             msg = f"the request has {len(request.parts)} fields, this server takes at most {self.limits.parts}"
@@ -332,21 +398,6 @@ def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:
     if first.assumed:
         warnings.append(Warnings.SPACING_ASSUMED)
     return [str(warning) for warning in warnings]
-
-
-def _decode(images: Sequence[ImageSource], turns: Sequence[Turn]) -> tuple[npt.NDArray[np.float32], bool]:
-    """All channels as the model sees them, float32 (C, Z, Y, X), and whether every voxel has one value.
-
-    Raises:
-        NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
-    """
-    channels = [turn.turn(image.read()) for image, turn in zip(images, turns, strict=True)]
-    array = channels[0] if len(channels) == 1 else np.concatenate(channels)
-    low, high = array.min(), array.max()
-    if not np.isfinite(low) or not np.isfinite(high):
-        msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
-        raise NonFinite(msg)
-    return array, bool(low == high)
 
 
 def _image_parts(request: Request) -> list[Payload]:

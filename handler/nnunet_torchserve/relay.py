@@ -26,6 +26,8 @@ from .engine.tally import Level, TallyReader, Total
 from .telemetry import (
     BATCH_SLOTS,
     BATCHES,
+    CACHE_LOOKUPS,
+    CACHED_BYTES,
     CASES_IN_FLIGHT,
     CASES_WAITING,
     CHARGED_BYTES,
@@ -36,10 +38,13 @@ from .telemetry import (
     ENGINE_RESTARTS,
     ENGINE_STARTS,
     ENGINE_UP,
+    HIT,
+    MISS,
     NO_CODE,
     PASSES,
     PASSES_WAITING,
     REQUESTS,
+    SHARED_ANSWERS,
     SHARED_BATCHES,
     STAGE_REQUESTS,
     STAGE_SECONDS,
@@ -120,6 +125,9 @@ class Relay:
         """Pass zeros on: a rate is only known of a counter that was there before it counted."""
         self._counts.add(REQUESTS, 0, "200", NO_CODE)
         self._counts.add(STRIKES, 0)
+        self._counts.add(SHARED_ANSWERS, 0)
+        for result in (HIT, MISS):
+            self._counts.add(CACHE_LOOKUPS, 0, result)
         for stage in Stage:
             self._counts.add(STAGE_SECONDS, 0, stage)
             self._counts.add(STAGE_REQUESTS, 0, stage)
@@ -184,6 +192,7 @@ class Relay:
             CASES_WAITING: (level(Level.CASES_WAITING), engine),
             PASSES_WAITING: (ahead, engine),
             CHARGED_BYTES: (level(Level.CHARGED_BYTES), engine),
+            CACHED_BYTES: (level(Level.CACHED_BYTES), engine),
         }
         if total := level(Level.DEVICE_BYTES):
             levels[DEVICE_MEMORY_TOTAL] = (total, (self._device,))

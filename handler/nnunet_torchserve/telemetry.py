@@ -34,6 +34,13 @@ class Stage(StrEnum):
     ENCODE = "encode"
 
 
+class Reused(StrEnum):
+    """What a request took over from another one."""
+
+    VOLUME = "volume"
+    ANSWER = "answer"
+
+
 class StageClock:
     """Seconds spent in each stage of one request. Used by one thread."""
 
@@ -58,9 +65,10 @@ class StageClock:
         """Seconds per stage; a stage that was not reached is absent."""
         return dict(self._seconds)
 
-    def server_timing(self) -> str:
+    def server_timing(self, reused: Reused | None = None) -> str:
         """The value of a Server-Timing header (W3C Server Timing), durations in milliseconds."""
-        return ", ".join(f"{s};dur={self._seconds[s] * 1000:.1f}" for s in Stage if s in self._seconds)
+        stages = [f"{s};dur={self._seconds[s] * 1000:.1f}" for s in Stage if s in self._seconds]
+        return ", ".join([*stages, *([f"reused;desc={reused}"] if reused else [])])
 
 
 @dataclass(slots=True)
@@ -74,6 +82,7 @@ class RequestRecord:
         shape: (Z, Y, X) of the image as sent, once its header is read.
         patches: windows of one fold.
         passes: forward passes in all.
+        reused: what it took over from another request.
         status: of the answer.
         code: of the problem, if it is one.
     """
@@ -84,6 +93,7 @@ class RequestRecord:
     shape: tuple[int, ...] | None = None
     patches: int | None = None
     passes: int | None = None
+    reused: Reused | None = None
     status: int = 0
     code: str | None = None
 
@@ -98,6 +108,7 @@ class RequestRecord:
             "shape": self.shape,
             "patches": self.patches,
             "passes": self.passes,
+            "reused": self.reused,
             "ms": stages,
         }
         return json.dumps(document)
@@ -128,12 +139,17 @@ class Metric:
     labels: tuple[str, ...]
 
 
+HIT, MISS = "hit", "miss"
+"""The labels of a look into the cache."""
+
 _MODEL = ("model_name", "model_version")
 _ENGINE = (*_MODEL, "device")
 
 REQUESTS = Metric("nnunet_requests_total", Kind.COUNTER, (*_MODEL, "status", "code"))
 STAGE_SECONDS = Metric("nnunet_stage_seconds_total", Kind.COUNTER, (*_MODEL, "stage"))
 STAGE_REQUESTS = Metric("nnunet_stage_requests_total", Kind.COUNTER, (*_MODEL, "stage"))
+CACHE_LOOKUPS = Metric("nnunet_cache_lookups_total", Kind.COUNTER, (*_MODEL, "result"))
+SHARED_ANSWERS = Metric("nnunet_shared_answers_total", Kind.COUNTER, _MODEL)
 STRIKES = Metric("nnunet_strikes_total", Kind.COUNTER, _MODEL)
 
 PASSES = Metric("nnunet_passes_total", Kind.COUNTER, _ENGINE)
@@ -148,15 +164,16 @@ CASES_IN_FLIGHT = Metric("nnunet_cases_in_flight", Kind.GAUGE, _ENGINE)
 CASES_WAITING = Metric("nnunet_cases_waiting", Kind.GAUGE, _ENGINE)
 PASSES_WAITING = Metric("nnunet_passes_waiting", Kind.GAUGE, _ENGINE)
 CHARGED_BYTES = Metric("nnunet_charged_bytes", Kind.GAUGE, _ENGINE)
+CACHED_BYTES = Metric("nnunet_cached_bytes", Kind.GAUGE, _ENGINE)
 
 DEVICE_MEMORY_USED = Metric("nnunet_device_memory_used_bytes", Kind.GAUGE, ("device",))
 DEVICE_MEMORY_TOTAL = Metric("nnunet_device_memory_total_bytes", Kind.GAUGE, ("device",))
 DEVICE_UTILIZATION = Metric("nnunet_device_utilization_ratio", Kind.GAUGE, ("device",))
 
 METRICS = (
-    *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, STRIKES),
+    *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, CACHE_LOOKUPS, SHARED_ANSWERS, STRIKES),
     *(PASSES, BATCHES, BATCH_SLOTS, SHARED_BATCHES, ENGINE_BUSY, ENGINE_STARTS, ENGINE_RESTARTS),
-    *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, PASSES_WAITING, CHARGED_BYTES),
+    *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, PASSES_WAITING, CHARGED_BYTES, CACHED_BYTES),
     *(DEVICE_MEMORY_USED, DEVICE_MEMORY_TOTAL, DEVICE_UTILIZATION),
 )
 """All of them."""

@@ -27,7 +27,7 @@ from nibabel.affines import apply_affine
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import Price, Settings
-from nnunet_torchserve.engine.prediction import Prediction, Watcher
+from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
@@ -326,12 +326,23 @@ class Threshold:
 
     @contextmanager
     def reserve(
-        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
-    ) -> Iterator[float]:
-        yield 0.0
+        self,
+        price: Price,
+        deadline: float | None,
+        *,
+        guaranteed: bool = False,
+        watcher: Watcher | None = None,
+        keys: Keys = NO_KEYS,
+    ) -> Iterator[Reservation]:
+        yield Reservation(0.0)
 
     def predict(
-        self, data: torch.Tensor, settings: Settings, deadline: float | None, watcher: Watcher | None = None
+        self,
+        data: torch.Tensor,
+        settings: Settings,
+        deadline: float | None,
+        watcher: Watcher | None = None,
+        note: str | None = None,
     ) -> Prediction:
         bright = (data[0] > (data.min() + data.max()) / 2).to(torch.float16)
         logits = torch.stack([1 - bright, bright, *[torch.zeros_like(bright) - 1] * 2])

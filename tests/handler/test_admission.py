@@ -145,8 +145,8 @@ def test_a_case_waits_for_room(engine: LocalEngine) -> None:
     waited: list[float] = []
 
     def follow() -> None:
-        with engine.reserve(price(60), None) as seconds:
-            waited.append(seconds)
+        with engine.reserve(price(60), None) as reserved:
+            waited.append(reserved.waited_s)
             entered.set()
 
     with engine.reserve(price(60), None):

@@ -21,7 +21,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, price, settings_for
 from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.prediction import Prediction
+from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import Busy, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
@@ -168,12 +168,12 @@ class Scripted:
     def __init__(self, error: Exception, *, waits: bool = False, at_once: bool = False) -> None:
         self.error, self._waits, self._at_once = error, waits, at_once
 
-    def reserve(self, *_: object, watcher: Any = None, **__: object) -> AbstractContextManager[float]:
+    def reserve(self, *_: object, watcher: Any = None, **__: object) -> AbstractContextManager[Reservation]:
         if self._waits:
             watcher.queued(1)
         if self._at_once:
             raise self.error
-        return nullcontext(0.0)
+        return nullcontext(Reservation(0.0))
 
     def predict(self, *_: object) -> Prediction:
         raise self.error

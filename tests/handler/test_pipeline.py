@@ -25,7 +25,7 @@ import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.engine.prediction import Prediction
+from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
@@ -95,8 +95,8 @@ class BrokenEngine:
     def __init__(self, error: BaseException) -> None:
         self._error = error
 
-    def reserve(self, *_: object, **__: object) -> AbstractContextManager[float]:
-        return nullcontext(0.0)
+    def reserve(self, *_: object, **__: object) -> AbstractContextManager[Reservation]:
+        return nullcontext(Reservation(0.0))
 
     def predict(self, *_: object) -> Prediction:
         raise self._error
@@ -301,7 +301,7 @@ class FullEngine(BrokenEngine):
     def __init__(self) -> None:
         super().__init__(AssertionError("never asked"))
 
-    def reserve(self, *_: object, **__: object) -> AbstractContextManager[float]:
+    def reserve(self, *_: object, **__: object) -> AbstractContextManager[Reservation]:
         msg = "8 cases wait"
         raise Busy(msg, 7)
 

@@ -93,6 +93,8 @@ class ServingSettings:
         policy: which case goes first, of :class:`nnunet_torchserve.engine.scheduler.Policy`.
         limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
         golden_interval_s: seconds between two checks of the golden patch in a running engine; ``None``: at its start.
+        cache_bytes: preprocessed volumes that an engine keeps for later requests with the same image.
+        single_flight: equal requests at the same time are computed once.
     """
 
     workers: int | None = None
@@ -102,6 +104,8 @@ class ServingSettings:
     policy: str = "shortest_remaining"
     limits: Mapping[str, int] = field(default_factory=dict)
     golden_interval_s: float | None = None
+    cache_bytes: int = 0
+    single_flight: bool = False
 
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
@@ -116,6 +120,8 @@ class ServingSettings:
                 "policy": str(self.policy),
                 "limits": dict(self.limits),
                 "golden_interval_s": self.golden_interval_s,
+                "cache_bytes": self.cache_bytes,
+                "single_flight": self.single_flight,
             },
         }
         return yaml.safe_dump(document, sort_keys=False)

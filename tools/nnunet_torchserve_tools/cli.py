@@ -75,6 +75,13 @@ def archive(
     golden_interval: Annotated[
         float | None, typer.Option(min=0.1, help="Minutes between checks of the weights in a running engine.")
     ] = None,
+    cache: Annotated[
+        int,
+        typer.Option(min=0, help="MiB of preprocessed images kept for later requests with the same image; 0: none."),
+    ] = 0,
+    single_flight: Annotated[
+        bool, typer.Option("--single-flight", help="Compute equal requests that come at the same time once.")
+    ] = False,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
@@ -87,6 +94,8 @@ def archive(
         response_timeout_s=response_timeout,
         max_patch_batch=max_patch_batch or "auto",
         golden_interval_s=None if golden_interval is None else golden_interval * 60,
+        cache_bytes=cache * _MIB,
+        single_flight=single_flight,
     )
     request = ArchiveRequest(
         model_folder=model_folder,

@@ -88,7 +88,7 @@ class Admission:
 
     Attributes:
         budget: what they may take together.
-        elsewhere: bytes that other engines hold of the same memory.
+        elsewhere: bytes that others hold of the same memory.
     """
 
     budget: Budget
@@ -151,6 +151,10 @@ class Admission:
         for claim in granted:
             self._charged[claim.number] = self._waiting.pop(claim.number)
         return [claim.number for claim in granted]
+
+    def could_grant(self, elsewhere: int) -> bool:
+        """Whether a claim that waits could be charged if only ``elsewhere`` bytes were held elsewhere."""
+        return bool(admissible(list(self._waiting.values()), self._charged.values(), self.budget.beside(elsewhere)))
 
     def release(self, number: int) -> None:
         """Forget a claim, whether it waits or is charged."""

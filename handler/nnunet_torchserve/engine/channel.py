@@ -25,13 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..cases import Settings
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
 """While the case of a worker that watches is predicted, heartbeats come as often, and its own says what is done."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_FROZEN = _SEALS | fcntl.F_SEAL_WRITE
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _FD_BYTES = array.array("i").itemsize
 FLIGHT_RECORD_CASES = 64
@@ -47,6 +48,7 @@ class EngineSettings(BaseModel):
         memory_bytes, passes, waiting_cases: see :class:`~..limits.Limits`.
         machine_bytes: memory that the cases of all engines may take together.
         golden_interval_s: seconds between two checks of the golden patch; ``None``: it is checked at the start only.
+        cache_bytes: of preprocessed volumes that are kept for later cases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +61,7 @@ class EngineSettings(BaseModel):
     passes: int
     waiting_cases: int
     golden_interval_s: Annotated[float, Field(gt=0)] | None = None
+    cache_bytes: Annotated[int, Field(ge=0)] = 0
 
 
 class ChannelError(Exception):
@@ -67,6 +70,9 @@ class ChannelError(Exception):
 
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+_Key = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Hello(_Message):
@@ -84,20 +90,54 @@ class Refused(_Message):
 
 
 class Reserve(_Message):
-    """Worker → engine, before a case is decoded: what it will take; see :class:`~.admission.Claim`."""
+    """Worker → engine, before a case is decoded: what it will take; see :class:`~.admission.Claim`.
+
+    ``volume`` and ``answer`` are those of :class:`~.prediction.Keys`.
+    """
 
     kind: Literal["reserve"] = "reserve"
     bytes: Annotated[int, Field(ge=0)]
     passes: Annotated[int, Field(ge=0)]
     guaranteed: bool = False
     watched: bool = False
+    volume: _Key | None = None
+    answer: _Key | None = None
+
+
+class KeptNote(_Message):
+    """The shape of a kept volume, and what was noted with it."""
+
+    shape: tuple[int, int, int, int]
+    note: str
 
 
 class Granted(_Message):
-    """Engine → worker: go on; the case's number, as the flight record names it."""
+    """Engine → worker: go on; the case's number, as the flight record names it. A kept volume comes with it."""
 
     kind: Literal["granted"] = "granted"
     case_id: int
+    kept: KeptNote | None = None
+
+
+class Answered(_Message):
+    """Engine → worker, instead of granted, with the descriptor of so many bytes: an equal case's answer."""
+
+    kind: Literal["answered"] = "answered"
+    size: Annotated[int, Field(ge=1)]
+    note: str
+
+
+class Offer(_Message):
+    """Worker → engine: the granted case has an answer."""
+
+    kind: Literal["offer"] = "offer"
+
+
+class Wanted(_Message):
+    """Engine → worker that offers: so many equal cases wait for the answer; it is to come with the release."""
+
+    kind: Literal["wanted"] = "wanted"
+    cases: int
 
 
 class Queued(_Message):
@@ -108,13 +148,18 @@ class Queued(_Message):
 
 
 class Release(_Message):
-    """Worker → engine: the granted case takes nothing any more, finished or not."""
+    """Worker → engine: the granted case takes nothing any more, finished or not.
+
+    With the descriptor of an answer of ``size`` bytes if that was wanted.
+    """
 
     kind: Literal["release"] = "release"
+    size: Annotated[int, Field(ge=1)] | None = None
+    note: str = ""
 
 
 class Submit(_Message):
-    """Worker → engine, with the volume's descriptor: predict the granted case."""
+    """Worker → engine, with the volume's descriptor: predict the granted case, and keep the volume if it has a note."""
 
     kind: Literal["submit"] = "submit"
     shape: tuple[int, int, int, int]
@@ -126,6 +171,7 @@ class Submit(_Message):
     deadline: float | None
     suspect: bool
     watched: bool = False
+    note: str | None = None
 
     @field_validator("folds", "mirroring_axes")
     @classmethod
@@ -173,7 +219,12 @@ class Failed(_Message):
     retry_after_s: int | None = None
 
 
-Message = Hello | Refused | Reserve | Queued | Granted | Submit | Heartbeat | Progress | Done | Failed | Release
+Message = (
+    (Hello | Refused | Heartbeat)
+    | (Reserve | Queued | Granted | Answered)
+    | (Submit | Progress | Done | Failed)
+    | (Offer | Wanted | Release)
+)
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 
@@ -251,6 +302,23 @@ def share(shape: Sequence[int], dtype: torch.dtype, name: str) -> tuple[torch.Te
         os.close(descriptor)
         raise
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape)), descriptor
+
+
+def freeze(descriptor: int) -> bool:
+    """Seal shared memory against writing, by anybody; whether that could be done: nobody may have it mapped."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    except OSError:
+        return False
+    return True
+
+
+def is_frozen(descriptor: int, size: int) -> bool:
+    """Whether a descriptor is a memfd of exactly this size that nobody can change."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _FROZEN == _FROZEN and os.fstat(descriptor).st_size == size
+    except OSError:
+        return False
 
 
 def attach(descriptor: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

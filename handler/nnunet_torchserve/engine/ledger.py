@@ -50,6 +50,11 @@ class Ledger:
                 total += size + (wanted if their_since < since else 0)
         return total
 
+    def is_wanted_elsewhere(self) -> bool:
+        """Whether another living engine wants more bytes than it has."""
+        entries = self._folder.parent.glob(f"*/{self._name}")
+        return any(e.parent != self._folder and _read(e)[1] > 0 and is_alive(e.parent) for e in entries)
+
     def try_hold(self, size: int, capacity: int) -> bool:
         """Hold ``size`` bytes if that and what others hold is at most ``capacity``; else hold what was held before."""
         before = self.held()

@@ -19,7 +19,7 @@ from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .network import load_networks
-from .prediction import Prediction, Watcher
+from .prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
 from .scheduler import Policy
 
 
@@ -62,8 +62,14 @@ class LocalEngine:
 
     @contextmanager
     def reserve(
-        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
-    ) -> Iterator[float]:
+        self,
+        price: Price,
+        deadline: float | None,
+        *,
+        guaranteed: bool = False,
+        watcher: Watcher | None = None,
+        keys: Keys = NO_KEYS,  # noqa: ARG002 (nothing is kept here)
+    ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
         began, claim = time.monotonic(), Claim(next(self._numbers), price.bytes, price.passes, guaranteed)
         if claim.exceeds(self._admission.budget) and not guaranteed:
@@ -81,7 +87,7 @@ class LocalEngine:
                         msg = "the time for this request ran out while it waited for memory"
                         raise Deadline(msg)
                     self._room.wait(left)
-            yield time.monotonic() - began
+            yield Reservation(time.monotonic() - began)
         finally:
             with self._room:
                 self._admission.release(claim.number)
@@ -94,6 +100,7 @@ class LocalEngine:
         settings: Settings,
         deadline: float | None = None,
         watcher: Watcher | None = None,
+        note: str | None = None,  # noqa: ARG002 (nothing is kept here)
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()

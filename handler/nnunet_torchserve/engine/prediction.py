@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,55 @@ class Prediction:
     network_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a case may have in common with others.
+
+    Attributes:
+        volume: equal where the preprocessed volumes are; ``None`` neither looks for one nor keeps this one.
+        answer: equal where the answers are; ``None`` neither waits for another case's nor gives its own away.
+    """
+
+    volume: str | None = None
+    answer: str | None = None
+
+
+NO_KEYS = Keys()
+
+
+@dataclass(frozen=True, slots=True)
+class KeptVolume:
+    """A preprocessed volume that an earlier case left: float32 (C, z, y, x), and the note that came with it."""
+
+    data: torch.Tensor
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAnswer:
+    """The answer of an equal case that was computed meanwhile, and the note that came with it."""
+
+    body: bytes
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a case got.
+
+    Attributes:
+        waited_s: seconds that it took.
+        volume: spares decoding and preprocessing.
+        answer: spares everything; nothing is held then.
+        share: takes the answer and a note, for equal cases that wait for it.
+    """
+
+    waited_s: float
+    volume: KeptVolume | None = None
+    answer: SharedAnswer | None = None
+    share: Callable[[bytes, str], None] = lambda _body, _note: None
+
+
 class Watcher(Protocol):
     """Who wants to know how a case gets on. Called by the thread that waits for the engine, between its waits."""
 
@@ -40,8 +90,14 @@ class Engine(Protocol):
     """Patches in, logits out; wherever the networks live."""
 
     def reserve(
-        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
-    ) -> AbstractContextManager[float]:
+        self,
+        price: Price,
+        deadline: float | None,
+        *,
+        guaranteed: bool = False,
+        watcher: Watcher | None = None,
+        keys: Keys = NO_KEYS,
+    ) -> AbstractContextManager[Reservation]:
         """Hold what one case takes, from before it is decoded until its answer is written.
 
         Args:
@@ -49,9 +105,10 @@ class Engine(Protocol):
             deadline: ``time.monotonic()`` after which the case is given up.
             guaranteed: do not wait, whatever others hold.
             watcher: told while the case waits.
+            keys: what it may have in common with others.
 
         Returns:
-            A context in which the case may be worked on; entering it waits, and gives the seconds that it took.
+            A context in which the case may be worked on; entering it waits.
 
         Raises:
             Busy: as many cases as allowed wait already.
@@ -61,7 +118,12 @@ class Engine(Protocol):
         """
 
     def predict(
-        self, data: torch.Tensor, settings: Settings, deadline: float | None, watcher: Watcher | None = None
+        self,
+        data: torch.Tensor,
+        settings: Settings,
+        deadline: float | None,
+        watcher: Watcher | None = None,
+        note: str | None = None,
     ) -> Prediction:
         """Predict one preprocessed case.
 
@@ -70,6 +132,7 @@ class Engine(Protocol):
             settings: folds, mirroring, tiling.
             deadline: ``time.monotonic()`` after which the case is given up.
             watcher: told now and then how many passes are done.
+            note: kept with the volume, for later cases of the reservation's key; ``None`` does not keep it.
 
         Raises:
             Deadline: the time ran out; nothing of the case is kept.

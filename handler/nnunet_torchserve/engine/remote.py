@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
+import numpy as np
 import torch
 
 from .. import errors
@@ -41,7 +42,7 @@ from ..limits import Limits, memory_for_cases
 from ..telemetry import STRIKES, Counts
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
-from .prediction import Prediction, Watcher
+from .prediction import NO_KEYS, KeptVolume, Keys, Prediction, Reservation, SharedAnswer, Watcher
 from .scheduler import Policy
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class _Link:
         record: the engine's flight record.
         case_id: of the granted case.
         in_use: an answer is awaited.
+        volume: kept by the engine, which came with the grant.
+        answer: an equal case's, which came in place of the grant.
     """
 
     endpoint: socket.socket
@@ -101,6 +104,8 @@ class _Link:
     record: channel.FlightRecord
     case_id: int | None = None
     in_use: bool = False
+    volume: KeptVolume | None = None
+    answer: SharedAnswer | None = None
 
     def close(self) -> None:
         self.endpoint.close()
@@ -121,6 +126,7 @@ class RemoteEngine:
         policy: Policy = Policy.SHORTEST_REMAINING,
         limits: Limits | None = None,
         golden_interval_s: float | None = None,
+        cache_bytes: int = 0,
         counts: Counts | None = None,
         on_tally: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -133,6 +139,7 @@ class RemoteEngine:
             policy: how cases are ordered.
             limits: what all cases may take together.
             golden_interval_s: see :class:`~.channel.EngineSettings`.
+            cache_bytes: see there too.
             counts: where strikes are counted.
             on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
                 that engine, which is valid during the call.
@@ -152,6 +159,7 @@ class RemoteEngine:
             passes=limits.passes,
             waiting_cases=limits.waiting_cases,
             golden_interval_s=golden_interval_s,
+            cache_bytes=cache_bytes,
         )
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
         versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
@@ -166,19 +174,30 @@ class RemoteEngine:
 
     @contextmanager
     def reserve(
-        self, price: Price, deadline: float | None, *, guaranteed: bool = False, watcher: Watcher | None = None
-    ) -> Iterator[float]:
+        self,
+        price: Price,
+        deadline: float | None,
+        *,
+        guaranteed: bool = False,
+        watcher: Watcher | None = None,
+        keys: Keys = NO_KEYS,
+    ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
         with self._lock:
             began = time.monotonic()
-            watched = watcher is not None
             self._claim = channel.Reserve(
-                bytes=price.bytes, passes=price.passes, guaranteed=guaranteed, watched=watched
+                bytes=price.bytes,
+                passes=price.passes,
+                guaranteed=guaranteed,
+                watched=watcher is not None,
+                volume=keys.volume,
+                answer=keys.answer,
             )
             try:
-                self._survive(lambda: self._granted(deadline, watcher))
+                link = self._survive(lambda: self._granted(deadline, watcher))
+                volume, answer, link.volume, link.answer = link.volume, link.answer, None, None
                 self._claim = self._claim.model_copy(update={"guaranteed": True})  # from here on it holds its memory
-                yield time.monotonic() - began
+                yield Reservation(time.monotonic() - began, volume, answer, self._share)
             finally:
                 self._claim = _UNCLAIMED
                 self._release()
@@ -189,6 +208,7 @@ class RemoteEngine:
         settings: Settings,
         deadline: float | None = None,
         watcher: Watcher | None = None,
+        note: str | None = None,
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. Without a reservation the case is charged nothing."""
         with self._lock:
@@ -198,7 +218,7 @@ class RemoteEngine:
                 nonlocal strikes
                 link = self._granted(deadline, watcher)
                 try:
-                    return self._ask(link, data, settings, deadline, watcher, suspect=strikes > 0)
+                    return self._ask(link, data, settings, deadline, watcher, note, suspect=strikes > 0)
                 except _EngineGone as gone:
                     strikes += gone.in_batch
                     self._counts.add(STRIKES, int(gone.in_batch))
@@ -256,9 +276,17 @@ class RemoteEngine:
             return link
         self._send(link, self._claim)
         while True:
-            message, _ = self._next_message(link, deadline)
+            message, descriptors = self._next_message(link, deadline)
             if isinstance(message, channel.Granted):
                 link.case_id, link.in_use = message.case_id, False
+                if message.kept is not None:
+                    kept = channel.attach(descriptors[0], message.kept.shape, torch.float32)
+                    link.volume = KeptVolume(kept, message.kept.note)
+                return link
+            if isinstance(message, channel.Answered):
+                link.in_use = False
+                body = channel.attach(descriptors[0], (message.size,), torch.uint8)
+                link.answer = SharedAnswer(body.numpy().tobytes(), message.note)
                 return link
             if isinstance(message, channel.Queued) and watcher is not None:
                 watcher.queued(message.ahead)
@@ -276,6 +304,31 @@ class RemoteEngine:
         except OSError:
             self.disconnect()
 
+    def _share(self, body: bytes, note: str) -> None:
+        """Give an answer to equal cases that wait for it, and the memory back; what fails here costs those time."""
+        link = self._link
+        if self._claim.answer is None or link is None or link.case_id is None:
+            return
+        try:
+            self._send(link, channel.Offer())
+            while not isinstance(message := self._next_message(link, None)[0], channel.Wanted):
+                pass
+            link.in_use = False
+            if not message.cases:
+                return
+            shared, descriptor = channel.share((len(body),), torch.uint8, "nnunet-answer")
+            try:
+                shared.numpy()[:] = np.frombuffer(body, np.uint8)
+                del shared
+                channel.freeze(descriptor)
+                channel.send(link.endpoint, channel.Release(size=len(body), note=note), (descriptor,))
+            finally:
+                os.close(descriptor)
+            link.case_id = None
+        except (_EngineGone, OSError) as error:
+            logger.warning("an answer could not be shared: %s", error)
+            self.disconnect()
+
     def _ask(
         self,
         link: _Link,
@@ -283,6 +336,7 @@ class RemoteEngine:
         settings: Settings,
         deadline: float | None,
         watcher: Watcher | None,
+        note: str | None,
         *,
         suspect: bool,
     ) -> Prediction:
@@ -291,6 +345,7 @@ class RemoteEngine:
         try:
             shared.copy_(data)
             del shared
+            frozen = note is not None and channel.freeze(descriptor)
             submit = channel.Submit(
                 shape=shape,  # type: ignore[arg-type]
                 folds=settings.folds,
@@ -301,6 +356,7 @@ class RemoteEngine:
                 deadline=deadline,
                 suspect=suspect,
                 watched=watcher is not None,
+                note=note if frozen else None,
             )
             self._send(link, submit, (descriptor,))
         finally:

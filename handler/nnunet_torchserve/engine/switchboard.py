@@ -1,7 +1,8 @@
 """The engine's main thread: workers' connections, who may take memory, and the heartbeat.
 
 A case. The worker reserves what the case will take (:mod:`.admission`), decodes and preprocesses it, submits it, gets
-its logits, exports them, and releases. Whatever ends the connection releases too.
+its logits, exports them, and releases. Whatever ends the connection releases too. With the grant may come a volume
+that an earlier case left (:mod:`.cache`); in its place, the answer of an equal case (:mod:`.flights`).
 
 Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
 thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import selectors
 import socket
 import sys
@@ -29,22 +31,28 @@ from pathlib import Path
 
 from . import channel
 from .admission import NEVER_FITS, Admission, Budget, Claim
+from .cache import Kept, VolumeCache
 from .channel import (
     HEARTBEAT_S,
     PROGRESS_S,
+    Answered,
     EngineSettings,
     Failed,
     Granted,
     Heartbeat,
     Hello,
+    KeptNote,
     Message,
+    Offer,
     Progress,
     Queued,
     Release,
     Reserve,
     Submit,
+    Wanted,
 )
 from .compute import Admit, Compute, Drop
+from .flights import Flights
 from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
 from .tally import Level, Tally, Total
@@ -64,15 +72,22 @@ _LOOK_AGAIN_S = 0.1
 """While cases wait: another engine may have released memory."""
 
 _LONGEST_RETRY_S = 600
+_FLOAT32_BYTES = 4
 
 
 class _State(Enum):
     """Where a connection's case is, as the main thread sees it."""
 
     IDLE = auto()
+    FOLLOWING = auto()
+    """An equal case is computed; it gets that one's answer."""
+
     WAITING = auto()
     GRANTED = auto()
     SUBMITTED = auto()
+
+
+_HOLDING = (_State.GRANTED, _State.SUBMITTED)
 
 
 class Connection:
@@ -81,12 +96,18 @@ class Connection:
     def __init__(self, endpoint: socket.socket) -> None:
         self.endpoint = endpoint
         self.state = _State.IDLE
-        self.case_id = 0
+        self.claim = Claim(0, 0, 0)
+        self.volume_key: str | None = None
         self.watched = False
         self.passes_ahead = 0
         self._listening = False
         self._lock = threading.Lock()
         self._open = True
+
+    @property
+    def case_id(self) -> int:
+        """Its case's number."""
+        return self.claim.number
 
     def expect(self) -> None:
         """The worker waits for an answer now: it gets heartbeats until then."""
@@ -153,6 +174,7 @@ class Switchboard:
         self._next_case = 1
         budget = Budget(settings.memory_bytes, settings.passes, settings.waiting_cases, settings.machine_bytes)
         self._admission = Admission(budget)
+        self._cache, self._flights = VolumeCache(settings.cache_bytes), Flights()
         self._host = Ledger(folder, "host")
         self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
         self._waits_since = math.inf
@@ -176,6 +198,9 @@ class Switchboard:
                 logger.error("the directory was cleaned up, and another engine may start: leaving")
                 return
             self._beat(self._connections.values())
+            if self._cache.size and self._host.is_wanted_elsewhere():
+                self._cache.clear()
+                self._hold()
             self._listen_again_if_unlinked()
             bound_log()
 
@@ -220,13 +245,20 @@ class Switchboard:
             if isinstance(message, Submit) and connection.state is _State.GRANTED and len(descriptors) == 1:
                 connection.state, connection.watched = _State.SUBMITTED, message.watched
                 connection.expect()
+                self._keep(connection, message, descriptors[0])
                 self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
                 connection.passes_ahead = 0
                 self._note()
                 return
+            if isinstance(message, Release) and connection.state in _HOLDING and len(descriptors) == 1:
+                self._land(connection, message, descriptors[0])
+                return
             channel.close_all(descriptors)
             if isinstance(message, Reserve) and connection.state is _State.IDLE:
                 self._reserve(connection, message)
+            elif isinstance(message, Offer) and connection.state in _HOLDING:
+                connection.expect()
+                connection.answer(Wanted(cases=self._flights.followers(connection.case_id)))
             elif isinstance(message, Release) and connection.state is not _State.IDLE:
                 self._release(connection)
             else:
@@ -248,13 +280,24 @@ class Switchboard:
         if claim.exceeds(self._admission.budget) and not claim.guaranteed:
             connection.answer(Failed(code="out_of_memory", detail=NEVER_FITS))
             return
+        connection.claim, connection.watched, connection.volume_key = claim, message.watched, message.volume
+        connection.passes_ahead = 0
+        self._owners[claim.number] = connection
+        # a case that holds its memory already is computed, whoever else is
+        if message.answer is not None and not claim.guaranteed and self._flights.join(message.answer, claim.number):
+            connection.state = _State.FOLLOWING
+        else:
+            self._ask(connection)
+
+    def _ask(self, connection: Connection) -> None:
+        """Let a case wait for memory, or refuse it."""
+        claim = connection.claim
         if not self._admission.ask(claim):
             busy = Failed(code="busy", detail=self._admission.busy_message(), retry_after_s=self._retry_after_s())
             connection.answer(busy)
+            self._leave(connection)
             return
-        connection.case_id, connection.state, connection.watched = claim.number, _State.WAITING, message.watched
-        connection.passes_ahead = claim.passes
-        self._owners[claim.number] = connection
+        connection.state, connection.passes_ahead = _State.WAITING, claim.passes
         self._grant()
         if connection.watched and connection.state is _State.WAITING:
             self._beat([connection])
@@ -262,21 +305,56 @@ class Switchboard:
     def _grant(self) -> None:
         """Let the cases go on that fit now, seen together with what other engines hold."""
         admission, now = self._admission, time.monotonic()
-        self._host.hold(admission.charged_bytes, admission.waiting_bytes, -math.inf)  # all of it, while it is decided
+        held = admission.charged_bytes + self._cache.size
+        self._host.hold(held, admission.waiting_bytes, -math.inf)  # all of it, while it is decided
         admission.elsewhere = self._host.elsewhere(self._waits_since) if now >= self._grants_from else sys.maxsize
+        admission.elsewhere += self._cache.size
         granted = admission.grant()
+        while self._cache.size and admission.could_grant(admission.elsewhere - self._cache.size):  # it gives way
+            admission.elsewhere -= self._cache.drop_oldest()
+            granted += admission.grant()
         for case_id in granted:
-            connection = self._owners[case_id]
-            connection.state = _State.GRANTED
-            connection.answer(Granted(case_id=case_id))
+            self._tell_granted(self._owners[case_id])
         if not admission.waiting:
             self._waits_since = math.inf
         elif granted or self._waits_since == math.inf:
             self._waits_since = now
         self._hold()
 
+    def _tell_granted(self, connection: Connection) -> None:
+        connection.state = _State.GRANTED
+        kept = self._cache.find(connection.volume_key)
+        if kept is None:
+            connection.answer(Granted(case_id=connection.case_id))
+        else:
+            note = KeptNote(shape=kept.shape, note=kept.note)
+            connection.answer(Granted(case_id=connection.case_id, kept=note), [kept.descriptor])
+
+    def _keep(self, connection: Connection, message: Submit, descriptor: int) -> None:
+        """Keep a submitted volume if it is to be kept and nobody can change it."""
+        size = math.prod(message.shape) * _FLOAT32_BYTES
+        if connection.volume_key is None or message.note is None or not channel.is_frozen(descriptor, size):
+            return
+        self._cache.keep(connection.volume_key, Kept(os.dup(descriptor), message.shape, message.note, size))
+        self._hold()
+
+    def _land(self, connection: Connection, message: Release, descriptor: int) -> None:
+        """A case has an answer, which others wait for."""
+        try:
+            if message.size is None or not channel.is_frozen(descriptor, message.size):
+                msg = "an answer is no sealed memory of its size"
+                raise channel.ChannelError(msg)
+            for case_id in self._flights.land(connection.case_id):
+                follower = self._owners.pop(case_id)
+                follower.state = _State.IDLE
+                follower.answer(Answered(size=message.size, note=message.note), [descriptor])
+        finally:
+            os.close(descriptor)
+        self._release(connection)
+
     def _hold(self) -> None:
-        self._host.hold(self._admission.charged_bytes, self._admission.first_waiting_bytes, self._waits_since)
+        held = self._admission.charged_bytes + self._cache.size
+        self._host.hold(held, self._admission.first_waiting_bytes, self._waits_since)
         self._note()
 
     def _note(self) -> None:
@@ -284,14 +362,23 @@ class Switchboard:
         tally.level(Level.CASES_IN_FLIGHT, admission.charged)
         tally.level(Level.CASES_WAITING, admission.waiting)
         tally.level(Level.CHARGED_BYTES, admission.charged_bytes)
+        tally.level(Level.CACHED_BYTES, self._cache.size)
         tally.level(Level.PASSES_AHEAD, sum(owner.passes_ahead for owner in self._owners.values()))
 
     def _release(self, connection: Connection) -> None:
-        self._compute.put(Drop(connection.case_id))
+        if connection.state is not _State.FOLLOWING:
+            self._compute.put(Drop(connection.case_id))
+            self._admission.release(connection.case_id)
+            self._hold()
+        self._leave(connection)
+
+    def _leave(self, connection: Connection) -> None:
+        """A case has ended; if equal ones wait for it still, the first of them is computed."""
         self._owners.pop(connection.case_id, None)
-        self._admission.release(connection.case_id)
-        self._hold()
         connection.state = _State.IDLE
+        next_case = self._flights.leave(connection.case_id)
+        if next_case is not None:
+            self._ask(self._owners[next_case])
 
     def _forget(self, connection: Connection) -> None:
         """A worker has left or broke the protocol: its case is dropped at the next pass."""

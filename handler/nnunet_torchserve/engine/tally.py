@@ -58,6 +58,9 @@ class Level(IntEnum):
     DEVICE_BYTES = 5
     """Memory that the device has, 0 for a CPU."""
 
+    CACHED_BYTES = 6
+    """Of preprocessed volumes that are kept for later cases."""
+
 
 _SIZE = (2 * len(Total) + len(Level)) * torch.int64.itemsize
 

@@ -1,0 +1,100 @@
+"""What a request can take over from another one: its preprocessed volume, or its whole answer.
+
+Both are off unless the archive says otherwise, because they tell one caller that another has sent the same image. The
+engine holds what is taken over (:mod:`.engine.cache`, :mod:`.engine.flights`) under the keys that are made here; its
+own identity has the model's digest. A key is the sha256 of everything that the result depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from .codecs.inflate import Payload
+from .engine.prediction import KeptVolume, Keys
+from .options import Options
+from .preprocess import PreprocessedCase
+
+_DECIDES_THE_VOLUME = frozenset({"preprocess", "spacing", "origin", "direction"})
+_DECIDES_NO_ANSWER = frozenset({"timeout_s", "stream"})
+
+
+def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answers: bool) -> Keys:
+    """The keys of a request.
+
+    Args:
+        images: the bodies, in channel order.
+        options: of the request.
+        volumes: whether preprocessed volumes are kept.
+        answers: whether equal requests share one answer.
+    """
+    if not volumes and not answers:
+        return Keys()
+    content = hashlib.sha256()
+    for image in images:
+        content.update(len(image).to_bytes(8, "big"))
+        content.update(image)
+    volume = content.copy()
+    volume.update(options.model_dump_json(include=set(_DECIDES_THE_VOLUME)).encode())
+    answer = content.copy()
+    answer.update(options.model_dump_json(exclude=set(_DECIDES_NO_ANSWER)).encode())
+    return Keys(volume.hexdigest() if volumes else None, answer.hexdigest() if answers else None)
+
+
+class _Note(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _VolumeNote(_Note):
+    """What the export needs of a case beside its logits: ``DefaultPreprocessor``'s properties, by its names."""
+
+    spacing: tuple[float, ...]
+    shape_before_cropping: tuple[int, ...]
+    bbox_used_for_cropping: tuple[tuple[int, int], ...]
+    shape_after_cropping_and_before_resampling: tuple[int, ...]
+    constant: bool
+
+
+def note_of(case: PreprocessedCase, *, constant: bool) -> str | None:
+    """What is kept with a case's volume; ``None`` if a preprocessor of its own has more to say of it than we know.
+
+    Args:
+        case: the case.
+        constant: every voxel of the image has one value.
+    """
+    if set(case.properties) | {"constant"} != set(_VolumeNote.model_fields):
+        return None
+    plain = json.dumps(case.properties | {"constant": constant}, default=_plain)
+    return _VolumeNote.model_validate_json(plain).model_dump_json()
+
+
+def recall(kept: KeptVolume) -> tuple[PreprocessedCase, bool]:
+    """The case of a kept volume, and whether its image is constant."""
+    properties = _VolumeNote.model_validate_json(kept.note).model_dump()
+    constant: bool = properties.pop("constant")
+    return PreprocessedCase(kept.data, properties), constant
+
+
+class _AnswerNote(_Note):
+    content_type: str
+    warnings: tuple[str, ...]
+
+
+def answer_note(content_type: str, warnings: Sequence[str]) -> str:
+    """What belongs to the body of an answer."""
+    return _AnswerNote(content_type=content_type, warnings=tuple(warnings)).model_dump_json()
+
+
+def read_answer_note(note: str) -> tuple[str, Sequence[str]]:
+    """Content type and warnings."""
+    answer = _AnswerNote.model_validate_json(note)
+    return answer.content_type, answer.warnings
+
+
+def _plain(number: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    return number.item()
