@@ -162,6 +162,7 @@ ENGINE_RESTARTS = Metric("nnunet_engine_restarts_total", Kind.COUNTER, _ENGINE)
 ENGINE_UP = Metric("nnunet_engine_up", Kind.GAUGE, _ENGINE)
 CASES_IN_FLIGHT = Metric("nnunet_cases_in_flight", Kind.GAUGE, _ENGINE)
 CASES_WAITING = Metric("nnunet_cases_waiting", Kind.GAUGE, _ENGINE)
+CASES_FOLLOWING = Metric("nnunet_cases_following", Kind.GAUGE, _ENGINE)
 PASSES_WAITING = Metric("nnunet_passes_waiting", Kind.GAUGE, _ENGINE)
 CHARGED_BYTES = Metric("nnunet_charged_bytes", Kind.GAUGE, _ENGINE)
 CACHED_BYTES = Metric("nnunet_cached_bytes", Kind.GAUGE, _ENGINE)
@@ -173,7 +174,7 @@ DEVICE_UTILIZATION = Metric("nnunet_device_utilization_ratio", Kind.GAUGE, ("dev
 METRICS = (
     *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, CACHE_LOOKUPS, SHARED_ANSWERS, STRIKES),
     *(PASSES, BATCHES, BATCH_SLOTS, SHARED_BATCHES, ENGINE_BUSY, ENGINE_STARTS, ENGINE_RESTARTS),
-    *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, PASSES_WAITING, CHARGED_BYTES, CACHED_BYTES),
+    *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, CASES_FOLLOWING, PASSES_WAITING, CHARGED_BYTES, CACHED_BYTES),
     *(DEVICE_MEMORY_USED, DEVICE_MEMORY_TOTAL, DEVICE_UTILIZATION),
 )
 """All of them."""

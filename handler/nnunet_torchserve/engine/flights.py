@@ -23,6 +23,11 @@ class Flights:
         self._by_key: dict[str, _Flight] = {}
         self._by_case: dict[int, _Flight] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Cases that wait for another one's answer."""
+        return sum(len(flight.followers) for flight in self._by_key.values())
+
     def join(self, key: str, case: int) -> bool:
         """Whether a case waits for an equal one; else it is computed, and later ones wait for it."""
         flight = self._by_key.get(key)

@@ -286,6 +286,7 @@ class Switchboard:
         # a case that holds its memory already is computed, whoever else is
         if message.answer is not None and not claim.guaranteed and self._flights.join(message.answer, claim.number):
             connection.state = _State.FOLLOWING
+            self._note()
         else:
             self._ask(connection)
 
@@ -363,6 +364,7 @@ class Switchboard:
         tally.level(Level.CASES_WAITING, admission.waiting)
         tally.level(Level.CHARGED_BYTES, admission.charged_bytes)
         tally.level(Level.CACHED_BYTES, self._cache.size)
+        tally.level(Level.CASES_FOLLOWING, self._flights.waiting)
         tally.level(Level.PASSES_AHEAD, sum(owner.passes_ahead for owner in self._owners.values()))
 
     def _release(self, connection: Connection) -> None:
@@ -379,6 +381,7 @@ class Switchboard:
         next_case = self._flights.leave(connection.case_id)
         if next_case is not None:
             self._ask(self._owners[next_case])
+        self._note()
 
     def _forget(self, connection: Connection) -> None:
         """A worker has left or broke the protocol: its case is dropped at the next pass."""

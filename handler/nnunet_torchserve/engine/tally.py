@@ -61,6 +61,9 @@ class Level(IntEnum):
     CACHED_BYTES = 6
     """Of preprocessed volumes that are kept for later cases."""
 
+    CASES_FOLLOWING = 7
+    """Cases that wait for the answer of an equal one."""
+
 
 _SIZE = (2 * len(Total) + len(Level)) * torch.int64.itemsize
 

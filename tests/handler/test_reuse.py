@@ -1,0 +1,437 @@
+"""What requests take over from others: preprocessed volumes, and the answers of equal ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
+from nnunet_torchserve.engine import folder, remote
+from nnunet_torchserve.engine.cache import Kept, VolumeCache
+from nnunet_torchserve.engine.channel import freeze, is_frozen, share
+from nnunet_torchserve.engine.flights import Flights
+from nnunet_torchserve.engine.ledger import Ledger
+from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Reservation
+from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.engine.tally import Level, TallyReader, Total
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.errors import Deadline
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import parse_options
+from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.responses import WARNING, Response
+from nnunet_torchserve.reuse import keys_of
+from nnunet_torchserve.telemetry import SERVER_TIMING
+from support import volumes
+from support.bad_requests import FAST, GOOD, INT16
+from support.chaos import engine_processes, wait_for
+
+CPU = torch.device("cpu")
+GOOD_BYTES = INT16.size * 4
+"""Of GOOD on the network's grid, which is its own."""
+
+OTHER_OPTIONS = '{"folds": [1], "use_mirroring": false, "save_probabilities": true, "output_format": "nrrd"}'
+SLOW = '{"folds": [0], "tile_step_size": 0.25}'
+KEY, OTHER_KEY = "a" * 64, "b" * 64
+
+
+class Fleet:
+    """Workers of one model, which share its engine process."""
+
+    def __init__(self, bundle: ModelBundle, runtime: Path) -> None:
+        self.bundle, self.runtime = bundle, runtime
+        self.tally: TallyReader | None = None
+        self._engines: list[RemoteEngine] = []
+
+    def engine(self, cache_bytes: int = 1024**3) -> RemoteEngine:
+        """A worker's connection."""
+        self._engines.append(RemoteEngine(self.bundle, CPU, cache_bytes=cache_bytes, on_tally=self._watch))
+        return self._engines[-1]
+
+    def worker(self, cache_bytes: int = 1024**3, *, single_flight: bool = False) -> Pipeline:
+        """A worker's pipeline."""
+        engine = self.engine(cache_bytes)
+        return Pipeline(
+            self.bundle, engine, Limits(), 600.0, keeps_volumes=cache_bytes > 0, single_flight=single_flight
+        )
+
+    def level(self, level: Level) -> int:
+        """As the engine last wrote it."""
+        assert self.tally is not None
+        return self.tally.level(level)
+
+    def kill(self) -> None:
+        """Kill the engine."""
+        for process in engine_processes(self.runtime):
+            process.kill()
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.disconnect()
+        self.kill()
+
+    def _watch(self, descriptor: int, process: int) -> None:
+        self.tally = TallyReader(descriptor, os.dup(process))
+
+
+@pytest.fixture
+def fleet(unpacked: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
+    made = Fleet(ModelBundle(unpacked("five_folds")), tmp_path / "run")
+    yield made
+    made.close()
+
+
+def ask(worker: Pipeline, body: bytes = GOOD, options: str = FAST, request_id: str = "one") -> Response:
+    headers = {"X-Nnunet-Options": options, "X-Request-Id": request_id}
+    response = worker.answer(Request({"body": body}, headers))
+    assert response.status is HTTPStatus.OK, response.body
+    return response
+
+
+def stages(response: Response) -> set[str]:
+    return set(re.findall(r"(\w+);dur", response.headers[SERVER_TIMING]))
+
+
+def reused(response: Response) -> str | None:
+    found = re.search(r"reused;desc=(\w+)", response.headers[SERVER_TIMING])
+    return found and found[1]
+
+
+# --- preprocessed volumes --------------------------------------------------------------------------------------------
+
+
+def test_the_same_image_is_not_preprocessed_again(fleet: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
+    alone = pipeline("five_folds")
+    first, second = fleet.worker(), fleet.worker()
+    fresh, repeated = ask(first), ask(second, options=OTHER_OPTIONS)
+    assert (reused(fresh), reused(repeated)) == (None, "volume")
+    assert {"decode", "preprocess"} <= stages(fresh)
+    assert "preprocess" not in stages(repeated)
+    assert fresh.body == ask(alone).body
+    assert repeated.body == ask(alone, options=OTHER_OPTIONS).body
+    assert fleet.level(Level.CACHED_BYTES) == GOOD_BYTES
+    assert ask(first).body == fresh.body
+
+
+def test_whatever_decides_the_volume_is_in_its_key(fleet: Fleet) -> None:
+    worker, array = fleet.worker(), npy(INT16)
+    placed = [json.dumps(json.loads(FAST) | {"spacing": [size] * 3}) for size in (1.5, 1.6)]
+    for options in placed:
+        assert reused(ask(worker, array, options)) is None
+    assert reused(ask(worker, array, placed[0])) == "volume"
+    assert reused(ask(worker)) is None
+    assert reused(ask(worker, options='{"folds": [0], "use_mirroring": false, "preprocess": "stock"}')) is None
+    assert reused(ask(worker, volumes.gunzip(GOOD))) is None  # other bytes, whatever they mean
+
+
+def test_a_channel_more_is_another_key() -> None:
+    options = parse_options(None)
+    first = keys_of([b"ab", b"c"], options, volumes=True, answers=True)
+    assert first != keys_of([b"a", b"bc"], options, volumes=True, answers=True)
+    assert first == keys_of([b"ab", memoryview(b"c")], options, volumes=True, answers=True)
+    assert keys_of([b"abc"], options, volumes=False, answers=False) == NO_KEYS
+    patient = parse_options(b'{"timeout_s": 5, "stream": true, "tile_step_size": 0.5}')
+    assert first == keys_of([b"ab", b"c"], patient, volumes=True, answers=True)
+    coarse = keys_of([b"ab", b"c"], parse_options(b'{"tile_step_size": 0.75}'), volumes=True, answers=True)
+    assert (coarse.volume == first.volume, coarse.answer == first.answer) == (True, False)
+
+
+def test_a_warning_is_kept_with_its_image(fleet: Fleet) -> None:
+    constant = volumes.nifti_gz(np.full_like(INT16, 7), np.diag([1.5, 1.5, 1.5, 1]))
+    worker = fleet.worker()
+    for expected in (None, "volume"):
+        response = ask(worker, constant)
+        assert (reused(response), response.headers[WARNING]) == (expected, "constant_image")
+
+
+def test_a_model_of_slices_and_one_that_transposes(
+    unpacked: Callable[[str], Path], pipeline: Callable[[str], Pipeline], fleet: Fleet
+) -> None:
+    image = volumes.nifti_gz(INT16[..., :10], np.diag([1.5, 1.2, 3.1, 1]))
+    for name in ("flat", "anisotropic"):
+        fleet.bundle = ModelBundle(unpacked(name))
+        worker = fleet.worker()
+        assert [reused(ask(worker, image, options)) for options in (FAST, OTHER_FOLDS[name])] == [None, "volume"]
+        assert ask(worker, image).body == ask(pipeline(name), image).body
+
+
+OTHER_FOLDS = {"flat": '{"use_mirroring": true}', "anisotropic": '{"folds": [1], "tile_step_size": 0.7}'}
+
+
+def test_what_was_not_used_for_longest_goes_first(fleet: Fleet) -> None:
+    worker = fleet.worker(cache_bytes=2 * GOOD_BYTES + 100)
+    images = [volumes.nifti_gz(INT16 + shift, np.diag([1.5, 1.5, 1.5, 1])) for shift in range(3)]
+    asked = [reused(ask(worker, images[number])) for number in (0, 1, 0, 2, 0, 1, 2)]
+    assert asked == [None, None, "volume", None, "volume", None, None]
+    assert fleet.level(Level.CACHED_BYTES) == 2 * GOOD_BYTES
+
+
+def test_what_is_larger_than_the_cache_is_not_kept(fleet: Fleet) -> None:
+    worker = fleet.worker(cache_bytes=GOOD_BYTES - 1)
+    assert [reused(ask(worker)) for _ in range(2)] == [None, None]
+    assert fleet.level(Level.CACHED_BYTES) == 0
+
+
+def test_a_new_engine_begins_with_nothing_and_keeps_again(fleet: Fleet) -> None:
+    worker = fleet.worker()
+    bodies = [ask(worker).body]
+    fleet.kill()
+    for expected in (None, "volume"):
+        response = ask(worker)
+        bodies.append(response.body)
+        assert reused(response) == expected
+    assert len(set(bodies)) == 1
+
+
+MACHINE_BYTES = 8 * GOOD_BYTES
+
+
+def test_it_gives_way_to_a_case_that_waits_and_to_no_other(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "memory_for_cases", lambda: MACHINE_BYTES)
+    engine = fleet.engine()
+    keep_one(engine)
+    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == GOOD_BYTES)
+    with engine.reserve(price(MACHINE_BYTES - GOOD_BYTES), None):
+        assert fleet.level(Level.CACHED_BYTES) == GOOD_BYTES
+    with engine.reserve(price(MACHINE_BYTES - GOOD_BYTES + 1), None) as reserved:
+        assert reserved.waited_s < 5
+        wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0)
+
+
+def test_it_gives_way_to_another_engines_case(fleet: Fleet) -> None:
+    keep_one(fleet.engine())
+    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == GOOD_BYTES)
+    other = fleet.runtime / "another"
+    other.mkdir()
+    assert folder.take_life_lock(other)
+    Ledger(other, "host").hold(0, wanted=1, since=time.monotonic())
+    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=20)
+
+
+def keep_one(engine: RemoteEngine) -> None:
+    """Have an engine keep a volume of GOOD_BYTES."""
+    settings = Settings((0,), (), 1.0, use_gaussian=False)
+    with engine.reserve(price(1), None, keys=Keys(volume=KEY)), pytest.raises(Deadline):
+        # kept when it is handed in, whatever becomes of the case
+        engine.predict(torch.zeros((1, *INT16.shape)), settings, time.monotonic(), note="{}")
+
+
+def price(size: int) -> Price:
+    return Price(grid=(1, 1, 1), patches=1, passes=1, bytes=size, preprocess_s=0, export_s=0)
+
+
+def npy(array: npt.NDArray[np.int16]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def memory(content: bytes = b"abcd") -> int:
+    """The descriptor of sealed memory."""
+    shared, descriptor = share((len(content),), torch.uint8, "test")
+    shared.numpy()[:] = np.frombuffer(content, np.uint8)
+    return descriptor
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_the_cache_closes_what_it_drops() -> None:
+    cache, before = VolumeCache(8), descriptors()
+    for key in "abcab":
+        cache.keep(key, Kept(memory(), (1, 1, 1, 1), key, 4))
+    assert [key for key in "abc" if cache.find(key)] == ["a", "b"]
+    cache.keep("d", Kept(memory(b"123456789"), (1, 1, 1, 1), "d", 9))
+    assert (cache.size, cache.find("d"), cache.find(None)) == (8, None, None)
+    cache.clear()
+    assert (cache.size, descriptors()) == (0, before)
+
+
+def test_frozen_memory_cannot_be_changed_by_anybody() -> None:
+    shared, descriptor = share((4,), torch.uint8, "test")
+    assert not freeze(descriptor)  # somebody could write still
+    assert not is_frozen(descriptor, 4)
+    del shared
+    assert freeze(descriptor)
+    assert is_frozen(descriptor, 4)
+    assert not is_frozen(descriptor, 5)
+    with pytest.raises(OSError, match="not permitted"):
+        os.write(descriptor, b"x")
+    os.close(descriptor)
+    with Path(os.devnull).open() as no_memory:
+        assert not is_frozen(no_memory.fileno(), 0)
+
+
+# --- equal requests at the same time ---------------------------------------------------------------------------------
+
+
+def test_equal_requests_at_once_are_computed_once(fleet: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
+    workers = [fleet.worker(cache_bytes=0, single_flight=True) for _ in range(3)]
+    expected = ask(pipeline("five_folds"), options=SLOW)
+    assert fleet.tally is not None
+    fleet.tally.take()
+    with ThreadPoolExecutor(3) as pool:
+        leader = pool.submit(ask, workers[0], options=SLOW, request_id="leader")
+        wait_for(lambda: fleet.level(Level.CASES_IN_FLIGHT) == 1)
+        patient = json.dumps(json.loads(SLOW) | {"timeout_s": 500})  # which changes nothing in the answer
+        followers = [
+            pool.submit(ask, worker, options=options, request_id=f"follower {options[-5:]}")
+            for worker, options in zip(workers[1:], (SLOW, patient), strict=True)
+        ]
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(followers))
+        answers = [each.result() for each in (leader, *followers)]
+    assert {answer.body for answer in answers} == {expected.body}
+    assert [reused(answer) for answer in answers] == [None, "answer", "answer"]
+    assert [stages(answer) for answer in answers[1:]] == [{"decode", "queue"}] * 2
+    assert len({answer.headers["X-Nnunet-Request-Id"] for answer in answers}) == len(answers)
+    assert {answer.content_type for answer in answers} == {expected.content_type}
+    [line] = [passes for total, passes in fleet.tally.take().items() if total is Total.PASSES]
+    assert line == passes_of(fleet.bundle, SLOW)
+    wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 0)
+
+
+def passes_of(bundle: ModelBundle, options: str) -> int:
+    asked = parse_options(options.encode())
+    return forward_passes(bundle, INT16.shape[::-1], settings_for(bundle, asked))
+
+
+class Follower:
+    """A second worker that reserves under the same key, in a thread, until it has something."""
+
+    def __init__(self, fleet: Fleet, key: str = KEY, deadline: float | None = None) -> None:
+        self._engine = fleet.engine()
+        self.reserved: Future[Reservation] = Future()
+        self.go_on = threading.Event()
+        self._thread = threading.Thread(target=self._wait, args=(Keys(answer=key), deadline))
+        self._thread.start()
+
+    def join(self) -> None:
+        self.go_on.set()
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+
+    def _wait(self, keys: Keys, deadline: float | None) -> None:
+        try:
+            with self._engine.reserve(price(1), deadline, keys=keys) as reserved:
+                self.reserved.set_result(reserved)
+                assert self.go_on.wait(60)
+        except Exception as error:  # noqa: BLE001 (it is the answer)
+            self.reserved.set_exception(error)
+
+
+@pytest.fixture
+def follow(fleet: Fleet) -> Iterator[Callable[..., Follower]]:
+    made: list[Follower] = []
+
+    def make(**arguments: Any) -> Follower:
+        made.append(Follower(fleet, **arguments))
+        return made[-1]
+
+    yield make
+    for follower in made:
+        follower.join()
+
+
+Follow = Callable[..., Follower]
+BODY = bytes(range(256)) * 20_000
+
+
+def test_the_answer_goes_to_all_that_wait_for_it(fleet: Fleet, follow: Follow) -> None:
+    leader = fleet.engine()
+    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        waiting = [follow() for _ in range(3)]
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(waiting))
+        reserved.share(BODY, "a note")
+        for follower in waiting:
+            answer = follower.reserved.result(30).answer
+            assert answer is not None
+            assert (answer.body, answer.note) == (BODY, "a note")
+    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:  # and nobody's any more
+        assert reserved.answer is None
+        reserved.share(b"nobody waits", "")
+        late = follow()
+        assert late.reserved.result(30).answer is None
+
+
+def test_other_requests_do_not_wait(fleet: Fleet, follow: Follow) -> None:
+    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)):
+        assert follow(key=OTHER_KEY).reserved.result(30).answer is None
+
+
+@pytest.mark.parametrize("ends", ["error", "worker", "engine"])
+def test_where_there_is_no_answer_the_next_one_is_computed(fleet: Fleet, follow: Follow, ends: str) -> None:
+    leader, stack = fleet.engine(), ExitStack()
+    with stack:
+        stack.enter_context(leader.reserve(price(1), None, keys=Keys(answer=KEY)))
+        waiting = [follow() for _ in range(2)]
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(waiting))
+        if ends == "worker":
+            leader.disconnect()
+        elif ends == "engine":
+            fleet.kill()
+        else:
+            stack.close()
+        wait_for(lambda: any(follower.reserved.done() for follower in waiting))
+        first, second = sorted(waiting, key=lambda follower: not follower.reserved.done())
+        reserved = first.reserved.result()
+        assert reserved.answer is None
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
+        reserved.share(BODY, "a note")
+        answer = second.reserved.result(30).answer
+        assert answer is not None
+        assert answer.body == BODY
+
+
+def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(fleet: Fleet, follow: Follow) -> None:
+    leader, data = fleet.engine(), torch.zeros((1, 24, 32, 24))
+    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        follower = follow()
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
+        fleet.kill()
+        assert follower.reserved.result(60).answer is None  # it came to the new engine first
+        leader.predict(data, Settings((0,), (), 1.0, use_gaussian=False))
+        reserved.share(BODY, "")  # which nobody waits for
+
+
+def test_a_follower_has_its_own_deadline(fleet: Fleet, follow: Follow) -> None:
+    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        hasty = follow(deadline=time.monotonic() + 0.2)
+        with pytest.raises(Deadline):
+            hasty.reserved.result(30)
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 0)
+        reserved.share(BODY, "")
+
+
+def test_flights() -> None:
+    flights = Flights()
+    assert [flights.join("a", 1), flights.join("a", 2), flights.join("a", 3), flights.join("b", 4)] == [0, 1, 1, 0]
+    assert (flights.followers(1), flights.followers(2), flights.followers(9), flights.waiting) == (2, 0, 0, 2)
+    assert flights.leave(1) == 2
+    assert flights.leave(2) == 3
+    assert flights.followers(3) == 0  # and nobody may join it now
+    assert flights.join("a", 5) is False
+    assert flights.join("a", 6)
+    assert flights.leave(6) is None
+    assert flights.join("a", 7)
+    assert flights.land(6) == []
+    assert flights.land(5) == [7]
+    assert [flights.leave(case) for case in (3, 4, 5, 7)] == [None] * 4
+    assert flights.waiting == 0
