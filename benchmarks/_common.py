@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -353,8 +354,7 @@ def copy_to(file: Path, folder: Path, name: str) -> Path:
 
 
 def _stages(server_timing: str) -> dict[str, float]:
-    stages = (entry.partition(";dur=") for entry in server_timing.split(", "))
-    return {name: float(duration) for name, _, duration in stages}
+    return {name: float(duration) for name, duration in re.findall(r"(\w+);dur=([0-9.]+)", server_timing)}
 
 
 def _machine() -> dict[str, object]:
