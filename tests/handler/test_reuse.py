@@ -27,7 +27,7 @@ from nnunet_torchserve.engine.cache import Kept, VolumeCache
 from nnunet_torchserve.engine.channel import freeze, is_frozen, share
 from nnunet_torchserve.engine.flights import Flights
 from nnunet_torchserve.engine.ledger import Ledger
-from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Reservation
+from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Reservation, Watcher
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, TallyReader, Total
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -316,8 +316,10 @@ def passes_of(bundle: ModelBundle, options: str) -> int:
 class Follower:
     """A second worker that reserves under the same key, in a thread, until it has something."""
 
-    def __init__(self, fleet: Fleet, key: str = KEY, deadline: float | None = None) -> None:
-        self._engine = fleet.engine()
+    def __init__(
+        self, fleet: Fleet, key: str = KEY, deadline: float | None = None, watcher: Watcher | None = None
+    ) -> None:
+        self._engine, self._watcher = fleet.engine(), watcher
         self.reserved: Future[Reservation] = Future()
         self.go_on = threading.Event()
         self._thread = threading.Thread(target=self._wait, args=(Keys(answer=key), deadline))
@@ -330,7 +332,7 @@ class Follower:
 
     def _wait(self, keys: Keys, deadline: float | None) -> None:
         try:
-            with self._engine.reserve(price(1), deadline, keys=keys) as reserved:
+            with self._engine.reserve(price(1), deadline, watcher=self._watcher, keys=keys) as reserved:
                 self.reserved.set_result(reserved)
                 assert self.go_on.wait(60)
         except Exception as error:  # noqa: BLE001 (it is the answer)
@@ -409,6 +411,28 @@ def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(fleet: Fleet,
         assert follower.reserved.result(60).answer is None  # it came to the new engine first
         leader.predict(data, Settings((0,), (), 1.0, use_gaussian=False))
         reserved.share(BODY, "")  # which nobody waits for
+
+
+class Told:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ahead: list[int] = []
+
+    def queued(self, ahead: int) -> None:
+        self.ahead.append(ahead)
+
+    def passes(self, done: int) -> None:
+        """Nothing is asked of it here."""
+
+
+def test_a_follower_that_watches_hears_that_it_waits(fleet: Fleet, follow: Follow) -> None:
+    told = Told()
+    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        follower = follow(watcher=told)
+        wait_for(lambda: told.ahead[:1] == [0])
+        reserved.share(BODY, "")
+        assert follower.reserved.result(30).answer is not None
 
 
 def test_a_follower_has_its_own_deadline(fleet: Fleet, follow: Follow) -> None:

@@ -287,6 +287,8 @@ class Switchboard:
         if message.answer is not None and not claim.guaranteed and self._flights.join(message.answer, claim.number):
             connection.state = _State.FOLLOWING
             self._note()
+            if connection.watched:
+                self._beat([connection])
         else:
             self._ask(connection)
 
@@ -400,6 +402,8 @@ class Switchboard:
 
     def _sign_of_life(self, connection: Connection) -> Message:
         """A heartbeat, or what a worker that watches wants to know instead."""
+        if connection.watched and connection.state is _State.FOLLOWING:
+            return Queued(ahead=0)
         if connection.watched and connection.state is _State.WAITING:
             return Queued(ahead=self._admission.ahead_of(connection.case_id))
         if connection.watched and connection.state is _State.SUBMITTED:
