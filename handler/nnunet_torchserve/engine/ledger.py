@@ -9,17 +9,22 @@ has wanted for longer counts like what is held: a large case would otherwise wai
 from __future__ import annotations
 
 import math
+import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
 from .folder import is_alive
+
+_RECORD_BYTES = 96
+_READS = 3
 
 
 class Ledger:
     """One engine's entry in the ledger of one memory."""
 
     def __init__(self, folder: Path, memory: str) -> None:
-        """Name the entry; it is what it was before.
+        """Name the entry; it is what it was before, until something is held.
 
         Args:
             folder: the engine's own directory, beside those of the others.
@@ -27,6 +32,8 @@ class Ledger:
         """
         self._folder = folder
         self._name = "holds-" + memory.replace(":", "-")
+        self._file: int | None = None
+        self._record = b""
 
     def hold(self, size: int, wanted: int = 0, since: float = math.inf) -> None:
         """Say how many bytes this engine holds, or is about to, and how many more it has wanted since when.
@@ -36,10 +43,15 @@ class Ledger:
             wanted: bytes on top.
             since: monotonic seconds, which all processes of a machine share.
         """
-        unfinished = self._folder / f".{self._name}"
+        record = _record(size, wanted, since)
+        if record == self._record:
+            return
         with suppress(OSError):  # a cleaned-up directory or a full disk: this engine's own budget still holds
-            unfinished.write_text(f"{size} {wanted} {since}")
-            unfinished.replace(self._folder / self._name)
+            if self._file is None:
+                self._file = os.open(self._folder / self._name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # in place: a file renamed over another takes a millisecond on some file systems
+            os.pwrite(self._file, record, 0)
+            self._record = record
 
     def elsewhere(self, since: float = math.inf) -> int:
         """Bytes that other living engines hold, or have wanted for longer than ``since``."""
@@ -69,8 +81,16 @@ class Ledger:
         return _read(self._folder / self._name)[0]
 
 
+def _record(size: int, wanted: int, since: float) -> bytes:
+    """One line of fixed length with its own checksum: a reader may see half of a new one and half of an old one."""
+    numbers = f"{size} {wanted} {since}"
+    return f"{numbers} {zlib.crc32(numbers.encode())}".ljust(_RECORD_BYTES - 1).encode() + b"\n"
+
+
 def _read(entry: Path) -> tuple[int, int, float]:
-    with suppress(OSError, ValueError):
-        size, wanted, since = entry.read_text().split()
-        return int(size), int(wanted), float(since)
+    for _ in range(_READS):
+        with suppress(OSError, ValueError):
+            size, wanted, since, checksum = entry.read_text().split()
+            if zlib.crc32(f"{size} {wanted} {since}".encode()) == int(checksum):
+                return int(size), int(wanted), float(since)
     return 0, 0, math.inf
