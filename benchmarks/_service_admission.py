@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
+import psutil
 import yaml
 from benchmarks._common import Client, Material, Target
 from benchmarks._service_worker import ANSWER, BARE
@@ -161,12 +162,8 @@ def measure_workers(model: Path, image: Path, scratch: Path, *, blocks: int, req
             seconds[side].append(workers[side].ask("requests", count=requests, **arguments)["seconds"])
         steps = workers[SERVED].ask("steps", count=requests)
         spaced = workers[SERVED].ask("requests", count=max(2, requests // 10), pause_s=SPACED_S, **arguments)
-    differences = paired_differences(seconds[SERVED], seconds[BARE])
     return {
-        "requests_of_each": blocks * requests,
-        "request_ms": {side: in_ms([each for block in found for each in block]) for side, found in seconds.items()},
-        "block_mean_difference_ms": in_ms(differences),
-        "block_mean_difference_median_95_percent_ms": _common.interval_of_median([1000 * each for each in differences]),
+        **compared(seconds[SERVED], seconds[BARE]),
         "steps_ms": {name: in_ms(found) for name, found in steps.items()},
         "relay_processor_ms_of_a_lone_request": round(1000 * spaced["relay_cpu_s"] / len(spaced["seconds"]), 4),
     }
@@ -182,7 +179,7 @@ def measure_busy_engine(material: Material, scratch: Path, count: int) -> dict[s
         while len(busy) < count:
             workers[BARE].send("requests", count=1, **arguments)
             wait_for(lambda: engine.cases == 1)
-            found = workers[SERVED].ask("steps", count=max(1, count // 10))["reserve and release"]
+            found = workers[SERVED].ask("steps", count=max(1, count // 5))["reserve and release"]
             busy += found if engine.cases == 1 else []  # or some were made after the case had ended
             workers[BARE].answer()
     return {"idle_ms": in_ms(idle), "busy_ms": in_ms(busy), "busy_p95_ms": 1000 * _common.percentile_95(busy)}
@@ -206,13 +203,7 @@ def measure_live(model: Path, image: Path, scratch: Path, *, blocks: int, reques
         counted = {side: lambda url=client.live.server.metrics_url: answers(url) for side, client in clients.items()}
         wait_for(lambda: counted[SERVED]() >= sent)
         assert (counted[SERVED](), counted[BARE]()) == (sent, 0)
-    differences = paired_differences(seconds[SERVED], seconds[BARE])
-    return {
-        "requests_of_each": blocks * requests,
-        "request_ms": {side: in_ms([each for block in found for each in block]) for side, found in seconds.items()},
-        "block_mean_difference_ms": in_ms(differences),
-        "block_mean_difference_median_95_percent_ms": _common.interval_of_median([1000 * each for each in differences]),
-    }
+    return compared(seconds[SERVED], seconds[BARE])
 
 
 def without_our_metrics(scratch: Path) -> Path:
@@ -364,15 +355,33 @@ def network_seconds(server_timing: str) -> float:
     return float(stages["network"]) / 1000
 
 
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder is on."""
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    return next(mounts[parent] for parent in (folder.resolve(), *folder.resolve().parents) if parent in mounts)
+
+
 def turns(sides: Sequence[Side], count: int) -> Iterator[Side]:
     """Every side ``count`` times, in turns; every other turn goes the other way round."""
     for number in range(count):
         yield from sides[:: -1 if number % 2 else 1]
 
 
-def paired_differences(served: Sequence[Sequence[float]], bare: Sequence[Sequence[float]]) -> list[float]:
-    """By how much the mean of a block exceeds that of its neighbour of the other side."""
-    return [fmean(one) - fmean(other) for one, other in zip(served, bare, strict=True)]
+def compared(served: Sequence[Sequence[float]], bare: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """How two sides differ, block by block; seconds of each request come in, milliseconds go out."""
+    means = [fmean(one) - fmean(other) for one, other in zip(served, bare, strict=True)]
+    medians = [median(one) - median(other) for one, other in zip(served, bare, strict=True)]
+    return {
+        "blocks_of_each": len(served),
+        "requests_of_each": sum(len(block) for block in served),
+        "request_ms": {
+            side: in_ms([each for block in blocks for each in block])
+            for side, blocks in ((SERVED, served), (BARE, bare))
+        },
+        "difference_of_block_means_ms": in_ms(means),
+        "difference_of_block_means_median_95_percent_ms": _common.interval_of_median([1000 * each for each in means]),
+        "difference_of_block_medians_ms": in_ms(medians),
+    }
 
 
 def in_ms(seconds: Sequence[float]) -> dict[str, float]:
@@ -410,7 +419,10 @@ def measure(
         "live": lambda own: measure_live(model, image, own, blocks=blocks, requests=requests),
         "refusals": lambda own: measure_refusals(material, own, rounds=rounds, quick=quick),
     }
-    found: dict[str, Any] = {"image": _common.describe_image(image)}
+    found: dict[str, Any] = {
+        "image": _common.describe_image(image),
+        "runtime_directory_on": file_system(scratch),  # the engine writes down there what it has granted
+    }
     for name, part in parts.items():
         own = scratch / name
         own.mkdir()
@@ -423,9 +435,12 @@ def measure(
 def targets_of(measured: dict[str, Any]) -> list[Target]:
     """What was promised."""
     worker, reservation = measured["worker"], measured["reservation"]
-    difference = worker["block_mean_difference_ms"]["median"]
+    difference = worker["difference_of_block_means_ms"]["median"]
     reserve, busy = worker["steps_ms"]["reserve and release"]["median"], reservation["busy_ms"]["median"]
-    relay, live = worker["relay_processor_ms_of_a_lone_request"], measured["live"]["block_mean_difference_ms"]["median"]
+    relay, live = (
+        worker["relay_processor_ms_of_a_lone_request"],
+        measured["live"]["difference_of_block_means_ms"]["median"],
+    )
     paced = measured["refusals"]["slower_than_alone"][Beside.PACED]["median"]
     refusal = measured["refusals"]["refusals"][Beside.PACED]["ms"]["median"] / 1000
     limit = f"below {MOST_ADDED_MS:g} ms"

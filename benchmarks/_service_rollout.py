@@ -159,8 +159,8 @@ class Rollout:
         self._client = client
         self._began = time.perf_counter()
 
-    def run(self, load: Load, retry_after_s: int) -> None:
-        """Four workers, one, four; version 1, both, version 2. Between the steps the clients go on."""
+    def scale_down_and_up(self, load: Load, retry_after_s: int) -> None:
+        """Four workers, one, four; the clients go on in between."""
         model, processes = _common.MODEL, self._client.processes
         whole = drain.find_target(self._client.live.state_dir, None, model)
         self._do("drain every version", lambda: drain.drain(whole, _PATIENCE_S, retry_after_s))
@@ -169,6 +169,10 @@ class Rollout:
         load.goes_on(2 * CLIENTS)
         self._do(f"scale 1 to {WORKERS}", lambda: processes.scale(model, WORKERS))
         load.goes_on(2 * CLIENTS)
+
+    def replace_version(self, load: Load, retry_after_s: int) -> None:
+        """Version 1, both, version 2; the clients go on."""
+        model, processes = _common.MODEL, self._client.processes
         self._do("register version 2", lambda: processes.register(_NEW_FILE, WORKERS))
         self._do("make it the default", lambda: self._manage("PUT", f"{model}/{NEW}/set-default"))
         old = drain.find_target(self._client.live.state_dir, None, f"{model}/{OLD}")
@@ -194,12 +198,13 @@ def version_of(answer: httpx.Response) -> str:
     return {name: value for name, _, value in fields}["version"]
 
 
-def measure(material: Material, scratch: Path, *, steady_s: float, images_each: int) -> dict[str, Any]:
+def measure(material: Material, scratch: Path, *, scalings: int, steady_s: float, images_each: int) -> dict[str, Any]:
     """Serve version 1 with clients, roll version 2 out.
 
     Args:
         material: its folds 0 and 1 are the versions.
         scratch: of this story.
+        scalings: how often the workers are scaled from four to one and back.
         steady_s: seconds of load before and after the rollout.
         images_each: different images of a client.
     """
@@ -214,7 +219,9 @@ def measure(material: Material, scratch: Path, *, steady_s: float, images_each: 
             time.sleep(steady_s)
             rollout = Rollout(client)
             began = time.perf_counter()
-            rollout.run(load, DEFAULT_RETRY_AFTER_S)
+            for _ in range(scalings):
+                rollout.scale_down_and_up(load, DEFAULT_RETRY_AFTER_S)
+            rollout.replace_version(load, DEFAULT_RETRY_AFTER_S)
             ended = time.perf_counter()
             time.sleep(steady_s)
         expected[NEW] = ask_alone(client, images)
@@ -232,6 +239,7 @@ def measure(material: Material, scratch: Path, *, steady_s: float, images_each: 
         ),
         "retry_after_s": DEFAULT_RETRY_AFTER_S,
         "steps": [{"step": step.what, "began_s": step.began_s, "seconds": step.seconds} for step in rollout.steps],
+        "drain_seconds": [step.seconds for step in rollout.steps if step.what.startswith("drain")],
         "rollout_seconds": round(ended - began, 2),
         "sent": load.sent,
         "answered": len(load.answered),

@@ -28,6 +28,7 @@ def main() -> int:
     """Measure, write ``results/service.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", nargs="+", choices=STORIES, default=STORIES, help="the result has only these")
+    parser.add_argument("--scalings", type=int, default=2, help="how often 4 workers are scaled to 1 and back")
     parser.add_argument("--steady-s", type=float, default=20, help="seconds of load before and after the rollout")
     parser.add_argument("--images-each", type=int, default=2, help="different images of a client of the rollout")
     parser.add_argument("--blocks", type=_common.two_or_more, default=15, help="of small requests, for each side")
@@ -55,7 +56,11 @@ def main() -> int:
             own.mkdir()
             if story == "rollout":
                 measured[story] = _service_rollout.measure(
-                    material, own, steady_s=arguments.steady_s, images_each=arguments.images_each
+                    material,
+                    own,
+                    scalings=arguments.scalings,
+                    steady_s=arguments.steady_s,
+                    images_each=arguments.images_each,
                 )
                 targets += _service_rollout.targets_of(measured[story])
             elif story == "admission":
