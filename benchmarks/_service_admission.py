@@ -1,10 +1,11 @@
 """What admission and metrics add to a request, and what a refused request costs the others.
 
 Added time. Two workers of one archive, without TorchServe (:mod:`benchmarks._service_worker`), share an engine: one as
-served, one without admission and metrics. They answer the same small image, block by block in turns; the network is so
-small that little else is measured. The relay passes metrics on between the requests of a block, not within one: so
-blocks are compared by their means, and the relay's own processor time is taken. Then two live servers are compared the
-same way, one of which has no metrics of ours: that is TorchServe's share. Admission cannot be left out there.
+served, one without admission and metrics. They answer the same small image, block by block in turns; the forward pass
+is left out, because it differs more from one to the next than what is looked for. Metrics are passed on between the
+requests of a block, not within one: so blocks are compared by their means, and the processor time of that is taken
+too. Then two live servers are compared the same way, one of which has no metrics of ours: that is TorchServe's share.
+Admission cannot be left out there.
 
 Refusals. A server whose memory holds one case and lets none wait answers 429 while a case is in the network. That case
 is asked for alone, beside refused requests at a pace, and beside one client that comes again without a pause.
@@ -73,6 +74,24 @@ _WARM_UP = 10
 _WORKER = Path(__file__).with_name("_service_worker.py")
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One small request; seconds.
+
+    Attributes:
+        whole: until its answer.
+        network: of these, the forward pass, which differs more from one to the next than what is looked for.
+    """
+
+    whole: float
+    network: float
+
+    @property
+    def around(self) -> float:
+        """All but the forward pass."""
+        return self.whole - self.network
+
+
 class Worker:
     """A process of :mod:`benchmarks._service_worker`; commands and answers as it has them."""
 
@@ -107,6 +126,14 @@ class Worker:
         """Give a command and wait for its answer."""
         self.send(what, **arguments)
         return self.answer()
+
+    def requests(self, **arguments: object) -> list[Asked]:
+        """Let it answer a block of requests."""
+        answer = self.ask("requests", **arguments)
+        return [
+            Asked(seconds, network_seconds(timing))
+            for seconds, timing in zip(answer["seconds"], answer["timings"], strict=True)
+        ]
 
     def stop(self) -> None:
         """Let it end."""
@@ -154,16 +181,16 @@ def measure_workers(model: Path, image: Path, scratch: Path, *, blocks: int, req
         requests: of a block.
     """
     arguments = {"image": str(image), "options": json.dumps(_common.OPTIONS)}
-    seconds: dict[str, list[list[float]]] = {SERVED: [], BARE: []}
+    asked: dict[str, list[list[Asked]]] = {SERVED: [], BARE: []}
     with two_workers(model, None, scratch) as (workers, _):
         for worker in workers.values():
             worker.ask("requests", count=_WARM_UP, **arguments)
-        for side in turns(list(seconds), blocks):
-            seconds[side].append(workers[side].ask("requests", count=requests, **arguments)["seconds"])
+        for side in turns(list(asked), blocks):
+            asked[side].append(workers[side].requests(count=requests, **arguments))
         steps = workers[SERVED].ask("steps", count=requests)
         spaced = workers[SERVED].ask("requests", count=max(2, requests // 10), pause_s=SPACED_S, **arguments)
     return {
-        **compared(seconds[SERVED], seconds[BARE]),
+        **compared(asked[SERVED], asked[BARE]),
         "steps_ms": {name: in_ms(found) for name, found in steps.items()},
         "relay_processor_ms_of_a_lone_request": round(1000 * spaced["relay_cpu_s"] / len(spaced["seconds"]), 4),
     }
@@ -189,7 +216,7 @@ def measure_live(model: Path, image: Path, scratch: Path, *, blocks: int, reques
     """Two live servers, with our metrics and without, asked in turns by one client each."""
     config = without_our_metrics(scratch)
     body = image.read_bytes()
-    seconds: dict[str, list[list[float]]] = {SERVED: [], BARE: []}
+    asked: dict[str, list[list[Asked]]] = {SERVED: [], BARE: []}
     with ExitStack() as running:
         clients = {
             SERVED: running.enter_context(_common.serving(model, scratch / SERVED, folds=None, workers=1)),
@@ -197,13 +224,13 @@ def measure_live(model: Path, image: Path, scratch: Path, *, blocks: int, reques
         }
         for client in clients.values():
             ask_often(client, body, 3 * _WARM_UP)
-        for side in turns(list(seconds), blocks):
-            seconds[side].append(ask_often(clients[side], body, requests))
+        for side in turns(list(asked), blocks):
+            asked[side].append(ask_often(clients[side], body, requests))
         sent = 3 * _WARM_UP + blocks * requests
         counted = {side: lambda url=client.live.server.metrics_url: answers(url) for side, client in clients.items()}
         wait_for(lambda: counted[SERVED]() >= sent)
         assert (counted[SERVED](), counted[BARE]()) == (sent, 0)
-    return compared(seconds[SERVED], seconds[BARE])
+    return compared(asked[SERVED], asked[BARE])
 
 
 def without_our_metrics(scratch: Path) -> Path:
@@ -225,15 +252,16 @@ def answers(metrics_url: str) -> float:
     return scrape(metrics_url).value("nnunet_requests_total", status="200")
 
 
-def ask_often(client: Client, body: bytes, count: int) -> list[float]:
-    """Send one request after another; seconds until each answer."""
-    seconds = []
+def ask_often(client: Client, body: bytes, count: int) -> list[Asked]:
+    """Send one request after another."""
+    asked = []
     for _ in range(count):
         began = time.perf_counter()
         answer = client.post(body)
-        seconds.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
         assert answer.status_code == HTTPStatus.OK, answer.text
-    return seconds
+        asked.append(Asked(seconds, network_seconds(answer.headers[SERVER_TIMING])))
+    return asked
 
 
 class Beside(StrEnum):
@@ -367,20 +395,26 @@ def turns(sides: Sequence[Side], count: int) -> Iterator[Side]:
         yield from sides[:: -1 if number % 2 else 1]
 
 
-def compared(served: Sequence[Sequence[float]], bare: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """How two sides differ, block by block; seconds of each request come in, milliseconds go out."""
-    means = [fmean(one) - fmean(other) for one, other in zip(served, bare, strict=True)]
-    medians = [median(one) - median(other) for one, other in zip(served, bare, strict=True)]
+def compared(served: Sequence[Sequence[Asked]], bare: Sequence[Sequence[Asked]]) -> dict[str, Any]:
+    """How two sides differ, block by block, around the forward pass."""
+    pairs = [
+        ([each.around for each in one], [each.around for each in other])
+        for one, other in zip(served, bare, strict=True)
+    ]
+    means = [fmean(one) - fmean(other) for one, other in pairs]
     return {
         "blocks_of_each": len(served),
         "requests_of_each": sum(len(block) for block in served),
         "request_ms": {
-            side: in_ms([each for block in blocks for each in block])
+            side: {
+                "whole": in_ms([each.whole for block in blocks for each in block]),
+                "around_the_forward_pass": in_ms([each.around for block in blocks for each in block]),
+            }
             for side, blocks in ((SERVED, served), (BARE, bare))
         },
         "difference_of_block_means_ms": in_ms(means),
         "difference_of_block_means_median_95_percent_ms": _common.interval_of_median([1000 * each for each in means]),
-        "difference_of_block_medians_ms": in_ms(medians),
+        "difference_of_block_medians_ms": in_ms([median(one) - median(other) for one, other in pairs]),
     }
 
 

@@ -102,20 +102,23 @@ def requests(pipeline: Any, *, image: str, options: str, count: int, pause_s: fl
     """Answer an image ``count`` times.
 
     Returns:
-        The seconds of each answer, and the processor seconds of the thread that passes metrics on.
+        The seconds of each answer and its ``Server-Timing``, and the processor seconds of the thread that passes
+        metrics on.
     """
     from nnunet_torchserve.options import HEADER
     from nnunet_torchserve.pipeline import RAW_BODY, Request
+    from nnunet_torchserve.telemetry import SERVER_TIMING
 
     request = Request({RAW_BODY: bytearray(Path(image).read_bytes())}, {HEADER: options}, "benchmark")
-    seconds, before = [], _relay_cpu_s()
+    seconds, timings, before = [], [], _relay_cpu_s()
     for _ in range(count):
         began = time.perf_counter()
         answer = pipeline.answer(request)
         seconds.append(time.perf_counter() - began)
         assert answer.status == HTTPStatus.OK, answer.body
+        timings.append(answer.headers[SERVER_TIMING])
         time.sleep(pause_s)
-    return {"seconds": seconds, "relay_cpu_s": _relay_cpu_s() - before}
+    return {"seconds": seconds, "timings": timings, "relay_cpu_s": _relay_cpu_s() - before}
 
 
 def steps(pipeline: Any, *, count: int) -> dict[str, list[float]]:
