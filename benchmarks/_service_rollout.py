@@ -217,6 +217,7 @@ def measure(material: Material, scratch: Path, *, scalings: int, steady_s: float
             load.goes_on(2 * CLIENTS)  # each worker has answered several
             steady = time.perf_counter()
             time.sleep(steady_s)
+            load.goes_on(2 * CLIENTS)  # on a slow machine too, some began and ended before the rollout
             rollout = Rollout(client)
             began = time.perf_counter()
             for _ in range(scalings):
