@@ -255,6 +255,19 @@ class ScarceWeights(OpenWeights):
         return super().read(fold)
 
 
+class StuckWeights(OpenWeights):
+    """Weights on a disk that does not answer until it is told."""
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        super().__init__(bundle)
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def read(self, fold: FoldName) -> dict[str, torch.Tensor]:
+        self.reached.set()
+        assert self.go_on.wait(60)
+        return super().read(fold)
+
+
 @dataclass
 class Answers:
     """A worker that keeps what it is told."""
@@ -324,6 +337,25 @@ def test_a_case_that_was_granted_keeps_the_networks_loaded(bundle: ModelBundle, 
         compute.put(command)
         compute._once()
         assert networks.loaded == loaded
+    os.close(tally.descriptor)
+
+
+def test_a_load_that_hangs_is_seen_as_a_hang(bundle: ModelBundle, tmp_path: Path) -> None:
+    """The heartbeat ends when the compute thread is busy with one thing for too long."""
+    networks, weights, tally = FoldNetworks(bundle, CPU), StuckWeights(bundle), Tally()
+    ledger = Ledger(tmp_path, "cpu")
+    compute = Compute(EngineCore(networks), ledger, 0, tally, weights=weights, unload_after_s=1e-9)
+    compute._once()
+    compute.put(Expect(1))
+    turn = threading.Thread(target=compute._once)
+    turn.start()
+    assert weights.reached.wait(60)
+    assert compute.busy_for_s > 0
+    assert not networks.loaded
+    weights.go_on.set()
+    turn.join(60)
+    assert compute.busy_for_s == 0
+    assert networks.loaded
     os.close(tally.descriptor)
 
 
