@@ -106,6 +106,7 @@ def measure_requests(bundle: ModelBundle, runtime: Path, repetitions: int, quiet
     idle = Engine(bundle, runtime, _UNLOAD_AFTER_S)
     expected = kept.remote.predict(case, settings).logits
     seconds: dict[str, list[float]] = {"loaded": [], "unloaded": []}
+    before_first_pass: dict[str, list[float]] = {"loaded": [], "unloaded": []}
     resident: dict[str, list[float]] = {"loaded": [], "unloaded": []}
     equal = True
     for number in range(repetitions):
@@ -119,10 +120,12 @@ def measure_requests(bundle: ModelBundle, runtime: Path, repetitions: int, quiet
             began = time.perf_counter()
             answer = engine.remote.predict(case, settings)
             seconds[name].append(time.perf_counter() - began)
+            before_first_pass[name].append(answer.queue_s)
             equal = equal and torch.equal(answer.logits, expected)
     found = {
         "answers_equal": equal,
         "request_seconds": seconds,
+        "before_the_first_pass_seconds": before_first_pass,
         "request_spread_seconds": {name: _common.spread(values) for name, values in seconds.items()},
         "engine_resident_mib": resident,
         "engine_resident_spread_mib": {name: _common.spread(values) for name, values in resident.items()},
