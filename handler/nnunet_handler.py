@@ -164,6 +164,7 @@ def _load(context: Any) -> Any:
         limits,
         golden_interval_s=settings.get("golden_interval_s"),
         cache_bytes=cache_bytes,
+        unload_after_s=settings.get("unload_after_s"),
         counts=counts,
         on_tally=relay.watch if relay else None,
     )

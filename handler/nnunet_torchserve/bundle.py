@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
@@ -224,6 +225,57 @@ class ModelBundle:
     def _json(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.folder / name).read_bytes())
         return content
+
+
+class OpenWeights:
+    """The weights of an archive, readable for as long as this process lives, also when the archive's directory is gone.
+
+    The files are kept open and not mapped: that takes no memory, and whoever deletes them only takes their names away
+    (the disk has the space again when this process ends). What is read is a copy that nobody else can change, and its
+    checksum is that of the archive: a file that was cut or overwritten in its place is an error, where a map of it
+    would end the process or, worse, change weights in use. Not thread-safe: one thread reads.
+    """
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        """Open every fold's file.
+
+        Raises:
+            BundleError: one cannot be opened.
+        """
+        self._files: dict[FoldName, tuple[str, int, str]] = {}
+        for fold in bundle.description.folds:
+            name = fold.weights_file
+            try:
+                descriptor = os.open(bundle.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                msg = f"{name} cannot be opened"
+                raise BundleError(msg) from error
+            self._files[fold.fold] = (name, descriptor, bundle.description.files[name])
+
+    def read(self, fold: FoldName) -> dict[str, torch.Tensor]:
+        """As :meth:`ModelBundle.weights`; while the result is in use it takes as much memory as the file is long.
+
+        Raises:
+            BundleError: the file is no longer what the archive held.
+            MemoryError: there is no memory for it.
+            OSError: it cannot be read.
+        """
+        name, descriptor, expected = self._files[fold]
+        digest, position = hashlib.sha256(), 0
+        with os.fdopen(os.memfd_create("nnunet-weights", os.MFD_CLOEXEC), "wb") as copy:
+            while chunk := os.pread(descriptor, _HASH_CHUNK_BYTES, position):
+                digest.update(chunk)
+                copy.write(chunk)
+                position += len(chunk)
+            copy.flush()
+            if digest.hexdigest() != expected:
+                msg = f"{name} has changed since this process started"
+                raise BundleError(msg)
+            try:
+                return read_tensors(Path(f"/proc/self/fd/{copy.fileno()}"))
+            except BundleError as error:  # the checksum says that nothing is wrong with it
+                msg = f"no memory to read {name}"
+                raise MemoryError(msg) from error
 
 
 def decides_as_default(labels: LabelManager) -> bool:

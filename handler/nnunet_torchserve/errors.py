@@ -138,7 +138,7 @@ class UnknownFold(RequestError):
 
 
 class Busy(ServingError):
-    """As many cases as allowed wait for memory already."""
+    """As many cases as allowed wait for memory already, or there is none to load an idle model's networks again."""
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "busy"

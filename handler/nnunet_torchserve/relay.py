@@ -36,8 +36,12 @@ from .telemetry import (
     DEVICE_MEMORY_USED,
     DEVICE_UTILIZATION,
     ENGINE_BUSY,
+    ENGINE_LOADED,
+    ENGINE_RELOAD_SECONDS,
+    ENGINE_RELOADS,
     ENGINE_RESTARTS,
     ENGINE_STARTS,
+    ENGINE_UNLOADS,
     ENGINE_UP,
     HIT,
     MISS,
@@ -79,7 +83,11 @@ _TOTALS: Mapping[Total, Metric] = {
     Total.SLOTS: BATCH_SLOTS,
     Total.SHARED_BATCHES: SHARED_BATCHES,
     Total.BUSY_MICROSECONDS: ENGINE_BUSY,
+    Total.UNLOADS: ENGINE_UNLOADS,
+    Total.RELOADS: ENGINE_RELOADS,
+    Total.RELOADING_MICROSECONDS: ENGINE_RELOAD_SECONDS,
 }
+_IN_MICROSECONDS = (Total.BUSY_MICROSECONDS, Total.RELOADING_MICROSECONDS)
 
 
 class Relay:
@@ -151,7 +159,7 @@ class Relay:
             if tally.become_relay():
                 for total, added in tally.take().items():
                     if added:
-                        value = added / _MICROSECONDS if total is Total.BUSY_MICROSECONDS else added
+                        value = added / _MICROSECONDS if total in _IN_MICROSECONDS else added
                         self._emit(_TOTALS[total], _number(value), (*self._model, self._device))
                 self._pass_levels(tally if alive else None)
             if not alive:
@@ -189,6 +197,7 @@ class Relay:
         ahead = level(Level.PASSES_AHEAD) + level(Level.PASSES_REMAINING)
         levels: dict[Metric, tuple[float, tuple[str, ...]]] = {
             ENGINE_UP: (int(tally is not None), engine),
+            ENGINE_LOADED: (level(Level.NETWORKS_LOADED), engine),
             CASES_IN_FLIGHT: (level(Level.CASES_IN_FLIGHT), engine),
             CASES_WAITING: (level(Level.CASES_WAITING), engine),
             CASES_FOLLOWING: (level(Level.CASES_FOLLOWING), engine),

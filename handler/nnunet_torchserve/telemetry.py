@@ -159,7 +159,11 @@ SHARED_BATCHES = Metric("nnunet_shared_batches_total", Kind.COUNTER, _ENGINE)
 ENGINE_BUSY = Metric("nnunet_engine_busy_seconds_total", Kind.COUNTER, _ENGINE)
 ENGINE_STARTS = Metric("nnunet_engine_starts_total", Kind.COUNTER, _ENGINE)
 ENGINE_RESTARTS = Metric("nnunet_engine_restarts_total", Kind.COUNTER, _ENGINE)
+ENGINE_UNLOADS = Metric("nnunet_engine_unloads_total", Kind.COUNTER, _ENGINE)
+ENGINE_RELOADS = Metric("nnunet_engine_reloads_total", Kind.COUNTER, _ENGINE)
+ENGINE_RELOAD_SECONDS = Metric("nnunet_engine_reload_seconds_total", Kind.COUNTER, _ENGINE)
 ENGINE_UP = Metric("nnunet_engine_up", Kind.GAUGE, _ENGINE)
+ENGINE_LOADED = Metric("nnunet_engine_loaded", Kind.GAUGE, _ENGINE)
 CASES_IN_FLIGHT = Metric("nnunet_cases_in_flight", Kind.GAUGE, _ENGINE)
 CASES_WAITING = Metric("nnunet_cases_waiting", Kind.GAUGE, _ENGINE)
 CASES_FOLLOWING = Metric("nnunet_cases_following", Kind.GAUGE, _ENGINE)
@@ -175,6 +179,7 @@ METRICS = (
     *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, CACHE_LOOKUPS, SHARED_ANSWERS, STRIKES),
     *(PASSES, BATCHES, BATCH_SLOTS, SHARED_BATCHES, ENGINE_BUSY, ENGINE_STARTS, ENGINE_RESTARTS),
     *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, CASES_FOLLOWING, PASSES_WAITING, CHARGED_BYTES, CACHED_BYTES),
+    *(ENGINE_UNLOADS, ENGINE_RELOADS, ENGINE_RELOAD_SECONDS, ENGINE_LOADED),
     *(DEVICE_MEMORY_USED, DEVICE_MEMORY_TOTAL, DEVICE_UTILIZATION),
 )
 """All of them."""

@@ -31,6 +31,7 @@ from nnunet_torchserve.options import Accumulate
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import stock
 from support.chaos import engine_processes as engines
+from support.chaos import wait_for
 from support.export_cases import Case, Labelling, Pattern, classes, stock_labels
 from support.untrained import DEMO_MODEL, standard_unet
 
@@ -252,6 +253,23 @@ def test_two_models_share_the_device(bundle: ModelBundle, runtime: Path, cuda: t
         logits = engine.predict(volume(5), PLAIN).logits
         assert _share(logits.float(), LocalEngine(model, cuda).predict(volume(5), PLAIN).logits.float()) < 1e-2
         engine.disconnect()
+
+
+def test_an_idle_models_part_of_the_device_is_given_back(
+    bundle: ModelBundle, runtime: Path, cuda: torch.device
+) -> None:
+    engine = RemoteEngine(bundle, cuda, unload_after_s=1.0)
+    before = engine.predict(volume(5), PLAIN).logits
+    [entry] = runtime.glob("*/holds-cuda-*")
+
+    def held() -> int:
+        return int(entry.read_text().split()[0])
+
+    for _ in range(2):
+        wait_for(lambda: held() == 0)
+        assert _share(engine.predict(volume(5), PLAIN).logits.float(), before.float()) < 1e-3
+        assert held() > 0
+    engine.disconnect()
 
 
 def test_logits_on_the_gpu_are_exported_as_those_on_the_cpu(cuda: torch.device) -> None:

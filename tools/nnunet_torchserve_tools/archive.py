@@ -95,6 +95,7 @@ class ServingSettings:
         golden_interval_s: seconds between two checks of the golden patch in a running engine; ``None``: at its start.
         cache_bytes: preprocessed volumes that an engine keeps for later requests with the same image.
         single_flight: equal requests at the same time are computed once.
+        unload_after_s: seconds without a request after which an engine unloads its networks; ``None``: never.
     """
 
     workers: int | None = None
@@ -106,6 +107,7 @@ class ServingSettings:
     golden_interval_s: float | None = None
     cache_bytes: int = 0
     single_flight: bool = False
+    unload_after_s: float | None = None
 
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
@@ -122,6 +124,7 @@ class ServingSettings:
                 "golden_interval_s": self.golden_interval_s,
                 "cache_bytes": self.cache_bytes,
                 "single_flight": self.single_flight,
+                "unload_after_s": self.unload_after_s,
             },
         }
         return yaml.safe_dump(document, sort_keys=False)

@@ -82,6 +82,10 @@ def archive(
     single_flight: Annotated[
         bool, typer.Option("--single-flight", help="Compute equal requests that come at the same time once.")
     ] = False,
+    unload_after: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Minutes without a request after which the weights leave the memory."),
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
@@ -96,6 +100,7 @@ def archive(
         golden_interval_s=None if golden_interval is None else golden_interval * 60,
         cache_bytes=cache * _MIB,
         single_flight=single_flight,
+        unload_after_s=None if unload_after is None else unload_after * 60,
     )
     request = ArchiveRequest(
         model_folder=model_folder,

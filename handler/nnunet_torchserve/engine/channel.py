@@ -49,6 +49,7 @@ class EngineSettings(BaseModel):
         machine_bytes: memory that the cases of all engines may take together.
         golden_interval_s: seconds between two checks of the golden patch; ``None``: it is checked at the start only.
         cache_bytes: of preprocessed volumes that are kept for later cases.
+        unload_after_s: seconds without a case after which the networks give their memory back; ``None``: never.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +63,7 @@ class EngineSettings(BaseModel):
     waiting_cases: int
     golden_interval_s: Annotated[float, Field(gt=0)] | None = None
     cache_bytes: Annotated[int, Field(ge=0)] = 0
+    unload_after_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class ChannelError(Exception):

@@ -3,6 +3,10 @@
 Commands arrive in a queue and are obeyed between two passes, in order. Outcomes go straight to the worker's
 connection. A case that fails in any step fails alone; if the device itself fails, the process ends at once, and the
 workers start another one.
+
+If the archive says so, the networks of a model that nobody asks are unloaded, and loaded again when a case is
+announced: it is decoded meanwhile. While they are loaded the thread is busy like in any pass, so a load that hangs is a
+hang. If there is no room for them, the cases that need them are refused, and the next one tries again.
 """
 
 from __future__ import annotations
@@ -14,19 +18,21 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from ..errors import BundleError, ServingError
+from ..bundle import OpenWeights
+from ..errors import BundleError, Busy, OutOfMemory, ServingError
 from . import channel
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
 from .channel import Done, Failed, Message, Submit
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .ledger import Ledger
+from .network import peak_bytes
 from .tally import Level, Tally, Total
 
 logger = logging.getLogger(__name__)
@@ -39,12 +45,24 @@ _IDLE_S = 1.0
 _LARGE_BYTES = 256 * 1024**2
 """What such a case leaves in the allocator is worth to be given back at once: others were granted it."""
 
+_CACHE_BYTES = 256 * 1024**2
+"""What an idle engine may keep of a GPU for its next pass, which would wait for the driver to get it anew."""
+
+_NO_ROOM_RETRY_S = 10
+
 
 class Worker(Protocol):
     """Who waits for a case."""
 
     def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
         """Send the message and the descriptors; ``False`` if nobody waits any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """A case has come and will need the networks, until it is dropped."""
+
+    case_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,9 @@ class Drop:
     case_id: int
 
 
+Command = Expect | Admit | Drop
+
+
 class Compute:
     """Predicts admitted cases in a thread of its own."""
 
@@ -76,6 +97,8 @@ class Compute:
         tally: Tally,
         check: Callable[[], None] = lambda: None,
         check_interval_s: float | None = None,
+        weights: OpenWeights | None = None,
+        unload_after_s: float | None = None,
     ) -> None:
         """Take the core over.
 
@@ -86,12 +109,17 @@ class Compute:
             tally: where it notes what it does.
             check: of the golden patch; raises where the networks would give wrong segmentations.
             check_interval_s: between two checks; ``None`` checks no more.
+            weights: of the networks; needed if these are to be unloaded.
+            unload_after_s: without a case that has come and not left; ``None`` never unloads.
         """
         self._core = core
         self._tally = tally
+        self._device_bytes = device_bytes
         self._memory = _DeviceMemory(core.networks.device, device_ledger, device_bytes)
         tally.level(Level.DEVICE_BYTES, self._memory.total)
-        self._commands: queue.SimpleQueue[Admit | Drop] = queue.SimpleQueue()
+        tally.level(Level.NETWORKS_LOADED, 1)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._expected: set[int] = set()
         self._workers: dict[int, Worker] = {}
         self._results: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
@@ -99,6 +127,11 @@ class Compute:
         self._stepped_s = 0.0
         self._check, self._check_interval_s = check, check_interval_s or math.inf
         self._next_check = time.monotonic() + self._check_interval_s
+        self._weights = weights
+        self._unload_after_s = unload_after_s if weights is not None and unload_after_s is not None else math.inf
+        self._unload_at = time.monotonic() + self._unload_after_s
+        self._unloads = self._reloads = 0
+        self._reloading_s = 0.0
         self._malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
 
@@ -106,7 +139,7 @@ class Compute:
         """Begin to obey."""
         self._thread.start()
 
-    def put(self, command: Admit | Drop) -> None:
+    def put(self, command: Command) -> None:
         """Hand a command over; any thread may."""
         self._commands.put(command)
 
@@ -143,6 +176,7 @@ class Compute:
         with suppress(queue.Empty):
             while True:
                 self._obey(self._commands.get_nowait())
+        self._unload_if_due()
         began = time.monotonic()
         outcomes = self._core.step(began)
         self._stepped_s += time.monotonic() - began
@@ -159,43 +193,106 @@ class Compute:
         tally.total(Total.SHARED_BATCHES, core.shared_batches)
         tally.total(Total.BUSY_MICROSECONDS, round(self._stepped_s * 1e6))
         tally.level(Level.PASSES_REMAINING, core.remaining)
+        tally.total(Total.UNLOADS, self._unloads)
+        tally.total(Total.RELOADS, self._reloads)
+        tally.total(Total.RELOADING_MICROSECONDS, round(self._reloading_s * 1e6))
+        tally.level(Level.NETWORKS_LOADED, int(core.networks.loaded))
 
-    def _next_command(self) -> Admit | Drop | None:
-        """Wait for work, at most until a check is due.
+    def _next_command(self) -> Command | None:
+        """Wait for work, at most until something else is due.
 
         After a while without any the memory of the last pass goes back to the system.
         """
         with suppress(queue.Empty):
-            return self._commands.get(timeout=min(_IDLE_S, self._until_check_s()))
+            return self._commands.get(timeout=min(_IDLE_S, self._until_due_s()))
         self._give_memory_back()
+        if not self._expected:
+            self._memory.give_cache_back()
         with suppress(queue.Empty):
-            return self._commands.get(timeout=self._until_check_s() if self._next_check < math.inf else None)
+            due_s = self._until_due_s()
+            return self._commands.get(timeout=due_s if due_s < math.inf else None)
         return None
 
-    def _until_check_s(self) -> float:
-        return max(0.0, self._next_check - time.monotonic())
+    def _until_due_s(self) -> float:
+        """Seconds until the golden patch is to be checked, or the networks to be unloaded."""
+        return max(0.0, min(self._next_check, self._unload_at) - time.monotonic())
 
     def _check_if_due(self) -> None:
         """Compute the golden patch again. A mismatch ends this engine; the next one is checked when it starts."""
         if time.monotonic() < self._next_check:
             return
-        try:
+        with _ending_if_wrong():
             self._check()
-        except BundleError as error:
-            logger.critical("the engine ends: %s", error)
-            os._exit(1)
         self._next_check = time.monotonic() + self._check_interval_s
+
+    def _unload_if_due(self) -> None:
+        if time.monotonic() < self._unload_at or len(self._core):
+            return
+        self._unload()
+        self._unloads += 1
+        logger.info("networks unloaded after %g s without a case", self._unload_after_s)
+
+    def _unload(self) -> None:
+        """Nothing is due any more until they are loaded again."""
+        self._core.networks.unload()
+        self._give_memory_back()
+        self._memory.hold_networks(0)
+        self._next_check = self._unload_at = math.inf
+
+    def _load(self) -> bool:
+        """Load unloaded networks and check them; ``False`` if there is no room for them now.
+
+        Raises:
+            Exception: the device or the disk has failed: this engine has nothing to serve with.
+        """
+        networks, began = self._core.networks, time.monotonic()
+        if networks.loaded or self._weights is None:
+            return True
+        self._memory.hold_networks(self._device_bytes)  # first: what others place meanwhile must leave this room
+        try:
+            with _ending_if_wrong():
+                networks.load(self._weights.read)
+                self._check()
+            self._device_bytes = peak_bytes(networks, self._core.batch)
+        except Exception as error:
+            if not isinstance(as_serving_error(error), OutOfMemory):
+                raise
+        else:
+            self._memory.hold_networks(self._device_bytes)
+            self._next_check = time.monotonic() + self._check_interval_s
+            self._reloads += 1
+            self._reloading_s += time.monotonic() - began
+            logger.info("networks loaded again in %.2f s", time.monotonic() - began)
+            return True
+        # out here what the failed attempt held is free
+        self._unload()
+        logger.warning("no memory to load the networks again; the next case will try")
+        return False
 
     def _give_memory_back(self) -> None:
         if self._malloc_trim is not None:
             self._malloc_trim(0)
 
-    def _obey(self, command: Admit | Drop) -> None:
-        if isinstance(command, Drop):
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Expect):
+            self._expected.add(command.case_id)
+            self._load()
+        elif isinstance(command, Drop):
             self._core.drop(command.case_id)
             self._end(command.case_id)
-            return
+            self._expected.discard(command.case_id)
+        else:
+            self._admit(command)
+        if self._core.networks.loaded:
+            self._unload_at = math.inf if self._expected else time.monotonic() + self._unload_after_s
+
+    def _admit(self, command: Admit) -> None:
         self._workers[command.case_id] = command.worker
+        if not self._load():
+            os.close(command.descriptor)
+            msg = "the model was idle, and there is no memory to load its networks again now; try again later"
+            self._fail(command.case_id, Busy(msg, _NO_ROOM_RETRY_S))
+            return
         try:
             with self._core.blaming(command.case_id):
                 self._core.admit(self._case(command))
@@ -253,7 +350,7 @@ class Compute:
         self._end(case.case_id, done, [self._results[case.case_id]])
 
     def _fail(self, case_id: int, error: ServingError) -> None:
-        self._end(case_id, Failed(code=error.code, detail=str(error)))
+        self._end(case_id, Failed(code=error.code, detail=str(error), retry_after_s=error.retry_after_s))
 
     def _end(self, case_id: int, message: Message | None = None, descriptors: Sequence[int] = ()) -> None:
         """Tell the worker, if it is still there, and keep nothing of the case."""
@@ -271,7 +368,7 @@ class _DeviceMemory:
     """A GPU's memory, shared with other engines. A CPU's is the host's, which admission keeps."""
 
     def __init__(self, device: torch.device, ledger: Ledger, networks: int) -> None:
-        self._ledger, self._networks = ledger, networks
+        self._device, self._ledger, self._networks = device, ledger, networks
         self._cases: dict[int, int] = {}
         self._cuda = device.type == "cuda"
         self.total = 0
@@ -305,5 +402,37 @@ class _DeviceMemory:
         if self._cases.pop(case_id, None) is not None:
             self._ledger.hold(self._held())
 
+    def hold_networks(self, size: int) -> None:
+        """The networks and one forward pass take as much from now on, 0 if they were unloaded."""
+        self._networks = size
+        if self._cuda:
+            if not size:
+                torch.cuda.empty_cache()
+            self._ledger.hold(self._held())
+
+    def give_cache_back(self) -> None:
+        """Free what the allocator keeps for the next pass, if it is much."""
+        if self._cuda:
+            reserved, allocated = (
+                ask(self._device) for ask in (torch.cuda.memory_reserved, torch.cuda.memory_allocated)
+            )
+            if is_worth_freeing(reserved, allocated):
+                torch.cuda.empty_cache()
+
     def _held(self) -> int:
         return self._networks + sum(self._cases.values())
+
+
+def is_worth_freeing(reserved: int, allocated: int) -> bool:
+    """Whether an idle engine keeps too much of its GPU: bytes that its allocator has, and that tensors use of them."""
+    return reserved - allocated > _CACHE_BYTES
+
+
+@contextmanager
+def _ending_if_wrong() -> Iterator[None]:
+    """End the process if the networks turn out to give wrong segmentations, or their weights to be others."""
+    try:
+        yield
+    except BundleError as error:
+        logger.critical("the engine ends: %s", error)
+        os._exit(1)

@@ -6,7 +6,7 @@ which costs time and makes concurrent requests impossible.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -37,7 +37,11 @@ _GOLDEN_SAMPLES = 4096
 
 
 class FoldNetworks:
-    """Every fold's network, in evaluation mode on one device. Not thread-safe: one thread runs it."""
+    """Every fold's network, in evaluation mode on one device. Not thread-safe: one thread runs it.
+
+    Its weights can be given up and loaded again. What the archive does not hold (the modules themselves, and buffers
+    that no state dict has) stays, so that nothing but the archive's weights is needed.
+    """
 
     def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
         """Build and load all folds.
@@ -58,6 +62,43 @@ class FoldNetworks:
                 msg = f"the weights of fold {fold} do not fit the network that plans.json describes"
                 raise BundleError(msg) from error
             self._networks[fold] = network.to(device).eval().requires_grad_(False)
+        self._given_up: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the networks have their weights; without them no pass may be made."""
+        return not self._given_up
+
+    def unload(self) -> None:
+        """Give the weights' memory up."""
+        if not self.loaded:
+            return
+        stored = {id(each): each for network in self.modules for each in network.state_dict(keep_vars=True).values()}
+        self._given_up = [(tensor, torch.empty_like(tensor, device="meta")) for tensor in stored.values()]
+        self._empty()
+
+    def load(self, weights: Callable[[FoldName], Mapping[str, torch.Tensor]]) -> None:
+        """Load the weights again, in the memory layout that they had; if that fails, none is loaded.
+
+        Args:
+            weights: the state dict of a fold, as the networks had it.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError says so.
+        """
+        try:
+            for tensor, layout in self._given_up:
+                tensor.data = torch.empty_like(layout, device=self.device)
+            for fold, network in self._networks.items():
+                network.load_state_dict(weights(fold))
+        except BaseException:
+            self._empty()
+            raise
+        self._given_up = []
+
+    def _empty(self) -> None:
+        for tensor, _ in self._given_up:
+            tensor.data = tensor.new_empty(0)
 
     @property
     def modules(self) -> Collection[torch.nn.Module]:

@@ -72,7 +72,7 @@ def _load(
 ) -> Switchboard:
     import torch
 
-    from ..bundle import ModelBundle
+    from ..bundle import ModelBundle, OpenWeights
     from ..environment import refuse_faults_outside_tests
     from . import channel
     from .compute import Compute
@@ -94,7 +94,8 @@ def _load(
     core = EngineCore(networks, batch, policy, record.write, Faults.from_environment())
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
     logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
-    golden = read_golden(bundle)  # now: unregistering the model deletes the file
+    golden = read_golden(bundle)  # now: unregistering the model deletes the file, and those of the weights
+    weights = OpenWeights(bundle) if settings.unload_after_s is not None else None
     tally = Tally()
     tally.total(Total.RESTARTS, restarts)
     compute = Compute(
@@ -104,6 +105,8 @@ def _load(
         tally,
         lambda: check_golden(networks, golden),
         settings.golden_interval_s,
+        weights,
+        settings.unload_after_s,
     )
     return Switchboard(folder, listener, compute, settings, record_fd, life, tally)
 

@@ -127,6 +127,7 @@ class RemoteEngine:
         limits: Limits | None = None,
         golden_interval_s: float | None = None,
         cache_bytes: int = 0,
+        unload_after_s: float | None = None,
         counts: Counts | None = None,
         on_tally: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -140,6 +141,7 @@ class RemoteEngine:
             limits: what all cases may take together.
             golden_interval_s: see :class:`~.channel.EngineSettings`.
             cache_bytes: see there too.
+            unload_after_s: see :class:`~.channel.EngineSettings`.
             counts: where strikes are counted.
             on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
                 that engine, which is valid during the call.
@@ -160,6 +162,7 @@ class RemoteEngine:
             waiting_cases=limits.waiting_cases,
             golden_interval_s=golden_interval_s,
             cache_bytes=cache_bytes,
+            unload_after_s=unload_after_s,
         )
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
         versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]

@@ -6,7 +6,8 @@ that an earlier case left (:mod:`.cache`); in its place, the answer of an equal 
 
 Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
 thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
-order; nothing comes back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
+order; a case's first one when it reserves, so that unloaded networks are loaded while it is decoded. Nothing comes
+back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
 are those around a connection's sends and its closing; nothing is called under them but the socket. How many passes of
 a case are done is a number that this thread reads and the compute thread writes: progress costs the passes nothing.
 
@@ -51,7 +52,7 @@ from .channel import (
     Submit,
     Wanted,
 )
-from .compute import Admit, Compute, Drop
+from .compute import Admit, Compute, Drop, Expect
 from .flights import Flights
 from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
@@ -301,6 +302,7 @@ class Switchboard:
             self._leave(connection)
             return
         connection.state, connection.passes_ahead = _State.WAITING, claim.passes
+        self._compute.put(Expect(claim.number))
         self._grant()
         if connection.watched and connection.state is _State.WAITING:
             self._beat([connection])

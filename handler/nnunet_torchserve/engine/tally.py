@@ -35,6 +35,12 @@ class Total(IntEnum):
     SLOTS = 4
     SHARED_BATCHES = 5
     BUSY_MICROSECONDS = 6
+    UNLOADS = 7
+    RELOADS = 8
+    """Loads on demand, after the networks were unloaded."""
+
+    RELOADING_MICROSECONDS = 9
+    """Of these loads, the check of the golden patch included."""
 
 
 class Level(IntEnum):
@@ -63,6 +69,9 @@ class Level(IntEnum):
 
     CASES_FOLLOWING = 7
     """Cases that wait for the answer of an equal one."""
+
+    NETWORKS_LOADED = 8
+    """1, or 0 while the networks are unloaded."""
 
 
 _SIZE = (2 * len(Total) + len(Level)) * torch.int64.itemsize
