@@ -209,8 +209,12 @@ def _metrics(context: Any) -> Any:
 
 def _device(gpu_id: Any, torch: Any) -> Any:
     """``cuda:<gpu_id>`` as TorchServe assigned it, else the CPU; TorchServe does not set CUDA_VISIBLE_DEVICES."""
+    from nnunet_torchserve.engine.faults import stand_in_device
+
     if gpu_id is None or int(gpu_id) < 0:
         return torch.device("cpu")
+    if (stand_in := stand_in_device(int(gpu_id))) is not None:
+        return stand_in
     if not torch.cuda.is_available() or int(gpu_id) >= torch.cuda.device_count():
         msg = f"TorchServe assigned GPU {gpu_id}, but this PyTorch sees {torch.cuda.device_count()}; use --device cpu"
         raise RuntimeError(msg)

@@ -265,7 +265,7 @@ def test_a_hung_engine_that_never_said_hello_is_killed(
     [running] = engines(runtime)
     running.suspend()
     first.disconnect()
-    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", 1.0)
+    monkeypatch.setattr(remote, "HELLO_LIMIT_S", 1.0)
     with pytest.raises(NoEngine):
         connect(bundle)
     assert not psutil.wait_procs([running], 5)[1]

@@ -79,6 +79,7 @@ def running(
     workers: int = 1,
     body_limit: int | None = None,
     testing: bool = False,
+    device: launcher.DeviceKind = launcher.DeviceKind.CPU,
 ) -> Iterator[LiveServer]:
     """Start a server, and stop it in the end."""
     server = launcher.start(
@@ -87,7 +88,7 @@ def running(
             models,
             state_dir,
             launcher.free_ports(),
-            device=launcher.DeviceKind.CPU,
+            device=device,
             workers=workers,
             body_limit=body_limit,
             heap=1024**3,

@@ -96,6 +96,7 @@ class ServingSettings:
         cache_bytes: preprocessed volumes that an engine keeps for later requests with the same image.
         single_flight: equal requests at the same time are computed once.
         unload_after_s: seconds without a request after which an engine unloads its networks; ``None``: never.
+        device_ids: GPUs that serve the model, in TorchServe's numbers; ``None``: all. Without meaning on a CPU.
     """
 
     workers: int | None = None
@@ -108,11 +109,13 @@ class ServingSettings:
     cache_bytes: int = 0
     single_flight: bool = False
     unload_after_s: float | None = None
+    device_ids: tuple[int, ...] | None = None
 
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
         workers = {} if self.workers is None else {"minWorkers": self.workers, "maxWorkers": self.workers}
-        document = workers | {
+        devices = {} if self.device_ids is None else {"deviceIds": list(self.device_ids)}
+        document = (workers | devices) | {
             "batchSize": 1,
             "maxBatchDelay": 1,
             "responseTimeout": self.response_timeout_s,
@@ -190,6 +193,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(plans["image_reader_writer"]))
+    check_device_ids(request.serving.device_ids)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -372,6 +376,19 @@ def _check_orientation(letters: str | None, reader: str) -> None:
     if (own := REORIENTING_READERS.get(reader, letters)) != letters:
         msg = f"--input-orientation {letters}: the plan's reader {reader} brings every image into {own} itself"
         raise UsageError(msg)
+
+
+def check_device_ids(ids: object) -> tuple[int, ...]:
+    """GPU numbers as TorchServe takes them, which drops the whole list and says so in its log only; empty for none.
+
+    Raises:
+        UsageError: they are no list of different numbers from 0.
+    """
+    numbers = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+    if any(type(each) is not int or each < 0 for each in numbers) or len(set(numbers)) != len(numbers):
+        msg = f"deviceIds {ids}: different numbers from 0, separated by commas, were expected"
+        raise UsageError(msg)
+    return tuple(numbers)
 
 
 def _default_name(plans: Mapping[str, Any], configuration: str) -> str:

@@ -86,6 +86,10 @@ def archive(
         float | None,
         typer.Option(min=0.001, help="Minutes without a request after which the weights leave the memory."),
     ] = None,
+    device_ids: Annotated[
+        str | None,
+        typer.Option(help="GPUs that serve the model, as 1,2; default: all. Without meaning with serve --device cpu."),
+    ] = None,
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
@@ -101,6 +105,7 @@ def archive(
         cache_bytes=cache * _MIB,
         single_flight=single_flight,
         unload_after_s=None if unload_after is None else unload_after * 60,
+        device_ids=_device_ids(device_ids),
     )
     request = ArchiveRequest(
         model_folder=model_folder,
@@ -244,6 +249,16 @@ def _folds(text: str | None) -> tuple[FoldName, ...] | None:
         return tuple("all" if fold.strip() == "all" else int(fold) for fold in text.split(","))
     except ValueError as error:
         msg = f"--folds {text}: numbers separated by commas, or all, were expected"
+        raise UsageError(msg) from error
+
+
+def _device_ids(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        msg = f"--device-ids {text}: numbers separated by commas were expected"
         raise UsageError(msg) from error
 
 

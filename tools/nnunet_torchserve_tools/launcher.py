@@ -41,7 +41,7 @@ from nnunet_torchserve.environment import (
 )
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
 
-from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME
+from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME, check_device_ids
 from .errors import ToolError, UsageError
 from .java import java_home
 from .sizing import compute_sizes
@@ -111,20 +111,37 @@ class ServeRequest:
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """What the launcher needs of a .mar file; ``workers`` is ``None`` if it does not say."""
+    """What the launcher needs of a .mar file.
+
+    Attributes:
+        name, version: TorchServe's.
+        file: in the model store.
+        workers: in all; ``None`` if it does not say.
+        device_ids: the GPUs that serve it; empty for all.
+    """
 
     name: str
     version: str
     file: str
     workers: int | None
+    device_ids: tuple[int, ...] = ()
+
+    def gpus_of(self, gpus: int) -> int:
+        """How many of so many GPUs serve it."""
+        return min(gpus, len(self.device_ids) or gpus)
 
     def workers_on(self, gpus: int, asked: int | None) -> int:
         """TorchServe workers on that many GPUs, or on the CPU."""
+        gpus = self.gpus_of(gpus)
         if asked is not None:
             return asked * max(1, gpus)
         if self.workers is not None:
             return max(self.workers, gpus)
         return WORKERS_PER_GPU * gpus or WORKERS_ON_CPU
+
+    def workers_on_one(self, gpus: int, asked: int | None) -> int:
+        """The workers that share an engine, at most."""
+        return -(-self.workers_on(gpus, asked) // max(1, self.gpus_of(gpus)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +178,8 @@ def start(request: ServeRequest) -> Server:
     """Start TorchServe and return when every worker of every model is READY.
 
     Raises:
-        UsageError: a missing archive or model store, sizes that do not fit, a server that runs already.
+        UsageError: a missing archive or model store, sizes that do not fit, a server that runs already, an archive for
+            a GPU that is not there.
         ToolError: a taken port, no Java, CUDA without a GPU, a model that does not load.
     """
     if not request.testing and os.environ.get(FAULTS_VARIABLE):
@@ -174,7 +192,9 @@ def start(request: ServeRequest) -> Server:
     gpus = _gpus(request.device)
     base_config = _base_config(request.config)
     archives = find_archives(request.model_store, request.models)
+    _check_gpus(archives, gpus)
     workers = {archive: archive.workers_on(gpus, request.workers) for archive in archives}
+    default_workers = (request.workers or (WORKERS_PER_GPU if gpus else WORKERS_ON_CPU)) * max(1, gpus)
     queue = request.queue or 2 * max(workers.values())
     held = sum(workers.values()) + queue * len(archives)
     sizes = compute_sizes(total_memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
@@ -214,7 +234,7 @@ def start(request: ServeRequest) -> Server:
         "vmargs": f"-Xmx{heap}m -XX:MaxDirectMemorySize={heap}m -XX:+ExitOnOutOfMemoryError",
         "initial_worker_port": _worker_ports(),
         "number_of_gpu": gpus,
-        "default_workers_per_model": WORKERS_PER_GPU * gpus or WORKERS_ON_CPU,
+        "default_workers_per_model": default_workers,
     }
     metrics = state_dir / "metrics.yaml"
     metrics.write_text(_packaged("metrics.yaml"))
@@ -222,7 +242,7 @@ def start(request: ServeRequest) -> Server:
         settings["metrics_config"] = metrics
     config = state_dir / "config.properties"
     config.write_text(merge_properties(base_config, settings))
-    waiting_cases = max(workers.values()) // max(1, gpus)
+    waiting_cases = max(archive.workers_on_one(gpus, request.workers) for archive in archives)
     limits = {"body_bytes": sizes.body_limit, "response_bytes": sizes.body_limit, "waiting_cases": waiting_cases}
     environment = _environment(java, temp_dir, log_dir, control_dir) | {LIMITS_VARIABLE: json.dumps(limits)}
     if request.testing:
@@ -231,7 +251,7 @@ def start(request: ServeRequest) -> Server:
     _write_state(state_dir, server)  # before there is anything that would have to be found again
     try:
         _launch(config, store, archives, environment, work_dir, log_dir)
-        _wait_ready(server, workers, {a: a.workers or a.workers_on(gpus, None) for a in archives})
+        _wait_ready(server, workers, {a: a.workers or default_workers for a in archives})
     except BaseException:
         stop(state_dir)
         raise
@@ -323,7 +343,11 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             archive.getinfo(BUNDLE_FILE)
             model = json.loads(archive.read(MANIFEST_FILE))["model"]
             config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
-        return Archive(name or model["modelName"], model["modelVersion"], file, config.get("minWorkers"))
+        ids = check_device_ids(config.get("deviceIds"))
+        return Archive(name or model["modelName"], model["modelVersion"], file, config.get("minWorkers"), ids)
+    except UsageError as error:
+        msg = f"{file}: {error}"
+        raise UsageError(msg) from error
     except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
@@ -371,6 +395,15 @@ def _gpus(device: DeviceKind) -> int:
         msg = "--device cuda was asked for, but no GPU is visible; use --device cpu or check the driver"
         raise ToolError(msg)
     return gpus
+
+
+def _check_gpus(archives: Sequence[Archive], gpus: int) -> None:
+    """Refuse what TorchServe would serve on every GPU; on a CPU there is nothing to choose from."""
+    for archive in archives:
+        if gpus and max(archive.device_ids, default=0) >= gpus:
+            wanted = ", ".join(map(str, archive.device_ids))
+            msg = f"{archive.file} is for the GPUs {wanted} (deviceIds), and there are {gpus}, numbered from 0"
+            raise UsageError(msg)
 
 
 def free_ports() -> Ports:

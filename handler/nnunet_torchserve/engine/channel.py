@@ -42,7 +42,7 @@ class EngineSettings(BaseModel):
     """What an engine is started with; part of its identity.
 
     Attributes:
-        device: ``cpu`` or ``cuda:<n>``.
+        device: ``cpu`` or ``cuda:<n>``; ``cpu:<n>`` stands in for a GPU in tests.
         max_patch_batch: passes in a batch; ``auto`` probes what is fastest on CUDA, and is 1 on a CPU.
         policy: of :class:`~.scheduler.Policy`.
         memory_bytes, passes, waiting_cases: see :class:`~..limits.Limits`.

@@ -1,15 +1,18 @@
 """Faults that a test orders: what cannot be provoked from outside, such as a case that kills the engine.
 
-``NNUNET_TORCHSERVE_FAULTS`` holds a JSON list of :class:`Fault`. The launcher refuses to start with the variable set
-unless it is told that this is a test, and a worker refuses to load.
+``NNUNET_TORCHSERVE_FAULTS`` holds a JSON list of :class:`Fault`, :class:`LoadFails` and :class:`StandIn`. The launcher
+refuses to start with the variable set unless it is told that this is a test, and a worker refuses to load.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -26,6 +29,7 @@ class Kind(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     NAN = "nan"
     SPOIL = "spoil"
+    HANG = "hang"
 
 
 class Fault(BaseModel):
@@ -35,6 +39,7 @@ class Fault(BaseModel):
         kind: see :class:`Kind`.
         shape: (C, z, y, x) of the case on the network's grid, before padding.
         times: how often in an engine's life; ``None`` is always.
+        device: only in this device's engines, such as ``cpu:1``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -42,21 +47,81 @@ class Fault(BaseModel):
     kind: Kind
     shape: tuple[int, int, int, int]
     times: int | None = None
+    device: str | None = None
+
+
+class LoadFails(BaseModel):
+    """An engine that follows one that died does not load.
+
+    Attributes:
+        device: only this device's.
+        while_exists: only while there is this file; ``None`` is always.
+        dies: without a word; else it says why.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["load_fails"] = "load_fails"
+    device: str | None = None
+    while_exists: Path | None = None
+    dies: bool = False
+
+
+class StandIn(BaseModel):
+    """The CPU stands in for GPUs: number 0 of TorchServe's is ``cpu:0``, and so on.
+
+    Attributes:
+        devices: as many of them.
+        busy_limit_s: in place of the CPU's own, :func:`~.switchboard.busy_limit_s`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["stand_in"] = "stand_in"
+    devices: int
+    busy_limit_s: float | None = None
+
+
+_Entry = Fault | LoadFails | StandIn
+
+
+def _entries(environ: Mapping[str, str]) -> list[_Entry]:
+    return TypeAdapter(list[_Entry]).validate_json(environ.get(FAULTS_VARIABLE) or "[]")
+
+
+def stand_in_device(number: int, environ: Mapping[str, str] = os.environ) -> torch.device | None:
+    """What stands in for a GPU, if anything does."""
+    stands_in = any(isinstance(entry, StandIn) and number < entry.devices for entry in _entries(environ))
+    return torch.device("cpu", number) if stands_in else None
 
 
 class Faults:
     """The faults of one engine's life."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self._left = [(fault, fault.times) for fault in faults]
+    def __init__(self, faults: Sequence[_Entry]) -> None:
+        self._left = [(fault, fault.times) for fault in faults if isinstance(fault, Fault)]
+        self._load_fails = [fault for fault in faults if isinstance(fault, LoadFails)]
+        limits = [entry.busy_limit_s for entry in faults if isinstance(entry, StandIn)]
+        self.busy_limit_s = limits[0] if limits else None
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Faults:
-        """What the variable orders; nothing where it is not set."""
-        return cls(TypeAdapter(list[Fault]).validate_json(environ.get(FAULTS_VARIABLE) or "[]"))
+    def from_environment(cls, device: str, environ: Mapping[str, str] = os.environ) -> Faults:
+        """What the variable orders for a device's engine; nothing where it is not set."""
+        return cls([each for each in _entries(environ) if isinstance(each, StandIn) or each.device in (None, device)])
+
+    def before_load(self, *, follows_a_death: bool) -> None:
+        """Raise or die if the engine is not to load."""
+        for fault in self._load_fails:
+            if follows_a_death and (fault.while_exists is None or fault.while_exists.exists()):
+                if fault.dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                msg = "ordered by a test"
+                raise RuntimeError(msg)
 
     def before_pass(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Raise or die if a fault is due for one of the cases."""
+        """Raise, die or never return if a fault is due for one of the cases."""
+        if self._due(Kind.HANG, shapes):
+            threading.Event().wait()
         if self._due(Kind.KILL, shapes):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._due(Kind.OUT_OF_MEMORY, shapes):

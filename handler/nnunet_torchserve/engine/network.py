@@ -49,7 +49,7 @@ class FoldNetworks:
         Raises:
             BundleError: the weights do not fit the network that the plans describe.
         """
-        self.device = device
+        self.device = device if device.type != "cpu" else torch.device("cpu")  # there is one, whatever its number
         self.patch_size = bundle.patch_size
         self.classes = bundle.classes
         self.input_channels = int(determine_num_input_channels(bundle.plans, bundle.configuration, bundle.dataset))

@@ -81,17 +81,19 @@ def _load(
     from .ledger import Ledger
     from .network import check_golden, device_name, load_networks, peak_bytes, probe_batch, read_golden
     from .scheduler import Policy
-    from .switchboard import Switchboard
+    from .switchboard import Switchboard, busy_limit_s
     from .tally import Tally, Total
 
     refuse_faults_outside_tests()
     settings = channel.EngineSettings.model_validate_json(settings_text)
     bundle = ModelBundle(model_dir)
+    faults = Faults.from_environment(settings.device)
+    faults.before_load(follows_a_death=restarts > 0)
     networks = load_networks(bundle, torch.device(settings.device))
     batch = probe_batch(networks) if settings.max_patch_batch == "auto" else settings.max_patch_batch
     record, record_fd = channel.FlightRecord.create()
     policy = Policy(settings.policy)
-    core = EngineCore(networks, batch, policy, record.write, Faults.from_environment())
+    core = EngineCore(networks, batch, policy, record.write, faults)
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
     logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
     golden = read_golden(bundle)  # now: unregistering the model deletes the file, and those of the weights
@@ -108,7 +110,8 @@ def _load(
         weights,
         settings.unload_after_s,
     )
-    return Switchboard(folder, listener, compute, settings, record_fd, life, tally)
+    limit_s = faults.busy_limit_s or busy_limit_s(settings.device)
+    return Switchboard(folder, listener, compute, settings, record_fd, life, tally, limit_s)
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:

@@ -6,7 +6,8 @@ they last. A connection that was in use when something went wrong is closed, whi
 Faults. If the engine dies, or is silent for ``SILENCE_S``, the worker kills what is left of it, starts another and
 hands its case in again, from the beginning. The flight record says whose passes were running: only those cases get a
 strike, run alone from then on, and fail with their second strike. A death without a strike costs a case nothing but
-time, up to ``MAX_DEATHS``. Its memory stays granted: the next engine charges it without asking.
+time, up to ``MAX_DEATHS``. Its memory stays granted: the next engine charges it without asking. If no engine can be
+started any more, :mod:`.outage` keeps the workers of that device from trying all the time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -42,6 +44,7 @@ from ..limits import Limits, memory_for_cases
 from ..telemetry import STRIKES, Counts
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
+from .outage import Outage
 from .prediction import NO_KEYS, KeptVolume, Keys, Prediction, Reservation, SharedAnswer, Watcher
 from .scheduler import Policy
 
@@ -51,7 +54,19 @@ SILENCE_S = 10.0
 """Ten heartbeats; without them the engine counts as hung."""
 
 CONNECT_LIMIT_S = 300.0
-"""To load the networks of five folds from a slow disk and to check the golden patch."""
+"""From an engine's start to its hello: to load the networks of five folds from a slow disk and to check the golden
+patch."""
+
+HELLO_LIMIT_S = 30.0
+"""For the hello of an engine that has loaded: it comes at once, unless the engine hangs, or was killed and does not
+die."""
+
+MAX_LOADING_DEATHS = 3
+"""Engines that died before their hello while one worker waited for it."""
+
+HOLD_BACK_S = 2.0
+"""Before a request is refused during an outage: a worker that refused at once would empty TorchServe's queue, of
+requests that workers of other devices could take."""
 
 MAX_STRIKES = 2
 MAX_DEATHS = 8
@@ -66,6 +81,7 @@ engine gives it back when it is idle (:mod:`.compute`)."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 _WAIT_S = 0.5
+_LOOK_S = 0.1
 _SURROUNDINGS = ("CUDA_VISIBLE_DEVICES", FAULTS_VARIABLE, TESTING_VARIABLE)
 _RETRY_AFTER_S = 10
 
@@ -83,6 +99,10 @@ class _EngineGone(Exception):
     def __init__(self, *, in_batch: bool) -> None:
         super().__init__()
         self.in_batch = in_batch
+
+
+class _DiedLoading(Exception):
+    """An engine took the connection and ended before its hello."""
 
 
 @dataclass(slots=True)
@@ -172,6 +192,8 @@ class RemoteEngine:
         self._lock = threading.RLock()
         self._link: _Link | None = None
         self._claim = _UNCLAIMED
+        self._device, self._outage = str(device), Outage(runtime_dir() / self._name)
+        self._has_served = False
         with self._lock:
             self._connected(None)
 
@@ -420,33 +442,98 @@ class RemoteEngine:
         raise _ERRORS.get(failed.code, ServingError)(failed.detail, failed.retry_after_s)
 
     def _connected(self, deadline: float | None) -> _Link:
-        limit = time.monotonic() + CONNECT_LIMIT_S
-        pause = _FIRST_PAUSE_S
+        """The link; a new one to a living engine or to one that is started, unless there is an outage.
+
+        A worker that loads tries whatever others have noted: TorchServe tries it again less and less often.
+        """
         while self._link is None:
+            self._own_folder()  # before anything in it is believed
+            with self._outage.claim() if self._has_served else nullcontext(True) as may_try:
+                if may_try:
+                    self._link = self._found_or_started(deadline)
+            if self._link is None:
+                self._hold_back(deadline)
+        return self._link
+
+    def _own_folder(self) -> Path:
+        """The engine's own directory, made if it is not there."""
+        while True:
+            with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
+                _private(runtime_dir())
+                return _private(runtime_dir() / self._name)
+
+    def _hold_back(self, deadline: float | None) -> None:
+        """Return as soon as the outage ends, but wait for that for a moment only.
+
+        Raises:
+            NoEngine: it goes on.
+        """
+        until = min(time.monotonic() + HOLD_BACK_S, math.inf if deadline is None else deadline)
+        while self._outage.read() is not None:
+            if (left := until - time.monotonic()) <= 0:
+                raise self._no_engine()
+            time.sleep(min(_LOOK_S, left))
+
+    def _no_engine(self) -> NoEngine:
+        msg = f"the engine of this model on {self._device} cannot be started for now; the server's log has the reason"
+        return NoEngine(msg, math.ceil(self._outage.retry_after_s()))
+
+    def _found_or_started(self, deadline: float | None) -> _Link | None:
+        """A link, ``None`` if another worker notes an outage meanwhile."""
+        try:
+            link = self._find_or_start(deadline)
+        except (BundleError, NoEngine) as error:
+            if not self._has_served:
+                raise
+            note = self._outage.fail()
+            pause = note.until - time.monotonic()
+            logger.exception("no engine on %s, failure %d: the next try in %.0f s", self._device, note.failures, pause)
+            raise self._no_engine() from error
+        self._has_served = self._has_served or link is not None
+        return link
+
+    def _find_or_start(self, deadline: float | None) -> _Link | None:
+        began = time.monotonic()
+        limit = began + CONNECT_LIMIT_S
+        pause = _FIRST_PAUSE_S
+        deaths = 0
+        while not (self._has_served and self._outage.stands()):
             if deadline is not None and time.monotonic() > deadline:
                 msg = "the time for this request ran out while an engine was started"
                 raise Deadline(msg)
-            with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
-                _private(runtime_dir())
-                folder = _private(runtime_dir() / self._name)
-                self._link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
-                if self._link is not None:
-                    break
+            try:
+                folder = self._own_folder()
+                started = self._outage.started()
+                limit = began + HELLO_LIMIT_S
+                if not self._outage.has_loaded(started):
+                    limit = max(limit, min(began, started or began) + CONNECT_LIMIT_S)
+                link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
+                if link is not None:
+                    self._outage.end(started)
+                    return link
                 self._start_engine(folder)
-            if time.monotonic() > limit:
+            except FileNotFoundError:  # somebody cleans the directory up at this moment
+                pass
+            except _DiedLoading:
+                deaths += 1
+            if time.monotonic() > limit or deaths >= MAX_LOADING_DEATHS:
                 msg = "no engine could be started in time; try again later"
                 raise NoEngine(msg, _RETRY_AFTER_S)
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 2)
-        return self._link
+        return None
 
     def _try_to_connect(self, folder: Path, patience: float, limit: float) -> _Link | None:
-        """A link to a loaded engine, ``None`` if nobody listens or the engine left before its hello.
+        """A link to a loaded engine, ``None`` if nobody listens or says hello.
 
         Args:
             folder: the engine's own directory.
             patience: monotonic seconds until which a hello is waited for.
             limit: after it an engine that has not said hello hangs, and is killed.
+
+        Raises:
+            _DiedLoading: the engine ended before its hello.
+            BundleError: it cannot serve.
         """
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         endpoint = channel.new_socket()
@@ -478,6 +565,8 @@ class RemoteEngine:
                 os.close(process)
             if isinstance(error, channel.ChannelError):
                 raise BundleError(str(error)) from error
+            if isinstance(error, ConnectionResetError):
+                raise _DiedLoading from error
             return None
         except BundleError:
             endpoint.close()
@@ -495,6 +584,7 @@ class RemoteEngine:
                 return
             environment = _MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
             command = [sys.executable, "-m", f"{__package__}.process", str(folder), *self._arguments]
+            self._outage.note_start()
             subprocess.run(
                 command,
                 env=environment,

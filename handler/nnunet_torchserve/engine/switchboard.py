@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
@@ -63,8 +63,10 @@ logger = logging.getLogger(__name__)
 IDLE_S = 5.0
 """After that long without a worker the engine leaves."""
 
-BUSY_LIMIT_S = 300.0
-"""A forward pass, or anything else that the compute thread does at a stretch, that lasts longer is a hang."""
+BUSY_LIMIT_S: Mapping[str, float] = {"cpu": 300.0, "cuda": 60.0}
+"""A forward pass, or anything else that the compute thread does at a stretch, that lasts longer is a hang. A pass takes
+a GPU well below a second, the first ones, which choose their algorithms, some; a CPU may take minutes for a large patch
+on busy cores."""
 
 _INHERITANCE_S = 2.0
 """After a death: cases that hold their memory already come first."""
@@ -74,6 +76,15 @@ _LOOK_AGAIN_S = 0.1
 
 _LONGEST_RETRY_S = 600
 _FLOAT32_BYTES = 4
+
+
+def busy_limit_s(device: str) -> float:
+    """The limit of a device, such as ``cpu``, ``cpu:1`` or ``cuda:0``; a CPU's for one of an unknown type.
+
+    >>> busy_limit_s("cuda:0"), busy_limit_s("cpu:1")
+    (60.0, 300.0)
+    """
+    return BUSY_LIMIT_S.get(device.partition(":")[0], BUSY_LIMIT_S["cpu"])
 
 
 class _State(Enum):
@@ -155,6 +166,7 @@ class Switchboard:
         record_fd: int,
         life: int,
         tally: Tally,
+        limit_s: float,
     ) -> None:
         """Take over a listening socket.
 
@@ -166,6 +178,7 @@ class Switchboard:
             record_fd: the flight record's descriptor, sent with every hello.
             life: what :func:`~.folder.take_life_lock` gave.
             tally: where it notes what it does; sent with every hello.
+            limit_s: of :func:`busy_limit_s`.
         """
         self._folder, self._listener, self._record_fd, self._life = folder, listener, record_fd, life
         self._selector = selectors.DefaultSelector()
@@ -180,6 +193,7 @@ class Switchboard:
         self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
         self._waits_since = math.inf
         self._compute = compute
+        self._busy_limit_s = limit_s
         self._tally = tally
         tally.total(Total.STARTS, 1)
 
@@ -397,7 +411,7 @@ class Switchboard:
             self._release(connection)
 
     def _beat(self, connections: Iterable[Connection]) -> None:
-        if self._compute.busy_for_s > BUSY_LIMIT_S:
+        if self._compute.busy_for_s > self._busy_limit_s:
             return
         for connection in connections:
             connection.beat(self._sign_of_life(connection))
