@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import time
@@ -37,7 +38,7 @@ FAILED = "the engine cannot serve"
 def test_the_pause_doubles_up_to_its_limit() -> None:
     pauses = [pause_s(failures) for failures in range(1, 12)]
     assert pauses[0] == FIRST_PAUSE_S == 5
-    assert all(later == min(2 * earlier, LONGEST_PAUSE_S) for earlier, later in zip(pauses, pauses[1:], strict=False))
+    assert all(later == min(2 * earlier, LONGEST_PAUSE_S) for earlier, later in itertools.pairwise(pauses))
     assert pauses[-1] == LONGEST_PAUSE_S == 300
 
 
@@ -103,17 +104,11 @@ def test_a_gpu_counts_as_hung_sooner_than_a_cpu() -> None:
 
 
 def test_faults_are_ordered_for_a_device_or_for_all() -> None:
-    entries = [
-        StandIn(devices=2, busy_limit_s=7),
-        LoadFails(device="cpu:1"),
-        Fault(kind=Kind.RAISE, shape=(1, 2, 3, 4)),
-    ]
+    raises = Fault(kind=Kind.RAISE, shape=(1, 2, 3, 4))
+    entries = [StandIn(devices=2, busy_limit_s=7), LoadFails(device="cpu:1"), raises]
     environ = {FAULTS_VARIABLE: json.dumps([each.model_dump(mode="json") for each in entries])}
-    assert [stand_in_device(number, environ) for number in range(3)] == [
-        torch.device("cpu", 0),
-        torch.device("cpu", 1),
-        None,
-    ]
+    stand_ins = [stand_in_device(number, environ) for number in range(3)]
+    assert stand_ins == [torch.device("cpu", 0), torch.device("cpu", 1), None]
     assert stand_in_device(0, {}) is None
     for device in ("cpu:0", "cpu:1"):
         faults = Faults.from_environment(device, environ)

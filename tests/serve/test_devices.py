@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
 
@@ -45,13 +46,15 @@ def start(
 ) -> Iterator[ChaosServer]:
     """A server with one worker a device, and an ``nvidia-smi`` that shows the stand-ins."""
     gpus = next(entry.devices for entry in faults if isinstance(entry, StandIn))
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
-        environment.setenv(FAULTS_VARIABLE, json.dumps([each.model_dump(mode="json") for each in faults]))
-        environment.setenv("PATH", nvidia_smi.search_path(folder, gpus))
-        environment.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        with running(store, folder / "state", models=models, device=device, testing=True) as live:
-            yield ChaosServer(live, folder / "run")
+    serving = running(store, folder / "state", models=models, device=device, testing=True)
+    with ExitStack() as until_the_end:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
+            environment.setenv(FAULTS_VARIABLE, json.dumps([each.model_dump(mode="json") for each in faults]))
+            environment.setenv("PATH", nvidia_smi.search_path(folder, gpus))
+            environment.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            live = until_the_end.enter_context(serving)
+        yield ChaosServer(live, folder / "run")
 
 
 def devices_of_workers(server: ChaosServer, model: str) -> list[int]:
@@ -124,7 +127,8 @@ def test_engines_are_where_workers_are(three: ChaosServer) -> None:
     wait_for(lambda: devices_of_engines(three, FLAT) == [f"cpu:{left}"])
     [stayed] = engines(three.runtime, FLAT)
     assert stayed in before
-    three.scale(FLAT, 3)
+    three.scale(FLAT, 1 + 3)  # a multiple of the devices more: TorchServe's counter goes round once
+    assert devices_of_workers(three, FLAT) == sorted([0, 1, 2, left])
     assert devices_of_engines(three, FLAT) == ["cpu:0", "cpu:1", "cpu:2"]
     assert stayed in engines(three.runtime, FLAT)
 

@@ -542,21 +542,7 @@ class RemoteEngine:
             endpoint.settimeout(max(0.1, patience - time.monotonic()))
             endpoint.connect(f"/proc/self/fd/{directory}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
-            received = channel.receive(endpoint)
-            if received is None:
-                raise ConnectionResetError
-            message, descriptors = received
-            if isinstance(message, channel.Refused):
-                raise BundleError(message.reason)
-            if not isinstance(message, channel.Hello) or message.protocol != channel.PROTOCOL:
-                msg = f"the engine said {message.kind} instead of hello"
-                raise BundleError(msg)
-            record, tally = descriptors
-            if self._on_tally is None:
-                os.close(tally)
-            else:
-                self._on_tally(tally, process)
-            return _Link(endpoint, process, channel.FlightRecord.map(record))
+            return _Link(endpoint, process, self._greeting(endpoint, process))
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:
@@ -574,6 +560,24 @@ class RemoteEngine:
             raise
         finally:
             os.close(directory)
+
+    def _greeting(self, endpoint: socket.socket, process: int) -> channel.FlightRecord:
+        """Wait for the engine's hello, and take what comes with it."""
+        received = channel.receive(endpoint)
+        if received is None:
+            raise ConnectionResetError
+        message, descriptors = received
+        if isinstance(message, channel.Refused):
+            raise BundleError(message.reason)
+        if not isinstance(message, channel.Hello) or message.protocol != channel.PROTOCOL:
+            msg = f"the engine said {message.kind} instead of hello"
+            raise BundleError(msg)
+        record, tally = descriptors
+        if self._on_tally is None:
+            os.close(tally)
+        else:
+            self._on_tally(tally, process)
+        return channel.FlightRecord.map(record)
 
     def _start_engine(self, folder: Path) -> None:
         """Start an engine unless somebody else does or one lives."""
