@@ -96,11 +96,19 @@ def test_equal_but_separate_tensors_are_no_aliases() -> None:
 def test_settings_go_to_model_config(folder: Path, tmp_path: Path) -> None:
     import yaml
 
-    serving = ServingSettings(workers=3, response_timeout_s=77, max_patch_batch=4)
+    serving = ServingSettings(workers=3, response_timeout_s=77, max_patch_batch=4, device_ids=(2, 0))
     [file] = make(folder, tmp_path, serving=serving)
     config = yaml.safe_load(zipfile.ZipFile(file).read("model-config.yaml"))
     assert (config["minWorkers"], config["maxWorkers"], config["batchSize"]) == (3, 3, 1)
     assert (config["responseTimeout"], config["handler"]["max_patch_batch"]) == (77, 4)
+    assert config["deviceIds"] == [2, 0]
+    assert "deviceIds" not in yaml.safe_load(ServingSettings().to_yaml())
+
+
+@pytest.mark.parametrize("ids", [(1, 1), (-1,)])
+def test_gpus_that_cannot_be_meant_are_refused(ids: tuple[int, ...], folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="different numbers from 0"):
+        make(folder, tmp_path, serving=ServingSettings(device_ids=ids))
 
 
 class Attack:
@@ -302,6 +310,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert missing.stderr.startswith("error: ")
     assert missing.stderr.count("\n") == 1
     assert runner.invoke(app, ["archive", str(tmp_path), "--folds", "one"]).exit_code == 2
+    assert runner.invoke(app, ["archive", str(tmp_path), "--device-ids", "0,one"]).exit_code == 2
 
 
 def test_the_input_orientation_is_recorded(folder: Path, tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import socket
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nnunet_torchserve.environment import FAULTS_VARIABLE
 from nnunet_torchserve_tools import launcher
+from nnunet_torchserve_tools.archive import MODEL_CONFIG_FILE
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
 from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
+from support import nvidia_smi
 
 
 @pytest.mark.parametrize("memory", [2, 4, 16, 64, 512])
@@ -109,6 +113,48 @@ def test_cuda_without_a_gpu_is_refused(model_store: Path, tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolError, match="no GPU"):
         launcher.start(replace(request(model_store, tmp_path), device=launcher.DeviceKind.CUDA))
+
+
+def test_workers_are_counted_by_device_of_the_archive() -> None:
+    everywhere = launcher.Archive("a", "1.0", "a.mar", None)
+    pinned = replace(everywhere, device_ids=(1, 2))
+    assert [everywhere.workers_on(gpus, None) for gpus in (0, 1, 3)] == [4, 8, 24]
+    assert [pinned.workers_on(gpus, None) for gpus in (0, 3)] == [4, 16]
+    assert [archive.workers_on(3, 5) for archive in (everywhere, pinned)] == [15, 10]
+    assert [archive.workers_on(0, 5) for archive in (everywhere, pinned)] == [5, 5]
+    assert [archive.workers_on_one(3, 5) for archive in (everywhere, pinned)] == [5, 5]
+    few = replace(everywhere, workers=4)
+    assert [few.workers_on(gpus, None) for gpus in (0, 3, 8)] == [4, 4, 8]
+    assert [few.workers_on_one(gpus, None) for gpus in (0, 3, 8)] == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ((1, 3), r"flat\.mar is for the GPUs 1, 3 \(deviceIds\), and there are 3, numbered from 0"),
+        ((1, 1), r"flat\.mar: deviceIds .*different numbers"),
+        ((-1,), r"flat\.mar: deviceIds .*from 0"),
+        (("0",), r"flat\.mar: deviceIds"),
+        ("all", r"flat\.mar: deviceIds all"),
+    ],
+)
+def test_an_archive_for_gpus_that_are_not_there_is_refused(
+    ids: object, reason: str, model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchServe would drop the list and serve the model on all."""
+    store = tmp_path / "store"
+    store.mkdir()
+    with zipfile.ZipFile(model_store / "flat.mar") as source, zipfile.ZipFile(store / "flat.mar", "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name == MODEL_CONFIG_FILE:
+                config = yaml.safe_load(content) | {"deviceIds": list(ids) if isinstance(ids, tuple) else ids}
+                content = yaml.safe_dump(config).encode()
+            target.writestr(name, content)
+    monkeypatch.setenv("PATH", nvidia_smi.search_path(tmp_path, 3))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match=reason):
+        launcher.start(replace(request(store, tmp_path), device=launcher.DeviceKind.AUTO))
 
 
 def test_without_java_the_packages_runtime_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

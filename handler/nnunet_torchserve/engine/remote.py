@@ -494,7 +494,6 @@ class RemoteEngine:
 
     def _find_or_start(self, deadline: float | None) -> _Link | None:
         began = time.monotonic()
-        limit = began + CONNECT_LIMIT_S
         pause = _FIRST_PAUSE_S
         deaths = 0
         while not (self._has_served and self._outage.stands()):
@@ -504,10 +503,7 @@ class RemoteEngine:
             try:
                 folder = self._own_folder()
                 started = self._outage.started()
-                limit = began + HELLO_LIMIT_S
-                if not self._outage.has_loaded(started):
-                    limit = max(limit, min(began, started or began) + CONNECT_LIMIT_S)
-                link = self._try_to_connect(folder, limit if deadline is None else min(limit, deadline), limit)
+                link = self._try_to_connect(folder, began, deadline)
                 if link is not None:
                     self._outage.end(started)
                     return link
@@ -516,20 +512,28 @@ class RemoteEngine:
                 pass
             except _DiedLoading:
                 deaths += 1
-            if time.monotonic() > limit or deaths >= MAX_LOADING_DEATHS:
+            if time.monotonic() > self._limit(began) or deaths >= MAX_LOADING_DEATHS:
                 msg = "no engine could be started in time; try again later"
                 raise NoEngine(msg, _RETRY_AFTER_S)
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 2)
         return None
 
-    def _try_to_connect(self, folder: Path, patience: float, limit: float) -> _Link | None:
+    def _limit(self, began: float) -> float:
+        """When a worker that has waited since ``began`` gives up, in monotonic seconds; the last engine may load."""
+        started = self._outage.started()
+        limit = began + HELLO_LIMIT_S
+        if self._outage.has_loaded(started):
+            return limit
+        return max(limit, min(began, started or began) + CONNECT_LIMIT_S)
+
+    def _try_to_connect(self, folder: Path, began: float, deadline: float | None) -> _Link | None:
         """A link to a loaded engine, ``None`` if nobody listens or says hello.
 
         Args:
             folder: the engine's own directory.
-            patience: monotonic seconds until which a hello is waited for.
-            limit: after it an engine that has not said hello hangs, and is killed.
+            began: see :meth:`_limit`; after that an engine that has not said hello hangs, and is killed.
+            deadline: monotonic seconds after which no hello is waited for.
 
         Raises:
             _DiedLoading: the engine ended before its hello.
@@ -539,6 +543,7 @@ class RemoteEngine:
         endpoint = channel.new_socket()
         process = -1
         try:
+            patience = min(self._limit(began), math.inf if deadline is None else deadline)
             endpoint.settimeout(max(0.1, patience - time.monotonic()))
             endpoint.connect(f"/proc/self/fd/{directory}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
@@ -546,7 +551,7 @@ class RemoteEngine:
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:
-                if isinstance(error, TimeoutError) and time.monotonic() >= limit:
+                if isinstance(error, TimeoutError) and time.monotonic() >= self._limit(began):
                     _kill(process)
                 os.close(process)
             if isinstance(error, channel.ChannelError):
