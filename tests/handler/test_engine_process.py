@@ -22,7 +22,7 @@ import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine import channel, folder, remote, switchboard
+from nnunet_torchserve.engine import channel, folder, remote, starter, switchboard
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
@@ -201,7 +201,7 @@ def test_a_case_that_kills_the_engine_fails_alone(bundle: ModelBundle, runtime: 
     assert torch.equal(workers.answers[1], expected)  # type: ignore[arg-type]
 
 
-def _raise() -> remote._Link:
+def _raise() -> starter.Link:
     msg = "not connected"
     raise RuntimeError(msg)
 
@@ -265,7 +265,7 @@ def test_a_hung_engine_that_never_said_hello_is_killed(
     [running] = engines(runtime)
     running.suspend()
     first.disconnect()
-    monkeypatch.setattr(remote, "HELLO_LIMIT_S", 1.0)
+    monkeypatch.setattr(starter, "HELLO_LIMIT_S", 1.0)
     with pytest.raises(NoEngine):
         connect(bundle)
     assert not psutil.wait_procs([running], 5)[1]

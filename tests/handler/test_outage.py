@@ -17,7 +17,7 @@ import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine import folder, outage, remote, switchboard
+from nnunet_torchserve.engine import folder, outage, remote, starter, switchboard
 from nnunet_torchserve.engine.faults import Fault, Faults, Kind, LoadFails, StandIn, stand_in_device
 from nnunet_torchserve.engine.outage import FIRST_PAUSE_S, LONGEST_PAUSE_S, Outage, pause_s
 from nnunet_torchserve.engine.remote import RemoteEngine
@@ -133,7 +133,7 @@ def bundle(unpacked: Callable[[str], Path]) -> ModelBundle:
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A runtime directory with short pauses; its engines are gone in the end."""
     monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
-    monkeypatch.setattr(remote, "HOLD_BACK_S", HOLD_BACK_S)
+    monkeypatch.setattr(starter, "HOLD_BACK_S", HOLD_BACK_S)
     monkeypatch.setattr(outage, "FIRST_PAUSE_S", PAUSE_S)
     yield tmp_path / "run"
     for engine in engine_processes(tmp_path / "run"):
@@ -209,10 +209,10 @@ def test_an_outage_is_tried_by_one_worker_a_pause_and_ends_with_an_engine(
     assert "on cpu cannot be started for now" in str(again)
     assert HOLD_BACK_S <= seconds < 5
     assert 0 < (again.retry_after_s or 0) <= 30
-    monkeypatch.setattr(remote, "HOLD_BACK_S", 60.0)
+    monkeypatch.setattr(starter, "HOLD_BACK_S", 60.0)
     _, seconds = refusal(workers[0], time.monotonic() + 0.2)
     assert seconds < 5
-    monkeypatch.setattr(remote, "HOLD_BACK_S", HOLD_BACK_S)
+    monkeypatch.setattr(starter, "HOLD_BACK_S", HOLD_BACK_S)
     assert log.read_text().count(FAILED) == 1
 
     let_somebody_try(log.parent)
@@ -236,7 +236,7 @@ def test_a_worker_that_loads_tries_whatever_is_noted(
     runtime: Path, connect: Callable[..., RemoteEngine], broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outage, "FIRST_PAUSE_S", 60.0)
-    monkeypatch.setattr(remote, "HOLD_BACK_S", 60.0)
+    monkeypatch.setattr(starter, "HOLD_BACK_S", 60.0)
     order(monkeypatch, LoadFails(while_exists=broken))
     worker = connect()
     kill_engine(runtime)
@@ -269,10 +269,10 @@ def test_an_engine_that_was_killed_and_does_not_die_is_an_outage(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It still holds the lock of its life, as one that is stuck in a driver does."""
-    monkeypatch.setattr(remote, "HELLO_LIMIT_S", 1.0)
+    monkeypatch.setattr(starter, "HELLO_LIMIT_S", 1.0)
     worker = connect()
     [alive] = runtime.glob(f"*/{folder.ALIVE}")
-    assert worker._limit(1000.0) == 1001  # for one that has loaded
+    assert worker._starter._limit(1000.0) == 1001  # for one that has loaded
     kill_engine(runtime)
     held = os.open(alive, os.O_RDWR)
     try:
@@ -291,18 +291,18 @@ def test_an_engine_that_was_killed_and_does_not_die_is_an_outage(
 def test_an_engine_that_hangs_while_it_loads_is_given_one_limit_and_not_one_a_request(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CONNECT_LIMIT_S", 50.0)
+    monkeypatch.setattr(starter, "CONNECT_LIMIT_S", 50.0)
     worker = connect()
     [own] = runtime.iterdir()
     now = time.monotonic()
-    assert worker._limit(now) == now + remote.HELLO_LIMIT_S
+    assert worker._starter._limit(now) == now + starter.HELLO_LIMIT_S
     Outage(own).note_start()
     started = Outage(own).started()
-    assert worker._limit(now) == now + 50
-    assert worker._limit(started + 15) == started + 50
-    assert worker._limit(started + 45) == started + 45 + remote.HELLO_LIMIT_S
+    assert worker._starter._limit(now) == now + 50
+    assert worker._starter._limit(started + 15) == started + 50
+    assert worker._starter._limit(started + 45) == started + 45 + starter.HELLO_LIMIT_S
     (own / "started").unlink()
-    assert worker._limit(now) == now + 50
+    assert worker._starter._limit(now) == now + 50
 
 
 def test_a_pass_that_never_ends_costs_one_devices_engine_and_its_case(
