@@ -178,18 +178,6 @@ def run_engine(folder: Path, model_dir: Path, settings: str, readings: Path) -> 
     return status
 
 
-class _Worker(RemoteEngine):
-    """A worker's connection that starts the engine as ever, but through another ``subprocess.run``."""
-
-    def __init__(self, bundle: ModelBundle, start: Callable[..., None]) -> None:
-        self._start = start
-        super().__init__(bundle, torch.device("cpu"))
-
-    def _start_engine(self, folder: Path) -> None:
-        with mock.patch.object(subprocess, "run", self._start):
-            super()._start_engine(folder)
-
-
 @contextmanager
 def timed_engine(bundle: ModelBundle, workers: int, scratch: Path) -> Iterator[tuple[list[RemoteEngine], Path]]:
     """Workers' connections to a new engine, and where its readings are once the context is left."""
@@ -205,7 +193,8 @@ def timed_engine(bundle: ModelBundle, workers: int, scratch: Path) -> Iterator[t
     with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(scratch / "engines")}):
         connections: list[RemoteEngine] = []
         try:
-            connections += [_Worker(bundle, start) for _ in range(workers)]
+            with mock.patch.object(subprocess, "run", start):  # they start the engine as ever, but through this
+                connections += [RemoteEngine(bundle, torch.device("cpu")) for _ in range(workers)]
             yield connections, readings
         finally:
             for connection in connections:
