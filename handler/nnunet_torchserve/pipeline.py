@@ -202,42 +202,43 @@ class Pipeline:
         with clock.stage(Stage.DECODE):
             asked = self._read_headers(request, record, options, settings)
             keys = self._keys(request, options)
-        warnings, price, form = asked.warnings, asked.price, asked.form
 
         reservation = self.engine.reserve(
-            price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
+            asked.price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
         )
         with reservation as reserved:
             clock.add(Stage.QUEUE, reserved.waited_s)
             if reserved.answer is not None:
                 return self._take_over(reserved.answer, record, responses)
-            if keys.volume is not None:
-                self.counts.add(CACHE_LOOKUPS, 1, MISS if reserved.volume is None else HIT)
 
-            if reserved.volume is not None:
-                case, constant = recall(reserved.volume)
+            recalled = recall(reserved.take_volume(), keys)
+            if keys.volume is not None:
+                self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
+            if recalled is not None:
+                case, constant = recalled
                 record.reused = Reused.VOLUME
             else:
                 with clock.stage(Stage.DECODE):
                     volume, constant = asked.decode()
 
-                _check(deadline - price.preprocess_s, "decoding the volume")
+                _check(deadline - asked.price.preprocess_s, "decoding the volume")
                 with clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
                     case = preprocess(self.bundle, volume, options.preprocess)
                     del volume
+            del recalled
             if constant:
-                warnings.append(Warnings.CONSTANT_IMAGE)
+                asked.warnings.append(Warnings.CONSTANT_IMAGE)
 
-            _check(deadline - price.export_s, "preprocessing")
+            _check(deadline - asked.price.export_s, "preprocessing")
             with progress.stage(Stage.NETWORK, forward_passes(self.bundle, case.data.shape[1:], settings)):
-                note = note_of(case, constant=constant) if keys.volume is not None else None
+                note = note_of(case, keys, constant=constant)
                 prediction = self.engine.predict(case.data, settings, deadline, progress.watcher, note)
             clock.add(Stage.QUEUE, prediction.queue_s)
             clock.add(Stage.NETWORK, prediction.network_s)
             properties = case.properties
             del case
 
-            _check(deadline - price.export_s, "the network")
+            _check(deadline - asked.price.export_s, "the network")
             with clock.stage(Stage.EXPORT), progress.stage(Stage.EXPORT):
                 answer = export(self.bundle, prediction.logits, properties, asked.geometry, options, deadline)
                 del prediction
@@ -245,13 +246,13 @@ class Pipeline:
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, form, asked.images[0], self.bundle.structures)
+                file = codecs.encode(answer, asked.form, asked.images[0], self.bundle.structures)
                 del answer
 
             timing = clock.server_timing(record.reused)
-            response = responses.result(file.body, file.content_type, record.request_id, timing, warnings)
+            response = responses.result(file.body, file.content_type, record.request_id, timing, asked.warnings)
             if keys.answer is not None:
-                reserved.share(response.body, answer_note(file.content_type, warnings))
+                reserved.share(response.body, answer_note(file.content_type, asked.warnings))
         return response
 
     def _keys(self, request: Request, options: Options) -> Keys:

@@ -19,8 +19,12 @@ from .engine.prediction import KeptVolume, Keys
 from .options import Options
 from .preprocess import PreprocessedCase
 
-_DECIDES_THE_VOLUME = frozenset({"preprocess", "spacing", "origin", "direction"})
-_DECIDES_NO_ANSWER = frozenset({"timeout_s", "stream"})
+_DECIDES_NOTHING = frozenset({"timeout_s", "stream"})
+_DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
+    *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
+    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
+}
+"""Options; one that is not named here is in the key."""
 
 
 def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answers: bool) -> Keys:
@@ -39,9 +43,9 @@ def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answe
         content.update(len(image).to_bytes(8, "big"))
         content.update(image)
     volume = content.copy()
-    volume.update(options.model_dump_json(include=set(_DECIDES_THE_VOLUME)).encode())
+    volume.update(options.model_dump_json(exclude=set(_DECIDES_NO_VOLUME)).encode())
     answer = content.copy()
-    answer.update(options.model_dump_json(exclude=set(_DECIDES_NO_ANSWER)).encode())
+    answer.update(options.model_dump_json(exclude=set(_DECIDES_NOTHING)).encode())
     return Keys(volume.hexdigest() if volumes else None, answer.hexdigest() if answers else None)
 
 
@@ -50,33 +54,48 @@ class _Note(BaseModel):
 
 
 class _VolumeNote(_Note):
-    """What the export needs of a case beside its logits: ``DefaultPreprocessor``'s properties, by its names."""
+    """What the export needs of a case beside its logits: ``DefaultPreprocessor``'s properties, by its names.
+
+    And the key under which it is kept: whoever gets another one's by mistake must notice.
+    """
 
     spacing: tuple[float, ...]
     shape_before_cropping: tuple[int, ...]
     bbox_used_for_cropping: tuple[tuple[int, int], ...]
     shape_after_cropping_and_before_resampling: tuple[int, ...]
     constant: bool
+    key: str
 
 
-def note_of(case: PreprocessedCase, *, constant: bool) -> str | None:
-    """What is kept with a case's volume; ``None`` if a preprocessor of its own has more to say of it than we know.
+def note_of(case: PreprocessedCase, keys: Keys, *, constant: bool) -> str | None:
+    """What is kept with a case's volume; ``None`` if it is not to be kept.
+
+    Nor is it if a preprocessor of the model's own has more to say of a case than we know.
 
     Args:
         case: the case.
+        keys: of its request.
         constant: every voxel of the image has one value.
     """
-    if set(case.properties) | {"constant"} != set(_VolumeNote.model_fields):
+    ours = {"constant": constant, "key": keys.volume}
+    if keys.volume is None or set(case.properties) | set(ours) != set(_VolumeNote.model_fields):
         return None
-    plain = json.dumps(case.properties | {"constant": constant}, default=_plain)
-    return _VolumeNote.model_validate_json(plain).model_dump_json()
+    return _VolumeNote.model_validate_json(json.dumps(case.properties | ours, default=_plain)).model_dump_json()
 
 
-def recall(kept: KeptVolume) -> tuple[PreprocessedCase, bool]:
-    """The case of a kept volume, and whether its image is constant."""
-    properties = _VolumeNote.model_validate_json(kept.note).model_dump()
-    constant: bool = properties.pop("constant")
-    return PreprocessedCase(kept.data, properties), constant
+def recall(kept: KeptVolume | None, keys: Keys) -> tuple[PreprocessedCase, bool] | None:
+    """The case of a kept volume, and whether its image is constant; ``None`` if there is none.
+
+    Raises:
+        RuntimeError: the volume is another request's.
+    """
+    if kept is None:
+        return None
+    note = _VolumeNote.model_validate_json(kept.note)
+    if note.key != keys.volume:
+        msg = "the engine gave another request's volume"
+        raise RuntimeError(msg)
+    return PreprocessedCase(kept.data, note.model_dump(exclude={"constant", "key"})), note.constant
 
 
 class _AnswerNote(_Note):

@@ -6,11 +6,13 @@ import io
 import json
 import os
 import re
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -20,23 +22,27 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from nnunet_torchserve import pipeline as serving
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
-from nnunet_torchserve.engine import folder, remote
-from nnunet_torchserve.engine.cache import Kept, VolumeCache
+from nnunet_torchserve.engine import channel, folder, remote
+from nnunet_torchserve.engine.cache import MOST_VOLUMES, Kept, VolumeCache
 from nnunet_torchserve.engine.channel import freeze, is_frozen, share
 from nnunet_torchserve.engine.flights import Flights
 from nnunet_torchserve.engine.ledger import Ledger
-from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Reservation, Watcher
+from nnunet_torchserve.engine.prediction import NO_KEYS, KeptVolume, Keys, Reservation, Watcher
 from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.engine.starter import Link
 from nnunet_torchserve.engine.tally import Level, TallyReader, Total
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import Deadline
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import parse_options
+from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.preprocess import PreprocessedCase
+from nnunet_torchserve.preprocess import preprocess as plain_preprocess
 from nnunet_torchserve.responses import WARNING, Response
-from nnunet_torchserve.reuse import keys_of
+from nnunet_torchserve.reuse import keys_of, note_of, recall
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from support import volumes
 from support.bad_requests import FAST, GOOD, INT16
@@ -59,10 +65,11 @@ class Fleet:
         self.tally: TallyReader | None = None
         self._engines: list[RemoteEngine] = []
 
-    def engine(self, cache_bytes: int = 1024**3) -> RemoteEngine:
+    def engine(self, cache_bytes: int = 1024**3, limits: Limits | None = None) -> RemoteEngine:
         """A worker's connection."""
-        self._engines.append(RemoteEngine(self.bundle, CPU, cache_bytes=cache_bytes, on_tally=self._watch))
-        return self._engines[-1]
+        made = RemoteEngine(self.bundle, CPU, limits=limits, cache_bytes=cache_bytes, on_tally=self._watch)
+        self._engines.append(made)
+        return made
 
     def worker(self, cache_bytes: int = 1024**3, *, single_flight: bool = False) -> Pipeline:
         """A worker's pipeline."""
@@ -200,6 +207,133 @@ def test_a_new_engine_begins_with_nothing_and_keeps_again(fleet: Fleet) -> None:
     assert len(set(bodies)) == 1
 
 
+OTHER = volumes.nifti_gz(np.ascontiguousarray(INT16[::-1, ::-1]), np.diag([1.5, 1.5, 1.5, 1]))
+"""Another patient, of GOOD's size."""
+
+
+def test_a_volume_that_comes_unasked_is_nobodys(
+    fleet: Fleet, pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine dies while one worker preprocesses an image, which the next engine has from another worker then."""
+    first, second = fleet.worker(), fleet.worker()
+    killed: list[bool] = []
+
+    def preprocess(*arguments: Any) -> Any:
+        case = plain_preprocess(*arguments)
+        if not killed:
+            killed.append(True)
+            fleet.kill()
+            ask(second)
+        return case
+
+    monkeypatch.setattr(serving, "preprocess", preprocess)
+    ask(first)
+    assert killed
+    answer = ask(first, OTHER)
+    assert (answer.body, reused(answer)) == (ask(pipeline("five_folds"), OTHER).body, None)
+
+
+def test_a_lost_connection_leaves_no_volume_behind(
+    fleet: Fleet, pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_as_ever = RemoteEngine._send
+    cut: list[bool] = []
+
+    def send(self: RemoteEngine, link: Link, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
+        send_as_ever(self, link, message, descriptors)
+        if isinstance(message, channel.Submit) and not cut:
+            wait_for(lambda: fleet.level(Level.CACHED_BYTES) > 0)
+            link.endpoint.shutdown(socket.SHUT_RDWR)
+            cut.append(True)
+
+    monkeypatch.setattr(RemoteEngine, "_send", send)
+    worker = fleet.worker()
+    ask(worker)
+    assert cut
+    answer = ask(worker, OTHER)
+    assert (answer.body, reused(answer)) == (ask(pipeline("five_folds"), OTHER).body, None)
+
+
+def test_a_volume_of_another_key_is_never_used() -> None:
+    properties: dict[str, Any] = {
+        "spacing": [1.0] * 3,
+        "shape_before_cropping": (1, 1, 1),
+        "bbox_used_for_cropping": [[0, np.int64(1)]] * 3,
+        "shape_after_cropping_and_before_resampling": (1, 1, 1),
+    }
+    case = PreprocessedCase(torch.zeros((1, 1, 1, 1)), properties)
+    note = note_of(case, Keys(volume=KEY), constant=True)
+    assert note is not None
+    found = recall(KeptVolume(case.data, note), Keys(volume=KEY))
+    assert found is not None
+    assert (found[0].properties["bbox_used_for_cropping"], found[1]) == (((0, 1),) * 3, True)
+    with pytest.raises(RuntimeError, match="another"):
+        recall(KeptVolume(case.data, note), Keys(volume=OTHER_KEY))
+    assert note_of(case, NO_KEYS, constant=True) is None
+    assert note_of(replace(case, properties=properties | {"own": 1}), Keys(volume=KEY), constant=True) is None
+
+
+OPTION_VALUES: dict[str, object] = {
+    "folds": [0],
+    "use_mirroring": False,
+    "tile_step_size": 0.75,
+    "use_gaussian": False,
+    "accumulate": "float32",
+    "preprocess": "stock",
+    "export": "linear",
+    "save_probabilities": True,
+    "probability_channels": [1],
+    "probability_dtype": "float16",
+    "probability_format": "nii",
+    "output_format": "nrrd",
+    "spacing": [1, 2, 3],
+    "origin": [1, 2, 3],
+    "direction": [0, 1, 0, 1, 0, 0, 0, 0, 1],
+    "timeout_s": 5,
+    "stream": True,
+}
+NEED: dict[str, dict[str, object]] = {
+    **{f"probability_{what}": {"save_probabilities": True} for what in ("channels", "dtype", "format")},
+    **{what: {"spacing": [1, 1, 1]} for what in ("origin", "direction")},
+}
+DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction"}
+DECIDES_NOTHING = {"timeout_s", "stream"}
+
+
+@pytest.mark.parametrize("name", Options.model_fields)
+def test_each_option_is_in_the_keys_of_what_it_decides(name: str) -> None:
+    """An option that is new must be added here: only then is it known what it decides."""
+    plain, other = NEED.get(name, {}), NEED.get(name, {}) | {name: OPTION_VALUES[name]}
+    before, after = (
+        keys_of([b"image"], parse_options(json.dumps(options).encode()), volumes=True, answers=True)
+        for options in (plain, other)
+    )
+    assert (before.volume != after.volume) == (name in DECIDES_THE_VOLUME)
+    assert (before.answer != after.answer) == (name not in DECIDES_NOTHING)
+
+
+def test_what_could_still_be_changed_is_not_kept(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = fleet.engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "freeze", lambda _: True)  # and does not
+        keep_one(engine)
+    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
+        assert reserved.take_volume() is None
+    keep_one(engine)
+    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
+        assert reserved.take_volume() is not None
+        assert reserved.take_volume() is None
+
+
+def test_a_cache_in_the_way_is_no_reason_to_refuse_a_case(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "memory_for_cases", lambda: MACHINE_BYTES)
+    engine = fleet.engine(limits=Limits(waiting_cases=0, memory_bytes=MACHINE_BYTES))
+    keep_one(engine)
+    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == GOOD_BYTES)
+    with engine.reserve(price(MACHINE_BYTES), None):
+        wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0)
+
+
 MACHINE_BYTES = 8 * GOOD_BYTES
 
 
@@ -215,13 +349,19 @@ def test_it_gives_way_to_a_case_that_waits_and_to_no_other(fleet: Fleet, monkeyp
         wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0)
 
 
-def test_it_gives_way_to_another_engines_case(fleet: Fleet) -> None:
+def test_it_gives_way_to_another_engines_case(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "memory_for_cases", lambda: MACHINE_BYTES)
     keep_one(fleet.engine())
     wait_for(lambda: fleet.level(Level.CACHED_BYTES) == GOOD_BYTES)
     other = fleet.runtime / "another"
     other.mkdir()
     assert folder.take_life_lock(other)
-    Ledger(other, "host").hold(0, wanted=1, since=time.monotonic())
+    theirs = Ledger(other, "host")
+    theirs.hold(0, wanted=MACHINE_BYTES - GOOD_BYTES, since=time.monotonic())  # there is room for both
+    beats = channel.HEARTBEAT_S * 3
+    with pytest.raises(AssertionError):
+        wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=beats)
+    theirs.hold(0, wanted=MACHINE_BYTES - GOOD_BYTES + 1, since=time.monotonic())
     wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=20)
 
 
@@ -263,6 +403,11 @@ def test_the_cache_closes_what_it_drops() -> None:
     assert (cache.size, cache.find("d"), cache.find(None)) == (8, None, None)
     cache.clear()
     assert (cache.size, descriptors()) == (0, before)
+    many = VolumeCache(10**9)
+    for number in range(MOST_VOLUMES + 3):
+        many.keep(str(number), Kept(memory(), (1, 1, 1, 1), "", 4))
+    assert (descriptors() - before, many.find("2")) == (MOST_VOLUMES, None)
+    many.clear()
 
 
 def test_frozen_memory_cannot_be_changed_by_anybody() -> None:
@@ -435,6 +580,54 @@ def test_a_follower_that_watches_hears_that_it_waits(fleet: Fleet, follow: Follo
         assert follower.reserved.result(30).answer is not None
 
 
+def test_an_answer_that_could_still_be_changed_is_not_handed_on(
+    fleet: Fleet, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        follower = follow()
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
+        monkeypatch.setattr(channel, "freeze", lambda _: True)  # and does not
+        reserved.share(BODY, "")
+        assert follower.reserved.result(30).answer is None
+
+
+def test_a_follower_was_accepted_and_is_not_refused_later(fleet: Fleet) -> None:
+    """There is memory for one case, and one may wait; two followers of a failed one are computed all the same."""
+    limits = Limits(memory_bytes=10, waiting_cases=1)
+    got: list[str] = []
+
+    def wait(name: str, keys: Keys) -> None:
+        engine = fleet.engine(limits=limits)
+        with engine.reserve(price(10), None, keys=keys):
+            got.append(name)
+
+    with ThreadPoolExecutor(3) as pool, ExitStack() as leading:
+        leader = fleet.engine(limits=limits)
+        leading.enter_context(leader.reserve(price(10), None, keys=Keys(answer=KEY)))
+        followers = [pool.submit(wait, "follower", Keys(answer=KEY)) for _ in range(2)]
+        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(followers))
+        late = pool.submit(wait, "late", NO_KEYS)
+        wait_for(lambda: fleet.level(Level.CASES_WAITING) == 1)
+        leading.close()
+        for each in (*followers, late):
+            each.result(60)
+    assert got[0] == "follower"  # it came before the late one
+    assert sorted(got) == ["follower", "follower", "late"]
+
+
+def test_sharing_holds_nobody_up_when_the_engine_hangs(fleet: Fleet) -> None:
+    engine = fleet.engine()
+    with engine.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+        [process] = engine_processes(fleet.runtime)
+        process.suspend()
+        began = time.monotonic()
+        reserved.share(BODY, "")
+        assert time.monotonic() - began < 5
+        process.resume()
+    with engine.reserve(price(1), None):
+        assert engine_processes(fleet.runtime) == [process]  # which was not killed for it
+
+
 def test_a_follower_has_its_own_deadline(fleet: Fleet, follow: Follow) -> None:
     with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         hasty = follow(deadline=time.monotonic() + 0.2)
@@ -459,3 +652,6 @@ def test_flights() -> None:
     assert flights.land(5) == [7]
     assert [flights.leave(case) for case in (3, 4, 5, 7)] == [None] * 4
     assert flights.waiting == 0
+    assert not flights.join("c", 8, may_wait=False)  # computed, and others wait for it
+    assert not flights.join("c", 9, may_wait=False)  # computed by itself
+    assert (flights.join("c", 10), flights.land(9), flights.land(8)) == (True, [], [10])

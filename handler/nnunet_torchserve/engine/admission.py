@@ -140,10 +140,14 @@ class Admission:
 
     def ask(self, claim: Claim) -> bool:
         """Queue a claim; ``False``, and nothing is kept, if too many wait already."""
-        if not claim.guaranteed and self.waiting >= self.budget.waiting and not self._fits_now(claim):
+        if not claim.guaranteed and self.waiting >= self.budget.waiting and not self.would_fit(claim, self.elsewhere):
             return False
         self._waiting[claim.number] = claim
         return True
+
+    def enter(self, claim: Claim) -> None:
+        """Queue a claim that was taken in before, however many wait, where its number places it."""
+        self._waiting = dict(sorted([*self._waiting.items(), (claim.number, claim)]))
 
     def grant(self) -> list[int]:
         """Charge whatever may be charged now; the numbers of those claims."""
@@ -161,6 +165,7 @@ class Admission:
         self._waiting.pop(number, None)
         self._charged.pop(number, None)
 
-    def _fits_now(self, claim: Claim) -> bool:
+    def would_fit(self, claim: Claim, elsewhere: int) -> bool:
+        """Whether a claim could be charged, after those that wait, if only ``elsewhere`` bytes were held elsewhere."""
         waiting = [*self._waiting.values(), claim]
-        return claim in admissible(waiting, self._charged.values(), self.budget.beside(self.elsewhere))
+        return claim in admissible(waiting, self._charged.values(), self.budget.beside(elsewhere))

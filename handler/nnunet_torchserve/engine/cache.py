@@ -1,4 +1,4 @@
-"""Preprocessed volumes that the engine keeps for later requests with the same image: least recently used, bounded.
+"""Preprocessed volumes that the engine keeps for later requests with the same image, bounded in bytes and in number.
 
 The volumes stay what they came as, sealed shared memory: keeping one is keeping its descriptor, handing it out is
 sending it. A kept volume gives way whenever a case waits for memory; nothing depends on finding one.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+
+MOST_VOLUMES = 128
+"""Each is a descriptor, of which a process may have a thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class VolumeCache:
     """Key -> volume. Used by one thread."""
 
     def __init__(self, limit: int) -> None:
-        """Keep at most ``limit`` bytes; 0 keeps nothing."""
+        """Keep at most ``limit`` bytes; 0 keeps nothing. What was not used for longest goes first."""
         self._limit = limit
         self._kept: OrderedDict[str, Kept] = OrderedDict()
 
@@ -54,7 +57,7 @@ class VolumeCache:
             os.close(kept.descriptor)
             return
         self._kept[key] = kept
-        while self.size > self._limit:
+        while self.size > self._limit or len(self._kept) > MOST_VOLUMES:
             self.drop_oldest()
 
     def drop_oldest(self) -> int:

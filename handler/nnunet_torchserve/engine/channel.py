@@ -74,6 +74,9 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+_Voxels = Annotated[int, Field(ge=1)]
+_Shape = tuple[_Voxels, _Voxels, _Voxels, _Voxels]
+_Note = Annotated[str, Field(max_length=2000)]
 _Key = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -109,8 +112,8 @@ class Reserve(_Message):
 class KeptNote(_Message):
     """The shape of a kept volume, and what was noted with it."""
 
-    shape: tuple[int, int, int, int]
-    note: str
+    shape: _Shape
+    note: _Note
 
 
 class Granted(_Message):
@@ -126,7 +129,7 @@ class Answered(_Message):
 
     kind: Literal["answered"] = "answered"
     size: Annotated[int, Field(ge=1)]
-    note: str
+    note: _Note
 
 
 class Offer(_Message):
@@ -157,14 +160,14 @@ class Release(_Message):
 
     kind: Literal["release"] = "release"
     size: Annotated[int, Field(ge=1)] | None = None
-    note: str = ""
+    note: _Note = ""
 
 
 class Submit(_Message):
     """Worker → engine, with the volume's descriptor: predict the granted case, and keep the volume if it has a note."""
 
     kind: Literal["submit"] = "submit"
-    shape: tuple[int, int, int, int]
+    shape: _Shape
     folds: tuple[FoldName, ...]
     mirroring_axes: tuple[int, ...]
     tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)]
@@ -173,7 +176,7 @@ class Submit(_Message):
     deadline: float | None
     suspect: bool
     watched: bool = False
-    note: str | None = None
+    note: _Note | None = None
 
     @field_validator("folds", "mirroring_axes")
     @classmethod

@@ -28,13 +28,21 @@ class Flights:
         """Cases that wait for another one's answer."""
         return sum(len(flight.followers) for flight in self._by_key.values())
 
-    def join(self, key: str, case: int) -> bool:
-        """Whether a case waits for an equal one; else it is computed, and later ones wait for it."""
+    def join(self, key: str, case: int, *, may_wait: bool = True) -> bool:
+        """Whether a case waits for an equal one; else it is computed, and later ones wait for it.
+
+        Args:
+            key: equal for equal cases.
+            case: the engine's number.
+            may_wait: else it is computed in any case, by itself if an equal one is computed already.
+        """
         flight = self._by_key.get(key)
         if flight is None:
             flight = self._by_key[key] = _Flight(key, case)
-        else:
+        elif may_wait:
             flight.followers.append(case)
+        else:
+            return False
         self._by_case[case] = flight
         return case != flight.leader
 

@@ -8,15 +8,20 @@ has wanted for longer counts like what is held: a large case would otherwise wai
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 import zlib
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from .folder import is_alive
 
-_RECORD_BYTES = 96
+logger = logging.getLogger(__name__)
+
+_RECORD_BYTES = 120
 _READS = 3
 
 
@@ -35,15 +40,16 @@ class Ledger:
         self._file: int | None = None
         self._record = b""
 
-    def hold(self, size: int, wanted: int = 0, since: float = math.inf) -> None:
+    def hold(self, size: int, wanted: int = 0, since: float = math.inf, kept: int = 0) -> None:
         """Say how many bytes this engine holds, or is about to, and how many more it has wanted since when.
 
         Args:
             size: bytes.
             wanted: bytes on top.
             since: monotonic seconds, which all processes of a machine share.
+            kept: bytes that it holds too, but for no case.
         """
-        record = _record(size, wanted, since)
+        record = _record(size, wanted, since, kept)
         if record == self._record:
             return
         with suppress(OSError):  # a cleaned-up directory or a full disk: this engine's own budget still holds
@@ -55,17 +61,14 @@ class Ledger:
 
     def elsewhere(self, since: float = math.inf) -> int:
         """Bytes that other living engines hold, or have wanted for longer than ``since``."""
-        total = 0
-        for entry in self._folder.parent.glob(f"*/{self._name}"):
-            if entry.parent != self._folder and is_alive(entry.parent):
-                size, wanted, their_since = _read(entry)
-                total += size + (wanted if their_since < since else 0)
-        return total
+        return sum(
+            entry.size + entry.kept + (entry.wanted if entry.since < since else 0)
+            for entry in self._entries_elsewhere()
+        )
 
-    def is_wanted_elsewhere(self) -> bool:
-        """Whether another living engine wants more bytes than it has."""
-        entries = self._folder.parent.glob(f"*/{self._name}")
-        return any(e.parent != self._folder and _read(e)[1] > 0 and is_alive(e.parent) for e in entries)
+    def wanted_elsewhere(self) -> int:
+        """Bytes that other living engines want beyond what they hold."""
+        return sum(entry.wanted for entry in self._entries_elsewhere())
 
     def try_hold(self, size: int, capacity: int) -> bool:
         """Hold ``size`` bytes if that and what others hold is at most ``capacity``; else hold what was held before."""
@@ -77,20 +80,39 @@ class Ledger:
         return False
 
     def held(self) -> int:
-        """Bytes that this engine, or a dead one before it, holds."""
-        return _read(self._folder / self._name)[0]
+        """Bytes that this engine, or a dead one before it, holds for cases."""
+        return _read(self._folder / self._name).size
+
+    def _entries_elsewhere(self) -> list[_Entry]:
+        try:
+            files = self._folder.parent.glob(f"*/{self._name}")
+            return [_read(file) for file in files if file.parent != self._folder and is_alive(file.parent)]
+        except OSError:  # no descriptor is left, say: whoever cannot look takes everything for taken
+            logger.exception("the other engines' ledgers cannot be read")
+            return [_Entry(size=sys.maxsize)]
 
 
-def _record(size: int, wanted: int, since: float) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One engine's, as :meth:`Ledger.hold` wrote it."""
+
+    size: int = 0
+    wanted: int = 0
+    since: float = math.inf
+    kept: int = 0
+
+
+def _record(size: int, wanted: int, since: float, kept: int) -> bytes:
     """One line of fixed length with its own checksum: a reader may see half of a new one and half of an old one."""
-    numbers = f"{size} {wanted} {since}"
+    numbers = f"{size} {wanted} {since} {kept}"
     return f"{numbers} {zlib.crc32(numbers.encode())}".ljust(_RECORD_BYTES - 1).encode() + b"\n"
 
 
-def _read(entry: Path) -> tuple[int, int, float]:
+def _read(file: Path) -> _Entry:
     for _ in range(_READS):
-        with suppress(OSError, ValueError):
-            size, wanted, since, checksum = entry.read_text().split()
-            if zlib.crc32(f"{size} {wanted} {since}".encode()) == int(checksum):
-                return int(size), int(wanted), float(since)
-    return 0, 0, math.inf
+        with suppress(FileNotFoundError, ValueError):
+            numbers, _, checksum = file.read_text().strip().rpartition(" ")
+            if zlib.crc32(numbers.encode()) == int(checksum):
+                size, wanted, since, kept = numbers.split()
+                return _Entry(int(size), int(wanted), float(since), int(kept))
+    return _Entry()

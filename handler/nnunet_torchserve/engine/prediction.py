@@ -59,7 +59,7 @@ class SharedAnswer:
     note: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservation:
     """What a case got.
 
@@ -74,6 +74,11 @@ class Reservation:
     volume: KeptVolume | None = None
     answer: SharedAnswer | None = None
     share: Callable[[bytes, str], None] = lambda _body, _note: None
+
+    def take_volume(self) -> KeptVolume | None:
+        """The volume, which is the caller's to hold and to let go."""
+        taken, self.volume = self.volume, None
+        return taken
 
 
 class Watcher(Protocol):

@@ -44,6 +44,7 @@ SILENCE_S = 10.0
 MAX_STRIKES = 2
 MAX_DEATHS = 8
 _WAIT_S = 0.5
+_SHARING_S, _FIRST_WAIT_S = 1.0, 0.01
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
@@ -139,10 +140,10 @@ class RemoteEngine:
                 answer=keys.answer,
             )
             try:
-                link = self._survive(lambda: self._granted(deadline, watcher))
-                volume, answer, link.volume, link.answer = link.volume, link.answer, None, None
+                reservation = self._survive(lambda: self._reserved(deadline, watcher))
                 self._claim = self._claim.model_copy(update={"guaranteed": True})  # from here on it holds its memory
-                yield Reservation(time.monotonic() - began, volume, answer, self._share)
+                reservation.waited_s = time.monotonic() - began
+                yield reservation
             finally:
                 self._claim = _UNCLAIMED
                 self._release()
@@ -161,7 +162,8 @@ class RemoteEngine:
 
             def ask() -> Prediction:
                 nonlocal strikes
-                link = self._granted(deadline, watcher)
+                self._reserved(deadline, watcher)  # if there is another engine now; what it has kept is not needed
+                link = self._connected(deadline)
                 try:
                     return self._ask(link, data, settings, deadline, watcher, note, suspect=strikes > 0)
                 except _EngineGone as gone:
@@ -214,25 +216,24 @@ class RemoteEngine:
         msg = f"the engine died {MAX_DEATHS} times while this case waited; try again later"
         raise NoEngine(msg, RETRY_AFTER_S)
 
-    def _granted(self, deadline: float | None, watcher: Watcher | None) -> Link:
-        """A link whose engine has granted the claim."""
-        link = self._connected(deadline)
+    def _reserved(self, deadline: float | None, watcher: Watcher | None) -> Reservation:
+        """What the engine gives for the claim: nothing if it was granted before."""
+        link, nothing = self._connected(deadline), Reservation(0.0, share=self._share)
         if link.case_id is not None:
-            return link
+            return nothing
         self._send(link, self._claim)
         while True:
             message, descriptors = self._next_message(link, deadline)
             if isinstance(message, channel.Granted):
                 link.case_id, link.in_use = message.case_id, False
-                if message.kept is not None:
-                    kept = channel.attach(descriptors[0], message.kept.shape, torch.float32)
-                    link.volume = KeptVolume(kept, message.kept.note)
-                return link
+                if message.kept is None:
+                    return nothing
+                kept = channel.attach(descriptors[0], message.kept.shape, torch.float32)
+                return Reservation(0.0, KeptVolume(kept, message.kept.note), share=self._share)
             if isinstance(message, channel.Answered):
                 link.in_use = False
                 body = channel.attach(descriptors[0], (message.size,), torch.uint8)
-                link.answer = SharedAnswer(body.numpy().tobytes(), message.note)
-                return link
+                return Reservation(0.0, answer=SharedAnswer(body.numpy().tobytes(), message.note))
             if isinstance(message, channel.Queued) and watcher is not None:
                 watcher.queued(message.ahead)
             if isinstance(message, channel.Failed):
@@ -255,11 +256,8 @@ class RemoteEngine:
         if self._claim.answer is None or link is None or link.case_id is None:
             return
         try:
-            self._send(link, channel.Offer())
-            while not isinstance(message := self._next_message(link, None)[0], channel.Wanted):
-                pass
-            link.in_use = False
-            if not message.cases:
+            cases = self._wanted(link)
+            if not cases:
                 return
             shared, descriptor = channel.share((len(body),), torch.uint8, "nnunet-answer")
             try:
@@ -270,9 +268,25 @@ class RemoteEngine:
             finally:
                 os.close(descriptor)
             link.case_id = None
-        except (_EngineGone, OSError) as error:
+        except (OSError, channel.ChannelError) as error:
             logger.warning("an answer could not be shared: %s", error)
             self.disconnect()
+
+    def _wanted(self, link: Link) -> int:
+        """How many cases wait for this one's answer.
+
+        Raises:
+            OSError: the engine does not say so at once; this case's own client waits.
+        """
+        until = time.monotonic() + _SHARING_S
+        channel.send(link.endpoint, channel.Offer())
+        while True:
+            link.endpoint.settimeout(max(_FIRST_WAIT_S, until - time.monotonic()))
+            received = channel.receive(link.endpoint)
+            if received is None or time.monotonic() > until:
+                raise ConnectionResetError
+            if isinstance(received[0], channel.Wanted):
+                return received[0].cases
 
     def _ask(
         self,

@@ -30,7 +30,6 @@ from ..errors import BundleError, Deadline, NoEngine
 from . import channel
 from .folder import LOCK, SOCKET, is_alive
 from .outage import Outage
-from .prediction import KeptVolume, SharedAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,6 @@ class Link:
         record: the engine's flight record.
         case_id: of the granted case.
         in_use: an answer is awaited.
-        volume: kept by the engine, which came with the grant.
-        answer: an equal case's, which came in place of the grant.
     """
 
     endpoint: socket.socket
@@ -87,8 +84,6 @@ class Link:
     record: channel.FlightRecord
     case_id: int | None = None
     in_use: bool = False
-    volume: KeptVolume | None = None
-    answer: SharedAnswer | None = None
 
     def close(self) -> None:
         """Leave the engine."""

@@ -11,8 +11,9 @@ back: the compute thread answers the worker itself, through :class:`Connection`.
 are those around a connection's sends and its closing; nothing is called under them but the socket. How many passes of
 a case are done is a number that this thread reads and the compute thread writes: progress costs the passes nothing.
 
-Faults. Whatever a worker sends, only its own connection is closed. If the compute thread is busy with one thing for
-too long, heartbeats stop and the workers start another engine.
+Faults. Whatever a worker sends, only its own connection is closed; but a volume that it has kept, or an answer that it
+hands on, reaches other workers as it is: they are processes of the same user, and nobody can change it later. If the
+compute thread is busy with one thing for too long, heartbeats stop and the workers start another engine.
 """
 
 from __future__ import annotations
@@ -213,9 +214,7 @@ class Switchboard:
                 logger.error("the directory was cleaned up, and another engine may start: leaving")
                 return
             self._beat(self._connections.values())
-            if self._cache.size and self._host.is_wanted_elsewhere():
-                self._cache.clear()
-                self._hold()
+            self._make_room_elsewhere()
             self._listen_again_if_unlinked()
             bound_log()
 
@@ -299,7 +298,8 @@ class Switchboard:
         connection.passes_ahead = 0
         self._owners[claim.number] = connection
         # a case that holds its memory already is computed, whoever else is
-        if message.answer is not None and not claim.guaranteed and self._flights.join(message.answer, claim.number):
+        may_wait = not claim.guaranteed
+        if message.answer is not None and self._flights.join(message.answer, claim.number, may_wait=may_wait):
             connection.state = _State.FOLLOWING
             self._note()
             if connection.watched:
@@ -309,14 +309,21 @@ class Switchboard:
 
     def _ask(self, connection: Connection) -> None:
         """Let a case wait for memory, or refuse it."""
-        claim = connection.claim
-        if not self._admission.ask(claim):
+        claim, admission = connection.claim, self._admission
+        while not admission.ask(claim):
+            if self._cache.size and admission.would_fit(claim, admission.elsewhere - self._cache.size):
+                admission.elsewhere -= self._cache.drop_oldest()
+                continue
             busy = Failed(code="busy", detail=self._admission.busy_message(), retry_after_s=self._retry_after_s())
             connection.answer(busy)
             self._leave(connection)
             return
-        connection.state, connection.passes_ahead = _State.WAITING, claim.passes
-        self._compute.put(Expect(claim.number))
+        self._wait_for_memory(connection)
+
+    def _wait_for_memory(self, connection: Connection) -> None:
+        """A case was taken in."""
+        connection.state, connection.passes_ahead = _State.WAITING, connection.claim.passes
+        self._compute.put(Expect(connection.case_id))
         self._grant()
         if connection.watched and connection.state is _State.WAITING:
             self._beat([connection])
@@ -324,8 +331,8 @@ class Switchboard:
     def _grant(self) -> None:
         """Let the cases go on that fit now, seen together with what other engines hold."""
         admission, now = self._admission, time.monotonic()
-        held = admission.charged_bytes + self._cache.size
-        self._host.hold(held, admission.waiting_bytes, -math.inf)  # all of it, while it is decided
+        # all of it, while it is decided
+        self._host.hold(admission.charged_bytes, admission.waiting_bytes, -math.inf, self._cache.size)
         admission.elsewhere = self._host.elsewhere(self._waits_since) if now >= self._grants_from else sys.maxsize
         admission.elsewhere += self._cache.size
         granted = admission.grant()
@@ -354,8 +361,22 @@ class Switchboard:
         size = math.prod(message.shape) * _FLOAT32_BYTES
         if connection.volume_key is None or message.note is None or not channel.is_frozen(descriptor, size):
             return
-        self._cache.keep(connection.volume_key, Kept(os.dup(descriptor), message.shape, message.note, size))
-        self._hold()
+        with suppress(OSError):  # no descriptor is left: the case needs none of this
+            self._cache.keep(connection.volume_key, Kept(os.dup(descriptor), message.shape, message.note, size))
+            self._hold()
+
+    def _make_room_elsewhere(self) -> None:
+        """What is kept gives way to the cases of other engines too."""
+        admission, dropped = self._admission, False
+        if not self._cache.size or not (wanted := self._host.wanted_elsewhere()):
+            return
+        others = self._host.elsewhere(-math.inf) + wanted + admission.charged_bytes
+        machine = admission.budget.shared_bytes or 0
+        while self._cache.size and others + self._cache.size > machine:
+            self._cache.drop_oldest()
+            dropped = True
+        if dropped:
+            self._hold()
 
     def _land(self, connection: Connection, message: Release, descriptor: int) -> None:
         """A case has an answer, which others wait for."""
@@ -372,8 +393,8 @@ class Switchboard:
         self._release(connection)
 
     def _hold(self) -> None:
-        held = self._admission.charged_bytes + self._cache.size
-        self._host.hold(held, self._admission.first_waiting_bytes, self._waits_since)
+        admission = self._admission
+        self._host.hold(admission.charged_bytes, admission.first_waiting_bytes, self._waits_since, self._cache.size)
         self._note()
 
     def _note(self) -> None:
@@ -397,8 +418,9 @@ class Switchboard:
         self._owners.pop(connection.case_id, None)
         connection.state = _State.IDLE
         next_case = self._flights.leave(connection.case_id)
-        if next_case is not None:
-            self._ask(self._owners[next_case])
+        if next_case is not None:  # it waits already: it is not refused now
+            self._admission.enter(self._owners[next_case].claim)
+            self._wait_for_memory(self._owners[next_case])
         self._note()
 
     def _forget(self, connection: Connection) -> None:
