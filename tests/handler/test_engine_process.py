@@ -122,7 +122,7 @@ def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: P
     assert not list(runtime.glob(f"*/{folder.SOCKET}"))
 
 
-@pytest.mark.parametrize("attempt", [*range(5), *(pytest.param(n, marks=pytest.mark.long) for n in range(5, 20))])
+@pytest.mark.parametrize("attempt", [*range(2), *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 20))])
 def test_workers_that_race_at_a_cold_start_share_one_engine(attempt: int, bundle: ModelBundle, runtime: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"

@@ -232,6 +232,7 @@ def test_an_outage_is_tried_by_one_worker_a_pause_and_ends_with_an_engine(
     assert len(engine_processes(runtime)) == 1
 
 
+@pytest.mark.long
 def test_a_worker_that_loads_tries_whatever_is_noted(
     runtime: Path, connect: Callable[..., RemoteEngine], broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_worker_that_loads_tries_whatever_is_noted(
         assert torch.equal(waiting.result().logits, loaded.predict(volume(), PLAIN).logits)
 
 
+@pytest.mark.long
 def test_engines_that_die_while_they_load_are_no_endless_wait(
     runtime: Path, connect: Callable[..., RemoteEngine], broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,13 +88,32 @@ class Fleet:
         for process in engine_processes(self.runtime):
             process.kill()
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """All workers leave; the engine follows some seconds later."""
         for engine in self._engines:
             engine.disconnect()
+
+    def close(self) -> None:
+        """Leave no engine behind."""
+        self.leave()
         self.kill()
 
     def _watch(self, descriptor: int, process: int) -> None:
         self.tally = TallyReader(descriptor, os.dup(process))
+
+
+@pytest.fixture(scope="module")
+def one_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("flying") / "run"
+
+
+@pytest.fixture
+def flying(unpacked: Callable[[str], Path], one_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """As ``fleet``, but an engine that a test leaves alive goes on to the next."""
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(one_runtime))
+    made = Fleet(ModelBundle(unpacked("five_folds")), one_runtime)
+    yield made
+    made.leave()
 
 
 @pytest.fixture
@@ -428,29 +447,29 @@ def test_frozen_memory_cannot_be_changed_by_anybody() -> None:
 # --- equal requests at the same time ---------------------------------------------------------------------------------
 
 
-def test_equal_requests_at_once_are_computed_once(fleet: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
-    workers = [fleet.worker(cache_bytes=0, single_flight=True) for _ in range(3)]
+def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
+    workers = [flying.worker(cache_bytes=0, single_flight=True) for _ in range(3)]
     expected = ask(pipeline("five_folds"), options=SLOW)
-    assert fleet.tally is not None
-    fleet.tally.take()
+    assert flying.tally is not None
+    flying.tally.take()
     with ThreadPoolExecutor(3) as pool:
         leader = pool.submit(ask, workers[0], options=SLOW, request_id="leader")
-        wait_for(lambda: fleet.level(Level.CASES_IN_FLIGHT) == 1)
+        wait_for(lambda: flying.level(Level.CASES_IN_FLIGHT) == 1)
         patient = json.dumps(json.loads(SLOW) | {"timeout_s": 500})  # which changes nothing in the answer
         followers = [
             pool.submit(ask, worker, options=options, request_id=f"follower {options[-5:]}")
             for worker, options in zip(workers[1:], (SLOW, patient), strict=True)
         ]
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(followers))
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(followers))
         answers = [each.result() for each in (leader, *followers)]
     assert {answer.body for answer in answers} == {expected.body}
     assert [reused(answer) for answer in answers] == [None, "answer", "answer"]
     assert [stages(answer) for answer in answers[1:]] == [{"decode", "queue"}] * 2
     assert len({answer.headers["X-Nnunet-Request-Id"] for answer in answers}) == len(answers)
     assert {answer.content_type for answer in answers} == {expected.content_type}
-    [line] = [passes for total, passes in fleet.tally.take().items() if total is Total.PASSES]
-    assert line == passes_of(fleet.bundle, SLOW)
-    wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 0)
+    [line] = [passes for total, passes in flying.tally.take().items() if total is Total.PASSES]
+    assert line == passes_of(flying.bundle, SLOW)
+    wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)
 
 
 def passes_of(bundle: ModelBundle, options: str) -> int:
@@ -462,9 +481,9 @@ class Follower:
     """A second worker that reserves under the same key, in a thread, until it has something."""
 
     def __init__(
-        self, fleet: Fleet, key: str = KEY, deadline: float | None = None, watcher: Watcher | None = None
+        self, flying: Fleet, key: str = KEY, deadline: float | None = None, watcher: Watcher | None = None
     ) -> None:
-        self._engine, self._watcher = fleet.engine(), watcher
+        self._engine, self._watcher = flying.engine(), watcher
         self.reserved: Future[Reservation] = Future()
         self.go_on = threading.Event()
         self._thread = threading.Thread(target=self._wait, args=(Keys(answer=key), deadline))
@@ -485,11 +504,11 @@ class Follower:
 
 
 @pytest.fixture
-def follow(fleet: Fleet) -> Iterator[Callable[..., Follower]]:
+def follow(flying: Fleet) -> Iterator[Callable[..., Follower]]:
     made: list[Follower] = []
 
     def make(**arguments: Any) -> Follower:
-        made.append(Follower(fleet, **arguments))
+        made.append(Follower(flying, **arguments))
         return made[-1]
 
     yield make
@@ -501,11 +520,11 @@ Follow = Callable[..., Follower]
 BODY = bytes(range(256)) * 20_000
 
 
-def test_the_answer_goes_to_all_that_wait_for_it(fleet: Fleet, follow: Follow) -> None:
-    leader = fleet.engine()
+def test_the_answer_goes_to_all_that_wait_for_it(flying: Fleet, follow: Follow) -> None:
+    leader = flying.engine()
     with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         waiting = [follow() for _ in range(3)]
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(waiting))
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(waiting))
         reserved.share(BODY, "a note")
         for follower in waiting:
             answer = follower.reserved.result(30).answer
@@ -518,41 +537,41 @@ def test_the_answer_goes_to_all_that_wait_for_it(fleet: Fleet, follow: Follow) -
         assert late.reserved.result(30).answer is None
 
 
-def test_other_requests_do_not_wait(fleet: Fleet, follow: Follow) -> None:
-    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)):
+def test_other_requests_do_not_wait(flying: Fleet, follow: Follow) -> None:
+    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)):
         assert follow(key=OTHER_KEY).reserved.result(30).answer is None
 
 
 @pytest.mark.parametrize("ends", ["error", "worker", "engine"])
-def test_where_there_is_no_answer_the_next_one_is_computed(fleet: Fleet, follow: Follow, ends: str) -> None:
-    leader, stack = fleet.engine(), ExitStack()
+def test_where_there_is_no_answer_the_next_one_is_computed(flying: Fleet, follow: Follow, ends: str) -> None:
+    leader, stack = flying.engine(), ExitStack()
     with stack:
         stack.enter_context(leader.reserve(price(1), None, keys=Keys(answer=KEY)))
         waiting = [follow() for _ in range(2)]
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(waiting))
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(waiting))
         if ends == "worker":
             leader.disconnect()
         elif ends == "engine":
-            fleet.kill()
+            flying.kill()
         else:
             stack.close()
         wait_for(lambda: any(follower.reserved.done() for follower in waiting))
         first, second = sorted(waiting, key=lambda follower: not follower.reserved.done())
         reserved = first.reserved.result()
         assert reserved.answer is None
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         reserved.share(BODY, "a note")
         answer = second.reserved.result(30).answer
         assert answer is not None
         assert answer.body == BODY
 
 
-def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(fleet: Fleet, follow: Follow) -> None:
-    leader, data = fleet.engine(), torch.zeros((1, 24, 32, 24))
+def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(flying: Fleet, follow: Follow) -> None:
+    leader, data = flying.engine(), torch.zeros((1, 24, 32, 24))
     with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         follower = follow()
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
-        fleet.kill()
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
+        flying.kill()
         assert follower.reserved.result(60).answer is None  # it came to the new engine first
         leader.predict(data, Settings((0,), (), 1.0, use_gaussian=False))
         reserved.share(BODY, "")  # which nobody waits for
@@ -571,9 +590,9 @@ class Told:
         """Nothing is asked of it here."""
 
 
-def test_a_follower_that_watches_hears_that_it_waits(fleet: Fleet, follow: Follow) -> None:
+def test_a_follower_that_watches_hears_that_it_waits(flying: Fleet, follow: Follow) -> None:
     told = Told()
-    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         follower = follow(watcher=told)
         wait_for(lambda: told.ahead[:1] == [0])
         reserved.share(BODY, "")
@@ -581,33 +600,33 @@ def test_a_follower_that_watches_hears_that_it_waits(fleet: Fleet, follow: Follo
 
 
 def test_an_answer_that_could_still_be_changed_is_not_handed_on(
-    fleet: Fleet, follow: Follow, monkeypatch: pytest.MonkeyPatch
+    flying: Fleet, follow: Follow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         follower = follow()
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 1)
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         monkeypatch.setattr(channel, "freeze", lambda _: True)  # and does not
         reserved.share(BODY, "")
         assert follower.reserved.result(30).answer is None
 
 
-def test_a_follower_was_accepted_and_is_not_refused_later(fleet: Fleet) -> None:
+def test_a_follower_was_accepted_and_is_not_refused_later(flying: Fleet) -> None:
     """There is memory for one case, and one may wait; two followers of a failed one are computed all the same."""
     limits = Limits(memory_bytes=10, waiting_cases=1)
     got: list[str] = []
 
     def wait(name: str, keys: Keys) -> None:
-        engine = fleet.engine(limits=limits)
+        engine = flying.engine(limits=limits)
         with engine.reserve(price(10), None, keys=keys):
             got.append(name)
 
     with ThreadPoolExecutor(3) as pool, ExitStack() as leading:
-        leader = fleet.engine(limits=limits)
+        leader = flying.engine(limits=limits)
         leading.enter_context(leader.reserve(price(10), None, keys=Keys(answer=KEY)))
         followers = [pool.submit(wait, "follower", Keys(answer=KEY)) for _ in range(2)]
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == len(followers))
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(followers))
         late = pool.submit(wait, "late", NO_KEYS)
-        wait_for(lambda: fleet.level(Level.CASES_WAITING) == 1)
+        wait_for(lambda: flying.level(Level.CASES_WAITING) == 1)
         leading.close()
         for each in (*followers, late):
             each.result(60)
@@ -628,12 +647,12 @@ def test_sharing_holds_nobody_up_when_the_engine_hangs(fleet: Fleet) -> None:
         assert engine_processes(fleet.runtime) == [process]  # which was not killed for it
 
 
-def test_a_follower_has_its_own_deadline(fleet: Fleet, follow: Follow) -> None:
-    with fleet.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+def test_a_follower_has_its_own_deadline(flying: Fleet, follow: Follow) -> None:
+    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         hasty = follow(deadline=time.monotonic() + 0.2)
         with pytest.raises(Deadline):
             hasty.reserved.result(30)
-        wait_for(lambda: fleet.level(Level.CASES_FOLLOWING) == 0)
+        wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)
         reserved.share(BODY, "")
 
 

@@ -120,6 +120,7 @@ def test_requests_meet_all_devices_and_their_answers_are_the_ordinary_servers(
         )
 
 
+@pytest.mark.long
 def test_engines_are_where_workers_are(three: ChaosServer) -> None:
     before = engines(three.runtime, FLAT)
     three.scale(FLAT, 1)
