@@ -125,11 +125,11 @@ def _load(context: Any) -> Any:
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.remote import RemoteEngine
-        from nnunet_torchserve.engine.scheduler import Policy
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.pipeline import Pipeline
         from nnunet_torchserve.relay import Relay
+        from nnunet_torchserve.settings import HandlerSettings
         from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
         msg = f"{error}; install the server's packages: pip install 'nnunet-torchserve[server]'"
@@ -145,26 +145,24 @@ def _load(context: Any) -> Any:
         msg = f"batchSize is {batch_size}; it must be 1: patches are batched by the engine, not requests by TorchServe"
         raise RuntimeError(msg)
     refuse_faults_outside_tests()
-    settings = config.get("handler") or {}
+    settings = HandlerSettings.read(config.get("handler"))
     bundle = ModelBundle(model_dir)
     device = _device(context.system_properties.get("gpu_id"), torch)
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
-    limits = Limits.from_settings(settings.get("limits") or {})
-    policy = Policy(settings.get("policy") or Policy.SHORTEST_REMAINING)
+    limits = Limits.from_settings(settings.limits)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
-    cache_bytes = int(settings.get("cache_bytes") or 0)
     engine = RemoteEngine(
         bundle,
         device,
-        settings.get("max_patch_batch") or "auto",
-        policy,
+        settings.max_patch_batch,
+        settings.policy,
         limits,
-        golden_interval_s=settings.get("golden_interval_s"),
-        cache_bytes=cache_bytes,
-        unload_after_s=settings.get("unload_after_s"),
+        golden_interval_s=settings.golden_interval_s,
+        cache_bytes=settings.cache_bytes,
+        unload_after_s=settings.unload_after_s,
         counts=counts,
         on_tally=relay.watch if relay else None,
     )
@@ -173,8 +171,8 @@ def _load(context: Any) -> Any:
         engine=engine,
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
-        keeps_volumes=cache_bytes > 0,
-        single_flight=bool(settings.get("single_flight")),
+        keeps_volumes=settings.cache_bytes > 0,
+        single_flight=settings.single_flight,
         refuse=gate.refuse,
         counts=counts,
     )

@@ -207,12 +207,16 @@ class Relay:
         }
         if total := level(Level.DEVICE_BYTES):
             levels[DEVICE_MEMORY_TOTAL] = (total, (self._device,))
-        if self._monitor is not None:
-            levels |= {metric: (value, (self._device,)) for metric, value in self._monitor.read().items()}
         now = time.monotonic()
         if now - self._refreshed >= _REFRESH_S:
             self._refreshed = now
             self._levels.clear()
+        self._emit_changed(levels)
+        if self._monitor is not None:  # last: a driver that hangs may do it here
+            device = (self._device,)
+            self._emit_changed({metric: (value, device) for metric, value in self._monitor.read().items()})
+
+    def _emit_changed(self, levels: Mapping[Metric, tuple[float, tuple[str, ...]]]) -> None:
         for metric, (value, labels) in levels.items():
             if self._levels.get(metric) != value:
                 self._levels[metric] = value

@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ import torch
 
 from ..bundle import OpenWeights
 from ..errors import BundleError, Busy, OutOfMemory, ServingError
+from ..options import FoldName
 from . import channel
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
 from .channel import Done, Failed, Message, Submit
@@ -145,7 +146,7 @@ class Compute:
 
     @property
     def busy_for_s(self) -> float:
-        """Seconds since it last looked for commands; 0 while it waits for them."""
+        """Seconds that it has been at one thing: a pass, a command, an answer; 0 while it waits for commands."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -169,21 +170,27 @@ class Compute:
 
     def _once(self) -> None:
         first = self._next_command() if len(self._core) == 0 else None
-        self._busy_since = time.monotonic()
+        self._get_on()
         if first is not None:
             self._obey(first)
         self._check_if_due()
         with suppress(queue.Empty):
             while True:
                 self._obey(self._commands.get_nowait())
+                self._get_on()
         self._unload_if_due()
         began = time.monotonic()
         outcomes = self._core.step(began)
         self._stepped_s += time.monotonic() - began
         self._note()
         for outcome in outcomes:
+            self._get_on()
             self._report(outcome)
         self._busy_since = None
+
+    def _get_on(self) -> None:
+        """Something new begins, and may take its time."""
+        self._busy_since = time.monotonic()
 
     def _note(self) -> None:
         core, tally = self._core, self._tally
@@ -205,9 +212,11 @@ class Compute:
         """
         with suppress(queue.Empty):
             return self._commands.get(timeout=min(_IDLE_S, self._until_due_s()))
+        self._get_on()  # a driver that hangs may do it here
         self._give_memory_back()
         if not self._expected:
             self._memory.give_cache_back()
+        self._busy_since = None
         with suppress(queue.Empty):
             due_s = self._until_due_s()
             return self._commands.get(timeout=due_s if due_s < math.inf else None)
@@ -239,6 +248,14 @@ class Compute:
         self._memory.hold_networks(0)
         self._next_check = self._unload_at = math.inf
 
+    def _read_weights(self, fold: FoldName) -> Mapping[str, torch.Tensor]:
+        """A fold's weights; each may be as slow as the disk is."""
+        self._get_on()
+        if self._weights is None:
+            msg = "nothing to load from"
+            raise BundleError(msg)
+        return self._weights.read(fold)
+
     def _load(self) -> bool:
         """Load unloaded networks and check them; ``False`` if there is no room for them now.
 
@@ -251,7 +268,8 @@ class Compute:
         self._memory.hold_networks(self._device_bytes)  # first: what others place meanwhile must leave this room
         try:
             with _ending_if_wrong():
-                networks.load(self._weights.read)
+                networks.load(self._read_weights)
+                self._get_on()
                 self._check()
             self._device_bytes = peak_bytes(networks, self._core.batch)
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
@@ -53,6 +54,8 @@ def take_life_lock(folder: Path) -> int | None:
     for _ in range(20):
         try:
             fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(alive, 0)
+            os.pwrite(alive, str(os.getpid()).encode(), 0)
             return os.fstat(alive).st_ino
         except BlockingIOError:
             time.sleep(0.01)
@@ -81,3 +84,20 @@ def is_alive(folder: Path) -> bool:
     finally:
         os.close(alive)
     return False
+
+
+def kill_engine(folder: Path) -> None:
+    """Kill the engine that holds the lock of its life in this directory, whether it still answers or not."""
+    with suppress(OSError, ValueError):
+        process = os.pidfd_open(int((folder / ALIVE).read_text()))
+        try:
+            if is_alive(folder) and _names(folder, process):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+        finally:
+            os.close(process)
+
+
+def _names(folder: Path, process: int) -> bool:
+    """Whether ``alive`` names the process of a pidfd now that the lock is known to be held."""
+    information = Path(f"/proc/self/fdinfo/{process}").read_text()
+    return f"Pid:\t{int((folder / ALIVE).read_text())}\n" in information

@@ -102,6 +102,8 @@ class Outage:
 
     def note_start(self) -> None:
         """An engine is about to be started."""
+        with suppress(OSError):  # first: on a full disk the old time of start stays
+            (self._folder / _LOADED).unlink()
         self._replace(_STARTED, repr(time.monotonic()))
 
     def started(self) -> float:

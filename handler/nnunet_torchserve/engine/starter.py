@@ -28,7 +28,7 @@ from ..bundle import ModelBundle
 from ..environment import FAULTS_VARIABLE, TESTING_VARIABLE, runtime_dir
 from ..errors import BundleError, Deadline, NoEngine
 from . import channel
-from .folder import LOCK, SOCKET, is_alive
+from .folder import LOCK, SOCKET, is_alive, kill_engine
 from .outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ _MALLOC = {
 engine gives it back when it is idle (:mod:`.compute`)."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_SHORTEST_PATIENCE_S = 0.5
 _LOOK_S = 0.1
 _SURROUNDINGS = ("CUDA_VISIBLE_DEVICES", FAULTS_VARIABLE, TESTING_VARIABLE)
 RETRY_AFTER_S = 10
@@ -92,7 +93,8 @@ class Link:
 
     def kill(self) -> None:
         """Kill the engine, if it is still there."""
-        _kill(self.process)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.process, signal.SIGKILL)
 
 
 class Starter:
@@ -116,6 +118,7 @@ class Starter:
         self._name = hashlib.sha256(identity.encode()).hexdigest()[:16]
         self._device, self._outage = settings.device, Outage(runtime_dir() / self._name)
         self._has_served = False
+        self._waits_since = self._waited_until = -math.inf
 
     def link(self, deadline: float | None) -> Link:
         """A link to a living engine or to one that is started, unless there is an outage.
@@ -136,10 +139,9 @@ class Starter:
 
     def _own_folder(self) -> Path:
         """The engine's own directory, made if it is not there."""
-        while True:
-            with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
-                _private(runtime_dir())
-                return _private(runtime_dir() / self._name)
+        with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
+            return _private(_private(runtime_dir()) / self._name)
+        return _private(_private(runtime_dir()) / self._name)
 
     def _hold_back(self, deadline: float | None) -> None:
         """Return as soon as the outage ends, but wait for that for a moment only.
@@ -172,10 +174,11 @@ class Starter:
         return link
 
     def _find_or_start(self, deadline: float | None) -> Link | None:
-        began = time.monotonic()
+        began = self._waiting_since()
         pause = _FIRST_PAUSE_S
         deaths = 0
         while not (self._has_served and self._outage.stands()):
+            self._waited_until = time.monotonic()
             if deadline is not None and time.monotonic() > deadline:
                 msg = "the time for this request ran out while an engine was started"
                 raise Deadline(msg)
@@ -185,18 +188,29 @@ class Starter:
                 link = self._try_to_connect(folder, began, deadline)
                 if link is not None:
                     self._outage.end(started)
+                    self._waited_until = -math.inf
                     return link
+                if time.monotonic() > self._limit(began):  # it had its time
+                    kill_engine(folder)
                 self._start_engine(folder)
             except FileNotFoundError:  # somebody cleans the directory up at this moment
                 pass
             except _DiedLoading:
                 deaths += 1
             if time.monotonic() > self._limit(began) or deaths >= MAX_LOADING_DEATHS:
+                self._waited_until = -math.inf
                 msg = "no engine could be started in time; try again later"
                 raise NoEngine(msg, RETRY_AFTER_S)
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_S, pause * 2)
         return None
+
+    def _waiting_since(self) -> float:
+        """When this worker began to wait for an engine; requests with short deadlines share one wait."""
+        now = time.monotonic()
+        if now - self._waited_until > HELLO_LIMIT_S:
+            self._waits_since = now
+        return self._waits_since
 
     def _limit(self, began: float) -> float:
         """When a worker that has waited since ``began`` gives up, in monotonic seconds; the last engine may load."""
@@ -211,7 +225,7 @@ class Starter:
 
         Args:
             folder: the engine's own directory.
-            began: see :meth:`_limit`; after that an engine that has not said hello hangs, and is killed.
+            began: see :meth:`_limit`.
             deadline: monotonic seconds after which no hello is waited for.
 
         Raises:
@@ -223,15 +237,13 @@ class Starter:
         process = -1
         try:
             patience = min(self._limit(began), math.inf if deadline is None else deadline)
-            endpoint.settimeout(max(0.1, patience - time.monotonic()))
+            endpoint.settimeout(max(_SHORTEST_PATIENCE_S, patience - time.monotonic()))
             endpoint.connect(f"/proc/self/fd/{directory}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
             return Link(endpoint, process, self._greeting(endpoint, process))
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:
-                if isinstance(error, TimeoutError) and time.monotonic() >= self._limit(began):
-                    _kill(process)
                 os.close(process)
             if isinstance(error, channel.ChannelError):
                 raise BundleError(str(error)) from error
@@ -286,12 +298,6 @@ class Starter:
             return
         finally:
             os.close(lock)
-
-
-def _kill(process: int) -> None:
-    """Kill the process of a pidfd, if it is still there."""
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _private(folder: Path) -> Path:

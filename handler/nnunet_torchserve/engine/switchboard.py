@@ -13,7 +13,7 @@ a case are done is a number that this thread reads and the compute thread writes
 
 Faults. Whatever a worker sends, only its own connection is closed; but a volume that it has kept, or an answer that it
 hands on, reaches other workers as it is: they are processes of the same user, and nobody can change it later. If the
-compute thread is busy with one thing for too long, heartbeats stop and the workers start another engine.
+compute thread is busy with one thing for too long, the process kills itself and the workers start another one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -434,7 +435,8 @@ class Switchboard:
 
     def _beat(self, connections: Iterable[Connection]) -> None:
         if self._compute.busy_for_s > self._busy_limit_s:
-            return
+            logger.critical("the compute thread hangs: the engine ends")
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing less ends a thread in a driver
         for connection in connections:
             connection.beat(self._sign_of_life(connection))
 
