@@ -322,15 +322,15 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
         (submit_of((2, 8, 8, 4)), descriptor),
         (submit_of((1, 8, 8, 8), folds=(9,)), descriptor),
         (submit_of((1, 8, 8, 8), mirroring_axes=(7,)), descriptor),
-        (submit_of((1, -8, -8, 8)), descriptor),
     ]
-    for nonsense in ({"mirroring_axes": [0] * 30}, {"folds": [0, 0]}, {"tile_step_size": 1e-6}):
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+    wrong_shape, twice = {"shape": [1, -8, -8, 8]}, {"folds": [0, 0]}
+    for nonsense in ({"mirroring_axes": [0] * 30}, twice, {"tile_step_size": 1e-6}, wrong_shape):
         with raw_link(runtime) as link:
             channel.send(link, channel.Reserve(bytes=1, passes=1))
             assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
             text = submit_of((1, 8, 8, 8)).model_dump_json()
             sent = json.dumps(json.loads(text) | nonsense).encode()
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
             link.sendmsg([sent], rights)
             with suppress(ConnectionResetError):
                 assert channel.receive(link) is None
