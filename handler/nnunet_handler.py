@@ -175,6 +175,7 @@ def _load(context: Any) -> Any:
         single_flight=settings.single_flight,
         refuse=gate.refuse,
         counts=counts,
+        settings=settings.model_dump(mode="json", exclude={"limits"}),
     )
     pipeline.dry_run()
     gate.report(_waits_for_a_request)

@@ -137,6 +137,7 @@ class Pipeline:
         single_flight: whether equal requests at the same time are computed once.
         refuse: raises a :class:`ServingError` while no requests are taken.
         counts: where requests are counted.
+        settings: what the archive says to the handler, for whoever asks for a description.
     """
 
     bundle: ModelBundle
@@ -147,6 +148,7 @@ class Pipeline:
     single_flight: bool = False
     refuse: Callable[[], None] = field(default=lambda: None)
     counts: Counts = field(default_factory=Counts)
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too.
@@ -263,7 +265,7 @@ class Pipeline:
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""
-        record.reused = Reused.ANSWER
+        record.reused, record.passes = Reused.ANSWER, 0
         self.counts.add(SHARED_ANSWERS, 1)
         content_type, warnings = read_answer_note(shared.note)
         timing = record.clock.server_timing(record.reused)
@@ -311,6 +313,7 @@ class Pipeline:
             "reader": bundle.reader,
             "input_orientation": bundle.input_orientation,
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",
+            "settings": dict(self.settings),
             "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
             "options": Options.model_json_schema(),
             "serving_core": __version__,

@@ -6,12 +6,14 @@ The file has no checksum, so that an operator may change it: what is wrong in it
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .engine.scheduler import Policy
 from .errors import BundleError
+from .limits import Limits
 
 
 class HandlerSettings(BaseModel):
@@ -33,6 +35,15 @@ class HandlerSettings(BaseModel):
     cache_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
     single_flight: Annotated[bool, Field(strict=True)] = False
     unload_after_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
+
+    @field_validator("limits")
+    @classmethod
+    def _are_limits(cls, value: dict[str, int]) -> dict[str, int]:
+        known = [each.name for each in fields(Limits)]
+        if unknown := set(value) - set(known):
+            msg = f"no limit has the name {min(unknown)}; there are {', '.join(known)}"
+            raise ValueError(msg)
+        return value
 
     @classmethod
     def read(cls, section: object) -> HandlerSettings:

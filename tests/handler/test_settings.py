@@ -42,6 +42,7 @@ def test_nothing_and_null_are_defaults() -> None:
         ("policy", "last"),
         ("limits", [1]),
         ("limits", {"voxels": "many"}),
+        ("limits", {"voxel": 5}),
         ("cache", 5),
     ],
 )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from nnunet_torchserve.draining import EVERY_MODEL
+
 from .errors import ToolError, UsageError
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def archive(
     ] = None,
     cache: Annotated[
         int,
-        typer.Option(min=0, help="MiB of preprocessed images kept for later requests with the same image; 0: none."),
+        typer.Option(min=0, help="MiB of preprocessed images that each engine keeps for later requests; 0: none."),
     ] = 0,
     single_flight: Annotated[
         bool, typer.Option("--single-flight", help="Compute equal requests that come at the same time once.")
@@ -169,6 +171,8 @@ def serve(
             signal.signal(signal.SIGTERM, _stop_serving)
             signal.signal(signal.SIGINT, _stop_serving)
         server = launcher.start(request)
+        for name in launcher.names_of_several(request):
+            typer.echo(f"warning: {name} has several versions in the model store; one of them is its default", err=True)
         typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
         if not foreground:
             return
@@ -222,14 +226,16 @@ def resume(
     state_dir: Annotated[Path, _STATE_DIR] = Path(".nnunet-torchserve"),
     management_url: Annotated[str | None, _MANAGEMENT_URL] = None,
 ) -> None:
-    """Take requests again after a drain of the same model."""
+    """Take requests again: of one version, of a model with all its versions, or of every model."""
     from . import drain as draining
 
-    target = draining.find_target(state_dir, management_url, model)
-    if draining.resume(target):
-        typer.echo(f"resumed {target.name}")
-    else:
-        typer.echo(f"{target.name} was not drained under that name", err=True)
+    target = draining.find_target(state_dir, management_url, model, served=False)
+    lifted = draining.resume(target)
+    typer.echo(f"resumed {target.name}" if lifted else f"{target.name} was not drained under that name")
+    if others := draining.others_standing(target):
+        names = " and ".join("every model" if name == EVERY_MODEL else name for name in others)
+        msg = f"{target.name} takes no requests still: {names} was drained; resume that"
+        raise ToolError(msg)
 
 
 class _Stopped(Exception):

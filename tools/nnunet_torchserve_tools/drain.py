@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S, ORDERS, REPORTS, order_name
+from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S, EVERY_MODEL, ORDERS, REPORTS, order_name
 from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE
 
 from .errors import ToolError, UsageError
@@ -61,13 +61,14 @@ class Target:
         return self.model if self.version is None else f"{self.model}/{self.version}"
 
 
-def find_target(state_dir: Path, management_url: str | None, model: str | None) -> Target:
+def find_target(state_dir: Path, management_url: str | None, model: str | None, *, served: bool = True) -> Target:
     """The server of a state directory, or the one of this machine that listens at ``management_url``.
 
     Args:
         state_dir: where ``serve`` was started, unless there is a URL.
         management_url: of a server of this machine and user.
         model: ``NAME`` or ``NAME/VERSION``; ``None`` is every model.
+        served: whether the model must be there; an order outlives the version that it was for.
 
     Raises:
         UsageError: no such server, or no such model.
@@ -83,7 +84,7 @@ def find_target(state_dir: Path, management_url: str | None, model: str | None) 
         control = _control_of(management_url)
     name, _, version = (model or "").partition("/")
     target = Target(management_url, control, name or None, version or None)
-    if model is not None:
+    if model is not None and served:
         _versions(target)
     return target
 
@@ -116,11 +117,30 @@ def drain(target: Target, timeout_s: float = DEFAULT_TIMEOUT_S, retry_after_s: i
             raise ToolError(msg)
 
 
-def resume(target: Target) -> bool:
-    """Take the order back; returns whether there was one."""
-    existed = target.order.exists()
-    target.order.unlink(missing_ok=True)
-    return existed
+def resume(target: Target) -> list[str]:
+    """Take the order back, and those for the versions of the model; without a model all of them.
+
+    Returns:
+        The orders that stood, by name.
+    """
+    orders = target.control / ORDERS
+    if target.model is None:
+        standing = [order for order in orders.iterdir() if not order.name.startswith(".")]
+    elif target.version is None:
+        standing = [target.order, *orders.glob(f"{target.model}@*")]
+    else:
+        standing = [target.order]
+    lifted = sorted(order.name for order in standing if order.exists())
+    for order in standing:
+        order.unlink(missing_ok=True)
+    return lifted
+
+
+def others_standing(target: Target) -> list[str]:
+    """Orders that keep the target drained although its own was taken back."""
+    orders = target.control / ORDERS
+    wider = [EVERY_MODEL, *([order_name(target.model)] if target.version is not None else [])]
+    return [name for name in wider if target.model is not None and (orders / name).exists()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,6 +330,12 @@ def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
     return archives
 
 
+def names_of_several(request: ServeRequest) -> list[str]:
+    """Models of which a request to serve has more than one version."""
+    names = [archive.name for archive in find_archives(request.model_store, request.models)]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
 def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
     if name is not None and not MODEL_NAME.fullmatch(name):
         msg = f"{name!r} is no model name; use --models NAME=FILE.mar, once for each model"

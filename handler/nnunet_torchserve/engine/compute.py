@@ -232,6 +232,7 @@ class Compute:
             return
         with _ending_if_wrong():
             self._check()
+        logger.info("the golden patch is as it was")
         self._next_check = time.monotonic() + self._check_interval_s
 
     def _unload_if_due(self) -> None:

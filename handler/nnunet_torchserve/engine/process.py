@@ -60,6 +60,7 @@ def main(folder: Path, model_dir: Path, settings: str) -> int:
         return 1
     try:
         switchboard.run()
+        logger.info("the engine leaves")
     finally:
         if still_ours(folder, life):
             with suppress(FileNotFoundError):
@@ -95,7 +96,7 @@ def _load(
     policy = Policy(settings.policy)
     core = EngineCore(networks, batch, policy, record.write, faults)
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
-    logger.info("ready: %s on %s, batches of %d, %s", model, settings.device, batch, policy)
+    logger.info("ready: %s on %s, batches of %d, %s; %s", model, settings.device, batch, policy, settings_text)
     golden = read_golden(bundle)  # now: unregistering the model deletes the file, and those of the weights
     weights = OpenWeights(bundle) if settings.unload_after_s is not None else None
     tally = Tally()
