@@ -142,19 +142,42 @@ def test_an_archive_for_gpus_that_are_not_there_is_refused(
     ids: object, reason: str, model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TorchServe would drop the list and serve the model on all."""
+    store = store_with(model_store, tmp_path, {"deviceIds": list(ids) if isinstance(ids, tuple) else ids})
+    monkeypatch.setenv("PATH", nvidia_smi.search_path(tmp_path, 3))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UsageError, match=reason):
+        launcher.start(replace(request(store, tmp_path), device=launcher.DeviceKind.AUTO))
+
+
+def store_with(model_store: Path, tmp_path: Path, settings: object) -> Path:
+    """A model store with one archive whose model-config.yaml was edited; a mapping is added to what is there."""
     store = tmp_path / "store"
     store.mkdir()
     with zipfile.ZipFile(model_store / "flat.mar") as source, zipfile.ZipFile(store / "flat.mar", "w") as target:
         for name in source.namelist():
             content = source.read(name)
             if name == MODEL_CONFIG_FILE:
-                config = yaml.safe_load(content) | {"deviceIds": list(ids) if isinstance(ids, tuple) else ids}
-                content = yaml.safe_dump(config).encode()
+                edited = yaml.safe_load(content) | settings if isinstance(settings, dict) else settings
+                content = yaml.safe_dump(edited).encode()
             target.writestr(name, content)
-    monkeypatch.setenv("PATH", nvidia_smi.search_path(tmp_path, 3))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"handler": {"cache": 5}}, r"flat\.mar: model-config\.yaml: handler\.cache"),
+        ({"handler": {"single_flight": "false"}}, r"handler\.single_flight"),
+        ({"minWorkers": "abc"}, r"flat\.mar: minWorkers: 'abc'"),
+        ({"minWorkers": 0}, r"minWorkers: 0"),
+        ([1], "mapping"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(
+    settings: object, reason: str, model_store: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=reason):
-        launcher.start(replace(request(store, tmp_path), device=launcher.DeviceKind.AUTO))
+        launcher.find_archives(store_with(model_store, tmp_path, settings), ["all"])
 
 
 def test_without_java_the_packages_runtime_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ from nnunet_torchserve.environment import (
     TESTING_VARIABLE,
     runtime_dir,
 )
+from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
+from nnunet_torchserve.settings import HandlerSettings
 
 from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME, check_device_ids
 from .errors import ToolError, UsageError
@@ -349,9 +351,17 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             archive.getinfo(BUNDLE_FILE)
             model = json.loads(archive.read(MANIFEST_FILE))["model"]
             config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
+        if not isinstance(config, dict):
+            msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
+            raise UsageError(msg)
+        HandlerSettings.read(config.get("handler"))
+        workers = config.get("minWorkers")
+        if workers is not None and (type(workers) is not int or workers < 1):
+            msg = f"minWorkers: {workers!r} should be a number from 1"
+            raise UsageError(msg)
         ids = check_device_ids(config.get("deviceIds"))
-        return Archive(name or model["modelName"], model["modelVersion"], file, config.get("minWorkers"), ids)
-    except UsageError as error:
+        return Archive(name or model["modelName"], model["modelVersion"], file, workers, ids)
+    except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
     except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:

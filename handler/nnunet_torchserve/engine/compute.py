@@ -43,6 +43,7 @@ _DEVICE_SHARE = 0.9
 
 _HOST = torch.device("cpu")
 _IDLE_S = 1.0
+_LONGEST_WAIT_S = 3600.0
 _LARGE_BYTES = 256 * 1024**2
 """What such a case leaves in the allocator is worth to be given back at once: others were granted it."""
 
@@ -218,8 +219,7 @@ class Compute:
             self._memory.give_cache_back()
         self._busy_since = None
         with suppress(queue.Empty):
-            due_s = self._until_due_s()
-            return self._commands.get(timeout=due_s if due_s < math.inf else None)
+            return self._commands.get(timeout=min(_LONGEST_WAIT_S, self._until_due_s()))
         return None
 
     def _until_due_s(self) -> float:
