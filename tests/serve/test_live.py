@@ -58,6 +58,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
         "shape": [36, 38, 40],
         "patches": 12,
         "passes": 12,
+        "reused": None,
     }
 
 

@@ -213,12 +213,15 @@ class Starter:
         return self._waits_since
 
     def _limit(self, began: float) -> float:
-        """When a worker that has waited since ``began`` gives up, in monotonic seconds; the last engine may load."""
+        """When a worker that has waited since ``began`` gives up, in monotonic seconds; the last engine may load.
+
+        The clock of loading is the engine's own: it begins with its start, whoever waits for it and since when.
+        """
         started = self._outage.started()
         limit = began + HELLO_LIMIT_S
         if self._outage.has_loaded(started):
             return limit
-        return max(limit, min(began, started or began) + CONNECT_LIMIT_S)
+        return max(limit, (started or began) + CONNECT_LIMIT_S)
 
     def _try_to_connect(self, folder: Path, began: float, deadline: float | None) -> Link | None:
         """A link to a loaded engine, ``None`` if nobody listens or says hello.
