@@ -37,6 +37,7 @@ def tasks() -> list[Task]:
     return [Task(case.body, json.loads(case.options)) for case in cases]
 
 
+@pytest.mark.long
 def test_killing_engines_and_workers_costs_clients_only_time(models: dict[str, Path], tmp_path: Path) -> None:
     report = run(models["five_folds"], tasks(), MINUTE, tmp_path)
     assert len(report.kills) >= FEWEST_KILLS

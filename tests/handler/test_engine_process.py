@@ -147,6 +147,7 @@ def test_workers_that_race_at_a_cold_start_share_one_engine(attempt: int, bundle
         racer.communicate()
 
 
+@pytest.mark.long  # tests/chaos has it with a live server
 def test_a_killed_engine_costs_nothing_but_time(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     expected = {number: LocalEngine(bundle, CPU).predict(volume(30, number), LONG).logits for number in range(2)}
     workers = Workers(bundle, connect, 2)
@@ -174,6 +175,7 @@ def test_a_stopped_engine_is_replaced(
     assert not psutil.wait_procs([running], 5)[1]
 
 
+@pytest.mark.long  # tests/chaos has it with a live server
 def test_a_case_that_kills_the_engine_fails_alone(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     expected = LocalEngine(bundle, CPU).predict(volume(40, 1), LONG).logits
     workers = Workers(bundle, connect, 2)
