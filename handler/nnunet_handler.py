@@ -171,11 +171,9 @@ def _load(context: Any) -> Any:
         engine=engine,
         limits=limits,
         time_limit_s=max(timeout_s - _MARGIN_S, timeout_s / 2),
-        keeps_volumes=settings.cache_bytes > 0,
-        single_flight=settings.single_flight,
         refuse=gate.refuse,
         counts=counts,
-        settings=settings.model_dump(mode="json", exclude={"limits"}),
+        settings=settings,
     )
     pipeline.dry_run()
     gate.report(_waits_for_a_request)

@@ -42,6 +42,7 @@ from .orientation import Turn, turn_towards
 from .preprocess import preprocess
 from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
 from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
+from .settings import HandlerSettings
 from .telemetry import CACHE_LOOKUPS, HIT, MISS, SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
 from .volume import Geometry, Volume
 
@@ -133,22 +134,18 @@ class Pipeline:
         engine: turns patches into logits.
         limits: what a request may ask for.
         time_limit_s: seconds until the server's own deadline; TorchServe kills the worker a little later.
-        keeps_volumes: whether the engine keeps preprocessed volumes for later requests with the same image.
-        single_flight: whether equal requests at the same time are computed once.
         refuse: raises a :class:`ServingError` while no requests are taken.
         counts: where requests are counted.
-        settings: what the archive says to the handler, for whoever asks for a description.
+        settings: what the archive says to the handler: what requests may reuse.
     """
 
     bundle: ModelBundle
     engine: Engine
     limits: Limits
     time_limit_s: float
-    keeps_volumes: bool = False
-    single_flight: bool = False
     refuse: Callable[[], None] = field(default=lambda: None)
     counts: Counts = field(default_factory=Counts)
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: HandlerSettings = field(default_factory=HandlerSettings)
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too.
@@ -261,7 +258,8 @@ class Pipeline:
         """What the request may have in common with others."""
         if request.is_trial:
             return NO_KEYS
-        return keys_of(_image_parts(request), options, volumes=self.keeps_volumes, answers=self.single_flight)
+        volumes, answers = self.settings.cache_bytes > 0, self.settings.single_flight
+        return keys_of(_image_parts(request), options, volumes=volumes, answers=answers)
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""
@@ -313,7 +311,7 @@ class Pipeline:
             "reader": bundle.reader,
             "input_orientation": bundle.input_orientation,
             "axis_order": "patch_size and spacing (mm) in the plan's axis order",
-            "settings": dict(self.settings),
+            "settings": self.settings.model_dump(mode="json", exclude={"limits"}),
             "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
             "options": Options.model_json_schema(),
             "serving_core": __version__,

@@ -43,6 +43,7 @@ from nnunet_torchserve.preprocess import PreprocessedCase
 from nnunet_torchserve.preprocess import preprocess as plain_preprocess
 from nnunet_torchserve.responses import WARNING, Response
 from nnunet_torchserve.reuse import keys_of, note_of, recall
+from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from support import volumes
 from support.bad_requests import FAST, GOOD, INT16
@@ -74,9 +75,8 @@ class Fleet:
     def worker(self, cache_bytes: int = 1024**3, *, single_flight: bool = False) -> Pipeline:
         """A worker's pipeline."""
         engine = self.engine(cache_bytes)
-        return Pipeline(
-            self.bundle, engine, Limits(), 600.0, keeps_volumes=cache_bytes > 0, single_flight=single_flight
-        )
+        settings = HandlerSettings(cache_bytes=cache_bytes, single_flight=single_flight)
+        return Pipeline(self.bundle, engine, Limits(), 600.0, settings=settings)
 
     def level(self, level: Level) -> int:
         """As the engine last wrote it."""

@@ -171,7 +171,7 @@ def serve(
             signal.signal(signal.SIGTERM, _stop_serving)
             signal.signal(signal.SIGINT, _stop_serving)
         server = launcher.start(request)
-        for name in launcher.names_of_several(request):
+        for name in server.several:
             typer.echo(f"warning: {name} has several versions in the model store; one of them is its default", err=True)
         typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
         if not foreground:

@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -148,7 +149,10 @@ class Archive:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server, as ``server.json`` holds it. Its private temporary directory names its JVM beyond doubt."""
+    """A server, as ``server.json`` holds it. Its private temporary directory names its JVM beyond doubt.
+
+    ``several`` are the models of which it was started with more than one version.
+    """
 
     temp_dir: str
     inference_url: str
@@ -157,6 +161,7 @@ class Server:
     models: list[str]
     log_dir: str
     control_dir: str
+    several: list[str] = field(default_factory=list)
 
     def process(self) -> psutil.Process | None:
         """The JVM, ``None`` if it is not there."""
@@ -222,6 +227,7 @@ def start(request: ServeRequest) -> Server:
         models=sorted({archive.name for archive in archives}),
         log_dir=str(log_dir),
         control_dir=str(control_dir),
+        several=sorted(name for name, versions in Counter(a.name for a in archives).items() if versions > 1),
     )
     settings = {
         "inference_address": server.inference_url,
@@ -330,12 +336,6 @@ def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
                 msg = f"{other.file} and {archive.file} are both {archive.name} {archive.version}; serve one of them"
                 raise UsageError(msg)
     return archives
-
-
-def names_of_several(request: ServeRequest) -> list[str]:
-    """Models of which a request to serve has more than one version."""
-    names = [archive.name for archive in find_archives(request.model_store, request.models)]
-    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:

@@ -151,14 +151,14 @@ class Admission:
 
     def grant(self) -> list[int]:
         """Charge whatever may be charged now; the numbers of those claims."""
-        granted = admissible(list(self._waiting.values()), self._charged.values(), self.budget.beside(self.elsewhere))
+        granted = self._admissible(self.elsewhere)
         for claim in granted:
             self._charged[claim.number] = self._waiting.pop(claim.number)
         return [claim.number for claim in granted]
 
     def could_grant(self, elsewhere: int) -> bool:
         """Whether a claim that waits could be charged if only ``elsewhere`` bytes were held elsewhere."""
-        return bool(admissible(list(self._waiting.values()), self._charged.values(), self.budget.beside(elsewhere)))
+        return bool(self._admissible(elsewhere))
 
     def release(self, number: int) -> None:
         """Forget a claim, whether it waits or is charged."""
@@ -167,5 +167,8 @@ class Admission:
 
     def would_fit(self, claim: Claim, elsewhere: int) -> bool:
         """Whether a claim could be charged, after those that wait, if only ``elsewhere`` bytes were held elsewhere."""
-        waiting = [*self._waiting.values(), claim]
-        return claim in admissible(waiting, self._charged.values(), self.budget.beside(elsewhere))
+        return claim in self._admissible(elsewhere, claim)
+
+    def _admissible(self, elsewhere: int, *more: Claim) -> list[Claim]:
+        waiting = [*self._waiting.values(), *more]
+        return admissible(waiting, self._charged.values(), self.budget.beside(elsewhere))

@@ -249,27 +249,24 @@ class Compute:
         self._memory.hold_networks(0)
         self._next_check = self._unload_at = math.inf
 
-    def _read_weights(self, fold: FoldName) -> Mapping[str, torch.Tensor]:
-        """A fold's weights; each may be as slow as the disk is."""
-        self._get_on()
-        if self._weights is None:
-            msg = "nothing to load from"
-            raise BundleError(msg)
-        return self._weights.read(fold)
-
     def _load(self) -> bool:
         """Load unloaded networks and check them; ``False`` if there is no room for them now.
 
         Raises:
             Exception: the device or the disk has failed: this engine has nothing to serve with.
         """
-        networks, began = self._core.networks, time.monotonic()
-        if networks.loaded or self._weights is None:
+        networks, weights, began = self._core.networks, self._weights, time.monotonic()
+        if networks.loaded or weights is None:
             return True
+
+        def read(fold: FoldName) -> Mapping[str, torch.Tensor]:
+            self._get_on()  # each may be as slow as the disk is
+            return weights.read(fold)
+
         self._memory.hold_networks(self._device_bytes)  # first: what others place meanwhile must leave this room
         try:
             with _ending_if_wrong():
-                networks.load(self._read_weights)
+                networks.load(read)
                 self._get_on()
                 self._check()
             self._device_bytes = peak_bytes(networks, self._core.batch)

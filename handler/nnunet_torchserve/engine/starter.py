@@ -164,12 +164,14 @@ class Starter:
         try:
             link = self._find_or_start(deadline)
         except (BundleError, NoEngine) as error:
+            self._waited_until = -math.inf
             if not self._has_served:
                 raise
             note = self._outage.fail()
             pause = note.until - time.monotonic()
             logger.exception("no engine on %s, failure %d: the next try in %.0f s", self._device, note.failures, pause)
             raise self._no_engine() from error
+        self._waited_until = -math.inf  # only a request whose deadline passes leaves its wait to the next one
         self._has_served = self._has_served or link is not None
         return link
 
@@ -188,7 +190,6 @@ class Starter:
                 link = self._try_to_connect(folder, began, deadline)
                 if link is not None:
                     self._outage.end(started)
-                    self._waited_until = -math.inf
                     return link
                 if time.monotonic() > self._limit(began):  # it had its time
                     kill_engine(folder)
@@ -198,7 +199,6 @@ class Starter:
             except _DiedLoading:
                 deaths += 1
             if time.monotonic() > self._limit(began) or deaths >= MAX_LOADING_DEATHS:
-                self._waited_until = -math.inf
                 msg = "no engine could be started in time; try again later"
                 raise NoEngine(msg, RETRY_AFTER_S)
             time.sleep(pause)

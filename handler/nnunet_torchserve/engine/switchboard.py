@@ -368,16 +368,14 @@ class Switchboard:
 
     def _make_room_elsewhere(self) -> None:
         """What is kept gives way to the cases of other engines too."""
-        admission, dropped = self._admission, False
+        admission = self._admission
         if not self._cache.size or not (wanted := self._host.wanted_elsewhere()):
             return
         others = self._host.elsewhere(-math.inf) + wanted + admission.charged_bytes
         machine = admission.budget.shared_bytes or 0
         while self._cache.size and others + self._cache.size > machine:
             self._cache.drop_oldest()
-            dropped = True
-        if dropped:
-            self._hold()
+        self._hold()
 
     def _land(self, connection: Connection, message: Release, descriptor: int) -> None:
         """A case has an answer, which others wait for."""
@@ -411,7 +409,6 @@ class Switchboard:
         if connection.state is not _State.FOLLOWING:
             self._compute.put(Drop(connection.case_id))
             self._admission.release(connection.case_id)
-            self._hold()
         self._leave(connection)
 
     def _leave(self, connection: Connection) -> None:
@@ -422,7 +419,7 @@ class Switchboard:
         if next_case is not None:  # it waits already: it is not refused now
             self._admission.enter(self._owners[next_case].claim)
             self._wait_for_memory(self._owners[next_case])
-        self._note()
+        self._hold()
 
     def _forget(self, connection: Connection) -> None:
         """A worker has left or broke the protocol: its case is dropped at the next pass."""
