@@ -127,6 +127,7 @@ def _load(context: Any) -> Any:
         from nnunet_torchserve.engine.remote import RemoteEngine
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
+        from nnunet_torchserve.machine import torch_threads
         from nnunet_torchserve.pipeline import Pipeline
         from nnunet_torchserve.relay import Relay
         from nnunet_torchserve.settings import HandlerSettings
@@ -145,11 +146,12 @@ def _load(context: Any) -> Any:
         msg = f"batchSize is {batch_size}; it must be 1: patches are batched by the engine, not requests by TorchServe"
         raise RuntimeError(msg)
     refuse_faults_outside_tests()
+    torch.set_num_threads(torch_threads())
     settings = HandlerSettings.read(config.get("handler"))
     bundle = ModelBundle(model_dir)
     device = _device(context.system_properties.get("gpu_id"), torch)
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
-    limits = Limits.from_settings(settings.limits)
+    limits = Limits.from_settings(settings.limits).for_model(bundle.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import psutil
+from .machine import memory_bytes
 
 LIMITS_VARIABLE = "NNUNET_TORCHSERVE_LIMITS"
 """JSON object with any of the attributes of :class:`Limits`."""
@@ -24,20 +23,13 @@ _SHARE_FOR_CASES = 0.4
 workers' code and the networks."""
 
 
+_OTHER_PARTS = 8
+"""Fields of a request beside a file for each channel."""
+
+
 def memory_for_cases() -> int:
     """Bytes that all cases of this machine may take together."""
-    return int(total_memory_bytes() * _SHARE_FOR_CASES)
-
-
-def total_memory_bytes() -> int:
-    """Bytes of memory of this machine or, if smaller, of its control group (a container's limit)."""
-    total = int(psutil.virtual_memory().total)
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    return int(memory_bytes() * _SHARE_FOR_CASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +79,7 @@ class Limits:
             if name in known:  # an archive may be older than the launcher
                 limits[name] = min(int(value), limits.get(name, int(value)))
         return cls(**limits)
+
+    def for_model(self, channels: int) -> Limits:
+        """These limits, where each lets one case of a model with so many channels through."""
+        return replace(self, channels=max(self.channels, channels), parts=max(self.parts, channels + _OTHER_PARTS))

@@ -41,7 +41,8 @@ from nnunet_torchserve.environment import (
     runtime_dir,
 )
 from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.limits import LIMITS_VARIABLE, total_memory_bytes
+from nnunet_torchserve.limits import LIMITS_VARIABLE
+from nnunet_torchserve.machine import THREADS_VARIABLE, memory_bytes, usable_threads
 from nnunet_torchserve.settings import HandlerSettings
 
 from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME, check_device_ids
@@ -204,7 +205,7 @@ def start(request: ServeRequest) -> Server:
     default_workers = (request.workers or (WORKERS_PER_GPU if gpus else WORKERS_ON_CPU)) * max(1, gpus)
     queue = request.queue or 2 * max(workers.values())
     held = sum(workers.values()) + queue * len(archives)
-    sizes = compute_sizes(total_memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
+    sizes = compute_sizes(memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
     _check_ports(request.ports)
     java = java_home()
 
@@ -469,6 +470,8 @@ def _environment(java: Path, temp_dir: Path, log_dir: Path, control_dir: Path) -
     search = [str(Path(sys.executable).parent), str(java / "bin"), environment.get("PATH", "")]
     # threads that spin while they wait keep each other off busy cores: a request took up to ten times as long
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # libraries look at the host's processors when they are loaded, not at a container's quota
+    environment.setdefault(THREADS_VARIABLE, str(usable_threads()))
     return environment | {
         "PATH": os.pathsep.join(search),
         "JAVA_HOME": str(java),

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from ..errors import Deadline
+from ..machine import torch_threads
 
 Block = TypeVar("Block")
 Answer = TypeVar("Answer")
@@ -28,7 +29,7 @@ _one_at_a_time = threading.Lock()
 def in_threads(
     function: Callable[[Block], Answer], blocks: Iterable[Block], deadline: float | None = None
 ) -> list[Answer]:
-    """``[function(block) for block in blocks]`` on ``torch.get_num_threads()`` threads, one torch thread each.
+    """``[function(block) for block in blocks]`` on :func:`~..machine.torch_threads` threads, one torch thread each.
 
     The first exception is raised, and the blocks that nobody has begun are dropped.
 
@@ -41,14 +42,14 @@ def in_threads(
         return function(block)
 
     with _one_at_a_time:
-        threads = torch.get_num_threads()
+        threads, before = torch_threads(), torch.get_num_threads()
         started = threading.Barrier(threads + 1)
         pool = ThreadPoolExecutor(threads, "export", initializer=_use_one_torch_thread)
         try:
             for _ in range(threads):
                 pool.submit(started.wait)
             started.wait()
-            torch.set_num_threads(threads)  # the number of this thread, and of threads to come
+            torch.set_num_threads(before)  # the number of this thread, and of threads to come
             pending = [pool.submit(run, block) for block in blocks]
             wait(pending, return_when=FIRST_EXCEPTION)
             return [future.result() for future in pending if future.done()]
