@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -77,6 +76,10 @@ class BundleDescription(BaseModel):
 
     Attributes:
         requires: package -> version specifier, checked at load.
+        network_class: full name of the network's class, as nnU-Net resolved the name in plans.json when the archive was
+            made; ``None`` if the plans name none.
+        network_trainer: the class of nnunetv2 whose ``build_network_architecture`` builds the network, where the plans
+            alone do not say what is built.
         built_with: package -> version, for the record.
         files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
         source: trained model folder (its last two names) and checkpoint file name.
@@ -99,6 +102,8 @@ class BundleDescription(BaseModel):
     source: dict[str, str]
     files: dict[str, str]
     input_orientation: str | None = None
+    network_class: str | None = None
+    network_trainer: str | None = None
 
 
 class ModelBundle:
@@ -156,9 +161,10 @@ class ModelBundle:
 
     @property
     def channel_names(self) -> dict[str, str]:
-        """Channel number -> name (``modality`` in old datasets)."""
-        names: dict[str, str] = self.dataset.get("channel_names") or self.dataset["modality"]
-        return names
+        """Channel number -> name; ``modality`` counts where there is one, as in nnU-Net."""
+        names = self.dataset["modality"] if "modality" in self.dataset else self.dataset["channel_names"]
+        numbered = names.items() if isinstance(names, Mapping) else enumerate(names)
+        return {str(number): str(name) for number, name in numbered}
 
     @property
     def channels(self) -> int:
@@ -173,16 +179,27 @@ class ModelBundle:
     @property
     def output_names(self) -> list[str]:
         """The name of each output channel: labels by value, with background; or regions in dataset.json's order."""
-        named = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
         if self.labels.has_regions:
-            return [name for name, label in named.items() if np.any(label)]
-        return sorted(named, key=lambda name: int(np.max(named[name])))
+            declared = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
+            return [name for name, label in declared.items() if self.labels.filter_background([label])]
+        named = self._label_values
+        return [
+            " / ".join(name for name, values in named.items() if label in values) for label in self.labels.all_labels
+        ]
 
     @property
     def structures(self) -> dict[str, tuple[int, ...]]:
         """Name -> the labels of a segmentation that make it up, without background; a region has several."""
-        named = {name: tuple(map(int, np.atleast_1d(label))) for name, label in self.dataset["labels"].items()}
-        return {name: labels for name, labels in named.items() if name != "ignore" and any(labels)}
+        return {name: values for name, values in self._label_values.items() if any(values)}
+
+    @property
+    def _label_values(self) -> dict[str, tuple[int, ...]]:
+        """Name -> its values as nnU-Net's ``LabelManager`` reads them, by ``int()``, whatever type they have."""
+        return {
+            name: tuple(int(each) for each in (label if isinstance(label, list | tuple) else (label,)))
+            for name, label in self.dataset["labels"].items()
+            if name != "ignore"
+        }
 
     @property
     def reader(self) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from .bundle import ModelBundle
 from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
 from .limits import Limits
+from .machine import torch_threads
 from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, ProbabilityFormat
-from .resampling import LONGEST_BY_MATRIX, spline_arguments
+from .resampling import LONGEST_BY_MATRIX, Target, spline_arguments, target_of
 from .tiling import count_windows, padded_shape
 from .volume import Geometry
 
@@ -85,6 +86,7 @@ class Price:
         bytes: peak of the worker's arrays for this case: input, resampling scratch, logits and export.
         preprocess_s: seconds that preprocessing takes at least.
         export_s: seconds that the export takes at least.
+        is_guess: the plan's own function says what the grid is, when it has run: nothing may be refused for this one.
     """
 
     grid: tuple[int, int, int]
@@ -93,6 +95,7 @@ class Price:
     bytes: int
     preprocess_s: float
     export_s: float
+    is_guess: bool = False
 
 
 def settings_for(bundle: ModelBundle, options: Options) -> Settings:
@@ -127,8 +130,23 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
     )
 
 
-def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Settings, options: Options) -> Price:
+def price(
+    bundle: ModelBundle,
+    geometry: Geometry,
+    channels: int,
+    settings: Settings,
+    options: Options,
+    known_grid: tuple[int, int, int] | None = None,
+) -> Price:
     """What a case will cost at most.
+
+    Args:
+        bundle: the model.
+        geometry: of the image, as the model sees it.
+        channels: images that came.
+        settings: how the case is predicted.
+        options: what is asked for.
+        known_grid: (z, y, x) on the network's grid, where the case has been preprocessed; else it is computed.
 
     Raises:
         WrongChannels: the model takes another number of channels.
@@ -141,9 +159,9 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
         msg = f"the case has {channels} channel{plural}, the model takes {bundle.channels} ({ascii(names)[1:-1]})"
         raise WrongChannels(msg)
     order = bundle.plans.transpose_forward
-    grid = network_grid(
-        bundle, [geometry.shape[axis] for axis in order], [geometry.spacing_zyx[axis] for axis in order]
-    )
+    shape = [geometry.shape[axis] for axis in order]
+    is_guess = known_grid is None and not knows_grid(bundle)
+    grid = known_grid or network_grid(bundle, shape, [geometry.spacing_zyx[axis] for axis in order])
     if min(grid) < 1:
         raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx))
     if (longest := max(*geometry.shape, *grid)) > MAX_AXIS:
@@ -157,18 +175,20 @@ def price(bundle: ModelBundle, geometry: Geometry, channels: int, settings: Sett
     classes = bundle.classes
     volume = channels * geometry.voxels * _FLOAT32
     decode = channels * geometry.voxels * _DECODE_BYTES
-    resample = volume + channels * _preprocess_bytes(bundle, [geometry.shape[axis] for axis in order], grid, options)
+    resample = volume + channels * _preprocess_bytes(bundle, shape, grid, options)
     exact = settings.accumulate is Accumulate.HALF
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
-    export = logits + _export_bytes(bundle, geometry.voxels, grid, options)
+    export = logits + _export_bytes(bundle, shape, grid, options)
+    export_s = _PROBABILITIES_S if options.save_probabilities else _EXPORT_S
     return Price(
         grid=grid,
         patches=patches,
         passes=forward_passes(bundle, grid, settings),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
-        preprocess_s=channels * geometry.voxels * _PREPROCESS_S,
-        export_s=classes * geometry.voxels * (_PROBABILITIES_S if options.save_probabilities else _EXPORT_S),
+        preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(bundle) else 0),
+        export_s=classes * geometry.voxels * (export_s if _resamples_logits(bundle) else 0),
+        is_guess=is_guess,
     )
 
 
@@ -200,30 +220,34 @@ def _padded(shape: Sequence[int]) -> int:
     return math.prod(n + _SPLINE_PADDING for n in shape)
 
 
-def _export_bytes(bundle: ModelBundle, voxels: int, grid: Sequence[int], options: Options) -> int:
-    """What the export holds beside the logits; at most, whatever way the plan makes it take."""
-    classes, grid_voxels = bundle.classes, math.prod(grid)
-    blocks = min(torch.get_num_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
+def _export_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
+    """What the export holds beside the logits; at most, whatever way the plan makes it take. Axes as above."""
+    classes, voxels, grid_voxels = bundle.classes, math.prod(shape), math.prod(grid)
+    blocks = min(torch_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
     if options.save_probabilities:
         whole = classes * _FLOAT32  # regions need all classes once
         copies = 3 if options.probability_format is ProbabilityFormat.NIFTI_GZ else 2  # and the answer is written
         export += voxels * (copies * options.probability_bytes(classes) + whole)
-    arguments = spline_arguments(bundle.configuration.resampling_fn_probabilities)
-    if arguments is not None and arguments.order == 1 and not bundle.has_own_label_manager:
+    function = bundle.configuration.resampling_fn_probabilities
+    arguments = spline_arguments(function)
+    stays = target_of(function) is Target.UNCHANGED and list(grid) == list(shape)
+    if (stays or (arguments is not None and arguments.order == 1)) and not bundle.has_own_label_manager:
         return export
     # nnU-Net's own function: slices by torch, other splines, or a whole export
     all_classes = classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32)
     return export + all_classes + voxels * _COORDINATE_BYTES + _padded(grid) * _PREPROCESS_BYTES
 
 
-def check_affordable(case: Price, limits: Limits) -> None:
-    """Refuse what can never be done here.
+def affordable(case: Price, limits: Limits) -> Price:
+    """The price, unless it can never be paid here; a guess is no reason to refuse, and is taken for less then.
 
     Raises:
         TooLarge: above a configured limit.
         OutOfMemory: within the limits, but above the memory for all cases together.
     """
+    if case.is_guess:
+        return replace(case, bytes=min(case.bytes, limits.memory_bytes), passes=min(case.passes, limits.passes))
     voxels = case.grid[0] * case.grid[1] * case.grid[2]
     if voxels > limits.grid_voxels:
         msg = (
@@ -240,20 +264,43 @@ def check_affordable(case: Price, limits: Limits) -> None:
     if case.bytes > (memory := limits.memory_bytes):
         msg = f"the case needs about {case.bytes} bytes of memory, this server has {memory} for all cases"
         raise OutOfMemory(msg)
+    return case
 
 
 def network_grid(bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int, int]:
-    """A shape resampled to the network's spacing (nnU-Net's ``compute_new_shape``).
+    """The grid on which the network will see an image.
+
+    That of the network's spacing (nnU-Net's ``compute_new_shape``), or the image's own if the plan's function resamples
+    nothing, or if only that function knows (:func:`knows_grid`).
 
     Args:
         bundle: the model; a 2-D configuration keeps the first axis.
         shape: voxels of three axes in the plan's order.
         spacing: mm of three axes in the plan's order.
     """
-    target = list(bundle.configuration.spacing)
-    target = [*spacing[: 3 - len(target)], *target]
-    first, second, third = (int(round(have / want * n)) for n, have, want in zip(shape, spacing, target, strict=True))
+    first, second, third = shape
+    if _resamples_image(bundle):
+        target = list(bundle.configuration.spacing)
+        target = [*spacing[: 3 - len(target)], *target]
+        resampled = zip(shape, spacing, target, strict=True)
+        first, second, third = (int(round(have / want * n)) for n, have, want in resampled)
     return first, second, third
+
+
+def knows_grid(bundle: ModelBundle) -> bool:
+    """Whether :func:`network_grid` is sure: the preprocessor and its resampling function are nnU-Net's own."""
+    is_stock = bundle.configuration.preprocessor_class is DefaultPreprocessor
+    return is_stock and target_of(bundle.configuration.resampling_fn_data) is not Target.UNKNOWN
+
+
+def _resamples_image(bundle: ModelBundle) -> bool:
+    """Whether the image surely gets the network's spacing."""
+    return knows_grid(bundle) and target_of(bundle.configuration.resampling_fn_data) is Target.NEW_SHAPE
+
+
+def _resamples_logits(bundle: ModelBundle) -> bool:
+    """Whether the logits are surely resampled to the image's grid."""
+    return target_of(bundle.configuration.resampling_fn_probabilities) is Target.NEW_SHAPE
 
 
 def too_thin_message(shape: Sequence[int], spacing: Sequence[float]) -> str:

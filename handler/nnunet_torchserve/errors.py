@@ -167,9 +167,11 @@ class NonFiniteLogits(CaseFailed):
     """The network's logits hold NaN or infinity: stock nnU-Net would answer with background there, silently."""
 
     def __init__(
-        self, message: str = "the network's logits for this case are not finite; no segmentation can be given"
+        self,
+        message: str = "the network's logits for this case are not finite; no segmentation can be given",
+        retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, retry_after_s)
 
 
 class Deadline(ServingError):

@@ -163,9 +163,9 @@ class EventStream:
             return
         try:
             self._send_part(replace(self._head, body=_line(event)))
-        except OSError as error:
+        except Exception:
             self._broken = True
-            logger.warning("no event can be sent any more: %s", error)
+            logger.exception("no event can be sent any more")
         self._sent_at = time.monotonic()
 
 

@@ -13,43 +13,51 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 
-import nibabel as nib
 import numpy as np
 
 from . import __version__, codecs
 from .bundle import REORIENTING_READERS, ModelBundle
-from .cases import Price, Settings, check_affordable, forward_passes, price, settings_for
+from .cases import Price, Settings, affordable, forward_passes, price, settings_for
 from .codecs import ImageSource
 from .codecs.inflate import Payload
-from .engine.prediction import NO_KEYS, Engine, Keys, SharedAnswer
+from .engine.prediction import NO_KEYS, Engine, Keys, Reservation, SharedAnswer
 from .errors import (
     BundleError,
     ChannelsDisagree,
     Deadline,
     Malformed,
     NonFinite,
+    NonFiniteLogits,
     OutOfMemory,
     ResponseTooLarge,
     ServingError,
     TooLarge,
     UnknownFormat,
 )
-from .events import UNWATCHED, EventStream, Send
+from .events import UNWATCHED, EventStream, Progress, Send
 from .export import export
 from .limits import Limits
 from .options import HEADER, PART, Options, parse_options
 from .orientation import Turn, turn_towards
-from .preprocess import preprocess
-from .responses import CLIENT_REQUEST_ID, Response, ResponseMaker, Warnings, too_large_message, usable_request_id
+from .preprocess import PreprocessedCase, preprocess
+from .responses import (
+    CLIENT_REQUEST_ID,
+    LAST_RESORT,
+    Response,
+    ResponseMaker,
+    Warnings,
+    too_large_message,
+    usable_request_id,
+)
 from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
 from .settings import HandlerSettings
 from .telemetry import CACHE_LOOKUPS, HIT, MISS, SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
+from .trial import trial_image
 from .volume import Geometry, Volume
 
 RAW_BODY = "body"
 """TorchServe's name for a body that is not multipart."""
 
-_DRY_RUN_VOXELS = 12
 _ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
 
 _IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
@@ -87,7 +95,7 @@ class Request:
     @property
     def id(self) -> str:
         """The client's id if it can stand in a header, else the front end's."""
-        return usable_request_id(self.header(CLIENT_REQUEST_ID)) or self.server_id or "-"
+        return usable_request_id(self.header(CLIENT_REQUEST_ID)) or usable_request_id(self.server_id) or "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,33 +156,30 @@ class Pipeline:
     settings: HandlerSettings = field(default_factory=HandlerSettings)
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
-        """The response to a request; errors are responses too.
+        """The response to a request; errors are responses too, whatever raises them.
 
         Args:
             request: what came.
             send: sends what goes to the client before the response, which is then the last part of a stream; ``None``
                 where nothing can, so that ``stream`` is refused.
         """
-        responses = ResponseMaker(self.model_header(), self.limits.response_bytes)
-        request_id = request.id
-        if request.is_describe:
-            return responses.json(self.describe(), request_id)
-        record = RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
-        stream = EventStream(send, responses.events(request_id))
-        response = self._answer(request, record, responses, stream)
-        record.status = int(response.status)
-        logger.info("request %s", record.line())
-        if not request.is_trial:
-            self.counts.add_request(record)
-        return stream.end(response)
-
-    def _answer(
-        self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream
-    ) -> Response:
         try:
-            if not request.is_trial:
-                self.refuse()
-            return self._segment(request, record, responses, stream)
+            responses = self._responses()
+            record = self._record(request.id)
+            if request.is_describe:
+                return self._or_problem(lambda: responses.json(self.describe(), request.id), record, responses)
+            stream = EventStream(send, responses.events(request.id))
+            response = self._or_problem(lambda: self._segment(request, record, responses, stream), record, responses)
+            self._note(record, response.status, is_trial=request.is_trial)
+            return stream.end(response)
+        except Exception:
+            logger.exception("unexpected error outside of a request's own work")
+            return LAST_RESORT
+
+    def _or_problem(self, produce: Callable[[], Response], record: RequestRecord, responses: ResponseMaker) -> Response:
+        """What ``produce`` returns, or the problem that it raises."""
+        try:
+            return produce()
         except ServingError as error:
             record.code = error.code
             return responses.problem(error, record.request_id)
@@ -188,9 +193,24 @@ class Pipeline:
             msg = "an unexpected error; the server's log has it under this request_id"
             return responses.problem(ServingError(msg), record.request_id)
 
+    def _responses(self) -> ResponseMaker:
+        return ResponseMaker(self.model_header(), self.limits.response_bytes)
+
+    def _record(self, request_id: str) -> RequestRecord:
+        return RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
+
+    def _note(self, record: RequestRecord, status: HTTPStatus, *, is_trial: bool) -> None:
+        """Log and count an answered request."""
+        record.status = int(status)
+        logger.info("request %s", record.line())
+        if not is_trial:
+            self.counts.add_request(record)
+
     def _segment(
         self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream
     ) -> Response:
+        if not request.is_trial:
+            self.refuse()
         clock = record.clock
         started = time.monotonic()
         options = parse_options(self._options_text(request))
@@ -202,6 +222,7 @@ class Pipeline:
             asked = self._read_headers(request, record, options, settings)
             keys = self._keys(request, options)
 
+        clock.begin(Stage.QUEUE)
         reservation = self.engine.reserve(
             asked.price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
         )
@@ -210,25 +231,12 @@ class Pipeline:
             if reserved.answer is not None:
                 return self._take_over(reserved.answer, record, responses)
 
-            recalled = recall(reserved.take_volume(), keys)
-            if keys.volume is not None:
-                self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
-            if recalled is not None:
-                case, constant = recalled
-                record.reused = Reused.VOLUME
-            else:
-                with clock.stage(Stage.DECODE):
-                    volume, constant = asked.decode()
-
-                _check(deadline - asked.price.preprocess_s, "decoding the volume")
-                with clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
-                    case = preprocess(self.bundle, volume, options.preprocess)
-                    del volume
-            del recalled
-            if constant:
-                asked.warnings.append(Warnings.CONSTANT_IMAGE)
+            case, constant = self._prepare(asked, reserved, record, options, deadline, keys, progress)
+            if asked.price.is_guess:
+                self._price_again(asked, case, record, options, settings)
 
             _check(deadline - asked.price.export_s, "preprocessing")
+            clock.begin(Stage.NETWORK)
             with progress.stage(Stage.NETWORK, forward_passes(self.bundle, case.data.shape[1:], settings)):
                 note = note_of(case, keys, constant=constant)
                 prediction = self.engine.predict(case.data, settings, deadline, progress.watcher, note)
@@ -254,6 +262,34 @@ class Pipeline:
                 reserved.share(response.body, answer_note(file.content_type, asked.warnings))
         return response
 
+    def _prepare(
+        self,
+        asked: _Asked,
+        reserved: Reservation,
+        record: RequestRecord,
+        options: Options,
+        deadline: float,
+        keys: Keys,
+        progress: Progress,
+    ) -> tuple[PreprocessedCase, bool]:
+        """The case on the network's grid, and whether its image is constant; from the cache, if it is there."""
+        recalled = recall(reserved.take_volume(), keys)
+        if keys.volume is not None:
+            self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
+        if recalled is not None:
+            case, constant = recalled
+            record.reused = Reused.VOLUME
+        else:
+            with record.clock.stage(Stage.DECODE):
+                volume, constant = asked.decode()
+
+            _check(deadline - asked.price.preprocess_s, "decoding the volume")
+            with record.clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
+                case = preprocess(self.bundle, volume, options.preprocess)
+        if constant:
+            asked.warnings.append(Warnings.CONSTANT_IMAGE)
+        return case, constant
+
     def _keys(self, request: Request, options: Options) -> Keys:
         """What the request may have in common with others."""
         if request.is_trial:
@@ -269,23 +305,33 @@ class Pipeline:
         timing = record.clock.server_timing(record.reused)
         return responses.result(shared.body, content_type, record.request_id, timing, warnings)
 
-    def dry_run(self) -> None:
+    def dry_run(self) -> str | None:
         """Answer one small made-up case, so that the first real one finds everything loaded.
 
+        Returns:
+            What should be known of a model that is served all the same, if anything.
+
         Raises:
-            BundleError: it could not be answered; then no request could.
+            BundleError: it could not be answered; then no request could. The message names the stage and the reason.
         """
-        order = self.bundle.plans.transpose_backward
-        target = [1.0, *self.bundle.configuration.spacing][-3:]
-        spacing = [target[axis] for axis in order]
-        noise = np.random.default_rng(0).integers(1, 1000, (_DRY_RUN_VOXELS,) * 3 + (self.bundle.channels,))
-        image = nib.Nifti1Image(noise.astype(np.int16), np.diag([*spacing[::-1], 1.0]))
         options = {"folds": [self.bundle.folds[0]], "use_mirroring": False}
         headers = {HEADER: json.dumps(options)}
-        response = self.answer(Request({RAW_BODY: image.to_bytes()}, headers, "dry-run", is_trial=True))
-        if response.status != HTTPStatus.OK:
-            msg = f"the dry run failed: {response.body.decode()}"
-            raise BundleError(msg)
+        request = Request({RAW_BODY: trial_image(self.bundle)}, headers, "dry-run", is_trial=True)
+        record, responses = self._record(request.id), self._responses()
+        try:
+            self._segment(request, record, responses, EventStream(None, responses.events(request.id)))
+        except NonFiniteLogits as error:
+            record.code = error.code
+            self._note(record, error.status, is_trial=True)
+            warning = "the dry run's logits are not finite; real images may have finite ones, or be refused like it"
+            logger.warning(warning)
+            return warning
+        except Exception as error:
+            reason = str(error) if isinstance(error, ServingError) else f"{type(error).__name__} {error}"
+            msg = f"the dry run failed in the stage {record.clock.latest or Stage.DECODE}: {reason}"
+            raise BundleError(msg) from error
+        self._note(record, HTTPStatus.OK, is_trial=True)
+        return None
 
     def describe(self) -> dict[str, object]:
         """What a client needs to know of the model, for TorchServe's describe API."""
@@ -346,10 +392,19 @@ class Pipeline:
         channels = sum(image.channels for image in images)
         case_price = price(self.bundle, geometry, channels, settings, options)
         record.patches, record.passes = case_price.patches, case_price.passes
-        check_affordable(case_price, self.limits)
+        case_price = affordable(case_price, self.limits)
         form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
         self._check_answer_fits(geometry, form, options)
         return _Asked(images, turns, geometry, case_price, form, warnings)
+
+    def _price_again(
+        self, asked: _Asked, case: PreprocessedCase, record: RequestRecord, options: Options, settings: Settings
+    ) -> None:
+        """Refuse by the grid that there is what could not be refused by a guess."""
+        channels, first, second, third = case.data.shape
+        true = price(self.bundle, asked.geometry, channels, settings, options, (first, second, third))
+        record.patches, record.passes = true.patches, true.passes
+        affordable(true, self.limits)
 
     def _open_images(self, request: Request, options: Options) -> Sequence[ImageSource]:
         if len(request.parts) > self.limits.parts:

@@ -9,10 +9,8 @@ preprocessor class gets that class as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import nnunetv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,13 +25,13 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
 )
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from .bundle import ModelBundle
 from .cases import network_grid, too_thin_message
 from .errors import TooThin
+from .intensities import normalization_class
 from .options import PreprocessMethod
-from .resampling import resample_image
+from .resampling import Target, resample_image, target_of
 from .volume import Volume
 
 _WITHOUT_MASK = (CTNormalization, NoNormalization, RescaleTo01Normalization, RGBTo01Normalization)
@@ -74,7 +72,7 @@ def preprocess(
 def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
     """``DefaultPreprocessor.run_case_npy`` without a segmentation."""
     configuration, order = bundle.configuration, bundle.plans.transpose_forward
-    schemes = [_normalization(name) for name in configuration.normalization_schemes]
+    schemes = [normalization_class(name) for name in configuration.normalization_schemes]
     data = _own_array(volume.array).transpose(0, *(axis + 1 for axis in order))
     spacing = [volume.geometry.spacing_zyx[axis] for axis in order]
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
@@ -92,7 +90,7 @@ def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
     target = list(configuration.spacing)
     target = [*spacing[: len(spacing) - len(target)], *target]
     new_shape = compute_new_shape(shape, spacing, target)
-    if min(new_shape) < 1:
+    if min(new_shape) < 1 and target_of(configuration.resampling_fn_data) is Target.NEW_SHAPE:
         raise TooThin(too_thin_message(shape, spacing))
 
     intensities = bundle.plans.foreground_intensity_properties_per_channel
@@ -108,16 +106,6 @@ def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
 def _own_array(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The array itself where it has the layout that stock's copy would have and may be written, else that copy."""
     return array if array.dtype == np.float32 and array.flags.carray else array.astype(np.float32)
-
-
-def _normalization(name: str) -> Any:
-    """The class of a normalisation, found as ``DefaultPreprocessor`` finds it."""
-    folder = Path(nnunetv2.__path__[0], "preprocessing", "normalization")
-    scheme = recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing.normalization")
-    if scheme is None:
-        msg = f"nnU-Net has no normalisation {name!r}"
-        raise RuntimeError(msg)
-    return scheme
 
 
 def _needs_mask(scheme: Any, use_mask: bool | None) -> bool:

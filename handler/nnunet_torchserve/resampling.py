@@ -14,8 +14,9 @@ Threads: torch's, as many as ``torch.set_num_threads`` allows. No locks; the cac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum, auto
 from functools import lru_cache, partial
 from typing import Any
 
@@ -27,6 +28,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
     determine_do_sep_z_and_axis,
     resample_data_or_seg_to_shape,
 )
+from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
+from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
 from scipy.ndimage import map_coordinates
 from skimage.transform import resize
 
@@ -63,6 +66,27 @@ _CACHE_LINE_VOXELS = 16
 
 _CACHED_OPERATORS = 24
 """Matrices that are kept; one of 512 x 512 takes up to 1 MB."""
+
+
+class Target(Enum):
+    """The grid that a plan's resampling function leads to."""
+
+    NEW_SHAPE = auto()
+    """The one that it was asked for."""
+
+    UNCHANGED = auto()
+    """The one that it got."""
+
+    UNKNOWN = auto()
+    """The function says it when it has run; what is computed on paper is a guess."""
+
+
+_TARGETS: Mapping[Any, Target] = {
+    resample_data_or_seg_to_shape: Target.NEW_SHAPE,
+    resample_torch_simple: Target.NEW_SHAPE,
+    resample_torch_fornnunet: Target.NEW_SHAPE,
+    no_resampling_hack: Target.UNCHANGED,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +171,11 @@ def resample_image(
         else:
             _resample_volume(channel, target, arguments.order, negligible, low, high)
     return out.numpy()
+
+
+def target_of(function: ResamplingFunction) -> Target:
+    """Where a plan's function leads."""
+    return _TARGETS.get(function.func if isinstance(function, partial) else function, Target.UNKNOWN)
 
 
 def spline_arguments(function: ResamplingFunction) -> SplineArguments | None:

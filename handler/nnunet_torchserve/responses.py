@@ -63,6 +63,15 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+LAST_RESORT = Response(
+    HTTPStatus.INTERNAL_SERVER_ERROR,
+    PROBLEM_JSON,
+    b'{"type": "about:blank", "title": "Internal Server Error", "status": 500, "code": "internal", '
+    b'"detail": "an unexpected error outside of the request\'s own work; the server\'s log has it"}',
+)
+"""Where no other answer can be made."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResponseMaker:
     """Makes the answers of one model.

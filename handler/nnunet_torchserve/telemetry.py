@@ -42,14 +42,24 @@ class Reused(StrEnum):
 
 
 class StageClock:
-    """Seconds spent in each stage of one request. Used by one thread."""
+    """Seconds spent in each stage of one request. Used by one thread.
+
+    Attributes:
+        latest: the stage that began last; the one in which a request failed.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[Stage, float] = {}
+        self.latest: Stage | None = None
+
+    def begin(self, stage: Stage) -> None:
+        """Note that a stage begins, whose time is measured elsewhere."""
+        self.latest = stage
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
         """Add the time of the ``with`` block to ``stage``, also when it raises."""
+        self.begin(stage)
         start = time.perf_counter()
         try:
             yield

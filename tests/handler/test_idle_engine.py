@@ -309,7 +309,7 @@ def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: Mod
     compute._once()
     [refused] = worker.messages
     assert isinstance(refused, channel.Failed)
-    assert (refused.code, refused.retry_after_s) == ("busy", 10)
+    assert (refused.error, refused.retry_after_s) == ("Busy", 10)
     assert weights.failures == 0
     assert not networks.loaded
     assert sum(each.numel() for module in networks.modules for each in module.parameters()) == 0

@@ -42,10 +42,12 @@ from nnunet_torchserve.bundle import (
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import FoldNetworks, golden_tensors
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.intensities import normalized_noise
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.settings import HandlerSettings
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
 from .errors import ToolError, UsageError
@@ -78,6 +80,8 @@ _FOLD_FOLDER = re.compile(r"fold_(\d+)")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _COPY_BYTES = 1024**2
 _DRY_RUN_LIMIT_S = 600.0
+_GOLDEN_SEED = 20261122
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,29 @@ class ServingSettings:
     unload_after_s: float | None = None
     device_ids: tuple[int, ...] | None = None
 
+    @property
+    def handler(self) -> HandlerSettings:
+        """What a worker will read of it.
+
+        Raises:
+            UsageError: a value that a worker would refuse.
+        """
+        try:
+            return HandlerSettings.read(self._handler_section())
+        except BundleError as error:
+            raise UsageError(str(error)) from error
+
+    def _handler_section(self) -> dict[str, Any]:
+        return {
+            "max_patch_batch": self.max_patch_batch,
+            "policy": str(self.policy),
+            "limits": dict(self.limits),
+            "golden_interval_s": self.golden_interval_s,
+            "cache_bytes": self.cache_bytes,
+            "single_flight": self.single_flight,
+            "unload_after_s": self.unload_after_s,
+        }
+
     def to_yaml(self) -> str:
         """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
         workers = {} if self.workers is None else {"minWorkers": self.workers, "maxWorkers": self.workers}
@@ -120,15 +147,7 @@ class ServingSettings:
             "maxBatchDelay": 1,
             "responseTimeout": self.response_timeout_s,
             "startupTimeout": self.startup_timeout_s,
-            "handler": {
-                "max_patch_batch": self.max_patch_batch,
-                "policy": str(self.policy),
-                "limits": dict(self.limits),
-                "golden_interval_s": self.golden_interval_s,
-                "cache_bytes": self.cache_bytes,
-                "single_flight": self.single_flight,
-                "unload_after_s": self.unload_after_s,
-            },
+            "handler": self._handler_section(),
         }
         return yaml.safe_dump(document, sort_keys=False)
 
@@ -181,7 +200,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     folds = request.folds or _numbered_folds(folder, request.checkpoint)
     checkpoints = _read_checkpoints(folder, folds, request)
     first = checkpoints[folds[0]]
-    check_plans(plans, first.configuration)
+    network_class = check_plans(plans, first.configuration)
     patch = PlansManager(plans).get_configuration(first.configuration).patch_size
     for checkpoint in checkpoints.values():
         check_mirroring(checkpoint.mirroring_axes, len(patch))
@@ -204,7 +223,9 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
     try:
         return [
-            _make_archive(request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen})
+            _make_archive(
+                request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen}, network_class
+            )
             for archive_name, chosen in contents
         ]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -218,8 +239,10 @@ def _make_archive(
     plans: dict[str, Any],
     dataset: dict[str, Any],
     checkpoints: Mapping[FoldName, Checkpoint],
+    network_class: str | None,
 ) -> Path:
     first = next(iter(checkpoints.values()))
+    builder, network_trainer = network_builder(first.trainer)
     with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
         stage = Path(scratch)
         for file, source in serving_core_files().items():
@@ -244,15 +267,17 @@ def _make_archive(
             trainer=first.trainer,
             plans=str(plans["plans_name"]),
             configuration=first.configuration,
-            network_builder=network_builder(first.trainer),
+            network_builder=builder,
             folds=folds,
             requires=REQUIRES,
             built_with=_installed_versions(),
             source={"folder": "/".join(request.model_folder.resolve().parts[-2:]), "checkpoint": request.checkpoint},
             files={},
             input_orientation=request.input_orientation,
+            network_class=network_class,
+            network_trainer=network_trainer,
         )
-        _add_golden_patch(stage, bundle)
+        _add_golden_patch(stage, bundle, request.serving.handler)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(_manifest(name, request.version))
@@ -270,21 +295,26 @@ def serving_core_files() -> dict[str, Path]:
     return files
 
 
-def _add_golden_patch(stage: Path, description: BundleDescription) -> None:
+def _add_golden_patch(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
-    Then load what was written as a worker does: it must give the same again, and answer one small case.
+    Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
+    answer one small case.
     """
     _write_bundle(stage, description)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         bundle = ModelBundle(stage)
-        networks = FoldNetworks(bundle, torch.device("cpu"))
-        save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
+        networks = FoldNetworks(bundle, _CPU)
+        sample = normalized_noise(bundle, bundle.patch_size, _GOLDEN_SEED)
+        save_file(golden_tensors(networks, bundle.folds, sample), stage / GOLDEN_FILE)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
-        Pipeline(complete, LocalEngine(complete, torch.device("cpu")), Limits(), _DRY_RUN_LIMIT_S).dry_run()
+        limits = Limits.from_settings(settings.limits, {}).for_model(complete.channels)
+        batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
+        engine = LocalEngine(complete, _CPU, batch, settings.policy, limits)
+        Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:

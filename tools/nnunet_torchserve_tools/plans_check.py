@@ -7,20 +7,29 @@ nnunetv2, or a function or class of nnunetv2.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pydoc
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import dynamic_network_architectures
 import torch
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_torchserve.bundle import NetworkBuilder
+from nnunet_torchserve.intensities import normalization_class
 
 from .errors import ToolError
 
 _NETWORK_PART = re.compile(r"(torch\.nn|dynamic_network_architectures|nnunetv2)(\.[A-Za-z_]\w*)+")
 _NETWORK_PACKAGES = ("torch", "dynamic_network_architectures", "nnunetv2")
+_INCOMPLETE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What nnU-Net raises where plans lack something."""
+
 _READERS = (
     "SimpleITKIO",
     "SimpleITKIOWithReorient",
@@ -31,12 +40,15 @@ _READERS = (
 )
 
 
-def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
+def check_plans(plans: Mapping[str, Any], configuration_name: str) -> str | None:
     """Refuse plans that would import anything else.
 
     Args:
         plans: the content of plans.json.
         configuration_name: the configuration to be served.
+
+    Returns:
+        The full name of the network's class; see :func:`network_class`.
 
     Raises:
         ToolError: a name outside the allow-list, a reader or a configuration that cannot be served yet.
@@ -51,7 +63,7 @@ def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
         raw = manager._internal_resolve_configuration_inheritance(configuration_name)  # noqa: SLF001
         _check_architecture(raw.get("architecture", {}))
         configuration = manager.get_configuration(configuration_name)
-        _check_architecture(configuration.configuration["architecture"])
+        found = _check_architecture(configuration.configuration["architecture"])
         reader = plans["image_reader_writer"]
         if reader not in _READERS:
             msg = f"plans.json names the image reader {reader!r}; only {', '.join(_READERS)} can be served"
@@ -61,24 +73,58 @@ def check_plans(plans: Mapping[str, Any], configuration_name: str) -> None:
             raise ToolError(msg)
         _check_lookups(manager, configuration)
         _check_numbers(manager, configuration)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (*_INCOMPLETE, pydoc.ErrorDuringImport) as error:
         msg = f"plans.json is not complete: {type(error).__name__} {error}"
         raise ToolError(msg) from error
+    return found
 
 
-def _check_architecture(architecture: Mapping[str, Any]) -> None:
+def _check_architecture(architecture: Mapping[str, Any]) -> str | None:
+    found = network_class(architecture)
     arguments = architecture.get("arch_kwargs", {})
-    names = [architecture.get("network_class_name")]
-    names += [arguments.get(key) for key in architecture.get("_kw_requires_import", ())]
-    for name in names:
-        if name is not None:
-            _check_network_part(name)
+    for key in architecture.get("_kw_requires_import", ()):
+        if (name := arguments.get(key)) is not None:
+            known = isinstance(name, str) and _NETWORK_PART.fullmatch(name)
+            _check_network_part(name, pydoc.locate(name) if known else None)
+    return found
 
 
-def _check_network_part(name: Any) -> None:
-    part = pydoc.locate(name) if isinstance(name, str) and _NETWORK_PART.fullmatch(name) else None
+def network_class(architecture: Mapping[str, Any]) -> str | None:
+    """The full name of the class that nnU-Net's ``get_network_from_plans`` takes for the one that plans.json names.
+
+    That is the class of this name or, if there is none (any more), the one within
+    ``dynamic_network_architectures.architectures`` that has its last part for a name. Nothing outside of the allow-list
+    is imported to find that out.
+
+    Returns:
+        ``None`` if the plans name no class.
+
+    Raises:
+        ToolError: there is no such class, or it is outside of the allow-list.
+    """
+    name = architecture.get("network_class_name")
+    if name is None:
+        return None
+    found: Any = None
+    if isinstance(name, str):
+        package = name.split(".")[0] if "." in name else ""
+        if _NETWORK_PART.fullmatch(name) and (found := pydoc.locate(name)) is not None:
+            _check_network_part(name, found)
+            return name
+        if package in ("", *_NETWORK_PACKAGES) or importlib.util.find_spec(package) is None:  # nothing to import
+            found = _moved_network(name.rpartition(".")[2])
+    _check_network_part(name, found)
+    return f"{found.__module__}.{found.__qualname__}"
+
+
+def _moved_network(name: str) -> Any:
+    folder = Path(dynamic_network_architectures.__path__[0], "architectures")
+    return recursive_find_python_class(str(folder), name, "dynamic_network_architectures.architectures")
+
+
+def _check_network_part(name: Any, part: Any) -> None:
     belongs = inspect.isclass(part) and part.__module__.split(".")[0] in _NETWORK_PACKAGES
-    if not (belongs and issubclass(part, torch.nn.Module)):  # type: ignore[arg-type]
+    if not (belongs and issubclass(part, torch.nn.Module)):
         msg = (
             f"plans.json names {name!r} to be imported; only network parts (torch.nn.Module classes) of "
             "torch.nn, dynamic_network_architectures and nnunetv2 are allowed"
@@ -97,7 +143,7 @@ def _check_lookups(manager: Any, configuration: Any) -> None:
         "label_manager": lambda: manager.label_manager_class,
     }
     for scheme in configuration.normalization_schemes:
-        found[f"normalization scheme {scheme}"] = lambda scheme=scheme: _normalization(scheme)  # type: ignore[misc]
+        found[f"normalization scheme {scheme}"] = lambda scheme=scheme: normalization_class(scheme)  # type: ignore[misc]
     for key, look_up in found.items():
         try:
             target = look_up()
@@ -135,26 +181,19 @@ def check_mirroring(axes: tuple[int, ...] | None, dimensions: int) -> None:
         raise ToolError(msg)
 
 
-def _normalization(scheme: str) -> Any:
-    from pathlib import Path
-
-    import nnunetv2
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    folder = Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization"
-    return recursive_find_python_class(str(folder), scheme, "nnunetv2.preprocessing.normalization")
-
-
-def network_builder(trainer_name: str) -> NetworkBuilder:
+def network_builder(trainer_name: str) -> tuple[NetworkBuilder, str | None]:
     """Who builds this trainer's network.
 
-    The server does not import trainer classes that build their network as ``nnUNetTrainer`` does.
+    The server imports no trainer that builds its network as ``nnUNetTrainer`` does, and of the others only the class
+    that has the method that builds it.
+
+    Returns:
+        How it is built, and that class's name if it is one of nnunetv2's trainers.
 
     Raises:
-        ToolError: no such trainer, or one outside nnunetv2 that builds its own network.
+        ToolError: no such trainer, or one outside nnunetv2 has that method.
     """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     if not trainer_name.isidentifier():
         msg = f"the checkpoint names the trainer {trainer_name!r}, which is no class name"
@@ -164,9 +203,10 @@ def network_builder(trainer_name: str) -> NetworkBuilder:
     except (RuntimeError, AssertionError) as error:
         msg = f"the trainer {trainer_name} is not installed; set nnUNet_extTrainer to the folder that has it"
         raise ToolError(msg) from error
-    if trainer.build_network_architecture is nnUNetTrainer.build_network_architecture:
-        return NetworkBuilder.PLANS
-    if trainer.__module__.startswith("nnunetv2."):
-        return NetworkBuilder.TRAINER
+    builder = next(each for each in trainer.__mro__ if "build_network_architecture" in vars(each))
+    if builder is nnUNetTrainer:
+        return NetworkBuilder.PLANS, None
+    if builder.__module__.startswith("nnunetv2."):
+        return NetworkBuilder.TRAINER, builder.__name__
     msg = f"the trainer {trainer_name} builds its own network and is not part of nnunetv2: it cannot be served yet"
     raise ToolError(msg)

@@ -23,6 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from ..cases import Settings
+from ..errors import ServingError
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
 
 PROTOCOL = 4
@@ -216,12 +217,17 @@ class Done(_Message):
 
 
 class Failed(_Message):
-    """Engine → worker: the case was refused or ended with an error of :mod:`..errors`."""
+    """Engine → worker: the case was refused or ended with an error of :mod:`..errors`, by the name of its class."""
 
     kind: Literal["failed"] = "failed"
-    code: str
+    error: str
     detail: str
     retry_after_s: int | None = None
+
+    @classmethod
+    def of(cls, error: ServingError) -> Failed:
+        """The message that brings an error over."""
+        return cls(error=type(error).__name__, detail=str(error), retry_after_s=error.retry_after_s)
 
 
 Message = (

@@ -366,7 +366,7 @@ class Compute:
         self._end(case.case_id, done, [self._results[case.case_id]])
 
     def _fail(self, case_id: int, error: ServingError) -> None:
-        self._end(case_id, Failed(code=error.code, detail=str(error), retry_after_s=error.retry_after_s))
+        self._end(case_id, Failed.of(error))
 
     def _end(self, case_id: int, message: Message | None = None, descriptors: Sequence[int] = ()) -> None:
         """Tell the worker, if it is still there, and keep nothing of the case."""

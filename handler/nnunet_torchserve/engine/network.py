@@ -6,22 +6,23 @@ which costs time and makes concurrent requests impossible.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
 from ..bundle import GOLDEN_FILE, ModelBundle, NetworkBuilder, read_tensors
 from ..errors import BundleError
+from ..machine import torch_threads
 from ..options import FoldName
 from ..tiling import STOCK_THREADS
-
-GOLDEN_SCALE = 1 / 32
-"""The golden patch is stored as int8; the network sees it multiplied by this."""
 
 GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 """Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
@@ -32,8 +33,9 @@ _BATCH_MEMORY_SHARE = 0.5
 _NEARLY = 0.97
 _PROBE_WARMUPS, _PROBE_RUNS = 3, 5
 
-_GOLDEN_SEED = 20261122
 _GOLDEN_SAMPLES = 4096
+_GOLDEN_STEPS = 254
+"""Of a golden patch's values, from the least to the greatest: it is stored as int8."""
 
 
 class FoldNetworks:
@@ -136,7 +138,7 @@ def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    torch.set_num_threads(min(STOCK_THREADS, torch.get_num_threads()))
+    torch.set_num_threads(min(STOCK_THREADS, torch_threads()))
     networks = FoldNetworks(bundle, device)
     check_golden(networks, read_golden(bundle))
     return networks
@@ -210,39 +212,58 @@ def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
 
 
 def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:
-    """The untrained network that plans.json describes, without deep supervision."""
+    """The untrained network that the model's trainer makes of plans.json, without deep supervision."""
     configuration = bundle.configuration
+    if bundle.description.network_class is not None:  # it may have moved since the plans were made
+        configuration.configuration["architecture"]["network_class_name"] = bundle.description.network_class
+    from_plans = (
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+    )
     if bundle.description.network_builder is NetworkBuilder.TRAINER:
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-        trainer = recursive_find_trainer_class_by_name(bundle.description.trainer)
-        network = trainer.build_network_architecture(
-            bundle.plans, configuration, input_channels, classes, enable_deep_supervision=False
-        )
+        trainer = recursive_find_trainer_class_by_name(bundle.description.network_trainer)
+        build = trainer.build_network_architecture
+        # nnU-Net before 2.6 had the plans' parts as arguments; trainers written for it are still called so
+        takes_plans = "plans_manager" in inspect.signature(build).parameters
+        arguments = (bundle.plans, configuration) if takes_plans else from_plans
+        network = build(*arguments, input_channels, classes, enable_deep_supervision=False)
     else:
-        network = get_network_from_plans(
-            configuration.network_arch_class_name,
-            configuration.network_arch_init_kwargs,
-            configuration.network_arch_init_kwargs_req_import,
-            input_channels,
-            classes,
-            allow_init=False,
-            deep_supervision=False,
-        )
+        network = get_network_from_plans(*from_plans, input_channels, classes, allow_init=False, deep_supervision=False)
     module: torch.nn.Module = network
     return module
 
 
-def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[str, torch.Tensor]:
+def golden_tensors(
+    networks: FoldNetworks, folds: tuple[FoldName, ...], sample: npt.NDArray[np.float32]
+) -> dict[str, torch.Tensor]:
     """A patch and the logits that the weights give for it, to be stored with them.
 
+    Args:
+        networks: all of the archive's folds.
+        folds: their names.
+        sample: (C, *patch), values as the network sees them.
+
     Returns:
-        ``patch`` int8 (C, *patch), and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
+        ``patch`` int8 (C, *patch), of which the network sees ``patch * scale + offset`` (both float32, one for each
+        channel); and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
+
+    Raises:
+        BundleError: a fold has no finite logit for it: it would prove nothing.
     """
-    shape = (networks.input_channels, *networks.patch_size)
-    noise = np.random.default_rng(_GOLDEN_SEED).integers(-96, 97, shape, dtype=np.int8)
-    patch = torch.from_numpy(noise)
-    return {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
+    values = torch.from_numpy(sample)
+    low, high = values.flatten(1).aminmax(dim=1)
+    scale = torch.where(high > low, (high - low) / _GOLDEN_STEPS, torch.ones_like(low))
+    offset = (low + high) / 2
+    by_channel = (-1, *(1,) * len(networks.patch_size))
+    patch = ((values - offset.view(by_channel)) / scale.view(by_channel)).round().to(torch.int8)
+    golden = {"patch": patch, "scale": scale, "offset": offset}
+    for fold in folds:
+        golden[f"fold_{fold}"] = _golden_logits(networks, fold, golden)
+        if not golden[f"fold_{fold}"].isfinite().any():
+            msg = f"golden patch: the weights of fold {fold} give no finite logit"
+            raise BundleError(msg)
+    return golden
 
 
 def read_golden(bundle: ModelBundle) -> dict[str, torch.Tensor]:
@@ -262,8 +283,9 @@ def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> 
     """
     tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
     for fold in networks.folds:
-        expected = golden[f"fold_{fold}"]
-        difference = (_golden_logits(networks, fold, golden["patch"]) - expected).abs().max().item()
+        finite = golden[f"fold_{fold}"].isfinite()
+        expected = golden[f"fold_{fold}"][finite]
+        difference = (_golden_logits(networks, fold, golden)[finite] - expected).abs().max().item()
         if not difference <= tolerance * expected.abs().max().item():
             msg = (
                 f"golden patch: the logits of fold {fold} differ by {difference:.3g} from those stored with the "
@@ -273,8 +295,10 @@ def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> 
 
 
 @torch.inference_mode()
-def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
+def _golden_logits(networks: FoldNetworks, fold: FoldName, golden: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    by_channel = (-1, *(1,) * len(networks.patch_size))
+    patch = golden["patch"].float() * golden["scale"].view(by_channel) + golden["offset"].view(by_channel)
     with networks.autocast():
-        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+        logits = networks.forward(fold, patch[None].to(networks.device))
     flat = logits[0].float().cpu().flatten(1)
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()

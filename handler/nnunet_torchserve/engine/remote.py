@@ -48,8 +48,8 @@ _SHARING_S, _FIRST_WAIT_S = 1.0, 0.01
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
-    error.code: error
-    for error in (errors.Busy, errors.CaseFailed, errors.Deadline, errors.OutOfMemory, errors.ServingError)
+    error.__name__: error
+    for error in (errors.Busy, errors.CaseFailed, errors.NonFiniteLogits, errors.Deadline, errors.OutOfMemory)
 }
 _Answer = TypeVar("_Answer")
 
@@ -373,7 +373,7 @@ class RemoteEngine:
         raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
 
     def _raise(self, failed: channel.Failed) -> NoReturn:
-        raise _ERRORS.get(failed.code, ServingError)(failed.detail, failed.retry_after_s)
+        raise _ERRORS.get(failed.error, ServingError)(failed.detail, failed.retry_after_s)
 
     def _connected(self, deadline: float | None) -> Link:
         if self._link is None:

@@ -32,6 +32,7 @@ from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
+from ..errors import Busy, OutOfMemory
 from . import channel
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .cache import Kept, VolumeCache
@@ -293,7 +294,7 @@ class Switchboard:
         claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed)
         self._next_case += 1
         if claim.exceeds(self._admission.budget) and not claim.guaranteed:
-            connection.answer(Failed(code="out_of_memory", detail=NEVER_FITS))
+            connection.answer(Failed.of(OutOfMemory(NEVER_FITS)))
             return
         connection.claim, connection.watched, connection.volume_key = claim, message.watched, message.volume
         connection.passes_ahead = 0
@@ -315,7 +316,7 @@ class Switchboard:
             if self._cache.size and admission.would_fit(claim, admission.elsewhere - self._cache.size):
                 admission.elsewhere -= self._cache.drop_oldest()
                 continue
-            busy = Failed(code="busy", detail=self._admission.busy_message(), retry_after_s=self._retry_after_s())
+            busy = Failed.of(Busy(self._admission.busy_message(), self._retry_after_s()))
             connection.answer(busy)
             self._leave(connection)
             return

@@ -16,13 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
-from nnunetv2.preprocessing.resampling.default_resampling import (
-    determine_do_sep_z_and_axis,
-    resample_data_or_seg_to_shape,
-)
+from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
 
-from ..resampling import SplineArguments, nearest_slices, spline_arguments
+from ..resampling import SplineArguments, Target, nearest_slices, spline_arguments, target_of
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -112,7 +109,7 @@ class Resampling:
         nearest_axis: the axis along which the plan takes the nearest slice instead of interpolating, if any.
         function: the plan's own: (classes, z, y, x) -> (classes, Z, Y, X).
         together: classes that ``function`` must get at once to treat them as it would treat all of them.
-        known: ``function`` is one that resamples, of nnU-Net's own; another may leave a shape that is not the image's.
+        known: ``function`` is nnU-Net's own and leads to the image's shape; another may leave one that is not.
     """
 
     shape: Shape
@@ -162,7 +159,9 @@ def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping
     plans_own = model.configuration.resampling_fn_probabilities
     run = partial(_call, plans_own, shape, grid_spacing, image_spacing)
     by_torch = plans_own.func in (resample_torch_fornnunet, resample_torch_simple)
-    known = by_torch or plans_own.func is resample_data_or_seg_to_shape
+    target = target_of(plans_own)
+    # what resamples nothing is known where there is nothing to resample
+    known = target is Target.NEW_SHAPE or (target is Target.UNCHANGED and grid == shape)
     separate, thick = determine_do_sep_z_and_axis(
         plans_own.keywords.get("force_separate_z", None if by_torch else SplineArguments().force_separate_z),
         grid_spacing,

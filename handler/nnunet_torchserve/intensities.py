@@ -1,0 +1,101 @@
+"""What values a model's images have, as far as its plans say: for trials with made-up images.
+
+A network that has only ever seen 0 to 1 may overflow on 0 to 1000, and nnU-Net's normalisation of pictures refuses
+what is no 8-bit picture. What a model answers must be tried with data of the model's own kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nnunetv2
+import numpy as np
+import numpy.typing as npt
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import RGBTo01Normalization
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+from .bundle import ModelBundle
+
+_PICTURE = (0.0, 255.0)
+_UNIT = (0.0, 1.0)
+"""Where nothing is known: every normalisation takes it, and a network without one is least likely to overflow."""
+
+
+def normalization_class(name: str) -> Any:
+    """The class of a normalisation, found as ``DefaultPreprocessor`` finds it.
+
+    Raises:
+        RuntimeError: nnU-Net has none of that name.
+    """
+    folder = Path(nnunetv2.__path__[0], "preprocessing", "normalization")
+    scheme = recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing.normalization")
+    if scheme is None:
+        msg = f"nnU-Net has no normalisation {name!r}"
+        raise RuntimeError(msg)
+    return scheme
+
+
+def value_range(bundle: ModelBundle, channel: int) -> tuple[float, float]:
+    """The least and the greatest value that a trial of a channel should have.
+
+    Pictures (by the plan's normalisation or the channel's name) have 0 to 255; else the fingerprint's percentiles of
+    the training images' foreground decide, or its range; without a fingerprint it is 0 to 1.
+    """
+    schemes = [normalization_class(bundle.configuration.normalization_schemes[channel])]
+    names = list(bundle.channel_names.values())
+    schemes += [get_normalization_scheme(names[channel])] if channel < len(names) else []
+    if any(isinstance(scheme, type) and issubclass(scheme, RGBTo01Normalization) for scheme in schemes):
+        return _PICTURE
+    seen = _fingerprint(bundle, channel)
+    for low, high in (("percentile_00_5", "percentile_99_5"), ("min", "max")):
+        if low in seen and high in seen and -math.inf < float(seen[low]) < float(seen[high]) < math.inf:
+            return float(seen[low]), float(seen[high])
+    return _UNIT
+
+
+def made_up_image(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
+    """Noise with the values of the model's images, not normalised.
+
+    Args:
+        bundle: the model.
+        shape: of one channel.
+        seed: the same one gives the same image.
+
+    Returns:
+        float32 (C, *shape); whole numbers where a channel's range is wide, as scanners and cameras give them.
+    """
+    noise = np.random.default_rng(seed).random((bundle.channels, *shape), dtype=np.float32)
+    for channel in range(len(noise)):
+        low, high = value_range(bundle, channel)
+        noise[channel] *= high - low
+        noise[channel] += low
+        if high - low >= _PICTURE[1]:
+            noise[channel] = np.rint(noise[channel]).clip(low, high)
+    return noise
+
+
+def normalized_noise(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
+    """What the network sees of :func:`made_up_image`: each channel as the plan normalises it."""
+    image = made_up_image(bundle, shape, seed)
+    inside = np.zeros(image.shape[1:], np.int8)
+    use_mask = bundle.configuration.use_mask_for_norm
+    for channel, name in enumerate(bundle.configuration.normalization_schemes[: len(image)]):
+        scheme = normalization_class(name)(
+            use_mask_for_norm=use_mask[channel], intensityproperties=dict(_fingerprint(bundle, channel))
+        )
+        image[channel] = scheme.run(image[channel], inside)
+    return image
+
+
+def _fingerprint(bundle: ModelBundle, channel: int) -> Mapping[str, Any]:
+    """What nnU-Net found of a channel in the training images' foreground; empty if the plans do not say."""
+    found: Mapping[str, Mapping[str, Any]] = (
+        bundle.plans.plans.get("foreground_intensity_properties_per_channel")
+        or bundle.plans.plans.get("foreground_intensity_properties_by_modality")
+        or {}
+    )
+    return found.get(str(channel), {})

@@ -1,0 +1,25 @@
+"""The image of a trial: small, made up, and of the kind that the model knows."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+
+from .bundle import ModelBundle
+from .intensities import made_up_image
+
+_VOXELS = 12
+_SEED = 0
+
+
+def trial_image(bundle: ModelBundle) -> bytes:
+    """A NIfTI file with the model's channels on its fourth axis, at the spacing of the network.
+
+    Its values are those that the plans say the model sees; see :func:`~.intensities.value_range`.
+    """
+    order = bundle.plans.transpose_backward
+    target = [1.0, *bundle.configuration.spacing][-3:]
+    spacing_zyx = [float(target[axis]) for axis in order]
+    channels = made_up_image(bundle, (_VOXELS,) * 3, _SEED)
+    image: bytes = nib.Nifti1Image(channels.T, np.diag([*spacing_zyx[::-1], 1.0])).to_bytes()
+    return image

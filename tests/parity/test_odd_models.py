@@ -1,0 +1,337 @@
+"""Sound models of rare kinds: archived, and answered as stock answers them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from nnunetv2.preprocessing.resampling import no_resampling, resample_torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants import network_architecture
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
+from nnunet_torchserve_tools.errors import ToolError, UsageError
+from support import stock, volumes
+from support.odd_models import OddModel
+
+SPACING = (1.5, 1.5, 1.5)
+UNIT = {"min": 0.0, "max": 1.0, "mean": 0.4, "std": 0.3, "median": 0.4, "percentile_00_5": 0.0, "percentile_99_5": 1.0}
+HOUNSFIELD = (
+    UNIT
+    | {"min": -1024.0, "max": 3071.0, "mean": 40.0, "std": 120.0}
+    | {"percentile_00_5": -950.0, "percentile_99_5": 900.0}
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Detected old nnU-Net plans",
+    "ignore:Network class",
+    "ignore:Trainer .* uses the old",
+    "ignore:.torch.jit:FutureWarning",  # of packages that nnU-Net's trainers import
+)
+
+
+def pipeline_of(model: Path, folder: Path, **fields: Any) -> Pipeline:
+    """The pipeline of a worker that serves the archive of a model."""
+    [archive] = make_archives(ArchiveRequest(model, folder / "store", name="m", **fields))
+    zipfile.ZipFile(archive).extractall(folder / "unpacked")
+    bundle = ModelBundle(folder / "unpacked")
+    return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
+
+
+def labels_of(pipeline: Pipeline, *bodies: bytes) -> npt.NDArray[Any]:
+    """The served segmentation (Z, Y, X) of one image, or of one for each channel."""
+    parts: dict[str, object] = {f"image_{k:04d}": body for k, body in enumerate(bodies)}
+    parts |= {"options": json.dumps({"output_format": "nii"}).encode()}
+    response = pipeline.answer(Request(parts, {}))
+    assert response.status is HTTPStatus.OK, response.body
+    return np.asarray(nib.Nifti1Image.from_bytes(response.body).dataobj).T
+
+
+def assert_as_stock(
+    model: Path, folder: Path, *bodies: bytes, name: str = "case_{:04d}.nii.gz", **fields: Any
+) -> Pipeline:
+    """Archive, serve, compare; returns what served."""
+    pipeline = pipeline_of(model, folder, **fields)
+    files = [volumes.write(folder, name.format(k), body) for k, body in enumerate(bodies)]
+    expected = stock.predict(model, files, probabilities=False).labels
+    served = labels_of(pipeline, *bodies)
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(served.reshape(expected.shape), expected)
+    return pipeline
+
+
+def image(
+    shape: tuple[int, int, int] = (24, 26, 20), spacing: tuple[float, float, float] = SPACING, scale: float = 1.0
+) -> bytes:
+    """An image of the kind that the demo model's fingerprint describes, times ``scale``."""
+    array, _ = volumes.blobs(shape, seed=3)
+    return volumes.nifti_gz((array * scale).astype(np.float32), volumes.oblique(spacing, angle=0.0))
+
+
+def test_pictures_of_three_colours(tmp_path: Path) -> None:
+    """nnU-Net's normalisation of pictures refuses what is no 8-bit picture: a trial with other data proves nothing."""
+    odd = OddModel(
+        2,
+        ("R", "G", "B"),
+        ("RGBTo01Normalization",) * 3,
+        spacing=1.0,
+        reader="NaturalImage2DIO",
+        more_dataset={"file_ending": ".png"},
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8)
+    assert_as_stock(
+        odd.write(tmp_path), tmp_path, iio.imwrite("<bytes>", picture, extension=".png"), name="case_{:04d}.png"
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "seen", "scale"),
+    [("NoNormalization", UNIT, 1 / 500), ("CTNormalization", HOUNSFIELD, 1.0), ("RescaleTo01Normalization", UNIT, 1.0)],
+)
+def test_every_normalisation_with_data_of_its_own(
+    scheme: str, seen: dict[str, float], scale: float, tmp_path: Path
+) -> None:
+    odd = OddModel(schemes=(scheme,), intensities=(seen,))
+    assert_as_stock(odd.write(tmp_path), tmp_path, image(scale=scale))
+
+
+def overflow_above(greatest: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Weights of a network with batch norm that leaves float16 for images with greater values."""
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            if "running_var" in name:
+                tensor.fill_(1.0)
+            if ".seg_layers." in name and name.endswith("weight"):
+                tensor.mul_(100 / greatest)
+
+    return change
+
+
+def test_batch_norm_without_normalisation_on_data_from_0_to_1(tmp_path: Path) -> None:
+    """Such a network's logits overflow float16 on a scanner's numbers, which it never sees."""
+    odd = OddModel(
+        schemes=("NoNormalization",), intensities=(UNIT,), trainer="nnUNetTrainerBN", change_weights=overflow_above(1.0)
+    )
+    model = odd.write(tmp_path)
+    served = assert_as_stock(model, tmp_path, image(scale=1 / 500))
+    refused = served.answer(Request({"image": image(scale=100.0)}, {}))
+    assert json.loads(refused.body)["code"] == "case_failed", "the network does overflow, on other data"
+
+
+def test_logits_that_are_not_finite_in_the_trial_prove_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fingerprint says 0 to 1000 where this model's images have 0 to 1."""
+    odd = OddModel(
+        schemes=("NoNormalization",),
+        intensities=(UNIT | {"percentile_99_5": 1e6},),
+        trainer="nnUNetTrainerBN",
+        change_weights=overflow_above(1.0),
+    )
+    assert_as_stock(odd.write(tmp_path), tmp_path, image(scale=1 / 500))
+    assert "not finite" in caplog.text
+
+
+def test_weights_that_give_nothing_finite_are_refused(tmp_path: Path) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        for tensor in weights.values():
+            tensor.fill_(float("nan"))
+
+    with pytest.raises(ToolError, match="fold 0 give no finite logit"):
+        pipeline_of(OddModel(change_weights=spoil).write(tmp_path), tmp_path)
+
+
+def test_more_channels_than_a_file_may_usually_have(tmp_path: Path) -> None:
+    many = 70
+    odd = OddModel(2, tuple(f"band {k}" for k in range(many)), ("ZScoreNormalization",) * many)
+    served = pipeline_of(odd.write(tmp_path), tmp_path)
+    assert served.bundle.channels == many
+
+
+def test_a_trial_that_fails_names_stage_and_reason(tmp_path: Path) -> None:
+    odd = OddModel(2, ("R",), ("RGBTo01Normalization",)).write(tmp_path)
+    settings = ServingSettings(limits={"voxels": 100})
+    with pytest.raises(ToolError, match=r"dry run failed in the stage decode: .*100") as failure:
+        pipeline_of(odd, tmp_path, serving=settings)
+    assert "dry-run" not in str(failure.value)
+    with pytest.raises(UsageError, match="no limit has the name voxel;"):
+        pipeline_of(odd, tmp_path, serving=ServingSettings(limits={"voxel": 100}))
+
+
+def old_format(plans: dict[str, Any]) -> None:
+    """The plan as nnU-Net 2.0 to 2.2 wrote it."""
+    [configuration] = plans["configurations"].values()
+    built = configuration.pop("architecture")["arch_kwargs"]
+    stages = built.get("n_blocks_per_stage") or built["n_conv_per_stage"]
+    configuration |= {
+        "UNet_class_name": "ResidualEncoderUNet" if "n_blocks_per_stage" in built else "PlainConvUNet",
+        "UNet_base_num_features": built["features_per_stage"][0],
+        "unet_max_num_features": built["features_per_stage"][-1],
+        "n_conv_per_stage_encoder": stages,
+        "n_conv_per_stage_decoder": built["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [1] * len(configuration["patch_size"]),
+        "pool_op_kernel_sizes": built["strides"],
+        "conv_kernel_sizes": built["kernel_sizes"],
+    }
+
+
+def named(name: str) -> Callable[[dict[str, Any]], None]:
+    """Plans that have another name for their network."""
+
+    def change(plans: dict[str, Any]) -> None:
+        for configuration in plans["configurations"].values():
+            configuration["architecture"]["network_class_name"] = name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("odd", "change"),
+    [
+        (OddModel(), old_format),
+        (OddModel(residual=True), old_format),
+        (
+            OddModel(residual=True),
+            named("dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet"),
+        ),
+        (OddModel(2), named("PlainConvUNet")),
+        (OddModel(2), named("a_package_that_nobody_has.unet.PlainConvUNet")),
+    ],
+    ids=["old plans", "old plans, residual", "a class that has moved", "a bare name", "a fork that is not installed"],
+)
+def test_networks_are_found_as_stock_finds_them(
+    odd: OddModel, change: Callable[[dict[str, Any]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_as_stock(odd.but(change_plans=change).write(tmp_path), tmp_path, image())
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "json.JSONDecoder", "NoSuchNetwork", "torch.nn.functional.relu", "antigravity", 7]
+)
+def test_other_names_are_refused_and_not_imported(name: object, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="only network parts"):
+        pipeline_of(OddModel(2, change_plans=named(name)).write(tmp_path), tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_trainer_with_the_older_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As people have copied them into nnunetv2's own folder of trainers."""
+
+    class nnUNetTrainerOfOld(nnUNetTrainer):  # type: ignore[misc] # noqa: N801 (nnU-Net's names)
+        @staticmethod
+        def build_network_architecture(
+            architecture_class_name: str,
+            arch_init_kwargs: dict[str, Any],
+            arch_init_kwargs_req_import: list[str],
+            num_input_channels: int,
+            num_output_channels: int,
+            enable_deep_supervision: bool = True,
+        ) -> torch.nn.Module:
+            arch_init_kwargs = arch_init_kwargs | {"conv_bias": False}
+            return get_network_from_plans(  # type: ignore[no-any-return]
+                architecture_class_name, arch_init_kwargs, arch_init_kwargs_req_import,
+                num_input_channels, num_output_channels, True, enable_deep_supervision,
+            )  # fmt: skip
+
+    nnUNetTrainerOfOld.__module__ = network_architecture.nnUNetTrainerBN.__name__
+    monkeypatch.setattr(network_architecture.nnUNetTrainerBN, "nnUNetTrainerOfOld", nnUNetTrainerOfOld, raising=False)
+    odd = OddModel(2, trainer="nnUNetTrainerOfOld")
+    assert_as_stock(odd.write(tmp_path), tmp_path, image())
+
+
+def test_a_trainer_of_ones_own_on_a_network_of_nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class lies outside of nnunetv2, what builds its network does not."""
+    trainers = tmp_path / "trainers"
+    trainers.mkdir()
+    (trainers / "mine.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN\n"
+        "class nnUNetTrainerMine(nnUNetTrainerBN):\n    pass\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
+    model = OddModel(2, trainer="nnUNetTrainerMine").write(tmp_path)
+    served = assert_as_stock(model, tmp_path, image())
+    assert served.bundle.description.network_trainer == "nnUNetTrainerBN"
+
+
+def resampled_by(name: str) -> Callable[[dict[str, Any]], None]:
+    """Plans that name a function for everything."""
+
+    def change(plans: dict[str, Any]) -> None:
+        for configuration in plans["configurations"].values():
+            for what in ("data", "seg", "probabilities"):
+                configuration |= {f"resampling_fn_{what}": name, f"resampling_fn_{what}_kwargs": {}}
+
+    return change
+
+
+def test_what_is_not_resampled_is_neither_too_thin_nor_too_large(tmp_path: Path) -> None:
+    model = OddModel(change_plans=resampled_by("no_resampling_hack")).write(tmp_path)
+    assert_as_stock(model, tmp_path, image((30, 30, 3), (0.2, 0.2, 0.1)))
+    served = Pipeline(
+        (bundle := ModelBundle(tmp_path / "unpacked")), LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0
+    )
+    huge = image((24, 24, 24), (150, 150, 150))
+    file = volumes.write(tmp_path, "huge_0000.nii.gz", huge)
+    np.testing.assert_array_equal(labels_of(served, huge), stock.predict(model, [file], probabilities=False).labels)
+
+
+def half_the_grid(data: Any, new_shape: Any, current_spacing: Any, new_spacing: Any) -> Any:
+    """Somebody's own function: to half of an image that is large, and back to what is asked for."""
+    large = data.shape[1] > 20
+    shape = [n // 2 for n in data.shape[1:]] if large else new_shape
+    return resample_torch.resample_torch_simple(data, shape)
+
+
+def test_no_guess_about_an_unknown_function_refuses_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half_the_grid.__module__ = no_resampling.__name__
+    monkeypatch.setattr(no_resampling, "half_the_grid", half_the_grid, raising=False)
+    model = OddModel(change_plans=resampled_by("half_the_grid")).write(tmp_path)
+    served = assert_as_stock(model, tmp_path, image((44, 40, 36), (0.01, 0.01, 0.01)))
+    body = image((44, 40, 36), (200, 200, 200))
+    assert labels_of(served, body).shape == (36, 40, 44)
+    few = Pipeline(served.bundle, served.engine, Limits(grid_voxels=1000), 600.0)
+    refused = json.loads(few.answer(Request({"image": body}, {})).body)
+    assert (refused["code"], refused["detail"].split(" voxels")[0].split()[-1]) == ("too_large", str(18 * 20 * 22))
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"background": "0", "tumour": "1", "node": "2"}, ["background", "tumour", "node"]),
+        ({"background": 0, "node": 2.0, "tumour": True}, ["background", "tumour", "node"]),
+        ({"background": 0, "tumour": [1], "node": ["2"]}, ["background", "tumour", "node"]),
+        ({"background": 0, "left": 1, "right": 1, "node": 2}, ["background", "left / right", "node"]),
+        ({"background": 0, "whole": ["1", "2"], "core": 2, "regions": True}, ["whole", "core"]),
+    ],
+)
+def test_label_values_of_any_type_that_stock_reads(labels: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    regions = {"regions_class_order": [1, 2]} if labels.pop("regions", False) else {}
+    odd = OddModel(2, labels=labels, more_dataset=regions)
+    served = assert_as_stock(odd.write(tmp_path), tmp_path, image())
+    description = served.answer(Request({}, {"describe": "True"}))
+    assert description.status is HTTPStatus.OK, description.body
+    assert json.loads(description.body)["probability_channels"] == names
+    options = {"save_probabilities": True, "probability_channels": [9]}
+    refused = served.answer(Request({"image": image(), "options": json.dumps(options).encode()}, {}))
+    assert json.loads(refused.body)["code"] == "bad_option"
+
+
+def test_modality_counts_where_there_are_both_names(tmp_path: Path) -> None:
+    odd = OddModel(2, more_dataset={"modality": {"0": "T1"}, "channel_names": {"0": "a", "1": "b"}})
+    served = assert_as_stock(odd.write(tmp_path), tmp_path, image())
+    assert served.bundle.channel_names == {"0": "T1"}
