@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,10 +22,29 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
-from support.models import cache_key, train_all
+from support.models import carried
+from support.once import once, run_folder
 from support.server import LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what must stay together when several processes share the tests, and what begins first (docs/testing.md).
+
+    A file stays together, so that its fixtures are made once; so do all tests of the session's server. Files with
+    servers of their own begin first: they wait a lot, and the others fill the time.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
+
+
+def _group(item: pytest.Item) -> str:
+    definitions = getattr(item, "_fixtureinfo", None)
+    servers = definitions.name2fixturedefs.get("server", ()) if definitions else ()
+    return "server" if any(server.scope == "session" for server in servers) else item.path.stem
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,28 +54,46 @@ def _runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def models(pytestconfig: pytest.Config) -> dict[str, Path]:
-    """Name -> trained model folder; trained once, then kept in pytest's cache."""
-    return train_all(pytestconfig.cache.mkdir(f"nnunet-models-{cache_key()}"))
+def models() -> dict[str, Path]:
+    """Name -> trained model folder, as the repository carries it: copy what is to be changed."""
+    return carried()
 
 
 @pytest.fixture(scope="session")
-def model_store(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive_of(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a model -> its archive ``NAME.mar``, made when it is first asked for, by whichever process of the run."""
+    store = run_folder(tmp_path_factory) / "model_store"
+
+    @cache
+    def archive(name: str) -> Path:
+        def make() -> None:
+            with tempfile.TemporaryDirectory() as unfinished:
+                [made] = make_archives(ArchiveRequest(models[name], Path(unfinished), name=name))
+                store.mkdir(exist_ok=True)
+                shutil.move(made, store)
+
+        once(store.with_name(f"{name}.made"), make)
+        return store / f"{name}.mar"
+
+    return archive
+
+
+@pytest.fixture(scope="session")
+def model_store(models: dict[str, Path], archive_of: Callable[[str], Path]) -> Path:
     """A folder with one archive, ``NAME.mar``, for each trained model."""
-    store = tmp_path_factory.mktemp("model_store")
-    for name, folder in models.items():
-        make_archives(ArchiveRequest(folder, store, name=name))
+    [store] = {archive_of(name).parent for name in models}
     return store
 
 
 @pytest.fixture(scope="session")
-def unpacked(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def unpacked(archive_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name of a model -> its archive, unpacked as TorchServe does it."""
 
     @cache
     def unpack(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        zipfile.ZipFile(model_store / f"{name}.mar").extractall(folder)
+        with zipfile.ZipFile(archive_of(name)) as archive:
+            archive.extractall(folder)
         return folder
 
     return unpack

@@ -25,6 +25,7 @@ from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, FAST, GOOD
+from support.ports import free_ports
 from support.server import LiveServer, running
 
 pytestmark = pytest.mark.serve
@@ -169,7 +170,7 @@ def test_describe_says_what_a_client_needs(server: LiveServer) -> None:
 
 def test_a_second_server_of_the_same_state_directory_is_refused(server: LiveServer, model_store: Path) -> None:
     with pytest.raises(UsageError, match="runs already"):
-        launcher.start(launcher.ServeRequest(model_store, state_dir=server.state_dir, ports=launcher.free_ports()))
+        launcher.start(launcher.ServeRequest(model_store, state_dir=server.state_dir, ports=free_ports()))
 
 
 def test_the_management_port_is_not_open_to_other_archives(server: LiveServer, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_model_that_does_not_load_is_explained_and_leaves_nothing(
 
 @pytest.mark.parametrize("how", ["SIGTERM", "stop"])
 def test_serve_in_the_foreground_prints_ready_and_ends_with_0(how: str, model_store: Path, tmp_path: Path) -> None:
-    ports = launcher.free_ports()
+    ports = free_ports()
     command = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "serve", "--foreground", "--device", "cpu"]
     command += ["--model-store", str(model_store), "--models", "mine=flat.mar", "--state-dir", str(tmp_path / "state")]
     command += ["--inference-port", str(ports.inference), "--management-port", str(ports.management)]

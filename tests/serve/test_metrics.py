@@ -15,10 +15,10 @@ import yaml
 
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.telemetry import Stage
-from nnunet_torchserve_tools import launcher
 from support.bad_requests import FAST, GOOD
 from support.chaos import Case, ChaosServer, wait_for
 from support.metrics import Scrape, queries, scrape
+from support.ports import free_port
 from support.server import running
 
 pytestmark = pytest.mark.serve
@@ -132,7 +132,7 @@ def test_every_documented_query_returns_data(measured: ChaosServer, tmp_path: Pa
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("prometheus is not installed")
-    target, port = measured.live.server.metrics_url.removeprefix("http://"), launcher.free_ports().inference
+    target, port = measured.live.server.metrics_url.removeprefix("http://"), free_port()
     config = tmp_path / "prometheus.yml"
     scraping = {"job_name": "nnunet", "scrape_interval": "1s", "static_configs": [{"targets": [target]}]}
     config.write_text(yaml.safe_dump({"scrape_configs": [scraping]}))

@@ -17,9 +17,9 @@ import numpy as np
 import psutil
 import pytest
 
-from nnunet_torchserve_tools import launcher
 from support import volumes
 from support.bad_requests import FAST, GOOD
+from support.ports import free_port
 from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
@@ -67,7 +67,7 @@ def proxy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
-    port = launcher.free_ports().inference
+    port = free_port()
     upstream_port = int(server.server.inference_url.rpartition(":")[2])
     text = CONFIG.read_text()
     for ours, here in (

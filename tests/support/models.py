@@ -1,15 +1,19 @@
-"""Trained models for the tests, made by nnU-Net's own planner and trainer in a few steps."""
+"""Trained models for the tests, made by nnU-Net's own planner and trainer in a few steps.
+
+The repository carries them in ``tests/models``, so that no test waits for a training. After a change of a recipe, make
+them anew: ``PYTHONPATH=demo:tests .venv/bin/python -m support.models``. A long test trains them again and compares.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import small_training
 from small_training import Recipe, run
 
 from . import volumes
@@ -29,6 +33,7 @@ FIVE_FOLDS = Recipe(
     epochs=2,
     iterations=12,
     learning_rate=1e-2,
+    strip=True,
 )
 FLAT = replace(
     FIVE_FOLDS,
@@ -38,6 +43,7 @@ FLAT = replace(
     patch_size=(32, 28),
     strides=((1, 1), (2, 2), (2, 2)),
     batch_size=8,
+    strip=False,  # one checkpoint as the trainer writes it, with the optimizer's state and the log
 )
 REGION_BASED = replace(FIVE_FOLDS, dataset="Dataset903_BlobRegions", folds=(0,))
 ANISOTROPIC = replace(
@@ -59,29 +65,32 @@ _SHAPES = {
 RECIPES = {"five_folds": FIVE_FOLDS, "flat": FLAT, "regions": REGION_BASED, "anisotropic": ANISOTROPIC}
 
 
-def cache_key() -> str:
-    """Changes when anything that the models depend on changes."""
-    sources = [Path(small_training.__file__), Path(__file__), Path(volumes.__file__)]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    digest.update(json.dumps([asdict(recipe) for recipe in RECIPES.values()]).encode())
-    return digest.hexdigest()[:16]
+CARRIED = Path(__file__).parents[1] / "models"
+"""Where the repository has them."""
+
+
+def folder_in(home: Path, recipe: Recipe) -> Path:
+    """The trained model folder of a recipe below nnU-Net's results folder ``home``."""
+    return home / recipe.dataset / f"nnUNetTrainer__nnUNetPlans__{recipe.configuration}"
+
+
+def carried() -> dict[str, Path]:
+    """Name -> trained model folder in the repository. Tests copy what they change."""
+    return {name: folder_in(CARRIED, recipe) for name, recipe in RECIPES.items()}
 
 
 def train_all(workdir: Path) -> dict[str, Path]:
-    """Train every model that ``workdir`` does not hold yet; returns name -> trained model folder."""
-    folders = {
-        name: workdir / "results" / recipe.dataset / f"nnUNetTrainer__nnUNetPlans__{recipe.configuration}"
-        for name, recipe in RECIPES.items()
-    }
-    done = workdir / "done"
-    if not done.exists():
-        for recipe in RECIPES.values():
-            _write_dataset(workdir / "raw" / recipe.dataset, recipe.dataset)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for training in [pool.submit(run, workdir, recipe) for recipe in RECIPES.values()]:
-                training.result()
-        done.touch()
-    return folders
+    """Train every model in ``workdir``; returns name -> trained model folder."""
+    for recipe in RECIPES.values():
+        _write_dataset(workdir / "raw" / recipe.dataset, recipe.dataset)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(RECIPES, pool.map(lambda recipe: run(workdir, recipe), RECIPES.values()), strict=True))
+
+
+def served_files(folder: Path) -> list[Path]:
+    """What an archive is made of, relative to a trained model folder; the only files that are carried."""
+    files = [folder / "dataset.json", folder / "plans.json", *folder.glob("fold_*/checkpoint_final.pth")]
+    return sorted(file.relative_to(folder) for file in files)
 
 
 def _write_dataset(folder: Path, name: str) -> None:
@@ -103,3 +112,18 @@ def _write_dataset(folder: Path, name: str) -> None:
     if regions:
         description["regions_class_order"] = [1, 2, 3]
     (folder / "dataset.json").write_text(json.dumps(description))
+
+
+def _carry() -> None:
+    """Train every model, and put it where the repository has it."""
+    shutil.rmtree(CARRIED, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, trained in train_all(Path(scratch)).items():
+            for file in served_files(trained):
+                target = folder_in(CARRIED, RECIPES[name]) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(trained / file, target)
+
+
+if __name__ == "__main__":
+    _carry()

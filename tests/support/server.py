@@ -16,6 +16,8 @@ import psutil
 
 from nnunet_torchserve_tools import launcher
 
+from .ports import free_ports
+
 
 @dataclass(frozen=True)
 class LiveServer:
@@ -87,7 +89,7 @@ def running(
             model_store,
             models,
             state_dir,
-            launcher.free_ports(),
+            free_ports(),
             device=device,
             workers=workers,
             body_limit=body_limit,

@@ -18,6 +18,7 @@ from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
 from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
 from support import nvidia_smi
+from support.ports import free_ports
 
 
 @pytest.mark.parametrize("memory", [2, 4, 16, 64, 512])
@@ -52,7 +53,7 @@ def test_every_setting_of_the_projects_config_is_explained() -> None:
 
 def request(model_store: Path, tmp_path: Path) -> launcher.ServeRequest:
     return launcher.ServeRequest(
-        model_store, state_dir=tmp_path / "state", ports=launcher.free_ports(), device=launcher.DeviceKind.CPU
+        model_store, state_dir=tmp_path / "state", ports=free_ports(), device=launcher.DeviceKind.CPU
     )
 
 
