@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ from nnunet_torchserve.bundle import BUNDLE_FILE, GOLDEN_FILE, ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
-from nnunet_torchserve_tools.checkpoint import read_checkpoint, without_aliases
+from nnunet_torchserve_tools.checkpoint import without_aliases
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 
 
@@ -144,22 +143,6 @@ def test_the_owner_may_trust_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert make(folder, tmp_path, trust_checkpoint=True)
 
 
-def test_scalars_of_numpy_1_are_allowed(folder: Path) -> None:
-    file = folder / "fold_0" / "checkpoint_final.pth"
-    torch.save(torch.load(file, weights_only=False), file)
-    source = zipfile.ZipFile(file)
-    renamed = io.BytesIO()
-    with zipfile.ZipFile(renamed, "w") as target:
-        for entry in source.infolist():
-            content = source.read(entry)
-            if entry.filename.endswith("data.pkl"):
-                assert b"numpy._core.multiarray" in content
-                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-            target.writestr(entry, content)
-    file.write_bytes(renamed.getvalue())
-    assert read_checkpoint(file).trainer == "nnUNetTrainer"
-
-
 @pytest.mark.parametrize("keep", [0, 10, 1000, 100_000])
 def test_a_truncated_checkpoint_is_said_to_be_damaged(keep: int, folder: Path, tmp_path: Path) -> None:
     file = folder / "fold_0" / "checkpoint_final.pth"
@@ -175,8 +158,53 @@ def test_a_file_that_is_no_checkpoint_is_refused(folder: Path, tmp_path: Path) -
 
 
 def test_a_missing_fold_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="fold 3"):
+    with pytest.raises(UsageError, match=r"fold 3 has no checkpoint_final.pth .* which has it for fold_0$"):
         make(folder, tmp_path, folds=(0, 3))
+
+
+def folds_with(tmp_path: Path, folds: dict[str, list[str]]) -> Path:
+    """A trained folder whose checkpoints are not real ones."""
+    for name, files in folds.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    for name in ("plans.json", "dataset.json"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+FINAL, BEST, LATEST = "checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_latest.pth"
+
+
+@pytest.mark.parametrize(
+    ("folds", "said"),
+    [
+        ({f"fold_{k}": [] if k == 3 else [FINAL] for k in range(5)}, "^fold_3 of .* --folds 0,1,2,4 makes"),
+        ({"fold_0": [FINAL], "fold_1": [LATEST], "fold_2": []}, "^fold_1, fold_2 of .* --folds 0 makes .* them$"),
+        (
+            {"fold_0": [FINAL, BEST], "fold_1": [LATEST, BEST]},
+            "^fold_1 of .* --folds 0 .*, --checkpoint checkpoint_best",
+        ),
+        ({"fold_all": [FINAL]}, "fold_all has it: take that with --folds all$"),
+        ({"fold_0": [], "fold_all": [FINAL, BEST]}, "--folds all$"),
+        ({"fold_0": [BEST], "fold_1": [BEST, LATEST]}, "fold_0, fold_1 have .* with --checkpoint checkpoint_best.pth$"),
+        ({"fold_0": [BEST], "fold_1": []}, "with --folds 0 --checkpoint checkpoint_best.pth$"),
+        ({"fold_all": [BEST]}, "--folds all --checkpoint checkpoint_best.pth$"),
+        ({"fold_0": [BEST], "fold_1": [LATEST]}, "different names"),
+        ({"fold_0": ["progress.png"]}, "was the training ended"),
+        ({}, "was the training ended"),
+    ],
+)
+def test_what_a_folder_lacks_is_said_with_the_flag_that_takes_what_it_has(
+    folds: dict[str, list[str]], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        make(folds_with(tmp_path, folds), tmp_path)
+
+
+def test_a_fold_that_has_another_checkpoint_only_is_told_the_flag(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"for no fold; --checkpoint checkpoint_best.pth takes what fold 0 has"):
+        make(folds_with(tmp_path, {"fold_0": [BEST]}), tmp_path, folds=(0,))
 
 
 def test_a_fold_of_another_trainer_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

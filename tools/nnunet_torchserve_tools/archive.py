@@ -370,10 +370,11 @@ def _read_checkpoints(folder: Path, folds: Sequence[FoldName], request: ArchiveR
     for fold in folds:
         file = folder / f"fold_{fold}" / request.checkpoint
         if not file.is_file():
-            there = ", ".join(sorted(f.parent.name for f in folder.glob(f"fold_*/{request.checkpoint}"))) or "no fold"
-            msg = (
-                f"fold {fold} has no {request.checkpoint} in {folder}, which has {there}; without --folds all are taken"
-            )
+            files = _files_of_folds(folder)
+            there = [name for name in files if request.checkpoint in files[name]]
+            msg = f"fold {fold} has no {request.checkpoint} in {folder}, which has it for {_spoken(there)}"
+            if other := _other_checkpoint(files, [fold], request.checkpoint):
+                msg += f"; --checkpoint {other} takes what fold {fold} has"
             raise UsageError(msg)
         checkpoints[fold] = read_checkpoint(file, trust=request.trust_checkpoint)
     first_fold, first = next(iter(checkpoints.items()))
@@ -386,15 +387,70 @@ def _read_checkpoints(folder: Path, folds: Sequence[FoldName], request: ArchiveR
 
 
 def _numbered_folds(folder: Path, checkpoint: str) -> tuple[FoldName, ...]:
-    found = sorted(
-        int(match[1])
-        for entry in folder.iterdir()
-        if (match := _FOLD_FOLDER.fullmatch(entry.name)) and (entry / checkpoint).is_file()
-    )
-    if not found:
-        msg = f"{folder} has no fold_0 … fold_4 with a {checkpoint}; name folds with --folds or --checkpoint"
-        raise UsageError(msg)
-    return tuple(found)
+    """Every numbered fold.
+
+    Raises:
+        UsageError: there is none with the checkpoint, or there are some without it: whoever forgot that a fold is still
+            being trained would never see that the ensemble lacks it.
+    """
+    files = _files_of_folds(folder)
+    numbered = [fold for fold in files if fold != "all"]
+    found = tuple(fold for fold in numbered if checkpoint in files[fold])
+    lacking = [fold for fold in numbered if checkpoint not in files[fold]]
+    if found and not lacking:
+        return found
+    if found:
+        verb, them = ("has", "it") if len(lacking) == 1 else ("have", "them")
+        msg = (
+            f"{_spoken(lacking)} of {folder} {verb} no {checkpoint}; "
+            f"--folds {','.join(map(str, found))} makes an archive without {them}"
+        )
+        if other := _other_checkpoint(files, numbered, checkpoint):
+            msg += f", --checkpoint {other} takes a file that all of them have"
+    elif checkpoint in files.get("all", ()):
+        msg = f"{folder} has no numbered fold with a {checkpoint}, but fold_all has it: take that with --folds all"
+    else:
+        msg = f"{folder} has no fold with a {checkpoint}; " + _other_way(files, numbered, checkpoint)
+    raise UsageError(msg)
+
+
+def _other_way(files: Mapping[FoldName, Sequence[str]], numbered: Sequence[FoldName], checkpoint: str) -> str:
+    """Which flags take what is there, where no fold has the checkpoint."""
+    having = [fold for fold in numbered if _other_checkpoint(files, [fold], checkpoint)]
+    if having and (other := _other_checkpoint(files, having, checkpoint)):
+        folds = "" if len(having) == len(numbered) else f"--folds {','.join(map(str, having))} "
+        have = "has" if len(having) == 1 else "have"
+        return f"{_spoken(having)} {have} {other}: take it with {folds}--checkpoint {other}"
+    if having:
+        return "their checkpoints have different names: choose with --folds and --checkpoint"
+    if "all" in files and (other := _other_checkpoint(files, ["all"], checkpoint)):
+        return f"fold_all has {other}: take it with --folds all --checkpoint {other}"
+    return "was the training ended? Name the folder that has fold_0, fold_1, … with checkpoints in them"
+
+
+def _other_checkpoint(
+    files: Mapping[FoldName, Sequence[str]], folds: Sequence[FoldName], checkpoint: str
+) -> str | None:
+    """A checkpoint that all of these folds have: best before latest."""
+    common = set.intersection(*(set(files.get(fold, ())) for fold in folds)) if folds else set()
+    return min((name for name in common if name.endswith(".pth") and name != checkpoint), default=None)
+
+
+def _files_of_folds(folder: Path) -> dict[FoldName, list[str]]:
+    """The names of the files in each fold's folder; numbers in order, then ``all``."""
+    folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()}
+    numbers = sorted(int(found[1]) for found in map(_FOLD_FOLDER.fullmatch, folders) if found)
+    folds: list[FoldName] = [*numbers, "all"]
+    return {
+        fold: [file.name for file in folders[f"fold_{fold}"].iterdir() if file.is_file()]
+        for fold in folds
+        if f"fold_{fold}" in folders
+    }
+
+
+def _spoken(folds: Sequence[FoldName]) -> str:
+    """As in "fold_0, fold_2"."""
+    return ", ".join(f"fold_{fold}" for fold in folds) or "no fold"
 
 
 def _check_orientation(letters: str | None, reader: str) -> None:

