@@ -30,6 +30,8 @@ from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.responses import LAST_RESORT
+from nnunet_torchserve.telemetry import Counts
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
 
@@ -119,6 +121,51 @@ def test_an_unexpected_error_is_a_problem_without_its_text(
     assert (int(response.status), problem["code"]) == (status, code)
     assert "secret" not in problem["detail"]
     assert problem["request_id"] == "front-end-id"
+
+
+def fail(*_: object, **__: object) -> Any:
+    msg = "/secret/patient"
+    raise ArithmeticError(msg)
+
+
+class FailingCounts(Counts):
+    """Cannot count."""
+
+    add = fail
+
+
+@pytest.mark.parametrize(
+    ("what", "request_", "send"),
+    [
+        ("output_names", Request({}, {"describe": "True"}), None),
+        ("channel_names", Request({}, {"describe": "True"}), None),
+        ("reader", Request({"body": GOOD}, {}), None),
+        (None, Request({"body": GOOD}, {"X-Nnunet-Options": FAST}, server_id="a\r\nb"), None),
+        (None, Request({"body": GOOD}, {"X-Nnunet-Options": '{"stream": true, "folds": 0}'}), fail),
+        (None, Request({"body": None}, {}), None),
+        (None, Request({"options": 7, "image": [1]}, {}), None),
+    ],
+)
+def test_nothing_that_goes_wrong_is_raised(
+    what: str | None, request_: Request, send: Any, pipeline: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pipeline("five_folds")
+    if what is not None:
+        monkeypatch.setattr(ModelBundle, what, property(fail))
+    response = model.answer(request_, send)
+    failed = response.status is not HTTPStatus.OK
+    assert failed == (what is not None or request_.parts.get("body") is not GOOD)
+    assert b"secret" not in response.body
+    monkeypatch.undo()
+    assert model.answer(Request({"body": GOOD}, {"X-Nnunet-Options": FAST})).status is HTTPStatus.OK
+
+
+def test_where_no_answer_can_be_made_the_last_resort_is_a_problem_too(pipeline: Load) -> None:
+    response = replace(pipeline("five_folds"), counts=FailingCounts()).answer(Request({}, {}))
+    assert response is LAST_RESORT
+    problem = json.loads(response.body)
+    assert (response.status, problem["status"], problem["code"]) == (500, 500, "internal")
+    assert response.content_type == "application/problem+json"
 
 
 def test_a_clients_request_id_is_kept(pipeline: Load) -> None:
