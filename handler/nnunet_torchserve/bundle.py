@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from .errors import BundleError
 from .options import FoldName
+from .painting import Painting, read_painting
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -179,10 +180,15 @@ class ModelBundle:
         return sorted(named, key=lambda name: int(np.max(named[name])))
 
     @property
+    def painting(self) -> Painting:
+        """What the values of a segmentation mean."""
+        order = self.dataset.get("regions_class_order")
+        return read_painting(self.dataset["labels"], order, has_regions=self.labels.has_regions)
+
+    @property
     def structures(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the labels of a segmentation that make it up, without background; a region has several."""
-        named = {name: tuple(map(int, np.atleast_1d(label))) for name, label in self.dataset["labels"].items()}
-        return {name: labels for name, labels in named.items() if name != "ignore" and any(labels)}
+        """Name -> the values of a segmentation that make it up, without background; a region has several."""
+        return self.painting.structures
 
     @property
     def reader(self) -> str:

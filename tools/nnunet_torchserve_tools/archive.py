@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,10 +46,11 @@ from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
+from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
-from .errors import ToolError, UsageError
+from .errors import ModelWarning, ToolError, UsageError
 from .plans_check import check_mirroring, check_plans, network_builder
 
 MODEL_CONFIG_FILE = "model-config.yaml"
@@ -172,6 +174,9 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     Raises:
         UsageError: the folder, a name or a fold does not exist or cannot be meant.
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
+
+    Warns:
+        ModelWarning: the values of its label maps are not those that dataset.json suggests, or do not say everything.
     """
     folder = request.model_folder
     if not folder.is_dir():
@@ -203,6 +208,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     if request.per_fold:
         contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
     try:
+        _warn_of_values(plans, dataset)
         return [
             _make_archive(request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen})
             for archive_name, chosen in contents
@@ -421,6 +427,13 @@ def _files_of_folds(folder: Path) -> dict[FoldName, list[str]]:
 def _spoken(folds: Sequence[FoldName]) -> str:
     """As in "fold_0, fold_2"."""
     return ", ".join(f"fold_{fold}" for fold in folds) or "no fold"
+
+
+def _warn_of_values(plans: dict[str, Any], dataset: Mapping[str, Any]) -> None:
+    has_regions = PlansManager(plans).get_label_manager(dataset).has_regions
+    painting = read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=has_regions)
+    for remark in painting.remarks:
+        warnings.warn(f"{remark} The report of a segmentation says so too.", ModelWarning, stacklevel=3)
 
 
 def _check_orientation(letters: str | None, reader: str) -> None:
