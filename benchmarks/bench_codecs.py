@@ -53,6 +53,7 @@ from nnunet_torchserve.engine import channel
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat
 from nnunet_torchserve.orientation import turn_towards
+from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.preprocess import preprocess
 from nnunet_torchserve.volume import LabelMap, Placement, Volume
 from support.plans import Plan, Spacing
@@ -275,9 +276,9 @@ def encoders(
     """How each side writes a label map; ours is the first and gives the bytes, the others write to ``file``."""
     form = codecs.answer_form(Options(output_format=output), source.native_format, source.geometry)
     answer = LabelMap(labels, source.geometry)
-    structures = {f"organ {value}": (value,) for value in range(1, int(labels.max()) + 1)}
+    painting = Painting({f"organ {value}": (value,) for value in range(1, int(labels.max()) + 1)})
     spacing, origin, direction = case.image.GetSpacing(), case.image.GetOrigin(), case.image.GetDirection()
-    sides: dict[str, Callable[[], object]] = {OURS: lambda: codecs.encode(answer, form, source, structures).body}
+    sides: dict[str, Callable[[], object]] = {OURS: lambda: codecs.encode(answer, form, source, painting).body}
     if output is OutputFormat.JSON:
         sides["SimpleITK's statistics"] = partial(label_statistics, labels)
         return sides

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from .errors import BundleError
 from .options import FoldName
+from .painting import Painting, integers, read_painting
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -179,27 +180,24 @@ class ModelBundle:
     @property
     def output_names(self) -> list[str]:
         """The name of each output channel: labels by value, with background; or regions in dataset.json's order."""
+        declared = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
         if self.labels.has_regions:
-            declared = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
             return [name for name, label in declared.items() if self.labels.filter_background([label])]
-        named = self._label_values
+        named = {name: integers(label) for name, label in declared.items()}
         return [
-            " / ".join(name for name, values in named.items() if label in values) for label in self.labels.all_labels
+            " / ".join(name for name, values in named.items() if value in values) for value in self.labels.all_labels
         ]
 
     @property
-    def structures(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the labels of a segmentation that make it up, without background; a region has several."""
-        return {name: values for name, values in self._label_values.items() if any(values)}
+    def painting(self) -> Painting:
+        """What the values of a segmentation mean."""
+        order = self.dataset.get("regions_class_order")
+        return read_painting(self.dataset["labels"], order, has_regions=self.labels.has_regions)
 
     @property
-    def _label_values(self) -> dict[str, tuple[int, ...]]:
-        """Name -> its values as nnU-Net's ``LabelManager`` reads them, by ``int()``, whatever type they have."""
-        return {
-            name: tuple(int(each) for each in (label if isinstance(label, list | tuple) else (label,)))
-            for name, label in self.dataset["labels"].items()
-            if name != "ignore"
-        }
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Name -> the values of a segmentation that make it up, without background; a region has several."""
+        return self.painting.structures
 
     @property
     def reader(self) -> str:

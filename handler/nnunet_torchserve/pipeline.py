@@ -253,7 +253,7 @@ class Pipeline:
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, asked.form, asked.images[0], self.bundle.structures)
+                file = codecs.encode(answer, asked.form, asked.images[0], self.bundle.painting)
                 del answer
 
             timing = clock.server_timing(record.reused)

@@ -27,6 +27,7 @@ from nnunet_torchserve.errors import BadOption, RequestError, ServingError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, parse_options
 from nnunet_torchserve.orientation import turn_towards
+from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.responses import ResponseMaker
 from nnunet_torchserve.volume import Geometry, LabelMap, Placement
 
@@ -139,12 +140,12 @@ def _check_answers(source: codecs.ImageSource, setting: Setting) -> None:
             if output is OutputFormat.PNG and geometry.shape[0] > 1:
                 continue
             raise
-        body = codecs.encode(LabelMap(labels, geometry), form, source, _STRUCTURES).body
+        body = codecs.encode(LabelMap(labels, geometry), form, source, Painting(_STRUCTURES)).body
         _check_secret(_without_affine(body))
         _READ_BACK[output](body, labels, geometry, setting)
     options = Options(output_format=(OutputFormat.NIFTI_GZ, OutputFormat.NPZ), save_probabilities=True)
     form = codecs.answer_form(options, source.native_format, geometry)
-    body = codecs.encode(answer, form, source, _STRUCTURES).body
+    body = codecs.encode(answer, form, source, Painting(_STRUCTURES)).body
     if (bad := zipfile.ZipFile(io.BytesIO(body)).testzip()) is not None:
         msg = f"{bad} in the zip is damaged"
         raise Find(msg)

@@ -31,6 +31,7 @@ from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Prediction, Reser
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
+from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.pipeline import Pipeline, Request
 from nnunet_torchserve.volume import LabelMap, Placement
 
@@ -429,7 +430,7 @@ def test_any_geometry_survives_any_format(
         probability_format=ProbabilityFormat.NIFTI_GZ,
     )
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    body = codecs.encode(answer, form, image, {"marker": (1,)}).body
+    body = codecs.encode(answer, form, image, Painting({"marker": (1,)})).body
     check(body, where, tmp_path, itk_reads_nifti=where.orthonormal and writer != "NIfTI-2")
 
 
@@ -509,7 +510,7 @@ def test_a_marker_on_a_slice_stays_where_it_is(name: str, angle: float, tmp_path
     labels = (source.read()[0] == MARKER).astype(np.uint8)
     outputs = tuple(OutputFormat(each) for each in (*ALL_OUTPUTS, "png"))
     form = codecs.answer_form(Options(output_format=outputs), source.native_format, source.geometry)
-    body = codecs.encode(LabelMap(labels, source.geometry), form, source, {"marker": (1,)}).body
+    body = codecs.encode(LabelMap(labels, source.geometry), form, source, Painting({"marker": (1,)})).body
     zipfile.ZipFile(io.BytesIO(body)).extractall(tmp_path)
 
     for flat in ("labels.nrrd", "labels.mha"):

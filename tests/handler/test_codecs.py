@@ -33,6 +33,7 @@ from nnunet_torchserve.errors import (
 )
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
+from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.volume import LabelArray, LabelMap, Placement
 from support import volumes
 from support.bad_requests import header as with_fields
@@ -48,7 +49,7 @@ def open_image(body: bytes, reader: str = "SimpleITKIO") -> codecs.ImageSource:
 def encode(labels: LabelArray, image: codecs.ImageSource, output: str | None = None) -> codecs.EncodedFile:
     options = Options(output_format=None if output is None else OutputFormat(output))
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    return codecs.encode(LabelMap(labels, image.geometry), form, image, {})
+    return codecs.encode(LabelMap(labels, image.geometry), form, image, Painting({}))
 
 
 def some(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
@@ -342,7 +343,7 @@ def test_the_same_answer_has_the_same_bytes(
     if probabilities:
         options = Options(output_format=output, save_probabilities=True, probability_format=probabilities)
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    written = [codecs.encode(labels, form, image, {"all": (1,)}) for _ in range(2)]
+    written = [codecs.encode(labels, form, image, Painting({"all": (1,)})) for _ in range(2)]
     assert written[0] == written[1]
     assert len(written[0].body) >= codecs.smallest_answer(image.geometry, form, 8 if probabilities else 0)
 
@@ -354,7 +355,7 @@ def test_several_files_come_in_one_zip() -> None:
         output_format=tuple(OutputFormat), save_probabilities=True, probability_format=ProbabilityFormat.NIFTI_GZ
     )
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    file = codecs.encode(labels, form, image, {"all": (1,)})
+    file = codecs.encode(labels, form, image, Painting({"all": (1,)}))
     assert file.content_type == "application/zip"
     assert zipfile.ZipFile(io.BytesIO(file.body)).namelist() == [
         "labels.nii.gz", "labels.nii", "labels.nrrd", "labels.mha", "labels.npz", "labels.png", "report.json",
@@ -369,7 +370,7 @@ def test_probabilities_as_nifti_have_the_channels_last(tmp_path: Path) -> None:
     labels = LabelMap(np.ones((6, 5, 4), np.uint8), image.geometry, probabilities, (0, 1, 2))
     options = Options(save_probabilities=True, probability_format=ProbabilityFormat.NIFTI)
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    parts = zipfile.ZipFile(io.BytesIO(codecs.encode(labels, form, image, {}).body))
+    parts = zipfile.ZipFile(io.BytesIO(codecs.encode(labels, form, image, Painting({})).body))
     assert parts.namelist() == ["labels.nii.gz", "probabilities.nii"]
     written = nib.Nifti1Image.from_bytes(parts.read("probabilities.nii"))
     np.testing.assert_array_equal(np.asarray(written.dataobj), probabilities.T, strict=True)

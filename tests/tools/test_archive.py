@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from nnunet_torchserve_tools.checkpoint import without_aliases
-from nnunet_torchserve_tools.errors import ToolError, UsageError
+from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 
 
 @pytest.fixture
@@ -357,3 +358,26 @@ def test_an_input_orientation_that_contradicts_the_plans_reader_is_refused(folde
     edit_plans(folder, lambda plans: plans.update(image_reader_writer="NibabelIOWithReorient"))
     with pytest.raises(UsageError, match="RAS itself"):
         make_archives(ArchiveRequest(folder, tmp_path / "store", input_orientation="LPS"))
+
+
+def test_a_model_whose_values_are_not_those_of_dataset_json_is_archived_with_a_warning(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(models["regions"], tmp_path / "model"))
+    dataset = json.loads((folder / "dataset.json").read_text())
+    labels = {"background": 0, "all": [1, 2, 3], "core": [1, 2], "centre": [1]}
+    (folder / "dataset.json").write_text(json.dumps(dataset | {"labels": labels}))
+    with pytest.warns(ModelWarning, match="3 is centre"):
+        make(folder, tmp_path)
+
+
+def test_a_warning_is_one_line_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnunet_torchserve_tools import archive, cli
+
+    def warn(_request: ArchiveRequest) -> list[Path]:
+        warnings.warn("look at this", ModelWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(archive, "make_archives", warn)
+    result = CliRunner().invoke(cli.app, ["archive", str(tmp_path)])
+    assert (result.exit_code, result.stderr) == (0, "warning: look at this\n")

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,11 +47,12 @@ from nnunet_torchserve.intensities import normalized_noise
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
+from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
 
 from .checkpoint import Checkpoint, read_checkpoint, without_aliases
-from .errors import ToolError, UsageError
+from .errors import ModelWarning, ToolError, UsageError
 from .plans_check import check_mirroring, check_plans, network_builder
 
 MODEL_CONFIG_FILE = "model-config.yaml"
@@ -191,6 +193,10 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     Raises:
         UsageError: the folder, a name or a fold does not exist or cannot be meant.
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
+
+    Warns:
+        ModelWarning: the values of its label maps are not those that dataset.json suggests, or do not say everything;
+            or its trial did not prove that it answers.
     """
     folder = request.model_folder
     if not folder.is_dir():
@@ -222,6 +228,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     if request.per_fold:
         contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
     try:
+        _warn_of_values(plans, dataset)
         return [
             _make_archive(
                 request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen}, network_class
@@ -314,7 +321,8 @@ def _add_golden_patch(stage: Path, description: BundleDescription, settings: Han
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.channels)
         batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
         engine = LocalEngine(complete, _CPU, batch, settings.policy, limits)
-        Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()
+        if (warning := Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()) is not None:
+            warnings.warn(warning, ModelWarning, stacklevel=4)
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:
@@ -451,6 +459,13 @@ def _files_of_folds(folder: Path) -> dict[FoldName, list[str]]:
 def _spoken(folds: Sequence[FoldName]) -> str:
     """As in "fold_0, fold_2"."""
     return ", ".join(f"fold_{fold}" for fold in folds) or "no fold"
+
+
+def _warn_of_values(plans: dict[str, Any], dataset: Mapping[str, Any]) -> None:
+    has_regions = PlansManager(plans).get_label_manager(dataset).has_regions
+    painting = read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=has_regions)
+    for remark in painting.remarks:
+        warnings.warn(f"{remark} The report of a segmentation says so too.", ModelWarning, stacklevel=3)
 
 
 def _check_orientation(letters: str | None, reader: str) -> None:

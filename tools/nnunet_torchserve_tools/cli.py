@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -13,7 +14,7 @@ import typer
 
 from nnunet_torchserve.draining import EVERY_MODEL
 
-from .errors import ToolError, UsageError
+from .errors import ModelWarning, ToolError, UsageError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -58,6 +59,23 @@ def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             raise typer.Exit(ToolError.exit_code) from error
 
     return wrapper
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """A :class:`ModelWarning` becomes one line on stderr; others are shown as ever."""
+    show = warnings.showwarning
+
+    def show_one(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, ModelWarning):
+            typer.echo(f"warning: {message}", err=True)
+        else:
+            show(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ModelWarning)
+        warnings.showwarning = show_one
+        yield
 
 
 @app.command()
@@ -132,7 +150,9 @@ def archive(
         input_orientation=input_orientation and input_orientation.upper(),
         serving=serving,
     )
-    for file in make_archives(request):
+    with _warnings_as_lines():
+        files = make_archives(request)
+    for file in files:
         typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
 
 

@@ -17,6 +17,10 @@ class ToolError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+class ModelWarning(UserWarning):
+    """A model that is archived has something that its users should know."""
+
+
 class UsageError(ToolError):
     """The command was asked for something that cannot be meant."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import BadOption
 from ..options import Options, OutputFormat, ProbabilityFormat
+from ..painting import Painting
 from ..volume import Geometry, LabelMap
 from .arrays import encode_npz
 from .inflate import gzipped
@@ -99,35 +100,31 @@ def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int
     return (plain + probability_bytes) * geometry.voxels
 
 
-def encode(
-    answer: LabelMap, form: AnswerForm, image: ImageSource, structures: Mapping[str, tuple[int, ...]]
-) -> EncodedFile:
+def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting) -> EncodedFile:
     """Write the answer.
 
     Args:
         answer: labels, and probabilities where they were asked for.
         form: the files.
         image: the input, whose header a NIfTI answer repeats in part.
-        structures: name -> labels that make it up, for the report.
+        painting: what the labels mean, for the report.
     """
     if not form.zipped:
         [output] = form.labels
-        body = encode_npz(answer, with_labels=True) if form.one_npz else _labels(answer, output, image, structures)
+        body = encode_npz(answer, with_labels=True) if form.one_npz else _labels(answer, output, image, painting)
         return EncodedFile(body, _CONTENT_TYPE[output])
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as files:
         for output in form.labels:
             name = "report.json" if output is OutputFormat.JSON else f"labels.{output}"
-            files.writestr(_zip_entry(name), _labels(answer, output, image, structures))
+            files.writestr(_zip_entry(name), _labels(answer, output, image, painting))
         if form.probabilities is not None:
             name = f"probabilities.{form.probabilities}"
             files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, image))
     return EncodedFile(archive.getvalue(), "application/zip")
 
 
-def _labels(
-    answer: LabelMap, output: OutputFormat, image: ImageSource, structures: Mapping[str, tuple[int, ...]]
-) -> bytes:
+def _labels(answer: LabelMap, output: OutputFormat, image: ImageSource, painting: Painting) -> bytes:
     labels, geometry = answer.array, answer.geometry
     nifti = partial(encode_nifti, labels, geometry, image.nifti_header)
     writers: dict[OutputFormat, Callable[[], bytes]] = {
@@ -137,7 +134,7 @@ def _labels(
         OutputFormat.MHA: lambda: encode_metaimage(labels, geometry.in_space()),
         OutputFormat.NPZ: lambda: encode_npz(LabelMap(labels, geometry), with_labels=True),
         OutputFormat.PNG: lambda: encode_png(labels),
-        OutputFormat.JSON: lambda: encode_report(labels, geometry, structures),
+        OutputFormat.JSON: lambda: encode_report(labels, geometry, painting.structures, painting.remarks),
     }
     return writers[output]()
 

@@ -48,13 +48,19 @@ _Floats = npt.NDArray[np.float64]
 _Integers = npt.NDArray[np.int64]
 
 
-def encode_report(labels: LabelArray, geometry: Geometry, structures: Mapping[str, tuple[int, ...]]) -> bytes:
+def encode_report(
+    labels: LabelArray,
+    geometry: Geometry,
+    structures: Mapping[str, tuple[int, ...]],
+    remarks: Sequence[str] = (),
+) -> bytes:
     """What is in a segmentation, how large, and where.
 
     The document has ``coordinates`` ("LPS mm"), ``conventions`` (the rules below in words), ``dimensions`` (2 or 3),
     ``spacing_assumed`` (true for a picture whose size nobody gave: then mm are pixels),
     ``shape``, ``spacing`` and ``origin`` (x, y, z), ``direction`` (row by row; column k is the unit vector of voxel
-    axis k), ``voxel_volume_ml``, and ``structures``, a list in the order given. Each has ``name``, ``labels``,
+    axis k), ``voxel_volume_ml``, ``remarks`` (sentences on what the label map does not say; empty for most models),
+    and ``structures``, a list in the order given. Each has ``name``, ``labels``,
     ``voxels``, ``volume_ml``, ``bounding_box_voxels`` and ``bounding_box_mm`` (``[[x0, x1], [y0, y1], [z0, z1]]``)
     and ``centroid_mm`` (x, y, z). The boxes and the centroid of a structure without voxels are null.
 
@@ -73,7 +79,8 @@ def encode_report(labels: LabelArray, geometry: Geometry, structures: Mapping[st
         labels: (Z, Y, X), uint8 or uint16. Not copied; the working memory is some MiB.
         geometry: the label map's.
         structures: name to the label values that make it up: one, or those of a region, whose union it is. Values may
-            be in several structures, and need not occur.
+            be in several structures, and need not occur. See :mod:`..painting`.
+        remarks: on these structures.
 
     Returns:
         ASCII JSON.
@@ -109,6 +116,7 @@ def encode_report(labels: LabelArray, geometry: Geometry, structures: Mapping[st
         "origin": list(geometry.origin),
         "direction": geometry.direction[:, :ndim].tolist(),
         of_voxel: _significant(voxel_size * unit),
+        "remarks": list(remarks),
         "structures": [entry(name, members) for name, members in structures.items()],
     }
     return json.dumps(document, indent=2, allow_nan=False).encode("ascii")
