@@ -239,8 +239,8 @@ def test_of_four_axes_without_a_space_the_last_is_the_channel_as_in_nnunet(tmp_p
 
 @pytest.mark.parametrize(
     "kinds",
-    ["RGB-color domain domain", "complex domain domain", "3D-matrix domain domain", "list vector domain",
-     "domain list domain", "3-vector domain domain", "list domain list"],
+    ["HSV-color domain domain", "complex domain domain", "3D-matrix domain domain", "list vector domain",
+     "domain list domain", "3-normal domain domain", "list domain list"],
 )  # fmt: skip
 def test_colours_matrices_and_two_axes_of_channels_are_refused(kinds: str) -> None:
     with pytest.raises(WrongChannels):
@@ -357,6 +357,8 @@ UNKNOWN = {
     "skipped bytes": plain(byte_skip="2"),
     "voxels at the end": plain(byte_skip="-1"),
     "time in space": plain(space="LPST"),
+    "time in a space that ITK takes for another": plain(space="RAST"),
+    "a space of more dimensions": spaced(space_dimension="4"),
     "version 6": plain().replace(b"NRRD0005", b"NRRD0006"),
     "old": plain().replace(b"NRRD0005", b"NRRD00.01"),
 }

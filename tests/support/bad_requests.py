@@ -82,7 +82,7 @@ BAD_REQUESTS = {
     "a PNG that is none": BadRequest(400, "malformed", b"\x89PNG\r\n\x1a\n" + bytes(600)),
     "zeros": BadRequest(415, "unknown_format", bytes(5000)),
     "an Analyze pair's header": BadRequest(415, "unknown_format", header(magic=b"ni1"), says=".hdr"),
-    "RGB voxels": BadRequest(415, "unknown_format", header(datatype=128, bitpix=24)),
+    "complex voxels": BadRequest(415, "unknown_format", header(datatype=32, bitpix=64)),
     "truncated gzip": BadRequest(400, "malformed", GOOD[:-100], says="cut off"),
     "gzip with a wrong checksum": BadRequest(400, "malformed", GOOD[:-8] + bytes(8)),
     "truncated voxels": BadRequest(400, "malformed", gzip.decompress(GOOD)[:-1000], says="cut off"),

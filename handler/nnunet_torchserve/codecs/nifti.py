@@ -40,8 +40,14 @@ _GEOMETRY_FIELDS = (
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
 
-_VECTOR_INTENTS = range(1004, 1008)
-"""NIFTI_INTENT_GENMATRIX to NIFTI_INTENT_VECTOR: voxels that are no numbers, whatever the dimensions say."""
+_MATRIX_INTENTS = range(1004, 1007)
+"""NIFTI_INTENT_GENMATRIX, SYMMATRIX and DISPVECT: numbers of a voxel that are no channels, or that ITK turns round."""
+
+_VECTOR_INTENT = 1007
+"""NIFTI_INTENT_VECTOR: what ITK writes for several numbers a voxel, along the fifth dimension."""
+
+_COLOURS = {("R", "G", "B"): 3, ("R", "G", "B", "A"): 4}
+"""nibabel's names of the parts of an RGB24 and an RGBA32 voxel, and how many they are."""
 
 _LAST_FORM = 5
 """NIFTI_XFORM_TEMPLATE_OTHER; nibabel writes codes above as 0."""
@@ -96,6 +102,9 @@ class NiftiSource:
         except (HeaderDataError, KeyError, ValueError):
             msg = "the NIfTI header names a voxel type that does not exist"
             raise Malformed(msg) from None
+        self._colours = _COLOURS.get(self._dtype.names or (), 0)
+        if self._colours:
+            self._dtype = np.dtype(np.uint8)
         if self._dtype.kind not in "iuf" or self._dtype.itemsize > 8:
             msg = f"voxels of type {self._dtype} are not supported; send integers or floats of at most 64 bits"
             raise UnknownFormat(msg)
@@ -128,7 +137,8 @@ class NiftiSource:
         """
         self._source.skip(self._data_offset)
         scale = None if self._scale == (1.0, 0.0) else self._scaled
-        return read_voxels(self._source, self._dtype, (self.channels, *self.geometry.shape), scale=scale)
+        shape = (self.channels, *self.geometry.shape)
+        return read_voxels(self._source, self._dtype, shape, channels_fastest=bool(self._colours), scale=scale)
 
     def _scaled(self, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
         slope, intercept = self._scale
@@ -142,15 +152,22 @@ class NiftiSource:
         if not 2 <= dim[0] <= 7 or any(n < 1 for n in dim[1 : dim[0] + 1]):
             msg = f"the NIfTI header declares dimensions {dim}; two to seven of at least 1 were expected"
             raise Malformed(msg)
-        if int(self._header["intent_code"]) in _VECTOR_INTENTS:
-            msg = "the NIfTI header declares vectors or matrices; send 4-D with the channels last, or a file for each"
-            raise WrongChannels(msg)
         sizes = dim[1 : dim[0] + 1]
         while len(sizes) > 4 and sizes[-1] == 1:
             sizes.pop()
-        if len(sizes) > 4:
-            msg = f"an image of {len(sizes)} dimensions {sizes}; send 3-D, or 4-D with the channels last"
+        intent = int(self._header["intent_code"])
+        if len(sizes) == 5 and sizes[3] == 1 and intent == _VECTOR_INTENT:
+            grid = sizes[: 2 if sizes[2] == 1 else 3]  # as ITK reads it: a single slice is a 2-D image
+            return tuple(grid[::-1]), sizes[4]
+        if intent in {*_MATRIX_INTENTS, _VECTOR_INTENT}:
+            msg = "the NIfTI header declares vectors or matrices; send 4-D with the channels last, or a file for each"
             raise WrongChannels(msg)
+        if len(sizes) > 4 or (self._colours and len(sizes) == 4 and sizes[3] > 1):
+            what = " of colours" if self._colours else ""
+            msg = f"an image of {len(sizes)} dimensions {sizes}{what}; send 3-D, or 4-D with the channels last"
+            raise WrongChannels(msg)
+        if self._colours:
+            return tuple(sizes[:3][::-1]), self._colours
         return tuple(sizes[:3][::-1]), sizes[3] if len(sizes) == 4 else 1
 
     def _offset(self) -> int:

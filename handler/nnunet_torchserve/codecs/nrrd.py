@@ -3,7 +3,8 @@
 Voxels and geometry are what SimpleITK, and so nnU-Net, reads from the same file; see :mod:`.text_header` for how. As
 ITK does, units and the measurement frame are not looked at, and directions in a space other than RAS, LAS or LPS are
 taken as LPS. Stricter than ITK: a file must say its spacing (ITK would take 1 mm), and only its own bytes are read.
-An axis of channels (kind ``list`` or ``vector``, or no space direction) may come first or last.
+An axis of channels (kind ``list`` or ``vector``, or no space direction) may come first or last. In a space of four
+dimensions, in which ITK writes a series that it joined, the last axis is that of the channels, as nnU-Net takes it.
 
 Answers are written here and not by ITK's writer, which works in memory but takes several times as long for the same
 size (``benchmarks/results/codecs.json``). The header is ITK's own.
@@ -92,13 +93,31 @@ _SPACE_OF = {
     **dict.fromkeys(("3d-left-handed", "3d left handed", "3dlefthanded"), "3D-left-handed"),
 }
 
+_SPACES_WITH_TIME = {
+    **dict.fromkeys(
+        ("left-posterior-superior-time", "left posterior superior time", "leftposteriorsuperiortime", "lpst"),
+        "left-posterior-superior",
+    ),
+    "scanner-xyz-time": "scanner-xyz",
+    **dict.fromkeys(("3d-right-handed-time", "3d right handed time", "3drighthandedtime"), "3D-right-handed"),
+    **dict.fromkeys(("3d-left-handed-time", "3d left handed time", "3dlefthandedtime"), "3D-left-handed"),
+}
+"""Spaces of four dimensions, and what their first three are. ITK takes RAS and LAS with a time axis as LPS, against the
+format's definition: they are left out."""
+
 _UNKNOWN_KINDS = frozenset({"???", "none"})
 _GRID_KINDS = frozenset({"domain", "space", "time"})
-_CHANNEL_KINDS = frozenset({"list", "vector", "contravariant-vector", "scalar", "stub"})
+_KINDS_OF_SIZE = {
+    "scalar": 1, "stub": 1, "2-vector": 2, "3-vector": 3, "4-vector": 4, "3-color": 3, "rgb-color": 3, "4-color": 4,
+    "rgba-color": 4,
+}  # fmt: skip
+_CHANNEL_KINDS = frozenset({"list", "vector", "covariant-vector", "contravariant-vector", *_KINDS_OF_SIZE})
 _CENTERS = frozenset({"cell", "node", "???", "none"})
 
 _VECTOR = re.compile(r"\s*(?:(none)(?=\s|$)|\(([^()]*)\))")
 _MOST_AXES = 4
+_SPACES = {2, 3, _MOST_AXES}
+"""Dimensions of a space."""
 
 _Vector = list[float]
 
@@ -178,6 +197,8 @@ class _Axes:
         self._kinds = self._words("kinds", _UNKNOWN_KINDS | _GRID_KINDS, "kinds of axes")
         self._space, self._space_dimension = self._read_space()
         self._directions = self._vectors("space directions", self.dimension)
+        if self._space_dimension == _MOST_AXES:
+            self._directions = self._first_three(self._directions)
         self.channel = self._find_channel()
         self.grid = [axis for axis in range(self.dimension) if axis != self.channel]
         if not 2 <= len(self.grid) <= 3:
@@ -215,15 +236,16 @@ class _Axes:
         if centers := self._words("centers", _CENTERS, "cell or node"):
             lines.append("centers: " + " ".join(centers[axis] for axis in self.grid))
         if (origin := self._vectors("space origin", 1)) and origin[0]:
-            lines.append(f"space origin: ({numbers_text(origin[0], ',')})")
+            in_space = min(self._space_dimension, _MOST_AXES - 1)
+            lines.append(f"space origin: ({numbers_text(origin[0][:in_space], ',')})")
         return "\n".join([*lines, "", ""])
 
     def _find_channel(self) -> int | None:
         """The axis that is not in space: by its kind, by its missing direction, or the last of four."""
         found = {axis for axis, kind in enumerate(self._kinds) if kind in _CHANNEL_KINDS}
         found |= {axis for axis, vector in enumerate(self._directions) if vector is None}
-        if not found and self.dimension == _MOST_AXES and not self._space:
-            found = {_MOST_AXES - 1}
+        if self._space_dimension == _MOST_AXES or (not found and self.dimension == _MOST_AXES and not self._space):
+            found.add(_MOST_AXES - 1)
         if len(found) > 1:
             msg = f"{len(found)} axes are not in space; at most one axis of channels was expected"
             raise WrongChannels(msg)
@@ -234,28 +256,48 @@ class _Axes:
             msg = "the axis of channels lies between those in space; it must be the first or the last"
             raise WrongChannels(msg)
         kind = self._kinds[channel] if self._kinds else ""
-        if kind in {"scalar", "stub"} and self.sizes[channel] != 1:
-            msg = "an axis of kind scalar or stub must have size 1"
+        if kind in _KINDS_OF_SIZE and self.sizes[channel] != _KINDS_OF_SIZE[kind]:
+            msg = f"an axis of kind {kind} must have size {_KINDS_OF_SIZE[kind]}"
             raise Malformed(msg)
         return channel
 
+    def _first_three(self, directions: list[_Vector | None]) -> list[_Vector | None]:
+        """Directions of a space of four dimensions whose fourth is that of the channels, in the space of the others."""
+        across = any(vector is not None and vector[-1] for vector in directions[:-1])
+        if directions and (across or (directions[-1] is not None and any(directions[-1][:-1]))):
+            msg = "the header's space directions mix the axis of channels with those in space"
+            raise Malformed(msg)
+        return [vector and vector[:-1] for vector in directions[:-1]] + directions[-1:]
+
     def _read_space(self) -> tuple[str, int]:
         """The line for ITK and the number of dimensions, 0 without a space."""
+        line, dimensions = self._space_and_dimensions()
+        if dimensions == _MOST_AXES != self.dimension:
+            msg = f"an array of {self.dimension} dimensions in a space of {dimensions}, which has as many axes"
+            raise UnknownFormat(msg)
+        return line, dimensions
+
+    def _space_and_dimensions(self) -> tuple[str, int]:
         if "space" in self._fields and "space dimension" in self._fields:
             msg = "the header gives a space and a space dimension; one of them was expected"
             raise Malformed(msg)
         if "space dimension" in self._fields:
             (dimensions,) = integers("space dimension", self._fields["space dimension"])
-            if dimensions not in {2, 3}:
-                msg = f"a space of {dimensions} dimensions; 2 or 3 were expected"
+            if dimensions not in _SPACES:
+                msg = f"a space of {dimensions} dimensions; 2 or 3 were expected, or 4 with the channels last"
                 raise UnknownFormat(msg)
-            return f"space dimension: {dimensions}", dimensions
+            return f"space dimension: {min(dimensions, 3)}", dimensions
         if "space" in self._fields:
-            space = _SPACE_OF.get(self._fields["space"].lower())
-            if space is None:
-                msg = "the header's space is none that is known, or has a time axis; write left-posterior-superior"
+            name = self._fields["space"].lower()
+            if name in _SPACES_WITH_TIME:
+                return f"space: {_SPACES_WITH_TIME[name]}", _MOST_AXES
+            if name not in _SPACE_OF:
+                msg = (
+                    "the header's space is none that is known, or one whose time axis readers disagree about; "
+                    "write left-posterior-superior"
+                )
                 raise UnknownFormat(msg)
-            return f"space: {space}", 3
+            return f"space: {_SPACE_OF[name]}", 3
         return "", 0
 
     def _words(self, name: str, known: frozenset[str], expected: str) -> list[str]:
@@ -267,7 +309,7 @@ class _Axes:
             msg = f"the header's field {name} must have {self.dimension} entries"
             raise Malformed(msg)
         if name == "kinds" and not known.union(_CHANNEL_KINDS).issuperset(words):
-            msg = "an axis holds colours, matrices or the like; send one number a voxel, and channels as a list"
+            msg = "an axis holds matrices, complex numbers or the like; send channels, as a list, of one number each"
             raise WrongChannels(msg)
         if name != "kinds" and not known.issuperset(words):
             msg = f"the header's field {name} must be {expected} for each axis"
