@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NT := $(BIN)/nnunet-torchserve
+TOGETHER := -n 2 --durations=20
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
 
 .venv/ready: pyproject.toml constraints.txt
@@ -30,11 +31,11 @@ serve: .venv/ready ## serve every archive of model_store/
 stop: ## stop that server
 	$(NT) stop
 
-test: .venv/ready ## run the tests (minutes)
-	$(BIN)/pytest -m "not long"
+test: .venv/ready ## run the tests (about 6 minutes on two cores)
+	$(BIN)/pytest $(TOGETHER) -m "not long"
 
-test-long: .venv/ready ## run all tests, the long ones too
-	$(BIN)/pytest
+test-long: .venv/ready ## run all tests, the long ones too, with all examples (less than 45 minutes)
+	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long
 
 lint: .venv/ready ## ruff, and the layers of the serving core
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -22,29 +22,28 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from support.examples import register_profiles
 from support.models import carried
 from support.once import once, run_folder
 from support.server import LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
 
+register_profiles()
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what must stay together when several processes share the tests, and what begins first (docs/testing.md).
-
-    A file stays together, so that its fixtures are made once; so do all tests of the session's server. Files with
-    servers of their own begin first: they wait a lot, and the others fill the time.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    """Tests with servers begin first: they wait a lot, and another process fills the time."""
     items.sort(key=lambda item: item.get_closest_marker("serve") is None)
 
 
-def _group(item: pytest.Item) -> str:
-    definitions = getattr(item, "_fixtureinfo", None)
-    servers = definitions.name2fixturedefs.get("server", ()) if definitions else ()
-    return "server" if any(server.scope == "session" for server in servers) else item.path.stem
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """How the processes of ``pytest -n`` share the tests."""
+    from support.together import Together
+
+    config.option.loadscopereorder = False  # but as collected
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from support.examples import thin
+
 from .child import Child
 from .guard import ACCEPTED, FIND
 from .mutate import SEEDS, Tally, fuzz
 from .seeds import bombs, image_seeds
 
 SEED = 1
-IMAGES, OTHERS = 1200, 2000
+PATIENCE_S = 30
+"""For one input, on a machine that does much else; ``make fuzz`` has less."""
+
+IMAGES, OTHERS = thin(1200), thin(2000)
 
 REGRESSIONS = sorted(file for file in Path(__file__).with_name("regressions").iterdir() if "-" in file.name)
 
@@ -39,12 +44,12 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    with Child("image") as running:
+    with Child("image", PATIENCE_S) as running:
         yield running
 
 
 def test_a_find_is_noticed_and_the_next_input_is_run_all_the_same() -> None:
-    with Child("trap", time_limit_s=1) as trapped:
+    with Child("trap", time_limit_s=3) as trapped:
         for trap, problem in TRAPS.items():
             outcome = trapped.run(trap.encode())
             assert (outcome.word, outcome.problem[: len(problem)]) == (FIND, problem), outcome.report
@@ -70,7 +75,7 @@ def test_what_once_was_a_find_is_none_any_more(file: Path, child: Child) -> None
     if target == "image":
         outcome = child.run(file.read_bytes())
     else:
-        with Child(target) as other:
+        with Child(target, PATIENCE_S) as other:
             outcome = other.run(file.read_bytes())
     assert outcome.word != FIND, outcome.report
 
@@ -81,7 +86,7 @@ def test_no_mutated_image_is_a_find(child: Child) -> None:
 
 @pytest.mark.parametrize("target", sorted(set(SEEDS) - {"image"}))
 def test_no_mutated_text_is_a_find(target: str) -> None:
-    with Child(target) as other:
+    with Child(target, PATIENCE_S) as other:
         check(fuzz(other, SEED, count=OTHERS))
 
 

@@ -34,6 +34,8 @@ from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.pipeline import Pipeline, Request
 from nnunet_torchserve.volume import LabelMap, Placement
+from support.examples import thin
+from support.tables import table
 
 Matrix = npt.NDArray[np.float64]
 
@@ -371,9 +373,7 @@ def replace_orientation(model: Pipeline, letters: str | None) -> Pipeline:
     return Pipeline(bundle, Threshold(), Limits(), 600.0)
 
 
-@pytest.mark.parametrize("orientation", [None, "RAS", "PIR"])
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("name", CUBIC)
+@pytest.mark.parametrize(("name", "writer", "orientation"), table(CUBIC, WRITERS, [None, "RAS", "PIR"]))
 def test_a_marker_stays_where_it_is_in_the_patient(
     name: str, writer: str, orientation: str | None, finder: Callable[..., bytes], tmp_path: Path
 ) -> None:
@@ -390,7 +390,7 @@ millimetres = st.floats(0.2, 8)
 offset = st.floats(-1500, 1500)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=thin(150), suppress_health_check=list(HealthCheck))
 @given(
     axes=st.permutations((0, 1, 2)),
     signs=st.tuples(*[st.sampled_from((-1, 1))] * 3),

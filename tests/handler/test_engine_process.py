@@ -27,12 +27,13 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline, NoEngine
+from support.chaos import PATIENCE_S, shared_memory
 from support.chaos import engine_processes as engines
 
 CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
 LONG = Settings(folds=(0, 1, 2, 3, 4), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
-GONE_WITHIN_S = switchboard.IDLE_S + 10
+GONE_WITHIN_S = switchboard.IDLE_S + 120
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ Connect = Callable[[ModelBundle], RemoteEngine]
 
 
 @pytest.fixture
-def connect(runtime: Path) -> Iterator[Connect]:
+def connect() -> Iterator[Connect]:
     """Makes engine connections that are closed in the end."""
     made: list[RemoteEngine] = []
 
@@ -64,6 +65,26 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "run"
     for engine in engines(tmp_path / "run"):
         engine.kill()
+
+
+@pytest.fixture(scope="module")
+def kept(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A runtime directory with one engine, which does not leave."""
+    runtime = tmp_path_factory.mktemp("kept") / "run"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
+        keeper = RemoteEngine(bundle, CPU)
+    yield runtime
+    keeper.disconnect()
+    for engine in engines(runtime):
+        engine.kill()
+
+
+@pytest.fixture
+def one_engine(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runtime directory for tests that leave its engine as it was."""
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(kept))
+    return kept
 
 
 def volume(size: int, seed: int) -> torch.Tensor:
@@ -100,17 +121,17 @@ class Workers:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(120)
+            thread.join(600)
         assert not any(thread.is_alive() for thread in self._threads)
 
 
-def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     local, far = LocalEngine(bundle, CPU), connect(bundle)
     for settings in (PLAIN, Settings((3, 1), (0, 2), 0.75, use_gaussian=False)):
         for size in (20, 33):
             expected = local.predict(volume(size, size), settings).logits
             assert torch.equal(far.predict(volume(size, size), settings).logits, expected)
-    assert len(engines(runtime)) == 1
+    assert len(engines(one_engine)) == 1
 
 
 def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
@@ -122,7 +143,7 @@ def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: P
     assert not list(runtime.glob(f"*/{folder.SOCKET}"))
 
 
-@pytest.mark.parametrize("attempt", [*range(2), *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 20))])
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 20))])
 def test_workers_that_race_at_a_cold_start_share_one_engine(attempt: int, bundle: ModelBundle, runtime: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
@@ -154,7 +175,7 @@ def test_a_killed_engine_costs_nothing_but_time(bundle: ModelBundle, runtime: Pa
     [running] = engines(runtime)
     for number in range(2):
         workers.submit(number, volume(30, number), LONG)
-    time.sleep(0.5)
+    assert wait_until(lambda: len(shared_memory([running], "logits")) == len(expected), PATIENCE_S)
     running.kill()
     workers.join()
     assert all(torch.equal(workers.answers[number], expected[number]) for number in range(2))  # type: ignore[arg-type]
@@ -164,7 +185,7 @@ def test_a_killed_engine_costs_nothing_but_time(bundle: ModelBundle, runtime: Pa
 def test_a_stopped_engine_is_replaced(
     bundle: ModelBundle, runtime: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE_S", 2.5)
+    monkeypatch.setattr(remote, "SILENCE_S", 4.0)
     expected = LocalEngine(bundle, CPU).predict(volume(30, 0), PLAIN).logits
     workers = Workers(bundle, connect, 1)
     [running] = engines(runtime)
@@ -172,7 +193,7 @@ def test_a_stopped_engine_is_replaced(
     workers.submit(0, volume(30, 0), PLAIN)
     workers.join()
     assert torch.equal(workers.answers[0], expected)  # type: ignore[arg-type]
-    assert not psutil.wait_procs([running], 5)[1]
+    assert not psutil.wait_procs([running], 120)[1]
 
 
 @pytest.mark.long  # tests/chaos has it with a live server
@@ -193,7 +214,7 @@ def test_a_case_that_kills_the_engine_fails_alone(bundle: ModelBundle, runtime: 
 
     poison_case = 1
     workers.submit(0, volume(40, 0), LONG)
-    assert wait_until(lambda: poison_case in (workers.engines[0]._link or _raise()).record.read(), 10)
+    assert wait_until(lambda: poison_case in (workers.engines[0]._link or _raise()).record.read(), PATIENCE_S)
     threading.Thread(target=kill_whoever_runs_the_poison, daemon=True).start()
     workers.join()
     killer.set()
@@ -208,7 +229,7 @@ def _raise() -> starter.Link:
     raise RuntimeError(msg)
 
 
-def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     program = (
         "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
         "from nnunet_torchserve.cases import Settings; from nnunet_torchserve.engine.remote import RemoteEngine;"
@@ -218,34 +239,33 @@ def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, runtime:
     worker = subprocess.Popen([sys.executable, "-c", program, str(bundle.folder)], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
-    [running] = engines(runtime)
+    [running] = engines(one_engine)
     stays = connect(bundle)
-    time.sleep(1)
-    assert running.cpu_percent(0.5) > 20
+
+    def cases() -> int:
+        return len(shared_memory([running], "logits"))
+
+    assert wait_until(lambda: cases() == 1, PATIENCE_S)
     worker.kill()
     worker.communicate()
-    stays.predict(volume(20, 0), PLAIN)
-
-    def is_idle() -> bool:
-        return running.cpu_percent(0.5) < 20
-
-    assert wait_until(is_idle, 20)
+    assert wait_until(lambda: cases() == 0, PATIENCE_S)
+    assert stays.predict(volume(20, 0), PLAIN).logits.isfinite().all()
 
 
-def test_a_case_out_of_time_is_given_up(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_a_case_out_of_time_is_given_up(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     engine = connect(bundle)
     with pytest.raises(Deadline):
         engine.predict(volume(60, 0), LONG, time.monotonic() + 0.3)
     assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
 
 
-def test_a_deleted_socket_is_made_again(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_a_deleted_socket_is_made_again(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     first = connect(bundle)
-    [running] = engines(runtime)
-    for path in runtime.glob(f"*/{folder.SOCKET}"):
+    [running] = engines(one_engine)
+    for path in one_engine.glob(f"*/{folder.SOCKET}"):
         path.unlink()
     second = connect(bundle)
-    assert engines(runtime) == [running]
+    assert engines(one_engine) == [running]
     assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, second.predict(volume(20, 0), PLAIN).logits)
 
 
@@ -255,7 +275,7 @@ def test_a_cleaned_up_directory_is_made_again(bundle: ModelBundle, runtime: Path
     expected = first.predict(volume(20, 0), PLAIN).logits
     while runtime.exists():  # the engine writes there too
         shutil.rmtree(runtime, ignore_errors=True)
-    assert not psutil.wait_procs([running], 10)[1]
+    assert not psutil.wait_procs([running], 120)[1]
     assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, expected)
     assert len(engines(runtime)) == 1
 
@@ -270,7 +290,7 @@ def test_a_hung_engine_that_never_said_hello_is_killed(
     monkeypatch.setattr(starter, "HELLO_LIMIT_S", 1.0)
     with pytest.raises(NoEngine):
         connect(bundle)
-    assert not psutil.wait_procs([running], 5)[1]
+    assert not psutil.wait_procs([running], 120)[1]
     monkeypatch.undo()
 
 
@@ -298,7 +318,7 @@ def raw_link(runtime: Path) -> socket.socket:
     [path] = runtime.glob(f"*/{folder.SOCKET}")
     endpoint = channel.new_socket()
     endpoint.connect(str(path))
-    endpoint.settimeout(10)
+    endpoint.settimeout(120)
     received = channel.receive(endpoint)
     assert received is not None
     channel.close_all(received[1])
@@ -311,9 +331,9 @@ def submit_of(shape: tuple[int, int, int, int], **fields: object) -> channel.Sub
     return channel.Submit.model_validate_json(json.dumps(plain | fields))
 
 
-def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     engine = connect(bundle)
-    [running] = engines(runtime)
+    [running] = engines(one_engine)
     small, descriptor = channel.share((1, 8, 8, 8), torch.float32, "test")
     unsealed = os.memfd_create("unsealed")
     os.ftruncate(unsealed, small.numel() * 4)
@@ -328,7 +348,7 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
     wrong_shape, twice = {"shape": [1, -8, -8, 8]}, {"folds": [0, 0]}
     for nonsense in ({"mirroring_axes": [0] * 30}, twice, {"tile_step_size": 1e-6}, wrong_shape):
-        with raw_link(runtime) as link:
+        with raw_link(one_engine) as link:
             channel.send(link, channel.Reserve(bytes=1, passes=1))
             assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
             text = submit_of((1, 8, 8, 8)).model_dump_json()
@@ -337,14 +357,14 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
             with suppress(ConnectionResetError):
                 assert channel.receive(link) is None
     for message, fd in lies:
-        with raw_link(runtime) as link:
+        with raw_link(one_engine) as link:
             channel.send(link, channel.Reserve(bytes=1, passes=1))
             channel.send(link, message, (fd,))
             answers = [channel.receive(link) for _ in range(2)]
             assert isinstance(answers[1], tuple), message
             assert isinstance(answers[1][0], channel.Failed), message
     for packet in (b"", b"{}", b"\xff" * 100, b'{"kind": "hello", "protocol": 2}', b"[" * 10_000):
-        with raw_link(runtime) as link:
+        with raw_link(one_engine) as link:
             link.send(packet)
             with suppress(ConnectionResetError):
                 assert channel.receive(link) is None
@@ -356,20 +376,20 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, runtime: Pat
         [channel.Heartbeat()],
     ]
     for messages in out_of_turn:
-        with raw_link(runtime) as link:
+        with raw_link(one_engine) as link:
             for each in messages:
                 channel.send(link, each)
             while (received := channel.receive(link)) is not None:
                 assert isinstance(received[0], channel.Granted)
     assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
-    assert engines(runtime) == [running]
+    assert engines(one_engine) == [running]
     os.close(descriptor)
     os.close(unsealed)
 
 
-def test_descriptors_do_not_pile_up(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
+def test_descriptors_do_not_pile_up(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     engine = connect(bundle)
-    [running] = engines(runtime)
+    [running] = engines(one_engine)
     engine.predict(volume(20, 0), PLAIN)
     ours, theirs = psutil.Process().num_fds(), running.num_fds()
     for number in range(20):
@@ -396,7 +416,7 @@ def test_the_engine_works_without_its_log(bundle: ModelBundle, runtime: Path, co
     [log] = runtime.glob(f"*/{folder.LOG}")
     engine.disconnect()
     running.send_signal(signal.SIGKILL)
-    psutil.wait_procs([running], 5)
+    psutil.wait_procs([running], 120)
     log.unlink()
     log.mkdir()
     assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
@@ -418,7 +438,7 @@ def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
         time.sleep(2.5)  # two checks that find nothing
         assert first.is_running()
         engine.predict(bad, PLAIN)
-        assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, 20)
+        assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, PATIENCE_S)
         torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
         assert "golden patch: the logits of fold 0 differ" in next(runtime.glob("*/engine.log")).read_text()
     finally:

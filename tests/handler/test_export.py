@@ -44,6 +44,7 @@ from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import preprocess
 from nnunet_torchserve.volume import Volume
 from support import export_cases as cases
+from support.examples import examples
 from support.export_cases import (
     STANDARD,
     STANDARD_TORCH,
@@ -52,7 +53,6 @@ from support.export_cases import (
     Pattern,
     Resampling,
     classes,
-    examples,
     stock_labels,
     stock_probabilities,
 )

@@ -181,7 +181,7 @@ def test_cases_that_race_with_unloading_are_all_answered(
 
     def ask(worker: Watched) -> None:
         for seed in range(rounds):
-            together.wait(60)
+            together.wait(300)
             worker.wait_unloaded()
             found.put(torch.equal(worker.remote.predict(volume(seed), BOTH).logits, expected[seed]))
 
@@ -189,7 +189,7 @@ def test_cases_that_race_with_unloading_are_all_answered(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     asked = rounds * len(workers)
     assert [found.get_nowait() for _ in range(asked)] == [True] * asked
     assert rounds <= workers[0].total(Total.RELOADS) <= asked
@@ -264,7 +264,7 @@ class StuckWeights(OpenWeights):
 
     def read(self, fold: FoldName) -> dict[str, torch.Tensor]:
         self.reached.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(300)
         return super().read(fold)
 
 
@@ -349,11 +349,11 @@ def test_a_load_that_hangs_is_seen_as_a_hang(bundle: ModelBundle, tmp_path: Path
     compute.put(Expect(1))
     turn = threading.Thread(target=compute._once)
     turn.start()
-    assert weights.reached.wait(60)
+    assert weights.reached.wait(300)
     assert compute.busy_for_s > 0
     assert not networks.loaded
     weights.go_on.set()
-    turn.join(60)
+    turn.join(300)
     assert compute.busy_for_s == 0
     assert networks.loaded
     os.close(tally.descriptor)

@@ -26,6 +26,7 @@ from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLar
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.volume import Geometry, LabelArray
 from support import itk_files
+from support.examples import thin
 from support.itk_files import DTYPES, Watch, direction, values
 from support.volumes import write
 
@@ -71,7 +72,7 @@ def assert_as_nnunet(body: bytes, folder: Path) -> None:
     itk_files.assert_as_nnunet(open_image(body), file)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=thin(60))
 @given(
     dtype=st.sampled_from(DTYPES),
     ndim=st.sampled_from([2, 3]),
@@ -92,7 +93,7 @@ def test_what_simpleitk_writes_is_read_as_nnunet_reads_it(
     assert_as_nnunet((folder / "written.nrrd").read_bytes(), folder)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=thin(60))
 @given(
     dtype=st.sampled_from(DTYPES),
     order=st.sampled_from("<>"),
@@ -455,7 +456,7 @@ def test_no_descriptor_is_left_open() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=thin(300))
 @given(data=st.data())
 def test_whatever_is_broken_the_answer_is_an_error_of_ours_or_nnunets(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

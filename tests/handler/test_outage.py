@@ -29,6 +29,9 @@ CPU = torch.device("cpu")
 PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
 HOLD_BACK_S = 0.3
 PAUSE_S = 1.0
+SOON_S = 30.0
+"""Far less than the limits that a refusal could have waited for, and much for a slow machine."""
+
 FAILED = "the engine cannot serve"
 
 
@@ -74,8 +77,8 @@ def test_one_engine_that_fails_is_one_failure_whoever_saw_it(tmp_path: Path) -> 
     yours.note_start()
     again = yours.fail()
     assert again.failures == 2
-    assert 9 < again.until - time.monotonic() <= 10
-    assert 9 < mine.retry_after_s() <= 10
+    assert 5 < again.until - time.monotonic() <= 10
+    assert 5 < mine.retry_after_s() <= 10
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"failures": 1, "until": 1e12, "started": 0}'])
@@ -199,19 +202,19 @@ def test_an_outage_is_tried_by_one_worker_a_pause_and_ends_with_an_engine(
     kill_engine(runtime)
     [log] = runtime.glob(f"*/{folder.LOG}")
     note = Outage(log.parent)
-    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 30.0)
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 100.0)
     with ThreadPoolExecutor() as pool:  # the first engine after the death is everybody's
         first = [each.result()[0] for each in [pool.submit(refusal, worker) for worker in workers]]
     assert log.read_text().count(FAILED) == 1
-    assert all(20 < (error.retry_after_s or 0) <= 30 for error in first)
+    assert all(50 < (error.retry_after_s or 0) <= 100 for error in first)
 
     again, seconds = refusal(workers[0])
     assert "on cpu cannot be started for now" in str(again)
-    assert HOLD_BACK_S <= seconds < 5
-    assert 0 < (again.retry_after_s or 0) <= 30
+    assert HOLD_BACK_S <= seconds < SOON_S
+    assert 0 < (again.retry_after_s or 0) <= 100
     monkeypatch.setattr(starter, "HOLD_BACK_S", 60.0)
     _, seconds = refusal(workers[0], time.monotonic() + 0.2)
-    assert seconds < 5
+    assert seconds < SOON_S
     monkeypatch.setattr(starter, "HOLD_BACK_S", HOLD_BACK_S)
     assert log.read_text().count(FAILED) == 1
 
@@ -219,7 +222,7 @@ def test_an_outage_is_tried_by_one_worker_a_pause_and_ends_with_an_engine(
     with ThreadPoolExecutor() as pool:
         second = [each.result()[0] for each in [pool.submit(refusal, worker) for worker in workers]]
     assert log.read_text().count(FAILED) == 2
-    assert max(error.retry_after_s or 0 for error in second) > 30
+    assert max(error.retry_after_s or 0 for error in second) > 100
     left = note.read()
     assert left is not None
     assert left.failures == 2
@@ -280,10 +283,10 @@ def test_an_engine_that_was_killed_and_does_not_die_is_an_outage(
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
         _, seconds = refusal(worker)
-        assert 1 <= seconds < 10
+        assert 1 <= seconds < SOON_S
         assert engine_processes(runtime) == []
         _, seconds = refusal(worker)
-        assert seconds < 5
+        assert seconds < SOON_S
     finally:
         os.close(held)
     wait_for(lambda: not Outage(alive.parent).stands())
@@ -311,8 +314,8 @@ def test_a_pass_that_never_ends_costs_one_devices_engine_and_its_case(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs = Fault(kind=Kind.HANG, shape=(1, 21, 21, 21), device="cpu:1")
-    order(monkeypatch, StandIn(devices=2, busy_limit_s=1.0), hangs)
-    monkeypatch.setattr(remote, "SILENCE_S", 3.0)
+    order(monkeypatch, StandIn(devices=2, busy_limit_s=3.0), hangs)
+    monkeypatch.setattr(remote, "SILENCE_S", 4.0)
     healthy, sick = connect(torch.device("cpu", 0)), connect(torch.device("cpu", 1))
     before = set(engine_processes(runtime))
     assert len(before) == 2

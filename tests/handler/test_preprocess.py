@@ -29,7 +29,7 @@ from nnunet_torchserve.options import PreprocessMethod
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import PreprocessedCase, preprocess
 from nnunet_torchserve.resampling import resample_image, spline_arguments
-from support.export_cases import examples
+from support.examples import examples
 from support.plans import AS_STOCK_PLANS_IT, ISOTROPIC, Array, Plan, Spacing, stock, volume_of
 
 FLOAT64_ROUNDING = 2.0**-46

@@ -364,7 +364,7 @@ def test_it_gives_way_to_a_case_that_waits_and_to_no_other(fleet: Fleet, monkeyp
     with engine.reserve(price(MACHINE_BYTES - GOOD_BYTES), None):
         assert fleet.level(Level.CACHED_BYTES) == GOOD_BYTES
     with engine.reserve(price(MACHINE_BYTES - GOOD_BYTES + 1), None) as reserved:
-        assert reserved.waited_s < 5
+        assert reserved.waited_s < 30
         wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0)
 
 
@@ -381,7 +381,7 @@ def test_it_gives_way_to_another_engines_case(fleet: Fleet, monkeypatch: pytest.
     with pytest.raises(AssertionError):
         wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=beats)
     theirs.hold(0, wanted=MACHINE_BYTES - GOOD_BYTES + 1, since=time.monotonic())
-    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=20)
+    wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0)
 
 
 def keep_one(engine: RemoteEngine) -> None:
@@ -491,14 +491,14 @@ class Follower:
 
     def join(self) -> None:
         self.go_on.set()
-        self._thread.join(60)
+        self._thread.join(300)
         assert not self._thread.is_alive()
 
     def _wait(self, keys: Keys, deadline: float | None) -> None:
         try:
             with self._engine.reserve(price(1), deadline, watcher=self._watcher, keys=keys) as reserved:
                 self.reserved.set_result(reserved)
-                assert self.go_on.wait(60)
+                assert self.go_on.wait(300)
         except Exception as error:  # noqa: BLE001 (it is the answer)
             self.reserved.set_exception(error)
 
@@ -527,19 +527,19 @@ def test_the_answer_goes_to_all_that_wait_for_it(flying: Fleet, follow: Follow) 
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(waiting))
         reserved.share(BODY, "a note")
         for follower in waiting:
-            answer = follower.reserved.result(30).answer
+            answer = follower.reserved.result(300).answer
             assert answer is not None
             assert (answer.body, answer.note) == (BODY, "a note")
     with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:  # and nobody's any more
         assert reserved.answer is None
         reserved.share(b"nobody waits", "")
         late = follow()
-        assert late.reserved.result(30).answer is None
+        assert late.reserved.result(300).answer is None
 
 
 def test_other_requests_do_not_wait(flying: Fleet, follow: Follow) -> None:
     with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)):
-        assert follow(key=OTHER_KEY).reserved.result(30).answer is None
+        assert follow(key=OTHER_KEY).reserved.result(300).answer is None
 
 
 @pytest.mark.parametrize("ends", ["error", "worker", "engine"])
@@ -561,7 +561,7 @@ def test_where_there_is_no_answer_the_next_one_is_computed(flying: Fleet, follow
         assert reserved.answer is None
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         reserved.share(BODY, "a note")
-        answer = second.reserved.result(30).answer
+        answer = second.reserved.result(300).answer
         assert answer is not None
         assert answer.body == BODY
 
@@ -572,7 +572,7 @@ def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(flying: Fleet
         follower = follow()
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         flying.kill()
-        assert follower.reserved.result(60).answer is None  # it came to the new engine first
+        assert follower.reserved.result(300).answer is None  # it came to the new engine first
         leader.predict(data, Settings((0,), (), 1.0, use_gaussian=False))
         reserved.share(BODY, "")  # which nobody waits for
 
@@ -596,7 +596,7 @@ def test_a_follower_that_watches_hears_that_it_waits(flying: Fleet, follow: Foll
         follower = follow(watcher=told)
         wait_for(lambda: told.ahead[:1] == [0])
         reserved.share(BODY, "")
-        assert follower.reserved.result(30).answer is not None
+        assert follower.reserved.result(300).answer is not None
 
 
 def test_an_answer_that_could_still_be_changed_is_not_handed_on(
@@ -607,7 +607,7 @@ def test_an_answer_that_could_still_be_changed_is_not_handed_on(
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         monkeypatch.setattr(channel, "freeze", lambda _: True)  # and does not
         reserved.share(BODY, "")
-        assert follower.reserved.result(30).answer is None
+        assert follower.reserved.result(300).answer is None
 
 
 def test_a_follower_was_accepted_and_is_not_refused_later(flying: Fleet) -> None:
@@ -629,7 +629,7 @@ def test_a_follower_was_accepted_and_is_not_refused_later(flying: Fleet) -> None
         wait_for(lambda: flying.level(Level.CASES_WAITING) == 1)
         leading.close()
         for each in (*followers, late):
-            each.result(60)
+            each.result(300)
     assert got[0] == "follower"  # it came before the late one
     assert sorted(got) == ["follower", "follower", "late"]
 
@@ -641,7 +641,7 @@ def test_sharing_holds_nobody_up_when_the_engine_hangs(fleet: Fleet) -> None:
         process.suspend()
         began = time.monotonic()
         reserved.share(BODY, "")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < remote.SILENCE_S
         process.resume()
     with engine.reserve(price(1), None):
         assert engine_processes(fleet.runtime) == [process]  # which was not killed for it
@@ -651,7 +651,7 @@ def test_a_follower_has_its_own_deadline(flying: Fleet, follow: Follow) -> None:
     with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
         hasty = follow(deadline=time.monotonic() + 0.2)
         with pytest.raises(Deadline):
-            hasty.reserved.result(30)
+            hasty.reserved.result(300)
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)
         reserved.share(BODY, "")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_torchserve.engine.scheduler import OLDEST_EVERY, Policy, Waiting, in_order, next_batch
@@ -72,7 +72,6 @@ def test_a_batch_is_filled_while_somebody_can_fill_it(
     assert first.suspect or not left
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 50), turns)
 def test_a_large_case_ends_under_a_stream_of_small_ones(large: int, small: int, first_turn: int) -> None:
     """Small cases keep arriving that would keep the device busy for good."""
@@ -85,7 +84,6 @@ def test_a_large_case_ends_under_a_stream_of_small_ones(large: int, small: int, 
     assert turn - first_turn <= OLDEST_EVERY * large
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.lists(st.integers(100, 5000), min_size=1, max_size=12), turns)
 def test_a_small_case_loses_at_most_an_eighth_to_large_ones(small: int, large: list[int], first_turn: int) -> None:
     """However long the large ones have been there."""

@@ -33,7 +33,7 @@ AT_ONCE = 3
 """One that a worker has, and two in TorchServe's queue, which takes no more here."""
 
 GOOD_EVERY = 10
-PATIENCE_S, PROMPT_S = 60, 10
+PATIENCE_S, PROMPT_S = 300, 60
 """What a client waits, and what a refusal may take at most with the good requests before it: most take milliseconds."""
 
 MEMORY_GROWTH, PEAK_GROWTH = 24 * 1024**2, 96 * 1024**2

@@ -68,7 +68,7 @@ def test_a_documented_command_works(command: str, folder: Path, server: LiveServ
             command = command.replace(f"/{path}/{name}", f"/{path}/{model}")
     command = command.replace("http://127.0.0.1:8080", server.server.inference_url)
     command = command.replace("http://127.0.0.1:8081", server.server.management_url)
-    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, timeout=120, check=False)  # noqa: S602
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, timeout=600, check=False)  # noqa: S602
     assert done.returncode == 0, done.stdout + done.stderr
     output = re.search(r"-o (\S+)", command)
     check(output[1] if output else "answer.json", (folder / output[1]).read_bytes() if output else done.stdout, folder)
@@ -80,12 +80,12 @@ def test_the_documented_reader_of_events_works(folder: Path, server: LiveServer)
     script = script.replace(
         "http://127.0.0.1:8080/predictions/brain", f"{server.server.inference_url}/predictions/five_folds"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert b"network" in done.stdout
     check("labels.nii.gz", (folder / "labels.nii.gz").read_bytes(), folder)
     (folder / "head.nii.gz").write_bytes(b"no image")
-    refused = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=120, check=False)
+    refused = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, timeout=600, check=False)
     assert refused.returncode == 1
     assert b"unknown_format" in refused.stderr
 

@@ -39,7 +39,7 @@ class Load:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def client(self) -> None:
-        with httpx.Client(base_url=self.server.server.inference_url, timeout=120, trust_env=False) as client:
+        with httpx.Client(base_url=self.server.server.inference_url, timeout=600, trust_env=False) as client:
             while not self._stop.is_set():
                 self._one(client)
 
@@ -67,7 +67,7 @@ class Load:
 
     def goes_on(self, answers: int = CLIENTS) -> None:
         """Wait for so many answers more."""
-        wanted, deadline = len(self.answers) + answers, time.monotonic() + 90
+        wanted, deadline = len(self.answers) + answers, time.monotonic() + 3000
         while len(self.answers) < wanted:
             assert time.monotonic() < deadline, "the server answers no more"
             time.sleep(0.05)
@@ -79,14 +79,14 @@ def live(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
-    with running(store, tmp_path_factory.mktemp("state"), models=["flat.mar"], workers=4) as server:
+    with running(store, tmp_path_factory.mktemp("state"), models=["flat.mar"], workers=3) as server:
         yield server
 
 
 def manage(live: LiveServer, method: str, path: str, **parameters: object) -> None:
     answer = httpx.request(
         method, live.server.management_url + path, params={k: str(v) for k, v in parameters.items()},
-        timeout=120, trust_env=False,
+        timeout=600, trust_env=False,
     )  # fmt: skip
     assert answer.is_success, answer.text
 
@@ -98,17 +98,17 @@ def test_scaling_and_a_new_version_lose_no_request_under_load(live: LiveServer) 
         try:
             load.goes_on()
             whole = drain.find_target(live.state_dir, None, "flat")
-            drain.drain(whole, 120, RETRY_AFTER_S)
+            drain.drain(whole, 300, RETRY_AFTER_S)
             manage(live, "PUT", "/models/flat", min_worker=1, max_worker=1, synchronous="true")
             drain.resume(whole)
             load.goes_on()
             assert len(live.workers("flat")) == 1
-            manage(live, "PUT", "/models/flat", min_worker=4, max_worker=4, synchronous="true")
+            manage(live, "PUT", "/models/flat", min_worker=3, max_worker=3, synchronous="true")
             load.goes_on()
-            manage(live, "POST", "/models", url="flat-2.0.mar", initial_workers=2, synchronous="true")
+            manage(live, "POST", "/models", url="flat-2.0.mar", initial_workers=1, synchronous="true")
             manage(live, "PUT", "/models/flat/2.0/set-default")
             old = drain.find_target(live.state_dir, None, "flat/1.0")
-            drain.drain(old, 120, RETRY_AFTER_S)
+            drain.drain(old, 300, RETRY_AFTER_S)
             manage(live, "DELETE", "/models/flat/1.0")
             load.goes_on()
         finally:
@@ -122,7 +122,7 @@ def test_scaling_and_a_new_version_lose_no_request_under_load(live: LiveServer) 
 
 def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -> None:
     target = drain.find_target(live.state_dir, None, None)
-    drain.drain(target, 60, 7)
+    drain.drain(target, 300, 7)
     try:
         answer = live.predict("flat", BODY)
         assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "draining", "7")
@@ -139,7 +139,7 @@ def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: Li
     before = received(live)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(live.predict, "flat", large, options='{"tile_step_size": 0.2, "use_mirroring": false}')
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while received(live) == before:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -147,8 +147,8 @@ def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: Li
             with pytest.raises(ToolError, match=r"still has a request .* takes no new requests"):
                 drain.drain(target, 0.0)
             assert not slow.done()
-            drain.drain(target, 120)
-            assert slow.result(timeout=5).status_code == 200
+            drain.drain(target, 300)
+            assert slow.result(timeout=120).status_code == 200
         finally:
             drain.resume(target)
 
@@ -162,11 +162,11 @@ def test_drain_and_resume_from_the_command_line(live: LiveServer) -> None:
     command = [sys.executable, "-m", "nnunet_torchserve_tools.cli"]
     where = ["--model", "flat", "--management-url", live.server.management_url]
     drained = subprocess.run(
-        [*command, "drain", *where, "--timeout", "60"], capture_output=True, text=True, timeout=90, check=False
+        [*command, "drain", *where, "--timeout", "300"], capture_output=True, text=True, timeout=600, check=False
     )
     assert (drained.returncode, drained.stdout[:12]) == (0, "drained flat"), drained.stderr
     assert live.predict("flat", BODY).status_code == 503
-    resumed = subprocess.run([*command, "resume", *where], capture_output=True, text=True, timeout=90, check=False)
+    resumed = subprocess.run([*command, "resume", *where], capture_output=True, text=True, timeout=600, check=False)
     assert (resumed.returncode, resumed.stdout) == (0, "resumed flat\n")
     assert live.predict("flat", BODY).status_code == 200
 

@@ -238,11 +238,11 @@ def test_serve_in_the_foreground_prints_ready_and_ends_with_0(how: str, model_st
         family = [jvm, *jvm.children(recursive=True)]
         if how == "stop":
             stop = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "stop", "--state-dir", str(tmp_path / "state")]
-            subprocess.run(stop, check=True, timeout=90)
+            subprocess.run(stop, check=True, timeout=600)
         else:
             serving.send_signal(signal.SIGTERM)
-        assert serving.wait(timeout=90) == 0, serving.stderr and serving.stderr.read()
-        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert serving.wait(timeout=600) == 0, serving.stderr and serving.stderr.read()
+        assert not psutil.wait_procs(family, timeout=120)[1]
         assert not Path(server.temp_dir).exists()
         assert launcher.read_state(tmp_path / "state") is None
     finally:
@@ -251,11 +251,12 @@ def test_serve_in_the_foreground_prints_ready_and_ends_with_0(how: str, model_st
         launcher.stop(tmp_path / "state")
 
 
+@pytest.mark.long  # tests/chaos kills workers under load
 def test_a_killed_worker_comes_back(model_store: Path, tmp_path: Path) -> None:
     with running(model_store, tmp_path / "state", models=["flat.mar"]) as live:
         [worker] = live.workers("flat")
         worker.kill()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         body = volumes.nifti_gz(np.ones((32, 32, 4), np.int16))
         while (answer := live.predict("flat", body)).status_code != HTTPStatus.OK:
             assert time.monotonic() < deadline, answer.text

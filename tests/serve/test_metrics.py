@@ -24,7 +24,7 @@ from support.server import running
 pytestmark = pytest.mark.serve
 
 MODEL = "five_folds/1.0"
-WORKERS = 3
+WORKERS = 2
 REQUESTS = 6
 PASSES = 12
 """Of GOOD with the options FAST."""
@@ -37,7 +37,7 @@ UNKNOWN_FOLD = '{"folds": [9]}'
 
 @pytest.fixture(scope="module")
 def measured(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosServer]:
-    """A server with three workers and engines of its own: an engine's numbers go to one server."""
+    """A server with two workers and engines of its own: an engine's numbers go to one server."""
     runtime = tmp_path_factory.mktemp("metrics") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
@@ -101,7 +101,7 @@ def test_gauges_show_the_work_in_hand_and_return_to_0_without_another_request(me
         assert busy.value("nnunet_charged_bytes") > 0
         assert answer.result().status_code == HTTPStatus.OK
     gauges = ("nnunet_cases_in_flight", "nnunet_passes_waiting", "nnunet_charged_bytes", "nnunet_cases_waiting")
-    wait_for(lambda: not any(now(measured).value(name) for name in gauges), within_s=10)
+    wait_for(lambda: not any(now(measured).value(name) for name in gauges))
     assert all(len(now(measured).labels(name)) == 1 for name in gauges)
 
 
@@ -109,7 +109,7 @@ def test_a_killed_engine_is_one_restart_and_its_passes_are_counted_once(measured
     before = settled(measured)
     ask_all(measured, 1)
     measured.engine(MODEL).kill()
-    wait_for(lambda: now(measured).value("nnunet_engine_up") == 0, within_s=10)
+    wait_for(lambda: now(measured).value("nnunet_engine_up") == 0)
     ask_all(measured, REQUESTS)
     after = settled(measured)
     for name in ("nnunet_engine_starts_total", "nnunet_engine_restarts_total"):
@@ -143,7 +143,7 @@ def test_every_documented_query_returns_data(measured: ChaosServer, tmp_path: Pa
     with (
         (tmp_path / "log").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as prometheus,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as prometheus,
     ):
 
         def result(query: str) -> list[dict[str, object]]:
@@ -161,10 +161,10 @@ def test_every_documented_query_returns_data(measured: ChaosServer, tmp_path: Pa
             return ready and bool(result("nnunet_passes_total"))
 
         try:
-            wait_for(has_scraped, within_s=30)
+            wait_for(has_scraped)
             ask_all(measured, WORKERS)
             measured.live.predict("five_folds", GOOD, options=UNKNOWN_FOLD)
-            wait_for(lambda: bool(result("sum(rate(nnunet_passes_total[5m])) > 0")), within_s=30)
-            wait_for(lambda: all(result(query) for query in asked), within_s=20)
+            wait_for(lambda: bool(result("sum(rate(nnunet_passes_total[5m])) > 0")))
+            wait_for(lambda: all(result(query) for query in asked))
         finally:
             process.terminate()

@@ -37,7 +37,7 @@ def stalled(server: LiveServer) -> Iterator[list[socket.socket]]:
     with ExitStack() as stack:
         uploads = []
         for _ in range(STALLED):
-            upload = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            upload = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=300))
             upload.sendall(head.encode() + bytes(SENT))
             uploads.append(upload)
         wait_until(lambda: open_connections(server) >= STALLED)
@@ -68,7 +68,7 @@ def open_connections(server: LiveServer) -> int:
     return sum(c.laddr.port == port and c.status == psutil.CONN_ESTABLISHED for c in jvm.net_connections("tcp"))
 
 
-def wait_until(done: Callable[[], bool], within_s: float = 30) -> None:
+def wait_until(done: Callable[[], bool], within_s: float = 300) -> None:
     deadline = time.monotonic() + within_s
     while not done():
         assert time.monotonic() < deadline

@@ -24,7 +24,7 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from . import volumes
 from .server import LiveServer
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """For anything that has to happen, on a machine that does much else."""
 
 SPACING = (1.5, 1.5, 1.5)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from scipy.ndimage import gaussian_filter
@@ -29,9 +27,6 @@ from nnunet_torchserve.tiling import STOCK_THREADS
 from .logits import ExportModel, export_model_of
 from .untrained import DEMO_MODEL
 
-SEARCH_VARIABLE = "NNUNET_TORCHSERVE_SEARCH"
-"""Set to a factor: so many times the examples, and other ones each time."""
-
 DEFAULT = "resample_data_or_seg_to_shape"
 TORCH = "resample_torch_fornnunet"
 NONE = "no_resampling_hack"
@@ -39,12 +34,6 @@ NONE = "no_resampling_hack"
 Shape = tuple[int, int, int]
 FloatArray = npt.NDArray[np.floating[Any]]
 LabelArray = npt.NDArray[np.integer[Any]]
-
-
-def examples(count: int) -> settings:
-    """``count`` examples, the same ones in every run unless a search is asked for."""
-    factor = int(os.environ.get(SEARCH_VARIABLE, "0"))
-    return settings(max_examples=count * max(factor, 1), derandomize=factor == 0, database=None, deadline=None)
 
 
 # ------------------------------------------------------------------------------------------------------------ models

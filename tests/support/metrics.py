@@ -34,7 +34,7 @@ class Scrape:
 
 def scrape(url: str) -> Scrape:
     """Scrape a server's metrics URL."""
-    answer = httpx.get(f"{url}/metrics", timeout=30, trust_env=False).raise_for_status()
+    answer = httpx.get(f"{url}/metrics", timeout=300, trust_env=False).raise_for_status()
     lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
     found = [match.groups() for line in lines if (match := _SAMPLE.fullmatch(line))]
     assert len(found) == len(lines)

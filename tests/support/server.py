@@ -41,13 +41,13 @@ class LiveServer:
             sent["X-Nnunet-Options"] = options
         parts = None if files is None else {name: (name, content) for name, content in files.items()}
         url = f"{self.server.inference_url}/predictions/{model}"
-        with httpx.Client(timeout=120, trust_env=False) as client:
+        with httpx.Client(timeout=600, trust_env=False) as client:
             return client.post(url, content=body, files=parts, headers=sent)
 
     def describe(self, model: str) -> dict[str, object]:
         """TorchServe's description of a model, the handler's own included."""
         url = f"{self.server.management_url}/models/{model}"
-        answer = httpx.get(url, params={"customized": "true"}, timeout=30, trust_env=False)
+        answer = httpx.get(url, params={"customized": "true"}, timeout=300, trust_env=False)
         answer.raise_for_status()
         description: dict[str, object] = answer.json()[0]
         return description
@@ -62,7 +62,7 @@ class LiveServer:
         text = (Path(self.server.log_dir) / "model_log.log").read_text()
         return [json.loads(line) for line in re.findall(r"request (\{.*\})$", text, re.MULTILINE)]
 
-    def logs(self, text: str, within_s: float = 10) -> bool:
+    def logs(self, text: str, within_s: float = 120) -> bool:
         """Whether ``text`` is in the workers' log, which TorchServe writes a little after it answers."""
         deadline = time.monotonic() + within_s
         while text not in (Path(self.server.log_dir) / "model_log.log").read_text():
