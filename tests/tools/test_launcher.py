@@ -35,13 +35,8 @@ def test_what_was_set_by_hand_must_fit() -> None:
     assert compute_sizes(4096 * MIB, held=3, heap=3600 * MIB, body_limit=300 * MIB).heap == 3600 * MIB
 
 
-def test_properties_are_replaced_in_place_and_explained() -> None:
-    base = "# why\na=1\n\n#a=7\nb = 2\n"
-    assert launcher.merge_properties(base, {"b": 3, "c": "x"}) == "# why\na=1\n\n#a=7\nb=3\nc=x\n"
-
-
 def test_every_setting_of_the_projects_config_is_explained() -> None:
-    lines = launcher._base_config(None).splitlines()
+    lines = launcher._packaged("config.properties").decode().splitlines()
     for number, line in enumerate(lines):
         if "=" in line and not line.startswith("#"):
             above = [other for other in lines[:number] if other.startswith("#") or not other]
