@@ -39,6 +39,9 @@ _EXACT_PREPROCESS_BYTES = 16
 _NAMES = 2000
 """Characters of a list of names in a message."""
 
+_MOST_COLOURS = 4
+"""The last axis of an array that is no longer may be channels."""
+
 MAX_AXIS = 2**15 - 1
 """Voxels: NIfTI-1 has no longer axis, and no scanner; what has one is a trap."""
 
@@ -163,10 +166,14 @@ def price(
     is_guess = known_grid is None and not knows_grid(bundle)
     grid = known_grid or network_grid(bundle, shape, [geometry.spacing_zyx[axis] for axis in order])
     if min(grid) < 1:
-        raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx))
-    if (longest := max(*geometry.shape, *grid)) > MAX_AXIS:
+        raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx, geometry))
+    if (longest := max(geometry.shape)) > MAX_AXIS:
+        msg = f"an axis has {longest} voxels, at most {MAX_AXIS} are served; send a part of the image"
+        raise TooLarge(msg)
+    if (longest := max(grid)) > MAX_AXIS:
         msg = (
-            f"an axis would have {longest} voxels, at most {MAX_AXIS} are served; check the voxel spacing in the header"
+            f"an axis would have {longest} voxels at the network's spacing, at most {MAX_AXIS} are served; "
+            f"{_spacing_advice(geometry)}"
         )
         raise TooLarge(msg)
     padded = padded_shape(grid, bundle.patch_size)
@@ -239,8 +246,13 @@ def _export_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int]
     return export + all_classes + voxels * _COORDINATE_BYTES + _padded(grid) * _PREPROCESS_BYTES
 
 
-def affordable(case: Price, limits: Limits) -> Price:
+def affordable(case: Price, limits: Limits, geometry: Geometry) -> Price:
     """The price, unless it can never be paid here; a guess is no reason to refuse, and is taken for less then.
+
+    Args:
+        case: what it costs.
+        limits: what is allowed.
+        geometry: of the image, which the messages are about.
 
     Raises:
         TooLarge: above a configured limit.
@@ -251,14 +263,15 @@ def affordable(case: Price, limits: Limits) -> Price:
     voxels = case.grid[0] * case.grid[1] * case.grid[2]
     if voxels > limits.grid_voxels:
         msg = (
-            f"the volume would have {voxels} voxels at the network's spacing, the limit is {limits.grid_voxels}; "
-            "check the voxel spacing in the header"
+            f"the image would have {voxels} voxels at the network's spacing, the limit is {limits.grid_voxels}; "
+            f"{_spacing_advice(geometry)}"
         )
         raise TooLarge(msg)
     if case.passes > limits.passes:
+        fewer = ", fewer folds or no mirroring" if case.passes > case.patches else ""
         msg = (
             f"the case needs {case.passes} forward passes, the limit is {limits.passes}; "
-            "use a larger tile_step_size, fewer folds or no mirroring"
+            f"use a larger tile_step_size{fewer}, or send a smaller image"
         )
         raise TooLarge(msg)
     if case.bytes > (memory := limits.memory_bytes):
@@ -303,9 +316,33 @@ def _resamples_logits(bundle: ModelBundle) -> bool:
     return target_of(bundle.configuration.resampling_fn_probabilities) is Target.NEW_SHAPE
 
 
-def too_thin_message(shape: Sequence[int], spacing: Sequence[float]) -> str:
-    """The one sentence that says a volume is too thin."""
-    return (
-        f"a volume of {tuple(shape)} voxels at {tuple(spacing)} mm has no voxel left on an axis of the network's grid; "
-        "is the spacing in mm?"
-    )
+def too_thin_message(shape: Sequence[int], spacing: Sequence[float], geometry: Geometry) -> str:
+    """The one sentence that says an image is too thin.
+
+    Args:
+        shape: its voxels, or those of its nonzero region, along three axes.
+        spacing: mm along the same axes.
+        geometry: of the image.
+    """
+    sizes = list(zip(shape, spacing, strict=True))
+    if geometry.is_flat:
+        sizes.remove(max(sizes, key=lambda size: size[1]))  # nnU-Net's placeholder
+    counts = tuple(int(count) for count, _ in sizes)
+    nothing = "on an axis of the network's grid"
+    if geometry.assumed:
+        return (
+            f"a picture of {counts} pixels, taken for 1 mm each, has no pixel left {nothing}; send a larger one, or "
+            "give the size of its pixels as option spacing"
+        )
+    what = "an image" if geometry.is_flat else "a volume"
+    msg = f"{what} of {counts} voxels at {tuple(mm for _, mm in sizes)} mm has no voxel left {nothing}; "
+    if geometry.placed and not geometry.is_flat and geometry.shape[2] <= _MOST_COLOURS < min(geometry.shape[:2]):
+        msg += "is it (z, y, x)? If its last axis holds channels, send (channel, z, y, x). Else: "
+    return f"{msg}is the spacing in mm?"
+
+
+def _spacing_advice(geometry: Geometry) -> str:
+    """What may be wrong with an image that becomes too large on the network's grid."""
+    if geometry.assumed:
+        return "its pixels are taken for 1 mm: send a smaller picture, or the size of its pixels as option spacing"
+    return f"check the voxel spacing {'that was sent with it' if geometry.placed else 'in the header'}"

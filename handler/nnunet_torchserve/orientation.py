@@ -95,6 +95,8 @@ def turn_towards(geometry: Geometry, target: str | None, *, as_itk: bool = False
         origin=(float(turned[0, 3]), float(turned[1, 3]), float(turned[2, 3])),
         direction=turned[:3, :3] / [spacing[x], spacing[y], spacing[z]],
         ndim=3,
+        assumed=geometry.assumed,
+        placed=geometry.placed,
     )
     return Turn(geometry, after, there, back)
 

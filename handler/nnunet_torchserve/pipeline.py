@@ -385,6 +385,7 @@ class Pipeline:
     def _read_headers(self, request: Request, record: RequestRecord, options: Options, settings: Settings) -> _Asked:
         """Everything that can be known, and refused, before a voxel is decoded."""
         images = self._open_images(request, options)
+        codecs.check_channels(images, list(self.bundle.channel_names.values()))
         turns = [self._turn(image) for image in images]
         geometry = _common_geometry([turn.after for turn in turns])
         record.shape = images[0].geometry.shape
@@ -392,7 +393,7 @@ class Pipeline:
         channels = sum(image.channels for image in images)
         case_price = price(self.bundle, geometry, channels, settings, options)
         record.patches, record.passes = case_price.patches, case_price.passes
-        case_price = affordable(case_price, self.limits)
+        case_price = affordable(case_price, self.limits, geometry)
         form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
         self._check_answer_fits(geometry, form, options)
         return _Asked(images, turns, geometry, case_price, form, warnings)
@@ -404,7 +405,7 @@ class Pipeline:
         channels, first, second, third = case.data.shape
         true = price(self.bundle, asked.geometry, channels, settings, options, (first, second, third))
         record.patches, record.passes = true.patches, true.passes
-        affordable(true, self.limits)
+        affordable(true, self.limits, asked.geometry)
 
     def _open_images(self, request: Request, options: Options) -> Sequence[ImageSource]:
         if len(request.parts) > self.limits.parts:
@@ -433,12 +434,20 @@ def _common_geometry(geometries: Sequence[Geometry]) -> Geometry:
     first = geometries[0]
     for number, other in enumerate(geometries[1:], start=1):
         if other.shape != first.shape or not np.allclose(other.spacing_zyx, first.spacing_zyx):
-            msg = (
-                f"channel {number} has shape {other.shape} and spacing {other.spacing_zyx} mm (z, y, x), channel 0 has "
-                f"{first.shape} and {first.spacing_zyx} mm; resample them to one grid"
-            )
+            pictures = first.assumed and other.assumed
+            right = "send pictures of one size" if pictures else "resample them to one grid"
+            msg = f"channel {number} has {_extent(other)}, channel 0 has {_extent(first)}; {right}"
             raise ChannelsDisagree(msg)
     return first
+
+
+def _extent(geometry: Geometry) -> str:
+    """An image's size in words; of a picture nobody knows the spacing, and of a plane there is none between slices."""
+    axes = slice(1, None) if geometry.is_flat else slice(None)
+    names = "(y, x)" if geometry.is_flat else "(z, y, x)"
+    if geometry.assumed:
+        return f"{geometry.shape[axes]} pixels {names}"
+    return f"shape {geometry.shape[axes]} and spacing {geometry.spacing_zyx[axes]} mm {names}"
 
 
 def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:

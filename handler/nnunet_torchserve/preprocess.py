@@ -91,7 +91,7 @@ def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
     target = [*spacing[: len(spacing) - len(target)], *target]
     new_shape = compute_new_shape(shape, spacing, target)
     if min(new_shape) < 1 and target_of(configuration.resampling_fn_data) is Target.NEW_SHAPE:
-        raise TooThin(too_thin_message(shape, spacing))
+        raise TooThin(too_thin_message(shape, spacing, volume.geometry))
 
     intensities = bundle.plans.foreground_intensity_properties_per_channel
     for channel in range(len(data)):
@@ -135,6 +135,6 @@ def _stock(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
         shape = properties.get("shape_after_cropping_and_before_resampling")
         spacing = [properties["spacing"][axis] for axis in bundle.plans.transpose_forward]
         if shape is not None and min(network_grid(bundle, shape, spacing)) < 1:
-            raise TooThin(too_thin_message(shape, spacing)) from error
+            raise TooThin(too_thin_message(shape, spacing, volume.geometry)) from error
         raise
     return PreprocessedCase(torch.from_numpy(data), properties)

@@ -36,6 +36,7 @@ class Geometry:
         direction: 3×3, column k is the unit vector of array axis x, y, z in LPS.
         ndim: 2 or 3, the dimensions of the file it came from.
         assumed: nobody said the spacing: it is what nnU-Net makes up for its pictures.
+        placed: the file has no header for it: the request or nobody said where it lies.
     """
 
     shape: tuple[int, int, int]
@@ -45,6 +46,12 @@ class Geometry:
     direction: npt.NDArray[np.float64]
     ndim: int
     assumed: bool = False
+    placed: bool = False
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is a 2-D image."""
+        return self.ndim == _PLANE
 
     @property
     def voxels(self) -> int:

@@ -11,6 +11,8 @@ from ..limits import Limits
 from ..volume import Placement
 from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
 from .arrays import is_npy, is_npz, open_npy, open_npz
+from .channels import check_channels
+from .foreign import name_of
 from .inflate import ByteSource, Payload
 from .metaimage import MetaImageSource, is_metaimage
 from .nifti import HEADER_BYTES, NiftiSource, header_class
@@ -19,24 +21,16 @@ from .png import is_png, open_png
 from .source import ImageSource
 from .tiff import is_tiff, open_tiff
 
-__all__ = ["AnswerForm", "EncodedFile", "ImageSource", "answer_form", "encode", "open_image", "smallest_answer"]
+__all__ = [
+    "AnswerForm", "EncodedFile", "ImageSource", "answer_form", "check_channels", "encode", "open_image",
+    "smallest_answer",
+]  # fmt: skip
 
 _PICTURE_READERS = {
     "NaturalImage2DIO": Placement((1.0, 1.0), assumed=True),
     "Tiff3DIO": Placement((1.0, 1.0, 1.0), assumed=True),
 }
 """nnU-Net's readers of files without a spacing, and the one that they make up."""
-
-
-_DICOM_AT = 128
-_OTHERS = {
-    b"\xff\xd8\xff": "a JPEG, which has lost part of the picture",
-    b"GIF8": "a GIF",
-    b"BM": "a BMP",
-    b"\x1f\x8b": "a file that was packed by gzip twice",
-    b"\x5c\x01\0\0": "an Analyze header or image",
-    b"<": "a page or an XML document",
-}
 
 
 def open_image(body: Payload, limits: Limits, reader: str, placement: Placement | None = None) -> ImageSource:
@@ -81,19 +75,7 @@ def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -
     if is_metaimage(head):
         return MetaImageSource(source, limits)
     msg = (
-        f"{_what(head)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
+        f"{name_of(head, packed=source.compressed)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
         "as the raw body or as multipart field image"
     )
     raise UnknownFormat(msg)
-
-
-def _what(head: bytes) -> str:
-    """What a body is that is no image of ours, for the people who send what they have."""
-    if not head:
-        return "an empty body"
-    if head[_DICOM_AT:].startswith(b"DICM"):
-        return "a DICOM file; convert its series first, with dcm2niix for example"
-    for magic, name in _OTHERS.items():
-        if head.startswith(magic):
-            return name
-    return "bytes of no format that is served"

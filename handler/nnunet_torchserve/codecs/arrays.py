@@ -25,6 +25,8 @@ from ..errors import BadOption, BadSpacing, Malformed, TooLarge, UnknownFormat, 
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import LabelMap, Placement
+from .channels import array_advice
+from .foreign import DICOM_HEAD_BYTES, is_dicom
 from .geometry import check_size, place
 from .inflate import SLACK_BYTES, ByteSource, MemoryFile, refuse_damage
 
@@ -106,11 +108,15 @@ class ArraySource:
         """Check the header; ``fetch`` gives the bytes of the numbers, uint8 (data_bytes,)."""
         self._header, self._fetch = header, fetch
         self.channels, shape = _image_shape(header.shape)
-        check_size(shape, self.channels, header.dtype.itemsize, limits)
+        check_size(shape, self.channels, header.dtype.itemsize, limits, array_advice(header.shape, None))
         if placement is None:
-            msg = "an array has no voxel spacing of its own; give option spacing, mm along x, y, z"
+            msg = "an array has no voxel spacing of its own; give option spacing, mm along x, y, z (one slice: x, y)"
             raise BadSpacing(msg)
         self.geometry = place(shape, placement)
+
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of so many channels."""
+        return array_advice(self._header.shape, wanted)
 
     def read(self) -> npt.NDArray[np.float32]:
         """The numbers as float32 (C, Z, Y, X); may be called once.
@@ -216,6 +222,8 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, tuple[int, int, int]]:
         case (channels, depth, height, width):
             return channels, (depth, height, width)
     msg = f"an array of {len(shape)} dimensions; send (y, x), (z, y, x) or (channel, z, y, x)"
+    if len(shape) == 5 and shape[0] == 1:
+        msg += ", without an axis of the batch: array[0]"
     if len(shape) < 2:
         raise Malformed(msg)
     raise WrongChannels(msg)
@@ -289,14 +297,23 @@ class _Archive:
         arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
         self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
         if not arrays:
+            what = "a zip of DICOM files; convert the series first, with dcm2niix for example, and send one file"
             msg = (
                 "a zip without any array (.npy); send the .npz that numpy.savez writes, or unpack it and send the image"
             )
-            raise UnknownFormat(msg)
+            raise UnknownFormat(what if self._holds_dicom() else msg)
         if len(self._members) != len(arrays):
             msg = "the npz holds two arrays of the same name"
             raise Malformed(msg)
         self.names = list(self._members)
+
+    def _holds_dicom(self) -> bool:
+        """Whether the first file of the zip is DICOM."""
+        files = [info for info in self._zip.infolist() if not info.is_dir()][:1]
+        if not files or files[0].flag_bits & _ENCRYPTED:
+            return False
+        with _refuse_damaged_zip(), self._zip.open(files[0]) as member:
+            return is_dicom(member.read(DICOM_HEAD_BYTES))
 
     def header(self, name: str) -> _Header:
         """Of one array; its size and packing are checked against the zip's directory."""
@@ -360,5 +377,8 @@ def _check_directory(body: memoryview, limits: Limits) -> None:
         msg = "a zip64 archive; an npz below 4 GiB needs none"
         raise TooLarge(msg)
     if entries > limits.header_fields or directory_bytes > limits.header_bytes:
-        msg = f"the zip's directory has {entries} entries; this server takes at most {limits.header_fields}"
+        msg = (
+            f"the zip's directory has {entries} entries, this server takes at most {limits.header_fields}; "
+            "send one image: an npz, or a series of DICOM files converted to NIfTI"
+        )
         raise TooLarge(msg)

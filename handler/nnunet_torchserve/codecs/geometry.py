@@ -16,6 +16,12 @@ SMALLEST_MM, LARGEST_MM = 1e-6, 1e6
 _LARGEST_OFFSET_MM = 1e6
 _SMALLEST_DETERMINANT = 1e-6
 
+_PLANE = 2
+"""Numbers of a spacing in the plane."""
+
+_MOST_COLOURS = 4
+"""The last axis of an array that is no longer may be colours."""
+
 _2D_SPACING_FACTOR = 999
 """SimpleITKIO's spacing between the slices of a 2-D image, in multiples of the in-plane spacing."""
 
@@ -79,11 +85,17 @@ def place(shape: tuple[int, int, int], placement: Placement) -> Geometry:
         BadSpacing: not as many numbers as the image has dimensions, or none that a scanner has.
         Malformed: an origin or a direction that is no place in space.
     """
-    plane = len(placement.spacing) == len(shape) - 1 and shape[0] == 1
-    ndim = 2 if plane else 3
+    given = len(placement.spacing)
+    ndim = given if given == _PLANE and shape[0] == 1 else 3
+    if given != ndim:
+        msg = f"spacing has {given} numbers, and an image of {shape} voxels (z, y, x) needs 3, or 2 if it is one slice"
+        if shape[2] <= _MOST_COLOURS < shape[0]:
+            msg += "; if its last axis holds channels, send (channel, 1, y, x): numpy.moveaxis(array, -1, 0)[:, None]"
+        raise BadSpacing(msg)
     origin = (0.0,) * ndim if placement.origin is None else placement.origin
     direction = np.eye(ndim).ravel().tolist() if placement.direction is None else placement.direction
-    return replace(make_geometry(shape[-ndim:], placement.spacing, origin, direction), assumed=placement.assumed)
+    geometry = make_geometry(shape[-ndim:], placement.spacing, origin, direction)
+    return replace(geometry, assumed=placement.assumed, placed=True)
 
 
 def check_spacing(spacing: Sequence[float], ndim: int) -> None:
@@ -93,7 +105,7 @@ def check_spacing(spacing: Sequence[float], ndim: int) -> None:
         raise BadSpacing(msg)
 
 
-def check_size(shape: Sequence[int], channels: int, voxel_bytes: int, limits: Limits) -> int:
+def check_size(shape: Sequence[int], channels: int, voxel_bytes: int, limits: Limits, advice: str = "") -> int:
     """The bytes that an image's voxels take once they are unpacked.
 
     Args:
@@ -101,6 +113,7 @@ def check_size(shape: Sequence[int], channels: int, voxel_bytes: int, limits: Li
         channels: images in the file.
         voxel_bytes: of one voxel of one channel.
         limits: what is allowed.
+        advice: where the channels were found, for whoever did not know that he sent so many.
 
     Raises:
         Malformed: an axis without voxels.
@@ -115,6 +128,7 @@ def check_size(shape: Sequence[int], channels: int, voxel_bytes: int, limits: Li
         raise TooLarge(msg)
     if channels > limits.channels:
         msg = f"the header declares {channels} channels, this server takes at most {limits.channels}"
+        msg += f"; {advice}" if advice else ""
         raise TooLarge(msg)
     size = voxels * channels * voxel_bytes
     if size > limits.expanded_bytes:

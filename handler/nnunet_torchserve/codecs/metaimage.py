@@ -34,6 +34,7 @@ from .text_header import (
     numbers_text,
     read_header,
     required,
+    stored_advice,
     unpacked,
 )
 
@@ -114,7 +115,7 @@ class MetaImageSource(TextHeaderSource):
             self.channels, stored = 1, sizes
         dtype = _dtype(fields)
         shape = sizes[:in_space][::-1]
-        check_size(shape, self.channels, dtype.itemsize, limits)
+        check_size(shape, self.channels, dtype.itemsize, limits, stored_advice(self.channels, channel_axis))
         spacing, origin, direction = itk_geometry("MetaImageIO", _grid_header(fields, sizes))
         self.geometry = make_geometry(shape, spacing, origin, direction)
         self.native_format = OutputFormat.MHA

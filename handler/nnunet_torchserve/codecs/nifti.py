@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import nibabel as nib
@@ -25,6 +26,7 @@ from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import RAS_TO_LPS, Geometry
+from .channels import series_advice, vector_advice
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, check_spacing, make_geometry
 from .inflate import ByteSource
 from .voxels import read_voxels
@@ -109,7 +111,8 @@ class NiftiSource:
             msg = f"voxels of type {self._dtype} are not supported; send integers or floats of at most 64 bits"
             raise UnknownFormat(msg)
         shape, self.channels = self._shape()
-        data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits)
+        advice = self._advice(self.channels, None)
+        data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits, advice)
         self._data_offset = self._offset()
         if self._data_offset + data_bytes > limits.expanded_bytes:
             msg = f"the image would expand to {self._data_offset + data_bytes} bytes; the limit is "
@@ -127,6 +130,15 @@ class NiftiSource:
     def native_format(self) -> OutputFormat:
         """``nii.gz`` if the input was compressed."""
         return OutputFormat.NIFTI_GZ if self._source.compressed else OutputFormat.NIFTI
+
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of so many channels."""
+        return self._advice(self.channels, wanted)
+
+    @property
+    def _advice(self) -> Callable[[int, int | None], str]:
+        several = self._colours or int(self._header["intent_code"]) == _VECTOR_INTENT
+        return vector_advice if several else series_advice
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X); may be called once.

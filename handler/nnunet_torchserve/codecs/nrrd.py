@@ -35,6 +35,7 @@ from .text_header import (
     numbers_text,
     read_header,
     required,
+    stored_advice,
     unpacked,
 )
 
@@ -147,7 +148,7 @@ class NrrdSource(TextHeaderSource):
         compression = _compression(fields)
         self.channels = 1 if axes.channel is None else axes.sizes[axes.channel]
         shape = [axes.sizes[axis] for axis in axes.grid][::-1]
-        check_size(shape, self.channels, dtype.itemsize, limits)
+        check_size(shape, self.channels, dtype.itemsize, limits, stored_advice(self.channels, axes.channel))
         spacing, origin, direction = itk_geometry("NrrdImageIO", axes.header())
         self.geometry = make_geometry(shape, spacing, origin, direction)
         self.native_format = OutputFormat.NRRD

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ..errors import BadSpacing
 from ..options import OutputFormat
 from ..volume import Placement
+from .channels import picture_advice
 from .geometry import place
 
 PLANE = 2
@@ -30,8 +31,9 @@ class PictureSource:
         channels: int,
         placement: Placement | None,
         decode: Callable[[], npt.NDArray[np.float32]],
+        pages: int = 1,
     ) -> None:
-        """A picture whose header is checked; ``decode`` gives float32 (C, Z, Y, X).
+        """A picture whose header is checked; ``decode`` gives float32 (C, Z, Y, X); a TIFF may have several pages.
 
         Raises:
             BadSpacing: nobody says how large a voxel is.
@@ -45,7 +47,11 @@ class PictureSource:
         self.geometry = place(shape, placement)
         self.channels = channels
         self.native_format = OutputFormat.PNG if shape[0] == 1 else OutputFormat.NIFTI_GZ
-        self._decode = decode
+        self._decode, self._pages = decode, pages
+
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of so many channels."""
+        return picture_advice(self.channels, wanted, self._pages)
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the picture: float32 (C, Z, Y, X).

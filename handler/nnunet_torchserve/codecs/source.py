@@ -30,5 +30,8 @@ class ImageSource(Protocol):
     def native_format(self) -> OutputFormat:
         """The format that answers in kind."""
 
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of ``wanted`` channels, which this file has not; see :mod:`.channels`."""
+
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X), scaled as the header says. May be called once."""

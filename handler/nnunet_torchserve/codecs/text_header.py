@@ -24,6 +24,7 @@ import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 
 from ..errors import Malformed, TooLarge, UnknownFormat
 from ..limits import Limits
+from .channels import series_advice, vector_advice
 from .inflate import ByteSource, Compression
 from .voxels import read_voxels
 
@@ -206,11 +207,21 @@ class StoredVoxels:
         return read_voxels(self.source, self.dtype, shape, channels_fastest=self.channel_axis == 0)
 
 
+def stored_advice(channels: int, channel_axis: int | None, wanted: int | None = None) -> str:
+    """As :mod:`.channels` has it: channels along the first axis are numbers of a voxel, along the last a series."""
+    return (vector_advice if channel_axis == 0 else series_advice)(channels, wanted)
+
+
 class TextHeaderSource:
     """What images with such a header have in common, as an :class:`~.source.ImageSource`."""
 
     nifti_header: Any | None = None
+    channels: int
     _voxels: StoredVoxels
+
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of so many channels."""
+        return stored_advice(self.channels, self._voxels.channel_axis, wanted)
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X); may be called once.

@@ -109,7 +109,10 @@ def open_tiff(body: memoryview, limits: Limits, placement: Placement | None) -> 
         raise WrongChannels(msg)
     if slices > 1 and placement is not None and len(placement.spacing) == PLANE:
         if slices not in {3, 4} or first.width in {3, 4}:
-            msg = f"a TIFF of {slices} pages, placed in a plane; send one page, or a spacing along x, y, z"
+            if placement.assumed:
+                msg = f"a TIFF of {slices} pages, and the model takes single pictures; send one page a request"
+            else:
+                msg = f"a TIFF of {slices} pages, placed in a plane; send one page, or a spacing along x, y, z"
             raise WrongChannels(msg)
         channels, slices = slices, 1
     shape = (slices, first.length, first.width)
@@ -123,7 +126,7 @@ def open_tiff(body: memoryview, limits: Limits, placement: Placement | None) -> 
                 plane[...] = page.decode(body)
         return voxels
 
-    return PictureSource(shape, channels, placement, decode)
+    return PictureSource(shape, channels, placement, decode, len(pages))
 
 
 @dataclass(frozen=True, slots=True)
