@@ -4,14 +4,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NT := $(BIN)/nnunet-torchserve
 TOGETHER := -n 2 --durations=20
+comma := ,
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
 
+# pip's own words are shown if it fails, all of them, and not otherwise.
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action=ignore --constraint constraints.txt
+define install
+said=$$($(PIP_INSTALL) $(1) 2>&1) || { printf '%s\n' "$$said" >&2; echo "pip failed: see above" >&2; exit 1; }
+endef
+
 .venv/ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing about 7 GB into .venv (PyTorch mostly); this takes minutes"
-	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,dev]'
-	touch $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "make setup: installs about 7 GB into .venv, PyTorch mostly; 3 to 15 minutes the first time, silent meanwhile"
+	@echo "  1 of 2: PyTorch (most of it)"
+	@$(call install,torch torchvision)
+	@echo "  2 of 2: nnU-Net, TorchServe with a Java runtime, tools for tests and demo"
+	@$(call install,--editable '.[server$(comma)demo$(comma)dev]')
+	@touch $@
+	@echo "  done: .venv takes $$(du -sh .venv | cut -f1)"
 
 .PHONY: help setup demo archive serve stop test test-long lint type parity bench fuzz soak clean
 help: ## list the verbs
@@ -20,7 +30,8 @@ help: ## list the verbs
 setup: .venv/ready ## make .venv with everything in it
 
 demo: .venv/ready ## segment a real MR image with the demo model, and show the result
-	$(BIN)/python demo/run.py
+	@echo "make demo: loads PyTorch and nnU-Net first, then four steps; one to three minutes in all"
+	@$(BIN)/python demo/run.py
 
 archive: .venv/ready ## package MODEL=<trained model folder> (default: the demo model) into model_store/
 	$(NT) archive $(MODEL)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import threading
 import time
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +32,53 @@ OUTPUT = Path(__file__).parent / "output"
 IMAGE = template_folder() / "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 NAME = "brain_tissue_demo"
 
+_PATIENCE_S = 5.0
+"""Nobody looks at a silent terminal for longer."""
+
 COLOURS = {1: (0.30, 0.60, 1.0), 2: (1.0, 0.55, 0.20), 3: (0.35, 0.85, 0.35)}
 Labels = npt.NDArray[np.integer[Any]]
 
 
 def main() -> None:
     """Run the demo; raises if the answer differs from stock nnU-Net's in any voxel."""
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     OUTPUT.mkdir(exist_ok=True)
-    console.print("[1/4] packaging the trained model folder")
-    [archive] = make_archives(ArchiveRequest(MODEL, OUTPUT / "model_store", name=NAME))
-    console.print(f"[2/4] starting TorchServe with {archive.name}")
+    with _step(console, "[1/4] packaging the trained model folder: its two folds are read, checked and tried"):
+        [archive] = make_archives(ArchiveRequest(MODEL, OUTPUT / "model_store", name=NAME))
     state_dir = OUTPUT / "server"
     launcher.stop(state_dir)
-    server = launcher.start(
-        launcher.ServeRequest(
-            OUTPUT / "model_store",
-            (f"{NAME}={archive.name}",),
-            state_dir,
-            launcher.free_ports(),
-            device=launcher.DeviceKind.CPU,
+    with _step(console, f"[2/4] starting TorchServe with {archive.name}: each worker loads the model and tries it"):
+        server = launcher.start(
+            launcher.ServeRequest(
+                OUTPUT / "model_store",
+                (f"{NAME}={archive.name}",),
+                state_dir,
+                launcher.free_ports(),
+                device=launcher.DeviceKind.CPU,
+            ),
+            tell=lambda text: console.print(f"      {text}"),
         )
-    )
     try:
-        console.print(f"[3/4] segmenting {IMAGE.name}")
-        started = time.perf_counter()
-        answer = httpx.post(
-            f"{server.inference_url}/predictions/{NAME}", content=IMAGE.read_bytes(), timeout=1200, trust_env=False
-        )
-        seconds = time.perf_counter() - started
+        with _step(console, f"[3/4] segmenting {IMAGE.name}: both folds, all mirrorings, on the CPU"):
+            started = time.perf_counter()
+            answer = httpx.post(
+                f"{server.inference_url}/predictions/{NAME}", content=IMAGE.read_bytes(), timeout=1200, trust_env=False
+            )
+            seconds = time.perf_counter() - started
         answer.raise_for_status()
     finally:
+        console.print("      stopping TorchServe")
         launcher.stop(state_dir)
     segmentation = OUTPUT / "segmentation.nii.gz"
     segmentation.write_bytes(answer.content)
-    console.print("[4/4] asking stock nnU-Net for the same image")
     image = nib.Nifti1Image.from_bytes(gzip.decompress(answer.content))
     labels = np.asarray(image.dataobj)
-    started = time.perf_counter()
-    expected = _stock_labels()
-    stock_seconds = time.perf_counter() - started
+    with _step(
+        console, "[4/4] asking stock nnU-Net for the same image: it loads the model and predicts in this process"
+    ):
+        started = time.perf_counter()
+        expected = _stock_labels()
+        stock_seconds = time.perf_counter() - started
     picture = OUTPUT / "segmentation.png"
     _draw(labels, picture)
     _report(console, image, labels, expected, answer.headers["server-timing"])
@@ -78,6 +87,24 @@ def main() -> None:
     if np.any(labels != expected):
         msg = "the served segmentation differs from stock nnU-Net's"
         raise SystemExit(msg)
+
+
+@contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """Say what is waited for, every few seconds that it goes on, and in the end how long it took."""
+    console.print(what)
+    started, done = time.monotonic(), threading.Event()
+
+    def go_on() -> None:
+        while not done.wait(_PATIENCE_S):
+            console.print(f"      ... {time.monotonic() - started:.0f} s")
+
+    threading.Thread(target=go_on, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+    console.print(f"      done after {time.monotonic() - started:.0f} s")
 
 
 def _stock_labels() -> Labels:

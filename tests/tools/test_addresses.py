@@ -116,8 +116,8 @@ def test_a_port_that_torchserve_does_not_take_is_refused(port: int) -> None:
 
 def test_a_foreign_address_is_refused_with_those_that_there_are() -> None:
     own = next(a.address for each in psutil.net_if_addrs().values() for a in each if a.family == socket.AF_INET)
-    with pytest.raises(UsageError, match=f"192.0.2.1 is no address of this machine; it has .*{own}"):
-        check_free(replace(chosen(ports=free_ports()), host="192.0.2.1"))
+    with pytest.raises(UsageError, match=f"198.51.100.99 is no address of this machine; it has .*{own}"):
+        check_free(replace(chosen(ports=free_ports()), host="198.51.100.99"))
 
 
 @pytest.mark.parametrize(("listener", "host"), [("127.0.0.2", "127.0.0.2"), ("127.0.0.1", "0.0.0.0")])
