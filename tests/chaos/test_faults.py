@@ -59,9 +59,9 @@ WORKER_DIED = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE
 
 BLOBS, SECOND, OTHER, TIGHT = "blobs/1.0", "blobs/2.0", "other/1.0", "tight/1.0"
 SMALL = Case((24, 32, 24))
-LONG = '{"tile_step_size": 0.2}'
+LONG = '{"tile_step_size": 0.3}'
 CASES = [Case((40, 44, 36), seed, LONG) for seed in range(6)]
-"""A second or two of the network each."""
+"""A second of the network each."""
 
 LONGER = replace(CASES[0], options='{"tile_step_size": 0.1}')
 """Some seconds, or with five folds half a minute."""
