@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read when torch is loaded
+os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")  # servers that live for a minute
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # engines and workers compile our modules once, not each
 
 import torch
 

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-SHAPE = (36, 34, 30)
+SHAPE = (30, 28, 24)
 MODELS = {"brain": "five_folds", "tumour": "regions"}
 
 
