@@ -206,7 +206,7 @@ def own_class(module: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ("somebodys_project", "of the module somebodys_project, which is not installed"),
+        ("somebodys_project", "needs the module somebodys_project, which is not installed"),
         ("colorsys", "colorsys.Settings, which the installed module colorsys does not have"),
     ],
 )

@@ -205,16 +205,16 @@ def _load_trusted(file: Path) -> Any:
     """Open it as a pickle, whose objects may do and raise anything."""
     try:
         return torch.load(file, map_location="cpu", weights_only=False)
-    except ModuleNotFoundError as error:
-        msg = (
-            f"{file} holds an object of the module {error.name}, which is not installed here; install it, or save the "
-            "checkpoint again without that object"
-        )
-        raise ToolError(msg) from error
     except (Exception, SystemExit) as error:
         if _CUT.search(f"{type(error).__name__} {error}"):
             raise ToolError(_damaged(file)) from error
         reason = _printable(str(error))
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            msg = (
+                f"{file} holds an object that needs the module {_printable(error.name)}, which is not installed here; "
+                "install it, or save the checkpoint again without that object"
+            )
+            raise ToolError(msg) from error
         if gone := _GONE.search(str(error)):
             name = _printable(f"{gone[2]}.{gone[1]}")
             reason = f"it holds an object of {name}, which the installed module {gone[2]} does not have"
