@@ -195,11 +195,6 @@ class ModelBundle:
         return read_painting(self.dataset["labels"], order, has_regions=self.labels.has_regions)
 
     @property
-    def structures(self) -> dict[str, tuple[int, ...]]:
-        """Name -> the values of a segmentation that make it up, without background; a region has several."""
-        return self.painting.structures
-
-    @property
     def reader(self) -> str:
         """nnU-Net's image reader that the plan names."""
         name: str = self.plans.plans["image_reader_writer"]

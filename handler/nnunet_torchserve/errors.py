@@ -13,6 +13,7 @@
     │   ├── WrongChannels           422 wrong_channels
     │   ├── ChannelsDisagree        422 channels_disagree
     │   ├── NonFinite               422 non_finite
+    │   ├── WrongRange              422 wrong_range
     │   ├── TooThin                 422 too_thin
     │   ├── BadSpacing              422 bad_spacing
     │   └── UnknownFold             422 unknown_fold
@@ -114,6 +115,13 @@ class NonFinite(RequestError):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "non_finite"
+
+
+class WrongRange(RequestError):
+    """Voxels with values that the model's normalisation cannot take."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "wrong_range"
 
 
 class TooThin(RequestError):

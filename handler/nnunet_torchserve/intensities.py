@@ -21,6 +21,9 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from .bundle import ModelBundle
 
 _PICTURE = (0.0, 255.0)
+_GREATEST = 1e30
+"""Beyond it float32 has no room for sums."""
+
 _UNIT = (0.0, 1.0)
 """Where nothing is known: every normalisation takes it, and a network without one is least likely to overflow."""
 
@@ -39,21 +42,27 @@ def normalization_class(name: str) -> Any:
     return scheme
 
 
+def takes_pictures(scheme: Any) -> bool:
+    """Whether a normalisation refuses what has no 8 bits."""
+    return isinstance(scheme, type) and issubclass(scheme, RGBTo01Normalization)
+
+
 def value_range(bundle: ModelBundle, channel: int) -> tuple[float, float]:
     """The least and the greatest value that a trial of a channel should have.
 
     Pictures (by the plan's normalisation or the channel's name) have 0 to 255; else the fingerprint's percentiles of
-    the training images' foreground decide, or its range; without a fingerprint it is 0 to 1.
+    the training images' foreground decide, or its range; where that says nothing, it is 0 to 1.
     """
     schemes = [normalization_class(bundle.configuration.normalization_schemes[channel])]
-    names = list(bundle.channel_names.values())
-    schemes += [get_normalization_scheme(names[channel])] if channel < len(names) else []
-    if any(isinstance(scheme, type) and issubclass(scheme, RGBTo01Normalization) for scheme in schemes):
+    channels = list(bundle.channel_names.values())
+    schemes += [get_normalization_scheme(channels[channel])] if channel < len(channels) else []
+    if any(takes_pictures(scheme) for scheme in schemes):
         return _PICTURE
     seen = _fingerprint(bundle, channel)
-    for low, high in (("percentile_00_5", "percentile_99_5"), ("min", "max")):
-        if low in seen and high in seen and -math.inf < float(seen[low]) < float(seen[high]) < math.inf:
-            return float(seen[low]), float(seen[high])
+    for names in (("percentile_00_5", "percentile_99_5"), ("min", "max")):
+        low, high = (_number(seen.get(name)) for name in names)
+        if -_GREATEST < low < high < _GREATEST:
+            return low, high
     return _UNIT
 
 
@@ -78,24 +87,19 @@ def made_up_image(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.N
     return noise
 
 
-def normalized_noise(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
-    """What the network sees of :func:`made_up_image`: each channel as the plan normalises it."""
-    image = made_up_image(bundle, shape, seed)
-    inside = np.zeros(image.shape[1:], np.int8)
-    use_mask = bundle.configuration.use_mask_for_norm
-    for channel, name in enumerate(bundle.configuration.normalization_schemes[: len(image)]):
-        scheme = normalization_class(name)(
-            use_mask_for_norm=use_mask[channel], intensityproperties=dict(_fingerprint(bundle, channel))
-        )
-        image[channel] = scheme.run(image[channel], inside)
-    return image
-
-
 def _fingerprint(bundle: ModelBundle, channel: int) -> Mapping[str, Any]:
     """What nnU-Net found of a channel in the training images' foreground; empty if the plans do not say."""
-    found: Mapping[str, Mapping[str, Any]] = (
-        bundle.plans.plans.get("foreground_intensity_properties_per_channel")
-        or bundle.plans.plans.get("foreground_intensity_properties_by_modality")
-        or {}
+    plans = bundle.plans.plans
+    found = plans.get("foreground_intensity_properties_per_channel") or plans.get(
+        "foreground_intensity_properties_by_modality"
     )
-    return found.get(str(channel), {})
+    seen = found.get(str(channel)) if isinstance(found, Mapping) else None
+    return seen if isinstance(seen, Mapping) else {}
+
+
+def _number(value: Any) -> float:
+    """A number of the fingerprint; NaN, which lies in no range, for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -92,7 +92,10 @@ def _read_all(
     except OSError:
         return
     for line in lines:
-        _, names, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if not path:
+            continue
         if not names:
             mounts, files = [mount, mount / "unified"], [second]
         elif controller in names.split(","):

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 
 _IGNORE = "ignore"
+_LARGEST = 2**16 - 1
+_FEW = 255
+"""nnU-Net writes label maps of fewer foreground labels as uint8, of others as uint16; larger values are cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,13 @@ class Painting:
     """How a model's segmentations are read.
 
     Attributes:
-        structures: name -> the values that make it up, without background; a region has several.
+        structures: name -> the values that make it up, without background; a region has several. ``None`` where its
+            voxels cannot be told from others'.
         remarks: sentences on what the values do not say, or not as dataset.json's numbers would suggest; none for most
             models.
     """
 
-    structures: dict[str, tuple[int, ...]]
+    structures: Mapping[str, tuple[int, ...] | None]
     remarks: tuple[str, ...] = ()
 
 
@@ -39,7 +43,7 @@ class _Region:
     Attributes:
         name: in dataset.json.
         labels: that make it up there.
-        value: that paints it.
+        value: that paints it, as it is written.
     """
 
     name: str
@@ -56,16 +60,16 @@ def read_painting(labels: Mapping[str, Any], order: Sequence[Any] | None, *, has
         has_regions: whether nnU-Net takes them for regions.
 
     Raises:
-        ValueError, TypeError: they are none, which nnU-Net refuses too.
+        ValueError, TypeError: they are none, or nnU-Net cannot paint them.
     """
     if has_regions:
         return _of_regions(labels, order or ())
-    numbers = {name: max(integers(value)) for name, value in labels.items() if name != _IGNORE}
-    value_of = {number: value for value, number in enumerate(sorted(set(numbers.values())))}
-    structures: dict[str, tuple[int, ...]] = {
-        name: (value_of[number],) for name, number in numbers.items() if number != 0
+    numbers = {name: integers(value) for name, value in labels.items() if name != _IGNORE}
+    value_of = {number: value for value, number in enumerate(sorted({n for each in numbers.values() for n in each}))}
+    structures: dict[str, tuple[int, ...] | None] = {
+        name: tuple(value_of[number] for number in each) for name, each in numbers.items() if each != [0]
     }
-    moved = [f"{structures[name][0]} is {name}" for name, number in numbers.items() if value_of[number] != number]
+    moved = [f"{value_of[n]} is {name}" for name, each in numbers.items() for n in each if value_of[n] != n]
     remarks = () if not moved else (f"{_OTHER_NUMBERS}, because dataset.json leaves numbers out: {', '.join(moved)}.",)
     return Painting(structures, remarks)
 
@@ -75,12 +79,19 @@ _OTHER_NUMBERS = "The values in the label map are not dataset.json's label numbe
 
 def _of_regions(labels: Mapping[str, Any], order: Sequence[Any]) -> Painting:
     named = [(name, value) for name, value in labels.items() if name != _IGNORE and not _is_background(value)]
+    values = [int(each) for each in order]
+    if odd := [value for value in values if not 0 <= value <= _LARGEST]:
+        msg = f"regions_class_order holds {odd[0]}; nnU-Net paints values from 0 to {_LARGEST}"
+        raise ValueError(msg)
+    numbers = {number for _, value in named for number in integers(value)} - {0}
+    written = 2**8 if len(numbers) < _FEW else 2**16
     regions = [
-        _Region(name, frozenset(integers(value)), int(painted))
-        for (name, value), painted in zip(named, order, strict=True)
+        _Region(name, frozenset(integers(value)), painted % written)
+        for (name, value), painted in zip(named, values, strict=True)
     ]
-    structures: dict[str, tuple[int, ...]] = {}
-    hidden: list[str] = []
+    cut = [f"{value} is written as {value % written}" for value in values if value >= written]
+    structures: dict[str, tuple[int, ...] | None] = {}
+    hidden = [f"Label maps of fewer than {_FEW} labels have 8 bits: {', '.join(cut)}."] if cut else []
     for number, region in enumerate(regions):
         if not any(region.labels):  # "0", which nnU-Net takes for a region
             continue
@@ -96,6 +107,8 @@ def _of_regions(labels: Mapping[str, Any], order: Sequence[Any]) -> Painting:
         ]
         if unknown:
             hidden.append(_hidden(region, over, regions, shared=region.value in unknown))
+            if region.value in unknown:
+                structures[region.name] = None
     remarks = [] if _as_numbered(regions, structures) else [_other_values(regions)]
     return Painting(structures, (*remarks, *hidden))
 
@@ -126,10 +139,10 @@ def _hidden(region: _Region, over: Sequence[str], regions: Sequence[_Region], *,
     )
 
 
-def _as_numbered(regions: Sequence[_Region], structures: Mapping[str, tuple[int, ...]]) -> bool:
+def _as_numbered(regions: Sequence[_Region], structures: Mapping[str, tuple[int, ...] | None]) -> bool:
     """Whether a region's values are those of its labels that are painted at all."""
     painted = {region.value for region in regions}
-    return all(set(structures[r.name]) == r.labels & painted for r in regions if r.name in structures)
+    return all(set(values) == r.labels & painted for r in regions if (values := structures.get(r.name)) is not None)
 
 
 def _other_values(regions: Sequence[_Region]) -> str:

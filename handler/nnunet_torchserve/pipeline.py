@@ -42,10 +42,10 @@ from .orientation import Turn, turn_towards
 from .preprocess import PreprocessedCase, preprocess
 from .responses import (
     CLIENT_REQUEST_ID,
-    LAST_RESORT,
     Response,
     ResponseMaker,
     Warnings,
+    last_resort,
     too_large_message,
     usable_request_id,
 )
@@ -163,18 +163,19 @@ class Pipeline:
             send: sends what goes to the client before the response, which is then the last part of a stream; ``None``
                 where nothing can, so that ``stream`` is refused.
         """
+        request_id = "-"
         try:
-            responses = self._responses()
-            record = self._record(request.id)
+            request_id = request.id
+            responses, record = self._responses(), self._record(request_id)
             if request.is_describe:
-                return self._or_problem(lambda: responses.json(self.describe(), request.id), record, responses)
-            stream = EventStream(send, responses.events(request.id))
+                return self._or_problem(lambda: responses.json(self.describe(), request_id), record, responses)
+            stream = EventStream(send, responses.events(request_id))
             response = self._or_problem(lambda: self._segment(request, record, responses, stream), record, responses)
             self._note(record, response.status, is_trial=request.is_trial)
             return stream.end(response)
         except Exception:
-            logger.exception("unexpected error outside of a request's own work")
-            return LAST_RESORT
+            logger.exception("request %s: unexpected error outside of its own work", json.dumps(request_id))
+            return last_resort(request_id)
 
     def _or_problem(self, produce: Callable[[], Response], record: RequestRecord, responses: ResponseMaker) -> Response:
         """What ``produce`` returns, or the problem that it raises."""
@@ -200,11 +201,14 @@ class Pipeline:
         return RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
 
     def _note(self, record: RequestRecord, status: HTTPStatus, *, is_trial: bool) -> None:
-        """Log and count an answered request."""
-        record.status = int(status)
-        logger.info("request %s", record.line())
-        if not is_trial:
-            self.counts.add_request(record)
+        """Log and count an answered request; whether that works is not the request's business."""
+        try:
+            record.status = int(status)
+            logger.info("request %s", record.line())
+            if not is_trial:
+                self.counts.add_request(record)
+        except Exception:
+            logger.exception("request %s was answered but cannot be counted", json.dumps(record.request_id))
 
     def _segment(
         self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream

@@ -28,14 +28,17 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from .bundle import ModelBundle
 from .cases import network_grid, too_thin_message
-from .errors import TooThin
-from .intensities import normalization_class
+from .errors import TooThin, WrongRange
+from .intensities import normalization_class, takes_pictures
 from .options import PreprocessMethod
 from .resampling import Target, resample_image, target_of
 from .volume import Volume
 
 _WITHOUT_MASK = (CTNormalization, NoNormalization, RescaleTo01Normalization, RGBTo01Normalization)
 """nnU-Net's normalisations that never look at the mask; :class:`ZScoreNormalization` does if the plan says so."""
+
+
+_WHITE = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,26 @@ def preprocess(
 
     Raises:
         TooThin: cropped to its nonzero region, the volume has no voxel left on an axis of the network's grid.
+        WrongRange: a channel is normalised as an 8-bit picture and is none.
     """
+    _check_pictures(bundle, volume)
     if method is PreprocessMethod.EXACT and bundle.configuration.preprocessor_class is DefaultPreprocessor:
         return _exact(bundle, volume)
     return _stock(bundle, volume)
+
+
+def _check_pictures(bundle: ModelBundle, volume: Volume) -> None:
+    """nnU-Net asserts this when it normalises."""
+    for channel, name in enumerate(bundle.configuration.normalization_schemes[: len(volume.array)]):
+        if not takes_pictures(normalization_class(name)):
+            continue
+        low, high = volume.array[channel].min(), volume.array[channel].max()
+        if low < 0 or high > _WHITE:
+            msg = (
+                f"channel {channel} has values from {low:g} to {high:g}; "
+                f"this model takes 8-bit pictures, with values from 0 to {_WHITE}"
+            )
+            raise WrongRange(msg)
 
 
 def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:

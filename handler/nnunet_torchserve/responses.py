@@ -63,15 +63,6 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-LAST_RESORT = Response(
-    HTTPStatus.INTERNAL_SERVER_ERROR,
-    PROBLEM_JSON,
-    b'{"type": "about:blank", "title": "Internal Server Error", "status": 500, "code": "internal", '
-    b'"detail": "an unexpected error outside of the request\'s own work; the server\'s log has it"}',
-)
-"""Where no other answer can be made."""
-
-
 @dataclass(frozen=True, slots=True)
 class ResponseMaker:
     """Makes the answers of one model.
@@ -126,6 +117,19 @@ class ResponseMaker:
 
     def _headers(self, request_id: str) -> dict[str, str]:
         return {REQUEST_ID: request_id, MODEL: self.model}
+
+
+def last_resort(request_id: str) -> Response:
+    """The problem where no other answer can be made: it needs nothing that could fail."""
+    document = {
+        "type": "about:blank",
+        "title": HTTPStatus.INTERNAL_SERVER_ERROR.phrase,
+        "status": int(HTTPStatus.INTERNAL_SERVER_ERROR),
+        "code": ServingError.code,
+        "detail": "an unexpected error outside of the request's own work; the server's log has it",
+        "request_id": request_id,
+    }
+    return Response(HTTPStatus.INTERNAL_SERVER_ERROR, PROBLEM_JSON, json.dumps(document).encode("ascii"))
 
 
 def too_large_message(size: int, limit: int) -> str:

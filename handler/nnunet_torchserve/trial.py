@@ -20,6 +20,7 @@ def trial_image(bundle: ModelBundle) -> bytes:
     order = bundle.plans.transpose_backward
     target = [1.0, *bundle.configuration.spacing][-3:]
     spacing_zyx = [float(target[axis]) for axis in order]
-    channels = made_up_image(bundle, (_VOXELS,) * 3, _SEED)
+    shape = [1, *(_VOXELS,) * len(bundle.patch_size)][-3:]  # in the plan's axis order: one slice of a 2-D network
+    channels = made_up_image(bundle, [shape[axis] for axis in order], _SEED)
     image: bytes = nib.Nifti1Image(channels.T, np.diag([*spacing_zyx[::-1], 1.0])).to_bytes()
     return image

@@ -51,6 +51,22 @@ def test_usual_models_are_read_as_dataset_json_numbers_them(
     assert painting(labels, order) == Painting(structures)
 
 
+@pytest.mark.parametrize("value", [-1, 70000])
+def test_values_that_nnunet_cannot_paint_are_refused(value: int) -> None:
+    labels = {"background": 0, "a": [1, 2], "b": [2]}
+    with pytest.raises((OverflowError, RuntimeError, TypeError)):
+        LabelManager(labels, [value, 2]).convert_probabilities_to_segmentation(np.ones((2, 1, 1, 1), np.float32))
+    with pytest.raises(ValueError, match=f"regions_class_order holds {value}"):
+        painting(labels, [value, 2])
+
+
+def test_labels_of_any_number_of_values_and_background_that_is_not_the_first() -> None:
+    assert painting({"background": 0, "a": 1, "unused": []}).structures == {"a": (1,), "unused": ()}
+    read = painting({"background": 0, "a": -1, "b": 2})
+    assert read.structures == {"a": (0,), "b": (2,)}
+    assert "0 is a" in read.remarks[0]
+
+
 def test_labels_with_gaps_are_numbered_by_their_channels() -> None:
     read = painting({"background": 0, "a": 2, "b": 7})
     assert read.structures == {"a": (1,), "b": (2,)}
@@ -62,9 +78,15 @@ def test_labels_with_gaps_are_numbered_by_their_channels() -> None:
     [
         ({"a": [1, 2], "b": [2, 3]}, [1, 3], {"a": (1,), "b": (3,)}, "a is painted over by b (3)"),
         ({"inner": [1], "outer": [1, 2]}, [1, 2], {"inner": (1,), "outer": (2,)}, "inner is painted over by outer (2)"),
-        ({"a": [1, 2], "b": [3]}, [1, 1], {"a": (), "b": ()}, "a has the value 1 in common with b"),
-        ({"a": [1, 2], "b": [3]}, [1, 0], {"a": (1,), "b": ()}, "b is painted with 0"),
-        ({"a": [1, 2], "b": [2]}, [1, 0], {"a": (1,), "b": ()}, "a is painted over by b (0)"),
+        ({"a": [1, 2], "b": [3]}, [1, 1], {"a": None, "b": None}, "a has the value 1 in common with b"),
+        ({"a": [1, 2], "b": [3]}, [1, 0], {"a": (1,), "b": None}, "b is painted with 0"),
+        ({"a": [1, 2], "b": [2]}, [1, 0], {"a": (1,), "b": None}, "a is painted over by b (0)"),
+        (
+            {"a": [1, 2], "b": [2]},
+            [300, 2],
+            {"a": (2, 44), "b": (2,)},
+            "Label maps of fewer than 255 labels have 8 bits",
+        ),
     ],
 )
 def test_what_the_label_map_does_not_say_is_said(
@@ -102,7 +124,7 @@ def test_the_voxels_of_a_region_are_those_that_the_painter_left_of_it(
 
     read = painting(labels, order)
     for name, channel in zip(names, channels, strict=True):
-        counted = np.isin(segmentation, read.structures[name])
+        counted = np.isin(segmentation, read.structures[name] or ())
         assert not (counted & ~channel).any()
         if not any(remark.startswith(f"{name} is painted over") for remark in read.remarks):
             assert (counted == channel).all()
@@ -120,7 +142,7 @@ def test_whatever_the_network_says_no_voxel_is_counted_that_is_in_no_nested_regi
     read = painting(labels, order)
     for k, name in enumerate(names):
         within = [other for other in range(k, len(names)) if set(labels[names[other]]) <= set(labels[name])]
-        own = np.isin(segmentation, read.structures[name])
+        own = np.isin(segmentation, read.structures[name] or ())
         assert not (own & ~(channels[within] > 0.5).any(0)).any()
         assert (segmentation[own] != 0).all()
         last = (channels[k] > 0.5) & ~(channels[k + 1 :] > 0.5).any(0)

@@ -30,7 +30,6 @@ from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
-from nnunet_torchserve.responses import LAST_RESORT
 from nnunet_torchserve.telemetry import Counts
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
@@ -160,11 +159,27 @@ def test_nothing_that_goes_wrong_is_raised(
     assert model.answer(Request({"body": GOOD}, {"X-Nnunet-Options": FAST})).status is HTTPStatus.OK
 
 
-def test_where_no_answer_can_be_made_the_last_resort_is_a_problem_too(pipeline: Load) -> None:
-    response = replace(pipeline("five_folds"), counts=FailingCounts()).answer(Request({}, {}))
-    assert response is LAST_RESORT
+def test_an_answer_that_cannot_be_counted_goes_out_all_the_same(
+    pipeline: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    events: list[bytes] = []
+    uncounted = replace(pipeline("five_folds"), counts=FailingCounts())
+    asked = Request({"body": GOOD}, {"X-Nnunet-Options": '{"stream": true, "folds": 0, "use_mirroring": false}'})
+    response = uncounted.answer(asked, lambda part: events.append(part.body))
+    assert response.status is HTTPStatus.OK
+    assert json.loads(events[-1])["length"] == len(response.body)
+    assert "cannot be counted" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+def test_where_no_answer_can_be_made_the_last_resort_is_a_problem_too(
+    pipeline: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "model_header", fail)
+    response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Request-Id": "mine"}))
     problem = json.loads(response.body)
     assert (response.status, problem["status"], problem["code"]) == (500, 500, "internal")
+    assert problem["request_id"] == "mine"
     assert response.content_type == "application/problem+json"
 
 

@@ -21,6 +21,7 @@ EXPECTED = {
     "WrongChannels": (422, "wrong_channels"),
     "ChannelsDisagree": (422, "channels_disagree"),
     "NonFinite": (422, "non_finite"),
+    "WrongRange": (422, "wrong_range"),
     "TooThin": (422, "too_thin"),
     "BadSpacing": (422, "bad_spacing"),
     "UnknownFold": (422, "unknown_fold"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from http import HTTPStatus
@@ -22,10 +23,12 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline, Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
+from nnunet_torchserve_tools.plans_check import network_builder
 from support import stock, volumes
 from support.odd_models import OddModel
 
@@ -41,6 +44,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Detected old nnU-Net plans",
     "ignore:Network class",
     "ignore:Trainer .* uses the old",
+    "ignore:The values in the label map",
     "ignore:.torch.jit:FutureWarning",  # of packages that nnU-Net's trainers import
 )
 
@@ -55,7 +59,8 @@ def pipeline_of(model: Path, folder: Path, **fields: Any) -> Pipeline:
 
 def labels_of(pipeline: Pipeline, *bodies: bytes) -> npt.NDArray[Any]:
     """The served segmentation (Z, Y, X) of one image, or of one for each channel."""
-    parts: dict[str, object] = {f"image_{k:04d}": body for k, body in enumerate(bodies)}
+    several = len(bodies) > 1
+    parts: dict[str, object] = {f"image_{k:04d}" if several else "image": body for k, body in enumerate(bodies)}
     parts |= {"options": json.dumps({"output_format": "nii"}).encode()}
     response = pipeline.answer(Request(parts, {}))
     assert response.status is HTTPStatus.OK, response.body
@@ -148,6 +153,50 @@ def test_logits_that_are_not_finite_in_the_trial_prove_nothing(
         assert_as_stock(odd.write(tmp_path), tmp_path, image(scale=1 / 500))
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"percentile_00_5": None, "percentile_99_5": None, "min": None, "max": "nan"},
+        {"percentile_00_5": 0, "percentile_99_5": 3e38},
+        {"percentile_00_5": 5, "percentile_99_5": 5, "min": 5, "max": 5},
+        {},
+    ],
+)
+def test_a_fingerprint_that_says_nothing_is_no_reason_to_refuse(seen: dict[str, Any], tmp_path: Path) -> None:
+    odd = OddModel(2, schemes=("NoNormalization",), intensities=(seen,))
+    assert_as_stock(odd.write(tmp_path), tmp_path, image(scale=1 / 500))
+
+
+def test_the_golden_patch_stays_in_the_range_of_a_gpu(tmp_path: Path) -> None:
+    """Under float16 autocast, which this CPU can do too, the model's own data would overflow."""
+    odd = OddModel(
+        schemes=("NoNormalization",),
+        intensities=(UNIT | {"percentile_99_5": 4e4},),
+        trainer="nnUNetTrainerBN",
+        change_weights=overflow_above(1.0),
+    )
+    with pytest.warns(ModelWarning, match="not finite"):
+        bundle = pipeline_of(odd.write(tmp_path), tmp_path).bundle
+    networks = FoldNetworks(bundle, torch.device("cpu"))
+    with torch.autocast("cpu", torch.float16):
+        check_golden(networks, read_golden(bundle))
+
+
+def test_what_is_no_picture_is_refused_by_a_model_of_pictures(tmp_path: Path) -> None:
+    odd = OddModel(2, ("R",), ("RGBTo01Normalization",), spacing=1.0)
+    served = pipeline_of(odd.write(tmp_path), tmp_path)
+    for options in ({}, {"preprocess": "stock"}):
+        parts = {"image": image(), "options": json.dumps(options).encode()}
+        problem = json.loads(served.answer(Request(parts, {})).body)
+        assert (problem["status"], problem["code"]) == (422, "wrong_range")
+        assert "0 to 255" in problem["detail"]
+
+
+def test_a_model_of_pictures_may_be_limited_to_one_slice(tmp_path: Path) -> None:
+    settings = ServingSettings(limits={"passes": 4, "voxels": 200})
+    pipeline_of(OddModel(2).write(tmp_path), tmp_path, serving=settings)
+
+
 def test_weights_that_give_nothing_finite_are_refused(tmp_path: Path) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
         for tensor in weights.values():
@@ -161,7 +210,9 @@ def test_more_channels_than_a_file_may_usually_have(tmp_path: Path) -> None:
     many = 70
     odd = OddModel(2, tuple(f"band {k}" for k in range(many)), ("ZScoreNormalization",) * many)
     served = pipeline_of(odd.write(tmp_path), tmp_path)
-    assert served.bundle.channels == many
+    limits = Limits().for_model(served.bundle.channels)
+    body = volumes.nifti(np.random.default_rng(0).random((20, 20, 1, many), np.float32), np.diag([1.5, 1.5, 1.5, 1]))
+    assert labels_of(Pipeline(served.bundle, served.engine, limits, 600.0), body).shape == (1, 20, 20)
 
 
 def test_a_trial_that_fails_names_stage_and_reason(tmp_path: Path) -> None:
@@ -222,11 +273,23 @@ def test_networks_are_found_as_stock_finds_them(
 
 
 @pytest.mark.parametrize(
-    "name", ["os.system", "json.JSONDecoder", "NoSuchNetwork", "torch.nn.functional.relu", "antigravity", 7]
+    "name",
+    [
+        "os.system",
+        "json.JSONDecoder",
+        "NoSuchNetwork",
+        "torch.nn.functional.relu",
+        "antigravity",
+        "__main__.PlainConvUNet",
+        7,
+    ],
 )
 def test_other_names_are_refused_and_not_imported(name: object, tmp_path: Path) -> None:
+    before = set(sys.modules)
     with pytest.raises(ToolError, match="only network parts"):
         pipeline_of(OddModel(2, change_plans=named(name)).write(tmp_path), tmp_path)  # type: ignore[arg-type]
+    assert "antigravity" not in sys.modules
+    assert all(each.startswith(("nnunetv2.", "dynamic_network_architectures.")) for each in set(sys.modules) - before)
 
 
 def test_a_trainer_with_the_older_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +329,31 @@ def test_a_trainer_of_ones_own_on_a_network_of_nnunet(tmp_path: Path, monkeypatc
     model = OddModel(2, trainer="nnUNetTrainerMine").write(tmp_path)
     served = assert_as_stock(model, tmp_path, image())
     assert served.bundle.description.network_trainer == "nnUNetTrainerBN"
+
+
+@pytest.mark.parametrize("builder", ["nnUNetTrainer", "nnUNetTrainerBN"])
+def test_a_trainer_of_ones_own_that_borrows_what_builds_its_network(
+    builder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = tmp_path / "trainers"
+    trainers.mkdir()
+    (trainers / "borrowed.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN\n"
+        "class nnUNetTrainerBorrowed(nnUNetTrainer):\n"
+        f"    build_network_architecture = staticmethod({builder}.build_network_architecture)\n"
+    )
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
+    assert_as_stock(OddModel(2, trainer="nnUNetTrainerBorrowed").write(tmp_path), tmp_path, image())
+
+
+def test_a_broken_file_beside_a_trainer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = tmp_path / "trainers"
+    trainers.mkdir()
+    (trainers / "aaa.py").write_text("import no_such_package_anywhere\n")
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
+    with pytest.raises(ToolError, match=r"nnUNet_extTrainer.*no_such_package_anywhere"):
+        network_builder("nnUNetTrainerMine")
 
 
 def resampled_by(name: str) -> Callable[[dict[str, Any]], None]:
@@ -317,6 +405,8 @@ def test_no_guess_about_an_unknown_function_refuses_anything(tmp_path: Path, mon
         ({"background": 0, "tumour": [1], "node": ["2"]}, ["background", "tumour", "node"]),
         ({"background": 0, "left": 1, "right": 1, "node": 2}, ["background", "left / right", "node"]),
         ({"background": 0, "whole": ["1", "2"], "core": 2, "regions": True}, ["whole", "core"]),
+        ({"background": 0, "a": 1, "b": 2, "unused": []}, ["background", "a", "b"]),
+        ({"background": 0, "a": -1, "b": 2}, ["a", "background", "b"]),
     ],
 )
 def test_label_values_of_any_type_that_stock_reads(labels: dict[str, Any], names: list[str], tmp_path: Path) -> None:
@@ -329,6 +419,10 @@ def test_label_values_of_any_type_that_stock_reads(labels: dict[str, Any], names
     options = {"save_probabilities": True, "probability_channels": [9]}
     refused = served.answer(Request({"image": image(), "options": json.dumps(options).encode()}, {}))
     assert json.loads(refused.body)["code"] == "bad_option"
+    report = served.answer(Request({"image": image(), "options": b'{"output_format": "json"}'}, {}))
+    painted = labels_of(served, image())
+    for structure in json.loads(report.body)["structures"]:
+        assert structure["voxels"] == np.isin(painted, structure["labels"]).sum()
 
 
 def test_modality_counts_where_there_are_both_names(tmp_path: Path) -> None:

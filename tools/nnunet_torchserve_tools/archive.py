@@ -43,7 +43,6 @@ from nnunet_torchserve.bundle import (
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import FoldNetworks, golden_tensors
 from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.intensities import normalized_noise
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
@@ -82,7 +81,6 @@ _FOLD_FOLDER = re.compile(r"fold_(\d+)")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _COPY_BYTES = 1024**2
 _DRY_RUN_LIMIT_S = 600.0
-_GOLDEN_SEED = 20261122
 _CPU = torch.device("cpu")
 
 
@@ -314,8 +312,7 @@ def _add_golden_patch(stage: Path, description: BundleDescription, settings: Han
     try:
         bundle = ModelBundle(stage)
         networks = FoldNetworks(bundle, _CPU)
-        sample = normalized_noise(bundle, bundle.patch_size, _GOLDEN_SEED)
-        save_file(golden_tensors(networks, bundle.folds, sample), stage / GOLDEN_FILE)
+        save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.channels)
@@ -463,7 +460,11 @@ def _spoken(folds: Sequence[FoldName]) -> str:
 
 def _warn_of_values(plans: dict[str, Any], dataset: Mapping[str, Any]) -> None:
     has_regions = PlansManager(plans).get_label_manager(dataset).has_regions
-    painting = read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=has_regions)
+    try:
+        painting = read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=has_regions)
+    except (LookupError, TypeError, ValueError) as error:
+        msg = f"dataset.json: labels and regions_class_order cannot be read: {error}"
+        raise ToolError(msg) from error
     for remark in painting.remarks:
         warnings.warn(f"{remark} The report of a segmentation says so too.", ModelWarning, stacklevel=3)
 

@@ -398,7 +398,7 @@ def _environment(plan: _Plan, server: Server) -> dict[str, str]:
     # threads that spin while they wait keep each other off busy cores: a request took up to ten times as long
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # libraries look at the host's processors when they are loaded, not at a container's quota
-    environment.setdefault(THREADS_VARIABLE, str(usable_threads()))
+    environment[THREADS_VARIABLE] = str(usable_threads())
     body_limit = plan.sizes.body_limit
     limits = {"body_bytes": body_limit, "response_bytes": body_limit, "waiting_cases": plan.waiting_cases}
     return (

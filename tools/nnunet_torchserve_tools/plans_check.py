@@ -111,10 +111,17 @@ def network_class(architecture: Mapping[str, Any]) -> str | None:
         if _NETWORK_PART.fullmatch(name) and (found := pydoc.locate(name)) is not None:
             _check_network_part(name, found)
             return name
-        if package in ("", *_NETWORK_PACKAGES) or importlib.util.find_spec(package) is None:  # nothing to import
+        if package in ("", *_NETWORK_PACKAGES) or not _is_installed(package):  # nothing to import
             found = _moved_network(name.rpartition(".")[2])
     _check_network_part(name, found)
     return f"{found.__module__}.{found.__qualname__}"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module that was not found like others, as __main__
+        return True
 
 
 def _moved_network(name: str) -> Any:
@@ -198,15 +205,37 @@ def network_builder(trainer_name: str) -> tuple[NetworkBuilder, str | None]:
     if not trainer_name.isidentifier():
         msg = f"the checkpoint names the trainer {trainer_name!r}, which is no class name"
         raise ToolError(msg)
-    try:
-        trainer = recursive_find_trainer_class_by_name(trainer_name)
-    except (RuntimeError, AssertionError) as error:
+    trainer = _trainer(trainer_name)
+    if trainer is None:
         msg = f"the trainer {trainer_name} is not installed; set nnUNet_extTrainer to the folder that has it"
-        raise ToolError(msg) from error
-    builder = next(each for each in trainer.__mro__ if "build_network_architecture" in vars(each))
-    if builder is nnUNetTrainer:
+        raise ToolError(msg)
+    build = trainer.build_network_architecture
+    if build is nnUNetTrainer.build_network_architecture:
         return NetworkBuilder.PLANS, None
-    if builder.__module__.startswith("nnunetv2."):
-        return NetworkBuilder.TRAINER, builder.__name__
+    inherited = next(each for each in trainer.__mro__ if "build_network_architecture" in vars(each))
+    borrowed = getattr(build, "__qualname__", "").split(".")[0]
+    for module, owner in ((inherited.__module__, inherited.__name__), (getattr(build, "__module__", ""), borrowed)):
+        if module.startswith("nnunetv2.") and owner.isidentifier():
+            found = _trainer(owner)
+            if found is not None and found.build_network_architecture is build:
+                return NetworkBuilder.TRAINER, owner
     msg = f"the trainer {trainer_name} builds its own network and is not part of nnunetv2: it cannot be served yet"
     raise ToolError(msg)
+
+
+def _trainer(name: str) -> Any:
+    """The trainer class of that name as nnU-Net finds it, ``None`` if there is none.
+
+    Raises:
+        ToolError: a file beside it, which nnU-Net imports while it looks, cannot be imported.
+    """
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError, TypeError):  # none, or something else has that name
+        return None
+    except Exception as error:
+        msg = (
+            f"nnU-Net imports the files in nnUNet_extTrainer to find the trainer {name}, and one of them fails: "
+            f"{type(error).__name__} {error}"
+        )
+        raise ToolError(msg) from error

@@ -51,7 +51,7 @@ _Integers = npt.NDArray[np.int64]
 def encode_report(
     labels: LabelArray,
     geometry: Geometry,
-    structures: Mapping[str, tuple[int, ...]],
+    structures: Mapping[str, tuple[int, ...] | None],
     remarks: Sequence[str] = (),
 ) -> bytes:
     """What is in a segmentation, how large, and where.
@@ -62,7 +62,8 @@ def encode_report(
     axis k), ``voxel_volume_ml``, ``remarks`` (sentences on what the label map does not say; empty for most models),
     and ``structures``, a list in the order given. Each has ``name``, ``labels``,
     ``voxels``, ``volume_ml``, ``bounding_box_voxels`` and ``bounding_box_mm`` (``[[x0, x1], [y0, y1], [z0, z1]]``)
-    and ``centroid_mm`` (x, y, z). The boxes and the centroid of a structure without voxels are null.
+    and ``centroid_mm`` (x, y, z). The boxes and the centroid of a structure without voxels are null. Of a structure
+    that cannot be told from others everything but its name is null: that is not 0.
 
     - Coordinates in mm are the patient's: LPS, as in ITK and DICOM. Voxels are counted from 0, x is the fastest axis,
       and a voxel's centre lies at ``origin + direction @ (spacing * voxel)``.
@@ -79,7 +80,8 @@ def encode_report(
         labels: (Z, Y, X), uint8 or uint16. Not copied; the working memory is some MiB.
         geometry: the label map's.
         structures: name to the label values that make it up: one, or those of a region, whose union it is. Values may
-            be in several structures, and need not occur. See :mod:`..painting`.
+            be in several structures, and need not occur. ``None`` if the structure cannot be measured. See
+            :mod:`..painting`.
         remarks: on these structures.
 
     Returns:
@@ -87,7 +89,7 @@ def encode_report(
     """
     ndim = geometry.ndim
     edges = _edges(geometry)
-    wanted = {value for members in structures.values() for value in members}
+    wanted = {value for members in structures.values() for value in members or ()}
     found = {each.value: each for each in _measure(labels, wanted, edges)}
     flat = ndim == 2
     voxel_size = float(np.linalg.norm(np.cross(edges[:, 0], edges[:, 1])) if flat else abs(np.linalg.det(edges)))
@@ -95,7 +97,9 @@ def encode_report(
     if flat:
         of_voxel, of_structure, unit = ("pixel_area_mm2", "area_mm2", 1.0)
 
-    def entry(name: str, members: tuple[int, ...]) -> dict[str, Any]:
+    def entry(name: str, members: tuple[int, ...] | None) -> dict[str, Any]:
+        if members is None:
+            return {"name": name, "labels": None, "voxels": None, of_structure: None, **_NOWHERE}
         parts = [found[value] for value in sorted(set(members)) if value in found]
         voxels = sum(part.voxels for part in parts)
         return {

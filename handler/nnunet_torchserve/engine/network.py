@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -24,6 +23,9 @@ from ..machine import torch_threads
 from ..options import FoldName
 from ..tiling import STOCK_THREADS
 
+GOLDEN_SCALE = 1 / 32
+"""The golden patch is stored as int8; the network sees it multiplied by this."""
+
 GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 """Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
 processors in the last bits; CUDA runs under float16 autocast, as stock does."""
@@ -33,9 +35,8 @@ _BATCH_MEMORY_SHARE = 0.5
 _NEARLY = 0.97
 _PROBE_WARMUPS, _PROBE_RUNS = 3, 5
 
+_GOLDEN_SEED = 20261122
 _GOLDEN_SAMPLES = 4096
-_GOLDEN_STEPS = 254
-"""Of a golden patch's values, from the least to the greatest: it is stored as int8."""
 
 
 class FoldNetworks:
@@ -214,10 +215,8 @@ def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
 def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:
     """The untrained network that the model's trainer makes of plans.json, without deep supervision."""
     configuration = bundle.configuration
-    if bundle.description.network_class is not None:  # it may have moved since the plans were made
-        configuration.configuration["architecture"]["network_class_name"] = bundle.description.network_class
     from_plans = (
-        configuration.network_arch_class_name,
+        bundle.description.network_class or configuration.network_arch_class_name,  # it may have moved since
         configuration.network_arch_init_kwargs,
         configuration.network_arch_init_kwargs_req_import,
     )
@@ -234,32 +233,23 @@ def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> tor
     return module
 
 
-def golden_tensors(
-    networks: FoldNetworks, folds: tuple[FoldName, ...], sample: npt.NDArray[np.float32]
-) -> dict[str, torch.Tensor]:
+def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[str, torch.Tensor]:
     """A patch and the logits that the weights give for it, to be stored with them.
 
-    Args:
-        networks: all of the archive's folds.
-        folds: their names.
-        sample: (C, *patch), values as the network sees them.
+    It is noise of the size of normalised images, whatever the model's own images are like: what a network makes of it
+    stays in the range of float16, which a GPU computes in.
 
     Returns:
-        ``patch`` int8 (C, *patch), of which the network sees ``patch * scale + offset`` (both float32, one for each
-        channel); and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
+        ``patch`` int8 (C, *patch), and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
 
     Raises:
         BundleError: a fold has no finite logit for it: it would prove nothing.
     """
-    values = torch.from_numpy(sample)
-    low, high = values.flatten(1).aminmax(dim=1)
-    scale = torch.where(high > low, (high - low) / _GOLDEN_STEPS, torch.ones_like(low))
-    offset = (low + high) / 2
-    by_channel = (-1, *(1,) * len(networks.patch_size))
-    patch = ((values - offset.view(by_channel)) / scale.view(by_channel)).round().to(torch.int8)
-    golden = {"patch": patch, "scale": scale, "offset": offset}
+    shape = (networks.input_channels, *networks.patch_size)
+    noise = np.random.default_rng(_GOLDEN_SEED).integers(-96, 97, shape, dtype=np.int8)
+    patch = torch.from_numpy(noise)
+    golden = {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
     for fold in folds:
-        golden[f"fold_{fold}"] = _golden_logits(networks, fold, golden)
         if not golden[f"fold_{fold}"].isfinite().any():
             msg = f"golden patch: the weights of fold {fold} give no finite logit"
             raise BundleError(msg)
@@ -285,7 +275,7 @@ def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> 
     for fold in networks.folds:
         finite = golden[f"fold_{fold}"].isfinite()
         expected = golden[f"fold_{fold}"][finite]
-        difference = (_golden_logits(networks, fold, golden)[finite] - expected).abs().max().item()
+        difference = (_golden_logits(networks, fold, golden["patch"])[finite] - expected).abs().max().item()
         if not difference <= tolerance * expected.abs().max().item():
             msg = (
                 f"golden patch: the logits of fold {fold} differ by {difference:.3g} from those stored with the "
@@ -295,10 +285,8 @@ def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> 
 
 
 @torch.inference_mode()
-def _golden_logits(networks: FoldNetworks, fold: FoldName, golden: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    by_channel = (-1, *(1,) * len(networks.patch_size))
-    patch = golden["patch"].float() * golden["scale"].view(by_channel) + golden["offset"].view(by_channel)
+def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
     with networks.autocast():
-        logits = networks.forward(fold, patch[None].to(networks.device))
+        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
     flat = logits[0].float().cpu().flatten(1)
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
