@@ -103,9 +103,9 @@ def test_a_scaling_that_readers_disagree_on_is_refused(slope: float, intercept: 
         open_image(with_fields(PLAIN, scl_slope=slope, scl_inter=intercept))
 
 
-@pytest.mark.parametrize("intent", [1004, 1005, 1006, 1007])
-def test_vectors_are_not_taken_for_volumes(intent: int) -> None:
-    with pytest.raises(WrongChannels, match="vectors"):
+@pytest.mark.parametrize("intent", [1004, 1005, 1006])
+def test_matrices_are_not_taken_for_volumes(intent: int) -> None:
+    with pytest.raises(WrongChannels, match="matrices"):
         open_image(with_fields(PLAIN, intent_code=intent))
 
 

@@ -479,7 +479,7 @@ def _nifti_lies() -> Iterator[_Row]:
     yield from lies(MALFORMED, vox_offset=[0, 100, 351, -1, np.nan, np.inf, 1e30, 2e9, 353])
     yield from lies(MALFORMED, scl_slope=[np.inf, -np.inf, 1e-30], scl_inter=[np.inf])
     yield from lies(NON_FINITE, scl_slope=[3e38])
-    yield from lies(WRONG_CHANNELS, intent_code=[1004, 1007])
+    yield from lies(WRONG_CHANNELS, intent_code=[1004, 1006])
     yield from lies(UNKNOWN_FORMAT, magic=[b"ni1", b"n+3", b"N+1"])
     yield "NIfTI intercept without a slope", request(nifti(scl_slope=0, scl_inter=5)), MALFORMED
     rows = {"zero": (0, 0, 0, 0), "NaN": (np.nan,) * 4, "far away": (_SPACING, 0, 0, 1e30), "infinite": (np.inf,) * 4}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BadSpacing, Malformed, TooLarge
 from ..limits import Limits
@@ -15,6 +16,9 @@ from ..volume import Geometry, Placement
 SMALLEST_MM, LARGEST_MM = 1e-6, 1e6
 _LARGEST_OFFSET_MM = 1e6
 _SMALLEST_DETERMINANT = 1e-6
+
+_LARGEST_LEAN = 1e-6
+"""Of an axis, relative to its length: what rounding leaves of a 0, and no acquisition means."""
 
 _PLANE = 2
 """Numbers of a spacing in the plane."""
@@ -103,6 +107,18 @@ def check_spacing(spacing: Sequence[float], ndim: int) -> None:
     if len(spacing) != ndim or not all(SMALLEST_MM <= size <= LARGEST_MM for size in spacing):
         msg = f"voxel spacing {list(spacing)} mm; {ndim} positive numbers of at most {LARGEST_MM:g} were expected"
         raise BadSpacing(msg)
+
+
+def mixes_channels(axes: npt.ArrayLike) -> bool:
+    """Whether the fourth axis of a grid, that of the channels, leans into space or another one leans towards it.
+
+    Args:
+        axes: 4 × 4, the direction of each axis as a row; in mm or of length 1, as readers of all formats scale them.
+    """
+    rows = np.asarray(axes, np.float64)
+    with np.errstate(over="ignore"):
+        lean = _LARGEST_LEAN * np.linalg.norm(rows, axis=1)
+    return bool((abs(rows[:3, 3]) > lean[:3]).any() or (abs(rows[3, :3]) > lean[3]).any())
 
 
 def check_size(shape: Sequence[int], channels: int, voxel_bytes: int, limits: Limits, advice: str = "") -> int:

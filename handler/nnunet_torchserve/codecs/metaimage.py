@@ -22,7 +22,7 @@ from ..errors import BadSpacing, Malformed, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import Geometry, LabelArray
-from .geometry import check_size, make_geometry
+from .geometry import check_size, make_geometry, mixes_channels
 from .inflate import GZIP_MAGIC, SLACK_BYTES, ByteSource, Compression
 from .text_header import (
     StoredVoxels,
@@ -221,7 +221,7 @@ def _in_space(matrix: list[float], ndims: int) -> list[float]:
     if ndims <= 3:
         return matrix
     square = np.reshape(matrix, (ndims, ndims))
-    if square[3, :3].any() or square[:3, 3].any():
+    if mixes_channels(square):
         msg = "the header's matrix mixes the axis of channels with those in space"
         raise Malformed(msg)
     return [float(value) for value in square[:3, :3].ravel()]

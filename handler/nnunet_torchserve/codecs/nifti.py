@@ -42,6 +42,9 @@ _GEOMETRY_FIELDS = (
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
 )  # fmt: skip
 
+_FLAT = 1e-6
+"""How far from the patient's own axis, in mm, a slice may lie that was written as a 2-D image: float32."""
+
 _MATRIX_INTENTS = range(1004, 1007)
 """NIFTI_INTENT_GENMATRIX, SYMMATRIX and DISPVECT: numbers of a voxel that are no channels, or that ITK turns round."""
 
@@ -110,6 +113,7 @@ class NiftiSource:
         if self._dtype.kind not in "iuf" or self._dtype.itemsize > 8:
             msg = f"voxels of type {self._dtype} are not supported; send integers or floats of at most 64 bits"
             raise UnknownFormat(msg)
+        self._vectors = False
         shape, self.channels = self._shape()
         advice = self._advice(self.channels, None)
         data_bytes = check_size(shape, self.channels, self._dtype.itemsize, limits, advice)
@@ -137,8 +141,7 @@ class NiftiSource:
 
     @property
     def _advice(self) -> Callable[[int, int | None], str]:
-        several = self._colours or int(self._header["intent_code"]) == _VECTOR_INTENT
-        return vector_advice if several else series_advice
+        return vector_advice if self._colours or self._vectors else series_advice
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the voxels: float32 (C, Z, Y, X); may be called once.
@@ -168,12 +171,12 @@ class NiftiSource:
         while len(sizes) > 4 and sizes[-1] == 1:
             sizes.pop()
         intent = int(self._header["intent_code"])
-        if len(sizes) == 5 and sizes[3] == 1 and intent == _VECTOR_INTENT:
-            grid = sizes[: 2 if sizes[2] == 1 else 3]  # as ITK reads it: a single slice is a 2-D image
-            return tuple(grid[::-1]), sizes[4]
-        if intent in {*_MATRIX_INTENTS, _VECTOR_INTENT}:
-            msg = "the NIfTI header declares vectors or matrices; send 4-D with the channels last, or a file for each"
+        if intent in _MATRIX_INTENTS:
+            msg = "the NIfTI header declares matrices or displacements; send 4-D with the channels last, or a file each"
             raise WrongChannels(msg)
+        if len(sizes) == 5 and sizes[3] == 1 and intent == _VECTOR_INTENT and not self._colours:
+            self._vectors = True
+            return tuple(sizes[: 2 if self._is_plane(sizes[2]) else 3][::-1]), sizes[4]
         if len(sizes) > 4 or (self._colours and len(sizes) == 4 and sizes[3] > 1):
             what = " of colours" if self._colours else ""
             msg = f"an image of {len(sizes)} dimensions {sizes}{what}; send 3-D, or 4-D with the channels last"
@@ -181,6 +184,23 @@ class NiftiSource:
         if self._colours:
             return tuple(sizes[:3][::-1]), self._colours
         return tuple(sizes[:3][::-1]), sizes[3] if len(sizes) == 4 else 1
+
+    def _is_plane(self, slices: int) -> bool:
+        """Whether vectors, which have three axes in space in NIfTI, are those of a 2-D image.
+
+        ITK writes its single slice 1 mm thick, at 0, across the patient's own axis, and reads every single slice as a
+        2-D image. Here a slice with another thickness or place stays a volume, as it does in other formats.
+        """
+        if slices != 1 or float(self._header["pixdim"][3]) != 1 or self._unit != 1:
+            return False
+        with np.errstate(all="ignore"):
+            affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
+        return np.allclose(affine[2], (0, 0, 1, 0), atol=_FLAT) and np.allclose(affine[:2, 2], 0, atol=_FLAT)
+
+    @property
+    def _unit(self) -> float:
+        """Of length, in mm."""
+        return _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0)
 
     def _offset(self) -> int:
         declared = float(self._header["vox_offset"])
@@ -214,7 +234,7 @@ class NiftiSource:
     def _geometry(self, shape: tuple[int, ...]) -> Geometry:
         ndim = len(shape)
         pixdim = [float(size) for size in self._header["pixdim"][1 : ndim + 1]]
-        unit = _UNIT_IN_MM.get(int(self._header["xyzt_units"]) & 7, 1.0)
+        unit = self._unit
         spacing = [size * unit for size in pixdim]
         check_spacing(spacing, ndim)  # before the qform is made of it
         with np.errstate(all="ignore"):

@@ -23,7 +23,7 @@ from ..errors import BadSpacing, Malformed, UnknownFormat, WrongChannels
 from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import Geometry, LabelArray
-from .geometry import LARGEST_MM, SMALLEST_MM, check_size, make_geometry
+from .geometry import LARGEST_MM, SMALLEST_MM, check_size, make_geometry, mixes_channels
 from .inflate import ByteSource, Compression, gzipped
 from .text_header import (
     StoredVoxels,
@@ -264,8 +264,7 @@ class _Axes:
 
     def _first_three(self, directions: list[_Vector | None]) -> list[_Vector | None]:
         """Directions of a space of four dimensions whose fourth is that of the channels, in the space of the others."""
-        across = any(vector is not None and vector[-1] for vector in directions[:-1])
-        if directions and (across or (directions[-1] is not None and any(directions[-1][:-1]))):
+        if directions and mixes_channels([vector or [0.0] * _MOST_AXES for vector in directions]):
             msg = "the header's space directions mix the axis of channels with those in space"
             raise Malformed(msg)
         return [vector and vector[:-1] for vector in directions[:-1]] + directions[-1:]
