@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copyreg
 import io
 import os
 import pathlib
@@ -12,7 +13,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -151,9 +152,10 @@ class Settings:
         (Call(eval, "1 + 1"), "builtins.eval"),
         (Call(os.system, "true"), "posix.system"),
         (np.random.default_rng(0), "numpy.random"),
-        (np.array([{}]), "numpy.dtype('O8')"),
-        (np.zeros(2, [("a", "i4")]), "numpy.dtype('V4')"),
-        (np.void(b"ab"), "numpy.dtype('V2')"),
+        (np.array([{}]), "an object array, numpy.dtype('O8')"),
+        (np.zeros(2, [("a", "i4")]), "a structured array, numpy.dtype('V4')"),
+        (np.zeros(2, [("a", "i4")]).view(np.recarray), "numpy.rec.recarray"),
+        (np.void(b"ab"), "raw bytes, numpy.dtype('V2')"),
         (Call(bytes, 10**15), "builtins.bytes"),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         (print, "builtins.print"),
@@ -183,6 +185,145 @@ def test_numbers_without_their_bytes_are_not_made(dtype: tuple[object, ...], raw
     scalar = np.float64(1).__reduce__()[0]
     with pytest.raises((ValueError, Refused)):
         restricted(Call(scalar, Call(np.dtype, *dtype), raw))
+
+
+def nested(levels: int = 200) -> list[Any]:
+    """A list that holds another one twice, and so on: to spell, compare or hash it would never end."""
+    inside: list[Any] = ["x"]
+    for _ in range(levels):
+        inside = [inside, inside]
+    return inside
+
+
+def nested_tuples() -> tuple[Any, ...]:
+    inside: tuple[Any, ...] = ()
+    for _ in range(200):
+        inside = (inside, inside)
+    return inside
+
+
+class NewObject:
+    """Unpickled, it is an object of a class whose ``__init__`` is not called."""
+
+    def __init__(self, kind: type, *arguments: object) -> None:
+        self._kind, self._arguments = kind, arguments
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # as pickle asks for
+        return self._kind
+
+    def __reduce_ex__(self, _protocol: object) -> Any:
+        return copyreg.__newobj__, (self._kind, *self._arguments)  # type: ignore[attr-defined]
+
+
+PLAIN = [bool, int, float, str, list, tuple, dict, bytes, frozenset]
+VERSION = type(torch.__version__)
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, VERSION])
+@pytest.mark.parametrize("how", [Call, NewObject])
+def test_no_type_of_python_is_called_with_whatever_a_pickle_gives(how: type, kind: type, file: Path) -> None:
+    torch.save(checkpoint(extra=how(kind, nested())), file)
+    with pytest.raises(ToolError) as refusal:
+        read_checkpoint(file)
+    if how is Call:
+        assert f"{kind.__module__}.{kind.__name__}" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "members", [[nested_tuples()], list(range(101)), "x" * 10**6, [frozenset([1])], collections.Counter("ab"), 3]
+)
+def test_a_frozen_set_of_more_than_a_few_numbers_is_refused(members: object, file: Path) -> None:
+    torch.save(checkpoint(extra=Call(frozenset, members)), file)
+    with pytest.raises(ToolError, match=r"builtins\.frozenset"):
+        read_checkpoint(file)
+
+
+def test_types_by_their_names_and_a_version_are_harmless(file: Path) -> None:
+    torch.save(checkpoint(extra=[*PLAIN, slice], version=torch.__version__, more=collections.defaultdict(int)), file)
+    assert read_checkpoint(file).trainer == "nnUNetTrainer"
+    assert restricted(torch.__version__) == str(torch.__version__)
+    torch.save(checkpoint(version=NewObject(VERSION, "1" * 101)), file)
+    with pytest.raises(ToolError, match="TorchVersion"):
+        read_checkpoint(file)
+
+
+class AsPickled:
+    """Something of NumPy's with the state that somebody wrote into the file."""
+
+    def __init__(self, maker: object, arguments: tuple[object, ...], state: object) -> None:
+        self._reduced = (maker, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+def array_of(shape: object) -> AsPickled:
+    maker, arguments, state = cast("tuple[Any, ...]", np.zeros(1).__reduce__())
+    return AsPickled(maker, arguments, (state[0], shape, *state[2:]))
+
+
+def number_of(*arguments: object, state: object = None) -> Call:
+    return Call(np.float64(1).__reduce__()[0], AsPickled(np.dtype, arguments, state), b"")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        array_of(("x", 10**12)), array_of(("x" * 100, 2**62)), array_of(([0], 10**12)), array_of((2**200,) * 100),
+        array_of((1,) * 65), array_of((2.0, 0.5)), array_of((-1, -1)), array_of(nested()), array_of("1"),
+        number_of(nested()), number_of("f8", state=(3, nested_tuples(), None, None, None, -1, -1, 0)),
+        number_of("M8", state=(4, "<", None, None, None, -1, -1, 0, ({}, (nested_tuples(), 1, 1, 1)))),
+    ],
+)  # fmt: skip
+def test_nothing_of_numpy_is_made_of_what_only_looks_like_its_parts(held: object, file: Path) -> None:
+    torch.save(checkpoint(extra=held), file)
+    with pytest.raises(ToolError, match=r"numpy|NumPy|damaged"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["trainer_name", "inference_allowed_mirroring_axes", "init_args"])
+def test_what_stands_in_place_of_a_name_is_not_spelled_out(name: str, file: Path) -> None:
+    bomb = {"configuration": nested()} if name == "init_args" else nested()
+    for held in (bomb, collections.OrderedDict(configuration=nested())):
+        torch.save(checkpoint(**{name: held}), file)
+        with pytest.raises(ToolError, match=r"is no name but|are not axes but") as refusal:
+            read_checkpoint(file)
+        assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("axes", "read"),
+    [
+        (NewObject(np.ndarray), None),
+        (np.array([0, 1]), (0, 1)), (np.array([2], np.uint8), (2,)), ([np.int64(0)], (0,)),
+        (torch.tensor([0, 1]), (0, 1)), ({0, 1}, (0, 1)), (np.array([]), None), ((), None), (None, None),
+    ],
+)  # fmt: skip
+def test_axes_are_read_from_whatever_holds_a_few_integers(
+    axes: object, read: tuple[int, ...] | None, file: Path
+) -> None:
+    torch.save(checkpoint(inference_allowed_mirroring_axes=axes), file)
+    assert read_checkpoint(file).mirroring_axes == read
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        (np.array(1), "array(1)"), (np.array([[0, 1]]), "array([[0, 1]])"), (np.array([0.5, 1]), "array([0.5, 1. ])"),
+        (np.array(["x"]), "array(['x'], dtype='<U1')"), (1, "1"), ("all", "'all'"), ([0.0], "[0.0]"),
+        ({0: 1}, "{0: 1}"), (torch.zeros(1).expand(10**12), "a tensor of torch.float32 and shape (1000000000000,)"),
+        (np.arange(10**4), "array([ 0, 1, 2, ...,"), (torch.tensor([[0, 1]]), "a tensor of torch.int64"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("trust", [False, True])
+def test_what_are_no_axes_is_shown_in_the_words_of_its_library(
+    axes: object, said: str, trust: bool, file: Path
+) -> None:
+    torch.save(checkpoint(inference_allowed_mirroring_axes=axes), file)
+    with pytest.raises(ToolError) as refusal:
+        read_checkpoint(file, trust=trust)
+    assert f"not axes but {said}" in str(refusal.value)
 
 
 def test_another_pickle_protocol_is_named(file: Path) -> None:

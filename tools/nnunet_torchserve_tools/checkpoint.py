@@ -7,19 +7,22 @@ tensors and plain containers only; the few other types that nnU-Net's trainer st
 from __future__ import annotations
 
 import hashlib
+import operator
 import pickle
 import re
+import reprlib
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .errors import ToolError
-from .harmless import SAFE_GLOBALS, Refused
+from .harmless import SAFE_GLOBALS, Array, Refused
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file begins that ``torch.save`` wrote before version 1.6."""
@@ -40,6 +43,7 @@ _MOST_EXPANSION, _SMALL_BYTES = 10, 2**30
 """``torch.save`` does not compress. Weights that somebody did are hardly half as long; what expands to more than a GiB
 and ten times its length is a trap."""
 
+_MOST_AXES = 3
 _CHUNK_BYTES = 2**20
 _LONGEST_NAME = 200
 
@@ -230,25 +234,29 @@ def _checked(file: Path, content: Any, digest: str, size: int) -> Checkpoint:
         trainer = content["trainer_name"]
         configuration = content["init_args"]["configuration"]
         axes = content.get("inference_allowed_mirroring_axes")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else f"it holds a {type(content).__name__}"
         msg = f"{file} is no nnU-Net v2 checkpoint: {missing}"
         raise ToolError(msg) from error
+    for what, name in (("trainer_name", trainer), ("configuration", configuration)):
+        if not isinstance(name, str):
+            msg = f"{file} is no nnU-Net v2 checkpoint: {what} is no name but {_shown(name)}"
+            raise ToolError(msg)
     if not isinstance(weights, Mapping) or not all(isinstance(t, torch.Tensor) for t in weights.values()):
         msg = f"{file} is no nnU-Net v2 checkpoint: network_weights is no state dict"
         raise ToolError(msg)
     for name, tensor in weights.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
-            msg = f"{file}: the weights {_printable(str(name))} are no plain tensor; save them dense and not quantized"
+            msg = f"{file}: the weights {_shown(name)} are no plain tensor; save them dense and not quantized"
             raise ToolError(msg)
     expanded = sum(tensor.nbytes for tensor in weights.values() if tensor.nbytes > tensor.untyped_storage().nbytes())
     if expanded > max(_SMALL_BYTES, _MOST_EXPANSION * size):
         msg = f"{file} has {size} bytes, and weights of {expanded}, which are views that repeat what is stored"
         raise ToolError(msg)
     try:
-        mirroring = None if axes is None else tuple(int(axis) for axis in axes)
-    except (TypeError, ValueError) as error:
-        msg = f"{file}: inference_allowed_mirroring_axes are not axes but {_printable(repr(axes))}"
+        mirroring = None if axes is None else _axes(axes)
+    except TypeError as error:
+        msg = f"{file}: inference_allowed_mirroring_axes are not axes but {_shown(axes)}"
         raise ToolError(msg) from error
     return Checkpoint(
         weights=dict(weights),
@@ -257,6 +265,43 @@ def _checked(file: Path, content: Any, digest: str, size: int) -> Checkpoint:
         mirroring_axes=mirroring or None,
         sha256=digest,
     )
+
+
+def _axes(value: Any) -> tuple[int, ...]:
+    """Axes as somebody's code may have stored them: in a container, an array or a tensor.
+
+    Raises:
+        TypeError: it is none, or holds something else than a few integers.
+    """
+    values = value.value if isinstance(value, Array) else value
+    if isinstance(values, Mapping | str | bytes) or not isinstance(values, Sized) or len(values) > _MOST_AXES:
+        msg = "no container of a few axes"
+        raise TypeError(msg)
+    if isinstance(values, np.ndarray) and values.ndim == 1 and not values.size:
+        return ()  # of any type, as np.array([]) is of floats
+    return tuple(operator.index(axis) for axis in values)  # type: ignore[attr-defined]
+
+
+class _Shown(reprlib.Repr):
+    """Values of the file's author for a message: a few of a container's, however many there are within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Of what is no container of Python's: numbers and arrays in full, else the type."""
+        del level
+        x = x.value if isinstance(x, Array) else x
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biufcSUmM":
+            return repr(x)
+        if isinstance(x, torch.Tensor):
+            return f"a tensor of {x.dtype} and shape {tuple(x.shape)}"
+        return repr(x) if isinstance(x, bool | float | complex | bytes | np.generic | None) else f"a {type(x).__name__}"
+
+
+def _shown(value: Any) -> str:
+    return _printable(_Shown().repr(value))
 
 
 def without_aliases(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

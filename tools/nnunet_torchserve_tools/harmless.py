@@ -3,13 +3,15 @@
 torch's restricted loader calls whatever stands here under the name that a pickle gives. NumPy's own functions are not
 among them: they build any type from numbers that nobody has checked. These build plain numbers, texts and arrays from
 bytes whose length fits, under the names of NumPy 1 and 2, and refuse the rest by name.
+
+A pickle can give anything to what it calls, lists in lists that name each other among it: a text of 25 such levels has
+gigabytes. So nothing here spells, compares or walks through an argument before its type is known.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,18 @@ _SPEC = re.compile(r"[biufcSUmM][0-9]{1,9}")
 """NumPy's kinds and bytes (of ``U``: characters) of numbers, texts, dates and durations; no objects, no structures."""
 
 _UNITS = frozenset({"Y", "M", "W", "D", "h", "m", "s", "ms", "us", "ns", "ps", "fs", "as"})
-_BYTE_ORDERS = frozenset("<>=|")
+_BYTE_ORDERS = ("<", ">", "=", "|")
+
+_MOST_AXES = 64
+"""NumPy's own."""
+
+_LARGEST_AXIS = 2**63
+_LONGEST_VERSION = 100
+_MOST_MEMBERS = 100
+"""Of a frozen set; no stock checkpoint has one."""
+
+_PLAIN = ("bool", "int", "float", "str", "list", "tuple", "dict")
+_ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
 class Refused(Exception):
@@ -29,16 +42,19 @@ class Refused(Exception):
 class Dtype:
     """A NumPy type as a pickle spells it, in place of ``numpy.dtype``."""
 
+    _spec: object = None  # a pickle may make an object without calling __init__
+    _order: object = "="
+    _names: object = None
+    _metadata: Any = None
+
     def __init__(self, spec: object, align: object = False, copy: object = False) -> None:
         """``dtype.__reduce__`` gives these."""
         del align, copy
         self._spec = spec
-        self._order = "="
-        self._metadata: Any = None
 
     def __setstate__(self, state: Any) -> None:
         """Byte order, and of dates their unit; what the size follows from is in the spec."""
-        _version, self._order, _subarray, _names, _fields, _bytes, _alignment, _flags, *rest = state
+        _version, self._order, _subarray, self._names, _fields, _bytes, _alignment, _flags, *rest = state
         self._metadata = rest[0] if rest else None
 
     @property
@@ -48,25 +64,35 @@ class Dtype:
         Raises:
             Refused: objects, structures, or a type that this machine does not have.
         """
-        spec = self._spec
-        if not isinstance(spec, str) or not _SPEC.fullmatch(spec) or self._order not in _BYTE_ORDERS:
-            msg = f"numpy.dtype({spec!r})"
-            raise Refused(msg)
+        spec, order = self._spec, self._order
+        if type(spec) is not str or not _SPEC.fullmatch(spec) or type(order) is not str or order not in _BYTE_ORDERS:
+            raise Refused(self._what())
         if spec[0] in "mM":
             spec += self._unit()
         try:
-            return np.dtype(spec).newbyteorder("=" if self._order == "|" else self._order)  # type: ignore[arg-type]
+            return np.dtype(spec).newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             msg = f"numpy.dtype({spec!r}), a type that NumPy does not have on this machine"
             raise Refused(msg) from None
 
+    def _what(self) -> str:
+        """A type that is not made, in words."""
+        if type(self._spec) is not str:
+            return "a numpy.dtype that has no name"
+        named = f"numpy.dtype({self._spec!r})"
+        if self._spec.startswith("O"):
+            return f"an object array, {named}"
+        if self._spec.startswith("V"):
+            return f"{'raw bytes' if self._names is None else 'a structured array'}, {named}"
+        return named
+
     def _unit(self) -> str:
         """As in ``M8[25s]``, from ``(metadata, (unit, number, numerator, denominator))``."""
         unit, number, *_ = self._metadata[1] if self._metadata else ("generic", 1)
-        unit = unit.decode("ascii", "replace") if isinstance(unit, bytes) else unit
-        if unit == "generic":
+        unit = unit.decode("ascii", "replace") if type(unit) is bytes else unit
+        if type(unit) is str and unit == "generic":
             return ""
-        if unit not in _UNITS or not isinstance(number, int) or number < 1:
+        if type(unit) is not str or unit not in _UNITS or not isinstance(number, int) or number < 1:
             msg = f"numpy.dtype({self._spec!r}) of an unknown unit"
             raise Refused(msg)
         return f"[{number}{unit}]"
@@ -75,21 +101,16 @@ class Dtype:
 class Array:
     """A NumPy array, in place of ``numpy.ndarray``."""
 
-    def __init__(self) -> None:
-        self.value: npt.NDArray[Any] = np.empty(0)
+    value: npt.NDArray[Any] = np.empty(0)
 
     def __setstate__(self, state: Any) -> None:
         """``(version, shape, type, column by column, bytes)``."""
         *_, shape, dtype, by_columns, raw = state
-        self.value = _numbers(dtype, raw, tuple(shape)).reshape(shape, order="F" if by_columns else "C")
-
-    def __len__(self) -> int:
-        """Of the first axis."""
-        return len(self.value)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Along the first axis."""
-        return iter(self.value)
+        fits = type(shape) is tuple and len(shape) <= _MOST_AXES
+        if not fits or not all(type(size) is int and 0 <= size < _LARGEST_AXIS for size in shape):
+            msg = "a NumPy array without a shape"
+            raise Refused(msg)
+        self.value = _numbers(dtype, raw, shape).reshape(shape, order="F" if by_columns else "C")
 
 
 def _reconstruct(kind: object, *_start: object) -> Array:
@@ -109,11 +130,11 @@ def _numbers(dtype: object, raw: object, shape: tuple[int, ...]) -> npt.NDArray[
         msg = "a NumPy array or number of an unknown type"
         raise Refused(msg)
     kind, count = dtype.value, math.prod(shape)
-    if isinstance(raw, str):
-        raw = raw.encode("latin-1")
-    if not isinstance(raw, bytes | bytearray) or len(raw) != count * kind.itemsize:
+    if not isinstance(raw, bytes | bytearray | str) or len(raw) != count * kind.itemsize:
         msg = f"a NumPy array of {count} {kind} without their bytes"
         raise ValueError(msg)
+    if isinstance(raw, str):
+        raw = raw.encode("latin-1")
     if not kind.itemsize:  # empty texts take no bytes, so that nothing else bounds their number
         return np.zeros(min(count, 1), kind)
     return np.frombuffer(raw, kind, count)
@@ -131,6 +152,41 @@ def _default_dict(*_factory: object) -> dict[Any, Any]:
     return {}
 
 
+def _frozen_set(members: object = ()) -> frozenset[Any]:
+    """Of numbers and texts: to hash tuples in tuples may take for ever."""
+    short = type(members) in {list, tuple, set} and len(members) <= _MOST_MEMBERS  # type: ignore[arg-type]
+    if not short or not all(type(member) in _ATOMS for member in members):  # type: ignore[attr-defined]
+        msg = f"builtins.frozenset of something else than at most {_MOST_MEMBERS} numbers and texts"
+        raise Refused(msg)
+    return frozenset(members)  # type: ignore[call-overload, no-any-return]
+
+
+class Version(str):
+    """A version of torch, in place of ``TorchVersion``, which pickles as a class whose objects are made of a text."""
+
+    __slots__ = ()
+
+    def __new__(cls, text: object = "") -> Version:  # noqa: PYI034 (a pickle gives the class)
+        """Of a text that is one already."""
+        if type(text) is not str or len(text) > _LONGEST_VERSION:
+            msg = "torch.torch_version.TorchVersion of something else than a short text"
+            raise Refused(msg)
+        return super().__new__(cls, text)
+
+
+class Name:
+    """A type of Python's own that something names, as ``defaultdict(list)`` does; to call it is refused."""
+
+    def __init__(self, name: str) -> None:
+        """With its module."""
+        self._name = name
+
+    def __call__(self, *_arguments: object) -> None:
+        """Refuse it; no checkpoint makes its numbers, texts and containers by a call."""
+        msg = f"a call of {self._name}"
+        raise Refused(msg)
+
+
 SAFE_GLOBALS: list[Any] = [
     *(
         (own, f"numpy.{package}.multiarray.{name}")
@@ -141,9 +197,12 @@ SAFE_GLOBALS: list[Any] = [
     (Dtype, "numpy.dtype"),
     (_no_bytes, "builtins.bytes"),
     (_default_dict, "collections.defaultdict"),
-    (str, "torch.torch_version.TorchVersion"),
-    *((kind, f"builtins.{kind.__name__}") for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)),
+    (_frozen_set, "builtins.frozenset"),
+    (Version, "torch.torch_version.TorchVersion"),
+    (slice, "builtins.slice"),  # keeps what it is given, and looks at nothing
+    *((Name(name), name) for name in (f"builtins.{kind}" for kind in _PLAIN)),
 ]
 """For ``torch.serialization.safe_globals``, beside what torch itself takes: tensors, ``OrderedDict``, ``Counter``,
-sets, complex numbers, ``torch.device``, ``torch.dtype``, ``torch.Size``. The logs and ``_best_ema`` of every stock
+sets, byte arrays, complex numbers, ``torch.device``, ``torch.dtype``, ``torch.Size``. Those come first: a name that
+torch itself takes cannot be bounded here. The logs and ``_best_ema`` of every stock
 checkpoint hold NumPy's numbers."""
