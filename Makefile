@@ -58,7 +58,7 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 	$(BIN)/pytest tests/parity
 
 bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
-	for benchmark in benchmarks/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$benchmark .py) || exit 1; done
 
 fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go to .nnunet-torchserve/fuzz/
 	status=0; export PYTHONPATH=tests; \
@@ -67,7 +67,7 @@ fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go 
 	$(BIN)/python -m fuzz.coverage_guided --seconds 300 || status=1; exit $$status
 
 soak: .venv/ready ## 1,000 requests while engines and workers are killed (a quarter of an hour)
-	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python -m benchmarks.soak
 
 clean: ## remove what these verbs made (stops the server first)
 	test ! -x $(NT) || $(NT) stop

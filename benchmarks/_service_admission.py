@@ -35,10 +35,14 @@ import nibabel as nib
 import numpy as np
 import psutil
 import yaml
-from benchmarks._common import Client, Material, Target
-from benchmarks._service_worker import ANSWER, BARE
 
-from benchmarks import _common
+from benchmarks import ROOT
+from benchmarks._service_worker import ANSWER, BARE
+from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, crop_at_random, describe_image
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target
+from benchmarks.harness.served import MODEL, Client, serving
+from benchmarks.harness.spread import interval_of_median, percentile_95, spread
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.codecs import open_image
@@ -164,7 +168,7 @@ def two_workers(model: Path, folds: tuple[int, ...] | None, scratch: Path) -> It
 
 def unpack(model: Path, folds: tuple[int, ...] | None, scratch: Path) -> Path:
     """The directory that TorchServe would unpack the model's archive to."""
-    [archive] = make_archives(ArchiveRequest(model, scratch / "store", folds=folds, name=_common.MODEL))
+    [archive] = make_archives(ArchiveRequest(model, scratch / "store", folds=folds, name=MODEL))
     model_dir = scratch / "model"
     zipfile.ZipFile(archive).extractall(model_dir)
     return model_dir
@@ -180,7 +184,7 @@ def measure_workers(model: Path, image: Path, scratch: Path, *, blocks: int, req
         blocks: of each worker.
         requests: of a block.
     """
-    arguments = {"image": str(image), "options": json.dumps(_common.OPTIONS)}
+    arguments = {"image": str(image), "options": json.dumps(USUAL_OPTIONS)}
     asked: dict[str, list[list[Asked]]] = {SERVED: [], BARE: []}
     with two_workers(model, None, scratch) as (workers, _):
         for worker in workers.values():
@@ -198,8 +202,8 @@ def measure_workers(model: Path, image: Path, scratch: Path, *, blocks: int, req
 
 def measure_busy_engine(material: Material, scratch: Path, count: int) -> dict[str, Any]:
     """What a reservation takes while the engine computes another worker's case."""
-    arguments = {"image": str(material.coarse), "options": json.dumps(_common.OPTIONS)}
-    with two_workers(material.model_folder, (_common.FOLD,), scratch) as (workers, runtime):
+    arguments = {"image": str(material.coarse), "options": json.dumps(USUAL_OPTIONS)}
+    with two_workers(material.model_folder, (FOLD,), scratch) as (workers, runtime):
         idle = workers[SERVED].ask("steps", count=count)["reserve and release"]
         [engine] = engines(runtime)
         busy: list[float] = []
@@ -209,7 +213,7 @@ def measure_busy_engine(material: Material, scratch: Path, count: int) -> dict[s
             found = workers[SERVED].ask("steps", count=max(1, count // 5))["reserve and release"]
             busy += found if engine.cases == 1 else []  # or some were made after the case had ended
             workers[BARE].answer()
-    return {"idle_ms": in_ms(idle), "busy_ms": in_ms(busy), "busy_p95_ms": 1000 * _common.percentile_95(busy)}
+    return {"idle_ms": in_ms(idle), "busy_ms": in_ms(busy), "busy_p95_ms": 1000 * percentile_95(busy)}
 
 
 def measure_live(model: Path, image: Path, scratch: Path, *, blocks: int, requests: int) -> dict[str, Any]:
@@ -219,8 +223,8 @@ def measure_live(model: Path, image: Path, scratch: Path, *, blocks: int, reques
     asked: dict[str, list[list[Asked]]] = {SERVED: [], BARE: []}
     with ExitStack() as running:
         clients = {
-            SERVED: running.enter_context(_common.serving(model, scratch / SERVED, folds=None, workers=1)),
-            BARE: running.enter_context(_common.serving(model, scratch / BARE, folds=None, workers=1, config=config)),
+            SERVED: running.enter_context(serving(model, scratch / SERVED, folds=None, workers=1)),
+            BARE: running.enter_context(serving(model, scratch / BARE, folds=None, workers=1, config=config)),
         }
         for client in clients.values():
             ask_often(client, body, 3 * _WARM_UP)
@@ -243,7 +247,7 @@ def without_our_metrics(scratch: Path) -> Path:
     document["model_metrics"] = {kind: group for kind, group in document["model_metrics"].items() if group}
     metrics, config = scratch / "metrics.yaml", scratch / "config.properties"
     metrics.write_text(yaml.safe_dump(document))
-    config.write_text((_common.ROOT / "config.properties").read_text() + f"\nmetrics_config={metrics}\n")
+    config.write_text((ROOT / "config.properties").read_text() + f"\nmetrics_config={metrics}\n")
     return config
 
 
@@ -323,13 +327,13 @@ def measure_refusals(material: Material, scratch: Path, *, rounds: int, quick: b
     limits = {"memory_bytes": int(1.5 * price_bytes(material, body, scratch / "price")), "waiting_cases": 0}
     network_s: dict[Beside, list[float]] = {beside: [] for beside in Beside}
     refused: dict[Beside, list[Refused]] = {Beside.PACED: [], Beside.FLOOD: []}
-    with _common.serving(material, scratch, workers=4, settings=ServingSettings(limits=limits)) as client:
+    with serving(material, scratch, workers=4, settings=ServingSettings(limits=limits)) as client:
         for _ in range(4):
             client.post(body)
         [engine] = engines(client.runtime)
         for beside in turns(list(Beside), rounds):
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             with ThreadPoolExecutor(1) as pool:
                 case = pool.submit(client.post, body)
                 wait_for(lambda: engine.cases == 1)
@@ -344,15 +348,13 @@ def measure_refusals(material: Material, scratch: Path, *, rounds: int, quick: b
         beside: [one / other - 1 for one, other in zip(network_s[beside], alone, strict=True)] for beside in refused
     }
     return {
-        "image": _common.describe_image(material.coarse),
+        "image": describe_image(material.coarse),
         "limits": limits,
         "rounds": rounds,
         "pace_s": PACE_S,
-        "network_seconds": {beside: _common.spread(found) for beside, found in network_s.items()},
-        "slower_than_alone": {beside: _common.spread(found) for beside, found in slower.items()},
-        "slower_than_alone_median_95_percent": {
-            beside: _common.interval_of_median(found) for beside, found in slower.items()
-        },
+        "network_seconds": {beside: spread(found) for beside, found in network_s.items()},
+        "slower_than_alone": {beside: spread(found) for beside, found in slower.items()},
+        "slower_than_alone_median_95_percent": {beside: interval_of_median(found) for beside, found in slower.items()},
         "refusals": {beside: refusals(found, network_s[beside]) for beside, found in refused.items()},
     }
 
@@ -371,8 +373,8 @@ def refusals(clients: Sequence[Refused], network_s: Sequence[float]) -> dict[str
 
 def price_bytes(material: Material, body: bytes, scratch: Path) -> int:
     """What a server charges for the case."""
-    bundle = ModelBundle(unpack(material.model_folder, (_common.FOLD,), scratch))
-    options = parse_options(json.dumps(_common.OPTIONS).encode())
+    bundle = ModelBundle(unpack(material.model_folder, (FOLD,), scratch))
+    options = parse_options(json.dumps(USUAL_OPTIONS).encode())
     geometry = open_image(body, Limits(), bundle.reader).geometry
     return price(bundle, geometry, 1, settings_for(bundle, options), options).bytes
 
@@ -413,14 +415,14 @@ def compared(served: Sequence[Sequence[Asked]], bare: Sequence[Sequence[Asked]])
             for side, blocks in ((SERVED, served), (BARE, bare))
         },
         "difference_of_block_means_ms": in_ms(means),
-        "difference_of_block_means_median_95_percent_ms": _common.interval_of_median([1000 * each for each in means]),
+        "difference_of_block_means_median_95_percent_ms": interval_of_median([1000 * each for each in means]),
         "difference_of_block_medians_ms": in_ms([median(one) - median(other) for one, other in pairs]),
     }
 
 
 def in_ms(seconds: Sequence[float]) -> dict[str, float]:
     """The spread in milliseconds."""
-    return _common.spread([1000 * each for each in seconds])
+    return spread([1000 * each for each in seconds])
 
 
 def measure(
@@ -439,13 +441,13 @@ def measure(
     model = standard_unet(
         scratch / "tiny", features=_TINY_FEATURES, patch_size=(_TINY_PATCH,) * 3, spacing=_TINY_SPACING
     )
-    cut = _common.crop_at_random(nib.load(material.coarse), (_TINY_PATCH,) * 3, np.random.default_rng(SEED))
+    cut = crop_at_random(nib.load(material.coarse), (_TINY_PATCH,) * 3, np.random.default_rng(SEED))
     image = scratch / "tiny.nii.gz"
     image.write_bytes(gzip.compress(cut.to_bytes()))
 
     def settle() -> None:
         if not quick:
-            _common.wait_for_quiet()
+            wait_for_quiet()
 
     parts: dict[str, Callable[[Path], dict[str, Any]]] = {
         "worker": lambda own: measure_workers(model, image, own, blocks=blocks, requests=requests),
@@ -454,7 +456,7 @@ def measure(
         "refusals": lambda own: measure_refusals(material, own, rounds=rounds, quick=quick),
     }
     found: dict[str, Any] = {
-        "image": _common.describe_image(image),
+        "image": describe_image(image),
         "runtime_directory_on": file_system(scratch),  # the engine writes down there what it has granted
     }
     for name, part in parts.items():

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmarks._common import Client, Material, Target
 
-from benchmarks import _common
+from benchmarks.harness.material import USUAL_OPTIONS, Material, describe_image
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target
+from benchmarks.harness.served import Client, serving
+from benchmarks.harness.spread import interval_of_median, spread
 from nnunet_torchserve.relay import INTERVAL_S
 from support.chaos import family, wait_for
 from support.events import Stream, assert_complete, read_stream
@@ -40,7 +43,7 @@ class Side(StrEnum):
     STREAM = "stream"
 
 
-OPTIONS = {Side.PLAIN: _common.OPTIONS, Side.STREAM: {**_common.OPTIONS, "stream": True}}
+OPTIONS = {Side.PLAIN: USUAL_OPTIONS, Side.STREAM: {**USUAL_OPTIONS, "stream": True}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ def measure(material: Material, scratch: Path, *, pairs: int, cases: int, quick:
         cases: of a round.
         quick: do not wait for an idle machine.
     """
-    with _common.serving(material, scratch, workers=WORKERS) as client:
+    with serving(material, scratch, workers=WORKERS) as client:
         bench = Bench(client, material.coarse.read_bytes(), cases)
         for side in Side:
             bench.round(side)
@@ -147,7 +150,7 @@ def measure(material: Material, scratch: Path, *, pairs: int, cases: int, quick:
         for number in range(pairs):
             for side in list(Side)[:: -1 if number % 2 else 1]:
                 if not quick:
-                    _common.wait_for_quiet()
+                    wait_for_quiet()
                 rounds[side].append(bench.round(side))
             print(f"  {number + 1}/{pairs}: " + ", ".join(f"{s} {rounds[s][-1].seconds:.2f} s" for s in Side))
 
@@ -157,7 +160,7 @@ def measure(material: Material, scratch: Path, *, pairs: int, cases: int, quick:
     events = [count for each in stream for count in each.events]
     network_events = [count for each in stream for count in each.network_events]
     return {
-        "image": _common.describe_image(material.coarse),
+        "image": describe_image(material.coarse),
         "clients": CLIENTS,
         "workers": WORKERS,
         "cases_of_a_round": cases,
@@ -165,22 +168,22 @@ def measure(material: Material, scratch: Path, *, pairs: int, cases: int, quick:
         "rounds": {
             side: {
                 "seconds": [round(each.seconds, 4) for each in found],
-                "cases_per_second": _common.spread([cases / each.seconds for each in found]),
+                "cases_per_second": spread([cases / each.seconds for each in found]),
                 "passes_counted": sum(each.passes for each in found),
-                "passes_per_second": _common.spread([each.passes / each.seconds for each in found]),
-                "engine_busy_share": _common.spread([each.busy_s / each.seconds for each in found]),
-                "processor_seconds_of_a_case": _common.spread([each.processor_s / cases for each in found]),
+                "passes_per_second": spread([each.passes / each.seconds for each in found]),
+                "engine_busy_share": spread([each.busy_s / each.seconds for each in found]),
+                "processor_seconds_of_a_case": spread([each.processor_s / cases for each in found]),
             }
             for side, found in rounds.items()
         },
         "events": sum(events),
-        "events_of_a_case": _common.spread(events),
-        "network_events_of_a_case": _common.spread(network_events),
-        "throughput_ratio": _common.spread(throughput),
-        "throughput_ratio_median_95_percent": _common.interval_of_median(throughput),
+        "events_of_a_case": spread(events),
+        "network_events_of_a_case": spread(network_events),
+        "throughput_ratio": spread(throughput),
+        "throughput_ratio_median_95_percent": interval_of_median(throughput),
         "throughput_ratio_of_all": sum(each.seconds for each in plain) / sum(each.seconds for each in stream),
-        "processor_ratio": _common.spread(processor),
-        "processor_ratio_median_95_percent": _common.interval_of_median(processor),
+        "processor_ratio": spread(processor),
+        "processor_ratio_median_95_percent": interval_of_median(processor),
         "cases_of_all_rounds": {side: cases * len(found) for side, found in rounds.items()},
     }
 

@@ -27,9 +27,11 @@ from typing import Any
 import httpx
 import nibabel as nib
 import numpy as np
-from benchmarks._common import Client, Material, Target
 
-from benchmarks import _common
+from benchmarks.harness.material import Material, crop_at_random, small_shape
+from benchmarks.harness.results import Target
+from benchmarks.harness.served import MODEL, Client, serving
+from benchmarks.harness.spread import percentile_95, spread
 from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S
 from nnunet_torchserve_tools import drain
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
@@ -42,7 +44,7 @@ FOLDS = {OLD: 0, NEW: 1}
 OPTIONS = {"use_mirroring": False}
 SEED = 20261123
 
-_NEW_FILE = f"{_common.MODEL}-{NEW}.mar"
+_NEW_FILE = f"{MODEL}-{NEW}.mar"
 _PATIENCE_S = 300.0
 _LOSSES_SHOWN = 20
 
@@ -161,7 +163,7 @@ class Rollout:
 
     def scale_down_and_up(self, load: Load, retry_after_s: int) -> None:
         """Four workers, one, four; the clients go on in between."""
-        model, processes = _common.MODEL, self._client.processes
+        model, processes = MODEL, self._client.processes
         whole = drain.find_target(self._client.live.state_dir, None, model)
         self._do("drain every version", lambda: drain.drain(whole, _PATIENCE_S, retry_after_s))
         self._do(f"scale {WORKERS} to 1", lambda: processes.scale(model, 1))
@@ -172,7 +174,7 @@ class Rollout:
 
     def replace_version(self, load: Load, retry_after_s: int) -> None:
         """Version 1, both, version 2; the clients go on."""
-        model, processes = _common.MODEL, self._client.processes
+        model, processes = MODEL, self._client.processes
         self._do("register version 2", lambda: processes.register(_NEW_FILE, WORKERS))
         self._do("make it the default", lambda: self._manage("PUT", f"{model}/{NEW}/set-default"))
         old = drain.find_target(self._client.live.state_dir, None, f"{model}/{OLD}")
@@ -209,7 +211,7 @@ def measure(material: Material, scratch: Path, *, scalings: int, steady_s: float
         images_each: different images of a client.
     """
     images = cut_images(material, CLIENTS * images_each)
-    with _common.serving(material, scratch, folds=(FOLDS[OLD],), workers=WORKERS) as client:
+    with serving(material, scratch, folds=(FOLDS[OLD],), workers=WORKERS) as client:
         add_new_version(material, scratch)
         load = Load(client, images)
         expected = {OLD: ask_alone(client, images)}
@@ -261,10 +263,10 @@ def latency(requests: Sequence[Answered]) -> dict[str, object]:
     return {
         "requests": len(requests),
         "that_were_refused_at_least_once": sum(each.paused_s > 0 for each in requests),
-        "seconds": _common.spread(whole),
-        "p95_seconds": round(_common.percentile_95(whole), 4),
-        "seconds_without_pauses": _common.spread(without),
-        "p95_seconds_without_pauses": round(_common.percentile_95(without), 4),
+        "seconds": spread(whole),
+        "p95_seconds": round(percentile_95(whole), 4),
+        "seconds_without_pauses": spread(without),
+        "p95_seconds_without_pauses": round(percentile_95(without), 4),
     }
 
 
@@ -283,9 +285,7 @@ def targets_of(measured: dict[str, Any]) -> list[Target]:
 def add_new_version(material: Material, scratch: Path) -> None:
     """Put version 2 beside version 1 in the model store of the server of ``scratch``."""
     store = scratch / "model_store"
-    request = ArchiveRequest(
-        material.model_folder, scratch / "new", folds=(FOLDS[NEW],), name=_common.MODEL, version=NEW
-    )
+    request = ArchiveRequest(material.model_folder, scratch / "new", folds=(FOLDS[NEW],), name=MODEL, version=NEW)
     [archive] = make_archives(request)
     archive.rename(store / _NEW_FILE)
 
@@ -294,8 +294,8 @@ def cut_images(material: Material, count: int) -> list[bytes]:
     """Distinct images of one to one and a half patches along each axis."""
     generator = np.random.default_rng(SEED)
     coarse = nib.load(material.coarse)
-    shapes = [_common.small_shape(material, generator.uniform(1, 1.5)) for _ in range(count)]
-    images = [gzip.compress(_common.crop_at_random(coarse, shape, generator).to_bytes()) for shape in shapes]
+    shapes = [small_shape(material, generator.uniform(1, 1.5)) for _ in range(count)]
+    images = [gzip.compress(crop_at_random(coarse, shape, generator).to_bytes()) for shape in shapes]
     assert len(set(images)) == count
     return images
 

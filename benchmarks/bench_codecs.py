@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,14 +39,15 @@ import psutil
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Target
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy.ndimage import gaussian_filter
 
-from benchmarks import _common
+from benchmarks.harness.child import last_line_of
+from benchmarks.harness.material import describe_image, find_material
+from benchmarks.harness.memory import with_extra_memory
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import spread
 from nnunet_torchserve import codecs
 from nnunet_torchserve.engine import channel
 from nnunet_torchserve.limits import Limits
@@ -373,14 +373,14 @@ def timed(sides: Mapping[str, Callable[[], object]], repeats: int, *, quick: boo
     names = list(sides)
     for number in range(repeats):
         if not quick:
-            _common.wait_for_quiet()
+            wait_for_quiet()
         seconds = {side: seconds_of(sides[side]) for side in (names[::-1] if number % 2 else names)}
         rounds.append({side: round(seconds[side], 4) for side in names})
     peers = [side for side in names if side != OURS]
     return {
         "rounds_seconds": rounds,
-        "seconds": {side: _common.spread([each[side] for each in rounds]) for side in names},
-        "ratio": {peer: _common.spread([each[peer] / each[OURS] for each in rounds]) for peer in peers},
+        "seconds": {side: spread([each[side] for each in rounds]) for side in names},
+        "ratio": {peer: spread([each[peer] / each[OURS] for each in rounds]) for peer in peers},
     }
 
 
@@ -421,10 +421,7 @@ def memory_of_the_path(folder: Path, name: str) -> dict[str, Any]:
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
     """What a fresh process measures."""
-    command = [sys.executable, __file__, "--be-a-process", *arguments]
-    measured: dict[str, Any] = json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    measured: dict[str, Any] = json.loads(last_line_of("benchmarks.bench_codecs", "--be-a-process", *arguments))
     return measured
 
 
@@ -435,7 +432,7 @@ def decode_in_a_process(kind: Kind, side: str, file: Path) -> dict[str, Any]:
     work = decoders(kind, file, b"")[side] if side != OURS else lambda: opened(kind, body).read()
     if side != OURS:
         del body
-    voxels, extra = _common.with_extra_memory(work)
+    voxels, extra = with_extra_memory(work)
     return {"extra_bytes": extra, "volume_bytes": voxels.size * 4}
 
 
@@ -462,7 +459,7 @@ def steps_of(way: Way, body: bytearray) -> dict[str, Any]:
 
     def step(name: str, work: Callable[[], Result]) -> Result:
         before = resident_bytes()
-        result, extra = _common.with_extra_memory(work)
+        result, extra = with_extra_memory(work)
         levels = {"before": before, "peak": before + extra, "after": resident_bytes()}
         steps[name] = {level: round((each - nothing) / unit, 3) for level, each in levels.items()}
         return result
@@ -633,7 +630,7 @@ def main(arguments: Sequence[str]) -> int:
     measured: dict[str, Any] = {"files_on": place, "images": {}, "decode": {}, "encode": {}}
     with tempfile.TemporaryDirectory(prefix="bench-codecs-", dir=where) as name_of_folder:
         folder = Path(name_of_folder)
-        material = _common.find_material(folder)
+        material = find_material(folder)
         repeats = QUICK_REPEATS if quick else REPEATS
         for name in ("head", "ct"):
             if name == "head":
@@ -644,7 +641,7 @@ def main(arguments: Sequence[str]) -> int:
                 write_image(case, kind, image_file(folder, name, kind))
             measured["images"][name] = {
                 "title": case.title,
-                **_common.describe_image(image_file(folder, name, Kind.NIFTI_GZ)),
+                **describe_image(image_file(folder, name, Kind.NIFTI_GZ)),
                 "volume_bytes": case.image.GetNumberOfPixels() * 4,
             }
             measured["decode"][name] = decode(case, name, folder, repeats, quick=quick)
@@ -654,7 +651,7 @@ def main(arguments: Sequence[str]) -> int:
         measured["decode_memory"] = memory_of_decoding(folder, "ct")
         measured["path"] = memory_of_the_path(folder, "ct")
     measured["copies"] = copies(measured["path"])
-    return _common.write_results("codecs", material, measured, targets_of(measured))
+    return write_results("codecs", material, measured, targets_of(measured))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ import numpy as np
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Client, Material, Target
-
-from benchmarks import _common
+from benchmarks.harness.material import Material, crop_at_random, find_material
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import MODEL, Client, serving
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -125,7 +125,7 @@ def measure_respawn(model_dir: Path, runtime: Path, repetitions: int, *, quick: 
         connection = RemoteEngine(bundle, device)
         for number in range(repetitions + 1):
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             connection.disconnect()
             [running] = engines(runtime)
             began = time.monotonic()
@@ -140,9 +140,9 @@ def measure_respawn(model_dir: Path, runtime: Path, repetitions: int, *, quick: 
     return {
         "folds": bundle.folds,
         "seconds": respawn_s,
-        "spread_seconds": _common.spread(respawn_s),
+        "spread_seconds": spread(respawn_s),
         "steps_seconds": {
-            name: _common.spread([each[number]["seconds"] for each in parts]) for number, name in enumerate(names)
+            name: spread([each[number]["seconds"] for each in parts]) for number, name in enumerate(names)
         },
     }
 
@@ -155,9 +155,9 @@ def measure_model(
     Returns:
         Its memory, what a worker beside all of them is made of, and a copy of the unpacked archive.
     """
-    with _common.serving(model, scratch, folds=None, workers=FEW) as client:
+    with serving(model, scratch, folds=None, workers=FEW) as client:
         few = measure_memory(client, images)
-        client.processes.scale(_common.MODEL, len(images))
+        client.processes.scale(MODEL, len(images))
         many = measure_memory(client, images)
         [description] = Path(client.live.server.temp_dir).glob(f"models/*/{BUNDLE_FILE}")
         made_of = steps("worker", description.parent, client.workers()[0].environ())
@@ -178,31 +178,31 @@ def measure_model(
 def main() -> int:
     """Measure, write ``results/engine_memory.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--respawns", type=_common.two_or_more, default=7)
-    parser.add_argument("--workers", type=_common.two_or_more, default=MANY, help="the larger of the two numbers")
+    parser.add_argument("--respawns", type=two_or_more, default=7)
+    parser.add_argument("--workers", type=two_or_more, default=MANY, help="the larger of the two numbers")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine; the small network only")
     arguments = parser.parse_args()
     generator = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory(prefix="bench-engine-memory-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         coarse = nib.load(material.coarse)
         shape = [int(0.95 * n) for n in coarse.shape]
-        cuts = [_common.crop_at_random(coarse, shape, generator) for _ in range(arguments.workers)]
+        cuts = [crop_at_random(coarse, shape, generator) for _ in range(arguments.workers)]
         images = [gzip.compress(cut.to_bytes()) for cut in cuts]
         networks = {}
         networks["small"], made_of, model_dir = measure_model(material, images, scratch / "small")
         respawn = measure_respawn(model_dir, scratch / "respawned", arguments.respawns, quick=arguments.quick)
         if not arguments.quick:
             usual = standard_unet(scratch / "usual", patch_size=(USUAL_PATCH,) * 3, spacing=2.0, folds=5)
-            cuts = [_common.crop_at_random(coarse, (USUAL_PATCH,) * 3, generator) for _ in images]
+            cuts = [crop_at_random(coarse, (USUAL_PATCH,) * 3, generator) for _ in images]
             small = [gzip.compress(cut.to_bytes()) for cut in cuts]  # one patch each, or it would take minutes
             networks["usual size"], _, _ = measure_model(usual, small, scratch / "large")
 
     for step in made_of:
         print(f"    {step['uss_mib']:7.1f} MiB after {step['step']}")
-    for name, spread in respawn["steps_seconds"].items():
-        print(f"    {spread['median']:7.2f} s for {name}")
+    for name, seconds in respawn["steps_seconds"].items():
+        print(f"    {seconds['median']:7.2f} s for {name}")
     respawn_s = respawn["spread_seconds"]["median"]
     measured = {
         "options": ALL_FOLDS,
@@ -225,7 +225,7 @@ def main() -> int:
         ]
     claim = f"small: a killed engine is replaced within {MOST_RESPAWN_S:g} s (median)"
     targets.append(Target(claim, respawn_s, respawn_s <= MOST_RESPAWN_S))
-    return _common.write_results("engine_memory", material, measured, targets)
+    return write_results("engine_memory", material, measured, targets)
 
 
 if __name__ == "__main__":

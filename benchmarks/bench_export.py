@@ -25,7 +25,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,13 +42,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import FOLD, MATERIAL_VARIABLE, RESULTS, Target
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-from benchmarks import _common, many_classes
+from benchmarks import RESULTS, many_classes
+from benchmarks.harness.child import last_line_of
+from benchmarks.harness.material import CONFIGURATION, FOLD, MATERIAL_VARIABLE, PLANS, TRAINER, find_material
+from benchmarks.harness.memory import with_extra_memory
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.export import label_map, sparse
 from nnunet_torchserve.export.grid import Taps, linear_taps, resampling_of
 from nnunet_torchserve.export.rules import MIXED, rule_of
@@ -252,7 +253,7 @@ def real(dataset: str, case: str, sources: Sources) -> Export:
     """Logits of a model of the material folder, fold 0, without mirroring."""
     assert sources.material is not None
     images = sorted((sources.material / "images" / dataset).glob(f"{case}_*.nii.gz"))
-    trained = f"{_common.TRAINER}__{_common.PLANS}__{_common.CONFIGURATION}"
+    trained = f"{TRAINER}__{PLANS}__{CONFIGURATION}"
     return Export(*predicted(sources.material / "models" / dataset / trained, images, FOLD))
 
 
@@ -368,9 +369,7 @@ CASES = {
 
 def extra_memory(folder: Path, side: Side) -> int:
     """Bytes that one side needs beside logits and label map, measured in a process of its own."""
-    command = [sys.executable, __file__, "--measure-memory", side, str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+    return int(last_line_of("benchmarks.bench_export", "--measure-memory", side, str(folder)))
 
 
 def measure_memory(side: Side, folder: Path) -> int:
@@ -378,7 +377,7 @@ def measure_memory(side: Side, folder: Path) -> int:
     export = Export.load(folder)
     export.thinned().by(side)
     gc.collect()
-    labels, extra = _common.with_extra_memory(partial(export.by, side))
+    labels, extra = with_extra_memory(partial(export.by, side))
     return max(0, extra - labels.nbytes)
 
 
@@ -448,16 +447,16 @@ def _times(seconds: dict[Side, list[float]]) -> dict[str, Any]:
     ratios = [theirs / ours for theirs, ours in zip(seconds[Side.STOCK], seconds[Side.OURS], strict=True)]
     return {
         "seconds_of_repeats": seconds,
-        "stock_seconds": _common.spread(seconds[Side.STOCK]),
-        "our_seconds": _common.spread(seconds[Side.OURS]),
-        "ratio": _common.spread(ratios),
+        "stock_seconds": spread(seconds[Side.STOCK]),
+        "our_seconds": spread(seconds[Side.OURS]),
+        "ratio": spread(ratios),
     }
 
 
 def timed(export: Callable[[], Any], *, quick: bool) -> tuple[Any, float]:
     """The result and its seconds, on an idle machine unless there is no time for that."""
     if not quick:
-        _common.wait_for_quiet()
+        wait_for_quiet()
     started = time.perf_counter()
     result = export()
     return result, time.perf_counter() - started
@@ -472,7 +471,7 @@ def measure_approximate(export: Export, repeats: int, *, quick: bool) -> dict[st
         seconds = [timed(partial(export.by_us, method), quick=quick)[1] for _ in range(repeats)]
         scores = many_classes.dice(stock, labels)
         found[method] = {
-            "seconds": _common.spread(seconds),
+            "seconds": spread(seconds),
             "changed_share_of_voxels": float(np.mean(labels != stock)),
             "changed_share_of_foreground": float(np.mean((labels != stock)[stock > 0])),
             "mean_dice_with_stock": float(np.mean(scores)),
@@ -560,7 +559,7 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--repeats", type=_common.two_or_more, default=REPEATS)
+    parser.add_argument("--repeats", type=two_or_more, default=REPEATS)
     parser.add_argument("--full", action="store_true", help="large-117: resample every class by stock's function")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine; write no results")
     arguments = parser.parse_args()
@@ -582,7 +581,7 @@ def main() -> int:
                 found["class_by_class"] = kept[name]["class_by_class"]
             measured[name] = found
             say(name, found)
-        described = _common.find_material(sources.scratch)
+        described = find_material(sources.scratch)
 
     if arguments.quick:
         targets = [target for name, found in measured.items() for target in targets_of(CASES[name], found)]
@@ -592,7 +591,7 @@ def main() -> int:
     cases = {name: (kept | measured)[name] for name in CASES if name in kept | measured}
     targets = [target for name, found in cases.items() for target in targets_of(CASES[name], found)]
     shared = {"threads": torch.get_num_threads(), "cases": cases}
-    return _common.write_results("export", described, shared, targets)
+    return write_results("export", described, shared, targets)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,18 @@ import httpx
 import nibabel as nib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Client, Material, Target
-
-from benchmarks import _common
+from benchmarks.harness.material import (
+    USUAL_OPTIONS,
+    Material,
+    crop_at_random,
+    describe_image,
+    find_material,
+    small_shape,
+)
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Client, serving
+from benchmarks.harness.spread import percentile_95, spread, two_or_more
 from nnunet_torchserve.engine.scheduler import OLDEST_EVERY, Policy
 from nnunet_torchserve_tools.archive import ServingSettings
 from support.chaos import engines, wait_for
@@ -69,7 +76,7 @@ class Images:
     def __init__(self, material: Material, scratch: Path) -> None:
         self._generator = np.random.default_rng(SEED)
         self._coarse, self._fine = nib.load(material.coarse), nib.load(material.fine)
-        self._small = _common.small_shape(material, 1.25)
+        self._small = small_shape(material, 1.25)
         self._large = tuple(int(n * _LARGE_SHARE) for n in self._fine.shape)
         self._scratch, self._count = scratch, 0
 
@@ -84,7 +91,7 @@ class Images:
     def _cut(self, image: nib.Nifti1Image, shape: Sequence[int]) -> Path:
         file = self._scratch / f"{self._count}.nii.gz"
         self._count += 1
-        nib.save(_common.crop_at_random(image, shape, self._generator), file)
+        nib.save(crop_at_random(image, shape, self._generator), file)
         return file
 
 
@@ -151,18 +158,18 @@ def summary(smalls: Sequence[Small], alone_s: float) -> dict[str, object]:
     seconds = [small.seconds for small in smalls]
     found: dict[str, object] = {
         "repetitions": [asdict(small) for small in smalls],
-        "p95_seconds": _common.percentile_95(seconds),
-        "p95_times_alone": _common.percentile_95(seconds) / alone_s,
+        "p95_seconds": percentile_95(seconds),
+        "p95_times_alone": percentile_95(seconds) / alone_s,
         "is_lower_bound": not all(small.answered for small in smalls),
     }
-    return found | ({"seconds": _common.spread(seconds)} if len(seconds) > 1 else {})
+    return found | ({"seconds": spread(seconds)} if len(seconds) > 1 else {})
 
 
 def main() -> int:
     """Measure, write ``results/fairness.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=_common.two_or_more, default=30, help="small ones, alone and beside large")
-    parser.add_argument("--workers", type=_common.two_or_more, default=4)
+    parser.add_argument("--requests", type=two_or_more, default=30, help="small ones, alone and beside large")
+    parser.add_argument("--workers", type=two_or_more, default=4)
     parser.add_argument("--aged-s", type=float, default=45, help="age of the large cases when more small ones come")
     parser.add_argument("--patience-s", type=float, default=75, help="a small case that waits longer is given up")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
@@ -171,13 +178,13 @@ def main() -> int:
     shortest = Policy.SHORTEST_REMAINING
     with tempfile.TemporaryDirectory(prefix="bench-fairness-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         images = Images(material, scratch)
         large = LargeCases(images)
-        described = {"small": _common.describe_image(images.small()), "large": _common.describe_image(images.large())}
-        with _common.serving(material, scratch / "shortest", folds=None, workers=workers) as client:
+        described = {"small": describe_image(images.small()), "large": describe_image(images.large())}
+        with serving(material, scratch / "shortest", folds=None, workers=workers) as client:
             if not arguments.quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             for _ in range(2 * workers):  # what each worker's first request takes longer is not meant
                 ask(client, images, patience)
             alone = [ask(client, images, patience) for _ in range(count)]
@@ -191,7 +198,7 @@ def main() -> int:
         others = {}
         for name, policy, beside_large in (("fifo", Policy.FIFO, workers - 1), ("full", shortest, workers)):
             settings = ServingSettings(policy=policy.value)
-            with _common.serving(material, scratch / name, folds=None, workers=workers, settings=settings) as client:
+            with serving(material, scratch / name, folds=None, workers=workers, settings=settings) as client:
                 ask(client, images, patience)
                 since = large.start(client, beside_large)
                 others[name] = [ask(client, images, patience, since)]
@@ -210,7 +217,7 @@ def main() -> int:
         slowest = max(smalls, key=lambda small: small.seconds)
         print(f"  {name}: {'' if slowest.answered else 'over '}{slowest.seconds:.2f} s at most")
     measured = {
-        "options": {"small": _common.OPTIONS, "large": LARGE_OPTIONS},
+        "options": {"small": USUAL_OPTIONS, "large": LARGE_OPTIONS},
         "images": described,
         "small_patches": patches,
         "workers": workers,
@@ -222,10 +229,10 @@ def main() -> int:
     }
     targets = [Target(f"the small case has {SMALL_PATCHES} patches", max(patches), patches == [SMALL_PATCHES])]
     for name, smalls in list(cases.items())[1:3]:
-        times = _common.percentile_95([small.seconds for small in smalls]) / alone_s
+        times = percentile_95([small.seconds for small in smalls]) / alone_s
         claim = f"a small case {name}: its p95 at most {MOST_TIMES_ALONE:g} times its time alone"
         targets.append(Target(claim, times, times <= MOST_TIMES_ALONE))
-    return _common.write_results("fairness", material, measured, targets)
+    return write_results("fairness", material, measured, targets)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Material, Target
-
-from benchmarks import _common
+from benchmarks import ROOT
+from benchmarks.harness.material import CONFIGURATION, FOLD, Material, find_material
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import percentile_95, spread, two_or_more
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import process
@@ -186,9 +186,9 @@ def timed_engine(bundle: ModelBundle, workers: int, scratch: Path) -> Iterator[t
 
     def start(command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
         if not started:
-            python, _minus_m, _module, *arguments = command
-            own = [python, __file__, "--be-the-engine", *arguments, str(readings)]
-            started.append(subprocess.Popen(own, env=env))
+            python, minus_m, _module, *arguments = command
+            own = [python, minus_m, "benchmarks.bench_gap", "--be-the-engine", *arguments, str(readings)]
+            started.append(subprocess.Popen(own, cwd=ROOT, env=env))
 
     with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(scratch / "engines")}):
         connections: list[RemoteEngine] = []
@@ -206,10 +206,10 @@ def timed_engine(bundle: ModelBundle, workers: int, scratch: Path) -> Iterator[t
 def measure(model_folder: Path, cases: int, scratch: Path) -> dict[str, Any]:
     """Saturate the engine of a model with ``cases`` cases; what its passes were like."""
     scratch.mkdir()
-    [archive] = make_archives(ArchiveRequest(model_folder, scratch, folds=(_common.FOLD,)))
+    [archive] = make_archives(ArchiveRequest(model_folder, scratch, folds=(FOLD,)))
     zipfile.ZipFile(archive).extractall(scratch / "model")
     bundle = ModelBundle(scratch / "model")
-    settings = Settings(folds=(_common.FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+    settings = Settings(folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
     patches = count_windows(GRID, bundle.patch_size, settings.tile_step_size)
     price = Price(GRID, patches, patches, bytes=1, preprocess_s=0, export_s=0)
     left = iter(range(cases))
@@ -243,11 +243,11 @@ def measure(model_folder: Path, cases: int, scratch: Path) -> dict[str, Any]:
         "patches_of_a_case": patches,
         "passes_ms": [" ".join(f"{1000 * value:.3f}" for value in astuple(each)) for each in passes],
         "columns_of_passes_ms": [each.name for each in fields(Pass)],
-        "forward_seconds": _common.spread([each.forward for each in passes]),
-        "add_seconds": _common.spread([each.add for each in passes]),
-        "gap_seconds": _common.spread([each.gap for each in passes]),
-        "gap_p95_of_a_forward_pass": _common.percentile_95(shares),
-        "gap_p95_of_a_forward_pass_without_lay_out": _common.percentile_95(without),
+        "forward_seconds": spread([each.forward for each in passes]),
+        "add_seconds": spread([each.add for each in passes]),
+        "gap_seconds": spread([each.gap for each in passes]),
+        "gap_p95_of_a_forward_pass": percentile_95(shares),
+        "gap_p95_of_a_forward_pass_without_lay_out": percentile_95(without),
         "gaps_share_of_all_time": sum(each.gap for each in passes)
         / sum(each.forward + each.add + each.gap for each in passes),
     }
@@ -259,21 +259,21 @@ def main() -> int:
         folder, model_dir, settings, readings = sys.argv[2:]
         return run_engine(Path(folder), Path(model_dir), settings, Path(readings))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=_common.two_or_more, default=24, help="of the small network")
-    parser.add_argument("--cases-large", type=_common.two_or_more, default=8, help="of the one with many classes")
+    parser.add_argument("--cases", type=two_or_more, default=24, help="of the small network")
+    parser.add_argument("--cases-large", type=two_or_more, default=8, help="of the one with many classes")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
     arguments = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory(prefix="bench-gap-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         models = {
             "small": (material.model_folder, arguments.cases),
             f"{CLASSES_LARGE} classes": (many_classes(material, scratch), arguments.cases_large),
         }
         for name, (model, cases) in models.items():
             if not arguments.quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             found[name] = measure(model, cases, scratch / name.replace(" ", "-"))
             print(f"  {name}: forward {found[name]['forward_seconds']}, gap {found[name]['gap_seconds']}")
 
@@ -289,12 +289,12 @@ def main() -> int:
         "change the time of a pass",
         "networks": found,
     }
-    return _common.write_results("gap", material, measured, targets)
+    return write_results("gap", material, measured, targets)
 
 
 def many_classes(material: Material, scratch: Path) -> Path:
     """An untrained model of the small network's patch, spacing and features, with many classes."""
-    plans = json.loads((material.model_folder / "plans.json").read_text())["configurations"][_common.CONFIGURATION]
+    plans = json.loads((material.model_folder / "plans.json").read_text())["configurations"][CONFIGURATION]
     return standard_unet(
         scratch / "untrained",
         features=plans["architecture"]["arch_kwargs"]["features_per_stage"],

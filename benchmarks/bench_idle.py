@@ -24,11 +24,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Target
-
-from benchmarks import _common
+from benchmarks.harness.material import Material
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.bundle import ModelBundle, OpenWeights
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.network import check_golden, load_networks, read_golden
@@ -126,9 +125,9 @@ def measure_requests(bundle: ModelBundle, runtime: Path, repetitions: int, quiet
         "answers_equal": equal,
         "request_seconds": seconds,
         "before_the_first_pass_seconds": before_first_pass,
-        "request_spread_seconds": {name: _common.spread(values) for name, values in seconds.items()},
+        "request_spread_seconds": {name: spread(values) for name, values in seconds.items()},
         "engine_resident_mib": resident,
-        "engine_resident_spread_mib": {name: _common.spread(values) for name, values in resident.items()},
+        "engine_resident_spread_mib": {name: spread(values) for name, values in resident.items()},
         "engine_start_seconds": [kept.start_s, idle.start_s],
     }
     for engine in (kept, idle):
@@ -147,21 +146,21 @@ def measure_parts(bundle: ModelBundle, repetitions: int, quiet: Callable[[], Non
         parts["read and checksum"].append(seconds_of(lambda: [weights.read(fold) for fold in bundle.folds]))
         parts["load, reading included"].append(seconds_of(lambda: networks.load(weights.read)))
         parts["golden patch"].append(seconds_of(lambda: check_golden(networks, golden)))
-    return {name: _common.spread(values) for name, values in parts.items()}
+    return {name: spread(values) for name, values in parts.items()}
 
 
 def main() -> int:
     """Measure, write ``results/idle.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=_common.two_or_more, default=7)
+    parser.add_argument("--repetitions", type=two_or_more, default=7)
     parser.add_argument("--patch", type=int, default=USUAL_PATCH, help="voxels along each axis, a multiple of 32")
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
     arguments = parser.parse_args()
-    quiet = (lambda: None) if arguments.quick else _common.wait_for_quiet
+    quiet = (lambda: None) if arguments.quick else wait_for_quiet
     with tempfile.TemporaryDirectory(prefix="bench-idle-") as folder:
         scratch, runtime = Path(folder), Path(folder) / "engines"
         model = standard_unet(scratch, patch_size=(arguments.patch,) * 3, folds=FOLDS)
-        material = _common.Material(f"untrained: nnU-Net's usual U-Net, {FOLDS} folds", model, model, model)
+        material = Material(f"untrained: nnU-Net's usual U-Net, {FOLDS} folds", model, model, model)
         [archive] = make_archives(ArchiveRequest(model, scratch / "store"))
         zipfile.ZipFile(archive).extractall(scratch / "model")
         bundle = ModelBundle(scratch / "model")
@@ -196,7 +195,7 @@ def main() -> int:
         ),
         Target("loading again takes less than an engine's start; seconds", loading_s, loading_s < start_s),
     ]
-    return _common.write_results("idle", material, measured, targets)
+    return write_results("idle", material, measured, targets)
 
 
 if __name__ == "__main__":

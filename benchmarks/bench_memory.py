@@ -14,11 +14,10 @@ from pathlib import Path
 
 import nibabel as nib
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Client, Target
-
-from benchmarks import _common
+from benchmarks.harness.material import describe_image, find_material
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Client, serving
+from benchmarks.harness.spread import spread, two_or_more
 
 MOST_GROWTH = 0.02
 WINDOW = 50
@@ -57,18 +56,18 @@ def send(client: Client, body: bytes, number: int) -> int:
 def main() -> int:
     """Measure, write ``results/memory.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=_common.two_or_more, default=200)
+    parser.add_argument("--requests", type=two_or_more, default=200)
     parser.add_argument("--warm-up", type=int, default=20)
     arguments = parser.parse_args()
     window = min(WINDOW, arguments.requests // 2)
     statuses, workers_uss, server_rss = [], [], []
     with tempfile.TemporaryDirectory(prefix="bench-memory-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         image = scratch / "crop.nii.gz"
         nib.save(crop(nib.load(material.coarse)), image)
         body = image.read_bytes()
-        with _common.serving(material, scratch) as client:
+        with serving(material, scratch) as client:
             workers = client.workers()
             torchserve = client.live.server.process()
             assert torchserve is not None
@@ -81,7 +80,7 @@ def main() -> int:
                 if number % 20 == 0:
                     print(f"  {number}/{arguments.requests}: {workers_uss[-1] / 1e6:.1f} MB")
             restarted = client.workers() != workers
-        described = _common.describe_image(image)
+        described = describe_image(image)
 
     first, last = statistics.fmean(workers_uss[:window]), statistics.fmean(workers_uss[-window:])
     growth = last / first - 1
@@ -91,7 +90,7 @@ def main() -> int:
         "statuses": statuses,
         "workers": len(workers),
         "workers_uss_bytes_after_each": workers_uss,
-        "workers_uss_bytes": _common.spread(workers_uss),
+        "workers_uss_bytes": spread(workers_uss),
         "window_requests": window,
         "first_window_mean_bytes": first,
         "last_window_mean_bytes": last,
@@ -103,7 +102,7 @@ def main() -> int:
         Target(claim, growth, growth < MOST_GROWTH),
         Target("no worker was restarted: restarts", int(restarted), not restarted),
     ]
-    return _common.write_results("memory", material, measured, targets)
+    return write_results("memory", material, measured, targets)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ from typing import Any
 import nibabel as nib
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Answer, Client, Target
-
-from benchmarks import _common
+from benchmarks.harness.label_maps import different_voxels
+from benchmarks.harness.material import FOLD, describe_image, find_material, resampled
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Answer, Client, serving, stage_medians
+from benchmarks.harness.spread import spread, two_or_more
 from support import stock
 
 MOST_SECONDS_2MM = 0.15
@@ -70,25 +71,25 @@ def measure(client: Client, predictor: Any, case: Case, scratch: Path) -> dict[s
     ]
     for number in range(case.count + 1):
         for step in steps if number % 2 else reversed(steps):
-            _common.wait_for_quiet()
+            wait_for_quiet()
             step()
-        different.append(_common.different_voxels(ours, theirs))
+        different.append(different_voxels(ours, theirs))
         print(f"  {number}/{case.count}: server {answers[-1].seconds:.3f} s, stock {file_s[-1]:.3f} s")
     del answers[0], file_s[0], array_s[0]
     server_s = [answer.seconds for answer in answers]
     return {
-        "image": _common.describe_image(case.image),
+        "image": describe_image(case.image),
         "repetitions": [
             {"server": asdict(answer), "stock_seconds": from_file, "stock_without_files_seconds": from_array}
             for answer, from_file, from_array in zip(answers, file_s, array_s, strict=True)
         ],
-        "server_seconds": _common.spread(server_s),
-        "server_stage_medians_ms": _common.stage_medians(answers),
-        "stock_seconds": _common.spread(file_s),
-        "stock_without_files_seconds": _common.spread(array_s),
+        "server_seconds": spread(server_s),
+        "server_stage_medians_ms": stage_medians(answers),
+        "stock_seconds": spread(file_s),
+        "stock_without_files_seconds": spread(array_s),
         "difference_seconds": _differences(server_s, file_s),
         "difference_without_files_seconds": _differences(server_s, array_s),
-        "ratio": _common.spread([mine / stocks for mine, stocks in zip(server_s, file_s, strict=True)]),
+        "ratio": spread([mine / stocks for mine, stocks in zip(server_s, file_s, strict=True)]),
         "different_voxels": sum(different),
     }
 
@@ -96,25 +97,25 @@ def measure(client: Client, predictor: Any, case: Case, scratch: Path) -> dict[s
 def main() -> int:
     """Measure, write ``results/overhead.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions-2mm", type=_common.two_or_more, default=15)
-    parser.add_argument("--repetitions-1mm", type=_common.two_or_more, default=9)
-    parser.add_argument("--repetitions-large-body", type=_common.two_or_more, default=7)
+    parser.add_argument("--repetitions-2mm", type=two_or_more, default=15)
+    parser.add_argument("--repetitions-1mm", type=two_or_more, default=9)
+    parser.add_argument("--repetitions-large-body", type=two_or_more, default=7)
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # the server's worker inherits it
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         large = scratch / "large.nii"
-        nib.save(_common.resampled(nib.load(material.fine), LARGE_BODY_SPACING_MM), large)
+        nib.save(resampled(nib.load(material.fine), LARGE_BODY_SPACING_MM), large)
         cases = [
             Case("2 mm", material.coarse, arguments.repetitions_2mm, MOST_SECONDS_2MM),
             Case("1 mm", material.fine, arguments.repetitions_1mm, None),
             Case("100 MB", large, arguments.repetitions_large_body, MOST_SECONDS_LARGE_BODY),
         ]
-        predictor = stock.loaded(material.model_folder, folds=(_common.FOLD,), use_mirroring=False)
+        predictor = stock.loaded(material.model_folder, folds=(FOLD,), use_mirroring=False)
         measured = {}
-        with _common.serving(material, scratch) as client:
+        with serving(material, scratch) as client:
             for case in cases:
                 print(case.name)
                 measured[case.name] = measure(client, predictor, case, scratch)
@@ -127,7 +128,7 @@ def main() -> int:
             targets.append(Target(claim, late, late <= case.most_seconds))
     different = sum(case["different_voxels"] for case in measured.values())
     targets.append(Target("the same labels in every repetition: voxels that differ", different, different == 0))
-    return _common.write_results("overhead", material, {"threads": threads, "cases": measured}, targets)
+    return write_results("overhead", material, {"threads": threads, "cases": measured}, targets)
 
 
 def _seconds(run: Callable[[], None]) -> float:
@@ -137,7 +138,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def _differences(server_s: list[float], stock_s: list[float]) -> dict[str, float]:
-    return _common.spread([mine - stocks for mine, stocks in zip(server_s, stock_s, strict=True)])
+    return spread([mine - stocks for mine, stocks in zip(server_s, stock_s, strict=True)])
 
 
 if __name__ == "__main__":

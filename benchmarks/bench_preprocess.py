@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,14 +29,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 import nibabel as nib
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Material, Target
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from scipy.ndimage import zoom
 
-from benchmarks import _common
+from benchmarks.harness.child import last_line_of
+from benchmarks.harness.material import FOLD, Material, describe_image, find_material
+from benchmarks.harness.memory import with_extra_memory
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import spread
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.local import LocalEngine
@@ -165,7 +165,7 @@ def measure(case: Case, image: Array, repeats: int, scratch: Path, *, quick: boo
     for number in range(repeats):
         for side in sides if number % 2 else sides[::-1]:
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             seconds[side].append(by(side, case, image)[1])
     stock_s, ours_s = (seconds[side] for side in sides)
     file = scratch / "image.npy"
@@ -177,9 +177,9 @@ def measure(case: Case, image: Array, repeats: int, scratch: Path, *, quick: boo
         "pairs_seconds": [
             {"stock": round(theirs, 4), "ours": round(mine, 4)} for theirs, mine in zip(stock_s, ours_s, strict=True)
         ],
-        "stock_seconds": _common.spread(stock_s),
-        "our_seconds": _common.spread(ours_s),
-        "ratio": _common.spread([theirs / mine for theirs, mine in zip(stock_s, ours_s, strict=True)]),
+        "stock_seconds": spread(stock_s),
+        "our_seconds": spread(ours_s),
+        "ratio": spread([theirs / mine for theirs, mine in zip(stock_s, ours_s, strict=True)]),
         "volume_bytes": image.nbytes,
         "stock_extra_bytes": stock_bytes,
         "our_extra_bytes": ours_bytes,
@@ -191,8 +191,7 @@ def measure(case: Case, image: Array, repeats: int, scratch: Path, *, quick: boo
 def extra_bytes(case: Case, method: PreprocessMethod, file: Path) -> int:
     """Bytes that a fresh process needs at most beside the volume and the result."""
     [name] = [name for name, each in CASES.items() if each is case]
-    command = [sys.executable, __file__, "--be-a-process", name, method.value, str(file)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return int(last_line_of("benchmarks.bench_preprocess", "--be-a-process", name, method.value, str(file)))
 
 
 def be_a_process(case: Case, method: PreprocessMethod, file: Path) -> int:
@@ -200,19 +199,19 @@ def be_a_process(case: Case, method: PreprocessMethod, file: Path) -> int:
     small = np.random.default_rng(SEED).normal(size=(1, *_WARM_UP)).astype(np.float32)
     by(method, case, small)
     volume, bundle = volume_of(np.load(file), case.spacing), case.plan.bundle
-    preprocessed, extra = _common.with_extra_memory(partial(preprocess, bundle, volume, method))
+    preprocessed, extra = with_extra_memory(partial(preprocess, bundle, volume, method))
     print(extra - preprocessed.data.nbytes)
     return 0
 
 
 def labels_in_the_end(material: Material, scratch: Path) -> dict[str, Any]:
     """Predict the 1 mm image with the trained model from both sides' arrays; how many labels differ."""
-    [archive] = make_archives(ArchiveRequest(material.model_folder, scratch, folds=(_common.FOLD,)))
+    [archive] = make_archives(ArchiveRequest(material.model_folder, scratch, folds=(FOLD,)))
     zipfile.ZipFile(archive).extractall(scratch / "model")
     bundle = ModelBundle(scratch / "model")
     reader = bundle.plans.image_reader_writer_class()
     image, properties = reader.read_images([str(material.fine)])
-    settings = Settings(folds=(_common.FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+    settings = Settings(folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
     engine = LocalEngine(bundle, torch.device("cpu"))
     cases, labels = {}, {}
     for method in PreprocessMethod:
@@ -224,7 +223,7 @@ def labels_in_the_end(material: Material, scratch: Path) -> dict[str, Any]:
         cases[method] = case.data.numpy()
     exact, stock = PreprocessMethod.EXACT, PreprocessMethod.STOCK
     return {
-        "image": _common.describe_image(material.fine),
+        "image": describe_image(material.fine),
         "labels": np.unique(labels[stock]).tolist(),
         "different_labels": int(np.count_nonzero(labels[exact] != labels[stock])),
         "preprocessed": differences(cases[exact], cases[stock]),
@@ -265,14 +264,14 @@ def main(arguments: Sequence[str]) -> int:
     measured = {}
     with tempfile.TemporaryDirectory(prefix="bench-preprocess-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         for name, case in CASES.items():
             image = image_for(case, material)
             measured[name] = measure(case, image, QUICK_REPEATS if quick else REPEATS, scratch, quick=quick)
             print(f"  {name}: {measured[name]['ratio']} times, memory {measured[name]['memory_share']:.3f}")
         labels = labels_in_the_end(material, scratch)
     document = {"threads": torch.get_num_threads(), "cases": measured, "prediction": labels}
-    return _common.write_results("preprocess", material, document, targets_of(measured, labels))
+    return write_results("preprocess", material, document, targets_of(measured, labels))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Answer, Client, Target
-
-from benchmarks import _common
+from benchmarks.harness.label_maps import different_voxels
+from benchmarks.harness.material import describe_image, find_material
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Answer, Client, serving, stage_medians
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve_tools.archive import ServingSettings
 
 WORKERS = 4
@@ -58,21 +59,21 @@ def measure_cache(client: Client, image: Path, rounds: int, scratch: Path, *, qu
     for number in range(-1, rounds):  # the first round is not counted
         file = variant(image, number, scratch)
         if not quick:
-            _common.wait_for_quiet()
+            wait_for_quiet()
         answers = [client.segment(file, scratch / f"{turn}.nii.gz") for turn in range(2)]
-        different += _common.different_voxels(scratch / "0.nii.gz", scratch / "1.nii.gz")
+        different += different_voxels(scratch / "0.nii.gz", scratch / "1.nii.gz")
         if number >= 0:
             first.append(answers[0])
             again.append(answers[1])
     shares = [before_the_network_s(b) / before_the_network_s(a) for a, b in zip(first, again, strict=True)]
     return {
-        "image": _common.describe_image(image),
-        "first_seconds": _common.spread([answer.seconds for answer in first]),
-        "again_seconds": _common.spread([answer.seconds for answer in again]),
-        "first_stage_medians_ms": _common.stage_medians(first),
-        "again_stage_medians_ms": _common.stage_medians(again),
-        "before_the_network_of_the_first": _common.spread(shares),
-        "seconds_of_the_first": _common.spread([b.seconds / a.seconds for a, b in zip(first, again, strict=True)]),
+        "image": describe_image(image),
+        "first_seconds": spread([answer.seconds for answer in first]),
+        "again_seconds": spread([answer.seconds for answer in again]),
+        "first_stage_medians_ms": stage_medians(first),
+        "again_stage_medians_ms": stage_medians(again),
+        "before_the_network_of_the_first": spread(shares),
+        "seconds_of_the_first": spread([b.seconds / a.seconds for a, b in zip(first, again, strict=True)]),
         "different_voxels": different,
     }
 
@@ -96,7 +97,7 @@ def measure_flight(
         answers: set[bytes] = set()
         for side in (0, 1) if number % 2 else (1, 0):
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             took, found = all_at_once(clients[side], body)
             answers |= found
             if number >= 0:
@@ -104,11 +105,11 @@ def measure_flight(
         different += len(answers) - 1
     shared, alone = seconds
     return {
-        "image": _common.describe_image(image),
+        "image": describe_image(image),
         "requests_at_once": WORKERS,
-        "computed_once_seconds": _common.spread(shared),
-        "computed_each_seconds": _common.spread(alone),
-        "times_sooner": _common.spread([a / s for a, s in zip(alone, shared, strict=True)]),
+        "computed_once_seconds": spread(shared),
+        "computed_each_seconds": spread(alone),
+        "times_sooner": spread([a / s for a, s in zip(alone, shared, strict=True)]),
         "different_answers": different,
     }
 
@@ -116,16 +117,16 @@ def measure_flight(
 def main() -> int:
     """Measure, write ``results/reuse.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=_common.two_or_more, default=9)
+    parser.add_argument("--rounds", type=two_or_more, default=9)
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine; write no results")
     arguments = parser.parse_args()
     on = ServingSettings(cache_bytes=_CACHE_BYTES, single_flight=True)
     with tempfile.TemporaryDirectory(prefix="bench-reuse-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         with (
-            _common.serving(material, scratch / "on", workers=WORKERS, settings=on) as reusing,
-            _common.serving(material, scratch / "off", workers=WORKERS) as plain,
+            serving(material, scratch / "on", workers=WORKERS, settings=on) as reusing,
+            serving(material, scratch / "off", workers=WORKERS) as plain,
         ):
             images = {"2 mm": material.coarse, "1 mm": material.fine}
             cache = {
@@ -143,7 +144,7 @@ def main() -> int:
     if arguments.quick:
         print(cache, flight, targets)
         return 0
-    return _common.write_results("reuse", material, {"cache": cache, "single_flight": flight}, targets)
+    return write_results("reuse", material, {"cache": cache, "single_flight": flight}, targets)
 
 
 if __name__ == "__main__":

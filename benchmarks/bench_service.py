@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Target
-
-from benchmarks import _common, _service_admission, _service_progress, _service_rollout
+from benchmarks import _service_admission, _service_progress, _service_rollout
+from benchmarks.harness.material import find_material
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.spread import two_or_more
 
 STORIES = ("rollout", "admission", "progress")
 
@@ -31,10 +31,10 @@ def main() -> int:
     parser.add_argument("--scalings", type=int, default=2, help="how often 4 workers are scaled to 1 and back")
     parser.add_argument("--steady-s", type=float, default=20, help="seconds of load before and after the rollout")
     parser.add_argument("--images-each", type=int, default=2, help="different images of a client of the rollout")
-    parser.add_argument("--blocks", type=_common.two_or_more, default=15, help="of small requests, for each side")
-    parser.add_argument("--requests-of-a-block", type=_common.two_or_more, default=50)
-    parser.add_argument("--refusal-rounds", type=_common.two_or_more, default=9, help="of each side")
-    parser.add_argument("--progress-pairs", type=_common.two_or_more, default=15, help="rounds of each side")
+    parser.add_argument("--blocks", type=two_or_more, default=15, help="of small requests, for each side")
+    parser.add_argument("--requests-of-a-block", type=two_or_more, default=50)
+    parser.add_argument("--refusal-rounds", type=two_or_more, default=9, help="of each side")
+    parser.add_argument("--progress-pairs", type=two_or_more, default=15, help="rounds of each side")
     parser.add_argument("--cases-of-a-round", type=int, default=_service_progress.CLIENTS)
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
     arguments = parser.parse_args()
@@ -45,13 +45,13 @@ def main() -> int:
     targets: list[Target] = []
     with tempfile.TemporaryDirectory(prefix="bench-service-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         for story in STORIES:
             if story not in arguments.stories:
                 continue
             print(story)
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             own = scratch / story
             own.mkdir()
             if story == "rollout":
@@ -78,7 +78,7 @@ def main() -> int:
                     material, own, pairs=arguments.progress_pairs, cases=arguments.cases_of_a_round, quick=quick
                 )
                 targets += _service_progress.targets_of(measured[story])
-    return _common.write_results("service", material, measured, targets)
+    return write_results("service", material, measured, targets)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ import nibabel as nib
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Client, Material, Target
-
-from benchmarks import _common
+from benchmarks.harness.label_maps import digest_of, labels_of
+from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, crop_at_random, find_material, small_shape
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Client, serving
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve_tools.archive import ServingSettings
 from support import stock
 from support.chaos import engines
@@ -40,7 +41,7 @@ CLIENTS = 8
 WORKERS = 4
 BATCH = 4
 SEED = 20261123
-WITH_PROBABILITIES = {**_common.OPTIONS, "save_probabilities": True}
+WITH_PROBABILITIES = {**USUAL_OPTIONS, "save_probabilities": True}
 
 
 class Size(StrEnum):
@@ -78,11 +79,11 @@ class Requests:
         self.files = [folder / f"{number:03}.nii.gz" for number in range(count)]
         for size, file in zip(self.sizes, self.files, strict=True):
             if size is Size.SMALL:
-                image, shape = coarse, _common.small_shape(material, generator.uniform(1, 1.5))
+                image, shape = coarse, small_shape(material, generator.uniform(1, 1.5))
             else:
                 image, low, high = (coarse, 0.9, 0.99) if size is Size.WHOLE else (fine, 0.55, 0.75)
                 shape = tuple(int(n * generator.uniform(low, high)) for n in image.shape)
-            nib.save(_common.crop_at_random(image, shape, generator), file)
+            nib.save(crop_at_random(image, shape, generator), file)
         self.answers = {side: dict[int, bytes]() for side in Side}
         self.lost = dict.fromkeys(Side, 0)
         assert len({sha256(file.read_bytes()).digest() for file in self.files}) == count
@@ -126,8 +127,8 @@ class Requests:
             if number not in self.answers[side] or number not in self.answers[other]:
                 answers += 1
                 continue
-            mine, theirs = (_common.labels_of(self.answers[each][number]) for each in (side, other))
-            answers += _common.digest_of(mine) != _common.digest_of(theirs)
+            mine, theirs = (labels_of(self.answers[each][number]) for each in (side, other))
+            answers += digest_of(mine) != digest_of(theirs)
             voxels += int(np.count_nonzero(mine != theirs))
         return {"answers": answers, "voxels": voxels}
 
@@ -137,8 +138,8 @@ def two_servers(material: Material, scratch: Path) -> Iterator[tuple[Client, Cli
     """One with batches of one and one with batches of four; the one that is not asked idles."""
     batched = ServingSettings(max_patch_batch=BATCH)
     with (
-        _common.serving(material, scratch / "one", workers=WORKERS) as one,
-        _common.serving(material, scratch / "four", workers=WORKERS, settings=batched) as four,
+        serving(material, scratch / "one", workers=WORKERS) as one,
+        serving(material, scratch / "four", workers=WORKERS, settings=batched) as four,
     ):
         yield one, four
 
@@ -168,8 +169,8 @@ def compare_bits(client: Client, requests: Requests, count: int) -> dict[str, ob
 def main() -> int:
     """Measure, write ``results/throughput.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", type=_common.two_or_more, default=4)
-    parser.add_argument("--requests-of-a-part", type=_common.two_or_more, default=16)
+    parser.add_argument("--parts", type=two_or_more, default=4)
+    parser.add_argument("--requests-of-a-part", type=two_or_more, default=16)
     parser.add_argument("--requests-compared-by-bits", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
     arguments = parser.parse_args()
@@ -179,9 +180,9 @@ def main() -> int:
     seconds: dict[Side, list[float]] = {side: [] for side in Side}
     with tempfile.TemporaryDirectory(prefix="bench-throughput-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         requests = Requests(material, arguments.parts * size, scratch)
-        predictor = stock.loaded(material.model_folder, folds=(_common.FOLD,), use_mirroring=False)
+        predictor = stock.loaded(material.model_folder, folds=(FOLD,), use_mirroring=False)
         with two_servers(material, scratch) as (one, four):
             sides: dict[Side, Callable[[Sequence[int]], float]] = {
                 Side.STOCK: lambda part: requests.ask_stock(predictor, part),
@@ -197,7 +198,7 @@ def main() -> int:
                 part = range(number * size, (number + 1) * size)
                 for side in list(sides)[:: -1 if number % 2 else 1]:
                     if not arguments.quick:
-                        _common.wait_for_quiet()
+                        wait_for_quiet()
                     seconds[side].append(sides[side](part))
                 print(f"  {number + 1}/{arguments.parts}: " + ", ".join(f"{s} {seconds[s][-1]:.1f} s" for s in Side))
             one_life = lives == [engine.process for engine in engines(one.runtime)]
@@ -219,7 +220,7 @@ def main() -> int:
         "part_seconds": seconds,
         "requests_per_second": {side: round(len(requests.files) / sum(each), 4) for side, each in seconds.items()},
         "throughput_ratio_to_stock": {side: sum(seconds[Side.STOCK]) / sum(seconds[side]) for side in ratios},
-        "throughput_ratio_to_stock_of_parts": {side: _common.spread(each) for side, each in ratios.items()},
+        "throughput_ratio_to_stock_of_parts": {side: spread(each) for side, each in ratios.items()},
         "lost": requests.lost,
         "different_from_alone": amid,
         "different_from_stock": stocks,
@@ -242,7 +243,7 @@ def main() -> int:
             same_bits,
         ),
     ]
-    return _common.write_results("throughput", material, measured, targets)
+    return write_results("throughput", material, measured, targets)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import FOLD, Answer, Client, Target
-from benchmarks.bench_command import run_command
-
-from benchmarks import _common, many_classes
+from benchmarks import many_classes
+from benchmarks.harness.label_maps import different_voxels
+from benchmarks.harness.material import FOLD, Material, describe_image
+from benchmarks.harness.quiet import wait_for_quiet
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import Answer, Client, serving, stage_medians
+from benchmarks.harness.spread import spread, two_or_more
+from benchmarks.harness.stock_command import copy_to, run_command
 from support import stock
 
 _CASE = "case"
@@ -52,12 +54,12 @@ def ask_predictor(predictor: Any, image: Path, answer: Path) -> float:
 
 
 def measure(
-    client: Client, predictor: Any, material: _common.Material, image: Path, repeats: int, scratch: Path, *, quick: bool
+    client: Client, predictor: Any, material: Material, image: Path, repeats: int, scratch: Path, *, quick: bool
 ) -> dict[str, Any]:
     """All three in turns, each first as often as the others, after one answer each that is not counted."""
     scratch.mkdir()
     inputs, outputs = scratch / "inputs", scratch / "outputs"
-    _common.copy_to(image, inputs, f"{_CASE}_0000.nii.gz")
+    copy_to(image, inputs, f"{_CASE}_0000.nii.gz")
     files = {
         Side.SERVER: scratch / "server.nii.gz",
         Side.COMMAND: outputs / f"{_CASE}.nii.gz",
@@ -82,21 +84,19 @@ def measure(
         for turn in range(len(Side)):
             side = list(Side)[(number + turn) % len(Side)]
             if not quick:
-                _common.wait_for_quiet()
+                wait_for_quiet()
             seconds[side].append(ask[side]())
         for side in different:
-            different[side] += _common.different_voxels(files[Side.SERVER], files[side])
+            different[side] += different_voxels(files[Side.SERVER], files[side])
         files[Side.COMMAND].unlink()  # or a command that wrote nothing would not be noticed
         print(f"  {number + 1}/{repeats}: " + ", ".join(f"{side} {seconds[side][-1]:.2f} s" for side in Side))
     return {
-        "image": _common.describe_image(image),
+        "image": describe_image(image),
         "seconds_of_repeats": seconds,
-        "seconds": {side: _common.spread(each) for side, each in seconds.items()},
-        "server_stage_medians_ms": _common.stage_medians(answers),
+        "seconds": {side: spread(each) for side, each in seconds.items()},
+        "server_stage_medians_ms": stage_medians(answers),
         "ratio_to_server": {
-            side: _common.spread(
-                [theirs / ours for theirs, ours in zip(seconds[side], seconds[Side.SERVER], strict=True)]
-            )
+            side: spread([theirs / ours for theirs, ours in zip(seconds[side], seconds[Side.SERVER], strict=True)])
             for side in different
         },
         "different_voxels": different,
@@ -106,7 +106,7 @@ def measure(
 def main() -> int:
     """Measure, write ``results/whole_request.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=_common.two_or_more, default=7)
+    parser.add_argument("--repeats", type=two_or_more, default=7)
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine; write no results")
     arguments = parser.parse_args()
     model = many_classes.model_folder(many_classes.CACHE)
@@ -114,14 +114,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-whole-request-") as folder:
         scratch = Path(folder)
         images = {f"{size:g} mm": many_classes.write_template(scratch, size) for size in (2.0, 1.0)}
-        material = _common.Material(
+        material = Material(
             source=f"{model.parent.name} (benchmarks/many_classes.py), and the ICBM152 template of nilearn",
             model_folder=model,
             fine=images["1 mm"],
             coarse=images["2 mm"],
         )
         predictor = stock.loaded(model, folds=(FOLD,), use_mirroring=False)
-        with _common.serving(material, scratch) as client:
+        with serving(material, scratch) as client:
             for name, image in images.items():
                 print(name)
                 place = scratch / name.replace(" ", "-")
@@ -137,9 +137,7 @@ def main() -> int:
     if arguments.quick:
         print(f"voxels that differ: {different}")
         return 0 if different == 0 else 1
-    return _common.write_results(
-        "whole_request", material, {"threads": torch.get_num_threads(), "cases": measured}, targets
-    )
+    return write_results("whole_request", material, {"threads": torch.get_num_threads(), "cases": measured}, targets)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks import _common
+from benchmarks import RESULTS
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.options import HEADER
 from nnunet_torchserve_tools import launcher
@@ -87,10 +86,10 @@ def main() -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--repetitions", type=_common.two_or_more, default=3)
+    parser.add_argument("--repetitions", type=two_or_more, default=3)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--output", type=Path, default=_common.RESULTS / "gpu_serving.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu_serving.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -124,7 +123,7 @@ def main() -> int:
                         "ours_s": ours_s,
                         "ratio": stock_s / ours_s,
                         "alone_s": alone_s,
-                        "latency_s": _common.spread(latencies),
+                        "latency_s": spread(latencies),
                         "flips_ours": flips(labels, expected),
                         "flips_stock_against_stock_first_4": flips(again, expected[:4]),
                         "flips_ours_first_4": flips(labels[:4], expected[:4]),

@@ -8,7 +8,7 @@ template that are nearest to fixed seed points of their tissue, so that those of
 folded. The two halves of the head share their parcels: the template is symmetric, and nnU-Net mirrors its training
 images, so that no network could tell left from right. All images are warps of this one head.
 
-Run ``python benchmarks/many_classes.py FOLDER`` to train the model there, if it is not there yet, and to see how well
+Run ``python -m benchmarks.many_classes FOLDER`` to train the model there, if it is not there yet, and to see how well
 it finds the parcels of a warp that it was not trained on.
 """
 
@@ -33,10 +33,8 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import KDTree
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import CONFIGURATION, FOLD, PLANS, ROOT, TRAINER, resampled
-
+from benchmarks import ROOT
+from benchmarks.harness.material import CONFIGURATION, FOLD, PLANS, TRAINER, resampled
 from small_training import Recipe, run
 from support import stock
 from train_model import load_template

@@ -34,11 +34,10 @@ import nibabel as nib
 import numpy as np
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks._common import Client, Material, Target
-
-from benchmarks import _common
+from benchmarks.harness.label_maps import digest_of, labels_of
+from benchmarks.harness.material import Material, crop_at_random, find_material, small_shape
+from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.served import MODEL, Client, serving
 from support.chaos import engines, family, shared_memory
 
 MOST_GROWTH, MOST_GROWTH_MB = 0.1, 32.0
@@ -139,13 +138,13 @@ def run(model: Material | Path, tasks: Sequence[Task], plan: Plan, scratch: Path
     """Serve a model, all folds of it, under fire.
 
     Args:
-        model: as for :func:`benchmarks._common.serving`.
+        model: as for :func:`benchmarks.harness.served.serving`.
         tasks: distinct requests; each is sent again and again.
         plan: see there.
         scratch: a directory of this run's own.
     """
     report = Report()
-    with _common.serving(model, scratch, folds=None, workers=plan.workers) as client:
+    with serving(model, scratch, folds=None, workers=plan.workers) as client:
         _Soak(client, tasks, plan, report).run()
         server, memory = client.live.server, shared_memory(family(client.runtime))
     report.left_over += [f"process {process.pid}" for process in family(client.runtime)]
@@ -172,7 +171,7 @@ class _Soak:
         for number, task in enumerate(self._tasks):
             response = self._client.post(task.body, task.options)
             assert response.status_code == HTTPStatus.OK, response.text
-            self._expected[number] = _common.digest_of(_common.labels_of(response.content))
+            self._expected[number] = digest_of(labels_of(response.content))
         with ThreadPoolExecutor(self._plan.clients) as pool:  # nobody is killed yet: all processes get used
             list(pool.map(self._ask, range(len(self._tasks))))
         self._report.answered = 0
@@ -234,7 +233,7 @@ class _Soak:
         died = response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR and _WORKER_DIED in response.text
         with self._lock:
             if response.status_code == HTTPStatus.OK:
-                right = _common.digest_of(_common.labels_of(response.content)) == self._expected[number]
+                right = digest_of(labels_of(response.content)) == self._expected[number]
                 report.answered += right
                 report.wrong += not right
                 return None
@@ -266,7 +265,7 @@ class _Soak:
 
     def _take_memory(self) -> None:
         """Wait until nothing happens any more, then look at every process."""
-        self._client.processes.wait_ready(_common.MODEL, self._plan.workers)
+        self._client.processes.wait_ready(MODEL, self._plan.workers)
         kinds = {"engine": self._engines(), "worker": self._client.workers()}
         torchserve = self._client.live.server.process()
         kinds["torchserve"] = [] if torchserve is None else [torchserve]
@@ -295,8 +294,8 @@ def tasks_of(material: Material, number: int) -> list[Task]:
     coarse = nib.load(material.coarse)
     tasks = []
     for each in range(number):
-        shape = _common.small_shape(material, generator.uniform(1, 2))
-        cut = _common.crop_at_random(coarse, shape, generator)
+        shape = small_shape(material, generator.uniform(1, 2))
+        cut = crop_at_random(coarse, shape, generator)
         folds = [0, 1] if each % 4 == 0 else [0]
         tasks.append(Task(gzip.compress(cut.to_bytes()), {"folds": folds, "use_mirroring": False}))
     return tasks
@@ -338,10 +337,10 @@ def main() -> int:
     plan = Plan(**arguments)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         scratch = Path(folder)
-        material = _common.find_material(scratch)
+        material = find_material(scratch)
         report = run(material, tasks_of(material, number), plan, scratch)
     measured = {"options": "folds [0], or [0, 1] for every fourth request; no mirroring", "plan": asdict(plan)}
-    return _common.write_results("soak", material, {**measured, **asdict(report)}, targets_of(report))
+    return write_results("soak", material, {**measured, **asdict(report)}, targets_of(report))
 
 
 if __name__ == "__main__":
