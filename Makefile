@@ -5,6 +5,8 @@ BIN := .venv/bin
 NT := $(BIN)/nnunet-torchserve
 TOGETHER := -n 2 --durations=20
 comma := ,
+BENCHMARKS ?= request.command request.overhead request.whole_request stages.codecs stages.preprocess stages.export \
+	load.throughput load.fairness load.memory load.reuse load.service engine.gap engine.engine_memory engine.idle
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
 
 # pip's own words are shown if it fails, all of them, and not otherwise.
@@ -57,8 +59,8 @@ type: .venv/ready ## mypy --strict
 parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 	$(BIN)/pytest tests/parity
 
-bench: .venv/ready ## measure against stock nnU-Net; results go to benchmarks/results/
-	for benchmark in benchmarks/bench_*.py; do $(BIN)/python -m benchmarks.$$(basename $$benchmark .py) || exit 1; done
+bench: .venv/ready ## measure against stock nnU-Net (an hour or two; BENCHMARKS="request.command" for one); see benchmarks/README.md
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go to .nnunet-torchserve/fuzz/
 	status=0; export PYTHONPATH=tests; \
@@ -67,7 +69,7 @@ fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go 
 	$(BIN)/python -m fuzz.coverage_guided --seconds 300 || status=1; exit $$status
 
 soak: .venv/ready ## 1,000 requests while engines and workers are killed (a quarter of an hour)
-	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m benchmarks.load.soak
 
 clean: ## remove what these verbs made (stops the server first)
 	test ! -x $(NT) || $(NT) stop

@@ -12,9 +12,7 @@ import torch
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks import gpu_engine
+from benchmarks.gpu import gpu_engine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -31,7 +29,7 @@ import sys
 for name in ("nnunetv2", "nnunet_torchserve", "scipy", "acvl_utils"):
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
-from benchmarks import gpu_engine
+from benchmarks.gpu import gpu_engine
 network = gpu_engine.build_network(gpu_engine.Architecture.TINY, 16, 2)
 loop, whose = gpu_engine.stock_loop(network, gpu_engine.Task((16, 16, 16), 2), gpu_engine.torch.device("cpu"))
 print(whose.partition(" ")[0], *loop(gpu_engine.torch.zeros(1, 20, 16, 12)).shape)

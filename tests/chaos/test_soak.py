@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.load.soak import Plan, Task, run
 from support.chaos import Case
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from benchmarks.soak import Plan, Task, run
 
 pytestmark = pytest.mark.serve
 

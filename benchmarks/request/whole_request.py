@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 
 import torch
 
-from benchmarks import many_classes
 from benchmarks.harness.label_maps import different_voxels
 from benchmarks.harness.material import FOLD, Material, describe_image
 from benchmarks.harness.quiet import wait_for_quiet
@@ -31,6 +30,7 @@ from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import Answer, Client, serving, stage_medians
 from benchmarks.harness.spread import spread, two_or_more
 from benchmarks.harness.stock_command import copy_to, run_command
+from benchmarks.models import many_classes
 from support import stock
 
 _CASE = "case"
@@ -115,7 +115,7 @@ def main() -> int:
         scratch = Path(folder)
         images = {f"{size:g} mm": many_classes.write_template(scratch, size) for size in (2.0, 1.0)}
         material = Material(
-            source=f"{model.parent.name} (benchmarks/many_classes.py), and the ICBM152 template of nilearn",
+            source=f"{model.parent.name} (benchmarks/models/many_classes.py), and the ICBM152 template of nilearn",
             model_folder=model,
             fine=images["1 mm"],
             coarse=images["2 mm"],

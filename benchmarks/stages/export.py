@@ -44,13 +44,14 @@ import numpy.typing as npt
 import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-from benchmarks import RESULTS, many_classes
+from benchmarks import RESULTS
 from benchmarks.harness.child import last_line_of
 from benchmarks.harness.material import CONFIGURATION, FOLD, MATERIAL_VARIABLE, PLANS, TRAINER, find_material
 from benchmarks.harness.memory import with_extra_memory
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.spread import spread, two_or_more
+from benchmarks.models import many_classes
 from nnunet_torchserve.export import label_map, sparse
 from nnunet_torchserve.export.grid import Taps, linear_taps, resampling_of
 from nnunet_torchserve.export.rules import MIXED, rule_of
@@ -369,7 +370,7 @@ CASES = {
 
 def extra_memory(folder: Path, side: Side) -> int:
     """Bytes that one side needs beside logits and label map, measured in a process of its own."""
-    return int(last_line_of("benchmarks.bench_export", "--measure-memory", side, str(folder)))
+    return int(last_line_of("benchmarks.stages.export", "--measure-memory", side, str(folder)))
 
 
 def measure_memory(side: Side, folder: Path) -> int:

@@ -421,7 +421,7 @@ def memory_of_the_path(folder: Path, name: str) -> dict[str, Any]:
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
     """What a fresh process measures."""
-    measured: dict[str, Any] = json.loads(last_line_of("benchmarks.bench_codecs", "--be-a-process", *arguments))
+    measured: dict[str, Any] = json.loads(last_line_of("benchmarks.stages.codecs", "--be-a-process", *arguments))
     return measured
 
 

@@ -191,7 +191,7 @@ def measure(case: Case, image: Array, repeats: int, scratch: Path, *, quick: boo
 def extra_bytes(case: Case, method: PreprocessMethod, file: Path) -> int:
     """Bytes that a fresh process needs at most beside the volume and the result."""
     [name] = [name for name, each in CASES.items() if each is case]
-    return int(last_line_of("benchmarks.bench_preprocess", "--be-a-process", name, method.value, str(file)))
+    return int(last_line_of("benchmarks.stages.preprocess", "--be-a-process", name, method.value, str(file)))
 
 
 def be_a_process(case: Case, method: PreprocessMethod, file: Path) -> int:

@@ -1,7 +1,7 @@
 """What daily service costs: a rollout under load, admission and metrics, refusals, and progress events.
 
-Three stories, each on servers of its own: :mod:`benchmarks._service_rollout`, :mod:`benchmarks._service_admission` and
-:mod:`benchmarks._service_progress` tell them. Whatever is compared is measured in turns in one run.
+Three stories, each on servers of its own: :mod:`.rollout`, :mod:`.admission` and :mod:`.progress` tell them. Whatever
+is compared is measured in turns in one run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import _service_admission, _service_progress, _service_rollout
 from benchmarks.harness.material import find_material
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.spread import two_or_more
+from benchmarks.load.service import admission, progress, rollout
 
 STORIES = ("rollout", "admission", "progress")
 
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--requests-of-a-block", type=two_or_more, default=50)
     parser.add_argument("--refusal-rounds", type=two_or_more, default=9, help="of each side")
     parser.add_argument("--progress-pairs", type=two_or_more, default=15, help="rounds of each side")
-    parser.add_argument("--cases-of-a-round", type=int, default=_service_progress.CLIENTS)
+    parser.add_argument("--cases-of-a-round", type=int, default=progress.CLIENTS)
     parser.add_argument("--quick", action="store_true", help="do not wait for an idle machine")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -55,16 +55,16 @@ def main() -> int:
             own = scratch / story
             own.mkdir()
             if story == "rollout":
-                measured[story] = _service_rollout.measure(
+                measured[story] = rollout.measure(
                     material,
                     own,
                     scalings=arguments.scalings,
                     steady_s=arguments.steady_s,
                     images_each=arguments.images_each,
                 )
-                targets += _service_rollout.targets_of(measured[story])
+                targets += rollout.targets_of(measured[story])
             elif story == "admission":
-                measured[story] = _service_admission.measure(
+                measured[story] = admission.measure(
                     material,
                     own,
                     blocks=arguments.blocks,
@@ -72,12 +72,12 @@ def main() -> int:
                     rounds=arguments.refusal_rounds,
                     quick=quick,
                 )
-                targets += _service_admission.targets_of(measured[story])
+                targets += admission.targets_of(measured[story])
             else:
-                measured[story] = _service_progress.measure(
+                measured[story] = progress.measure(
                     material, own, pairs=arguments.progress_pairs, cases=arguments.cases_of_a_round, quick=quick
                 )
-                targets += _service_progress.targets_of(measured[story])
+                targets += progress.targets_of(measured[story])
     return write_results("service", material, measured, targets)
 
 

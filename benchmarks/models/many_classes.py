@@ -8,8 +8,8 @@ template that are nearest to fixed seed points of their tissue, so that those of
 folded. The two halves of the head share their parcels: the template is symmetric, and nnU-Net mirrors its training
 images, so that no network could tell left from right. All images are warps of this one head.
 
-Run ``python -m benchmarks.many_classes FOLDER`` to train the model there, if it is not there yet, and to see how well
-it finds the parcels of a warp that it was not trained on.
+Run ``python -m benchmarks.models.many_classes FOLDER`` to train the model there, if it is not there yet, and to see how
+well it finds the parcels of a warp that it was not trained on.
 """
 
 from __future__ import annotations

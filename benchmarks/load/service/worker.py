@@ -1,6 +1,6 @@
-"""One worker of TorchServe's without TorchServe; run by ``bench_service.py``.
+"""One worker of TorchServe's without TorchServe; run by ``admission.py``.
 
-``python _service_worker.py MODEL_DIR METRICS_YAML served|bare`` loads the unpacked archive as TorchServe's worker does:
+``python worker.py MODEL_DIR METRICS_YAML served|bare`` loads the unpacked archive as TorchServe's worker does:
 through the handler, with TorchServe's own context, metrics and logging. So its stdout is what the front end would read,
 and answers to commands are lines that begin with ``ANSWER``. A ``bare`` worker differs in what admission and metrics
 add: nothing is asked before a request, the engine reserves nothing for it, nothing is counted or passed on.

@@ -187,7 +187,7 @@ def timed_engine(bundle: ModelBundle, workers: int, scratch: Path) -> Iterator[t
     def start(command: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
         if not started:
             python, minus_m, _module, *arguments = command
-            own = [python, minus_m, "benchmarks.bench_gap", "--be-the-engine", *arguments, str(readings)]
+            own = [python, minus_m, "benchmarks.engine.gap", "--be-the-engine", *arguments, str(readings)]
             started.append(subprocess.Popen(own, cwd=ROOT, env=env))
 
     with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(scratch / "engines")}):

@@ -52,7 +52,7 @@ from torch.nn.functional import interpolate
 from torch.nn.functional import pad as pad_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-OUTPUT = Path(__file__).parent / "results" / "gpu_engine.json"
+OUTPUT = Path(__file__).parents[1] / "results" / "gpu_engine.json"
 SEED = 20261122
 STEP, SIGMA_SCALE, PEAK_WEIGHT = 0.5, 1 / 8, 10
 """nnU-Net's tile step, and its Gaussian: sigma is an eighth of the patch, the peak is 10."""

@@ -1,8 +1,8 @@
-"""What a worker and an engine do from their start on, step by step; run by ``bench_engine_memory.py``.
+"""What a worker and an engine do from their start on, step by step; run by ``engine_memory.py``.
 
 Imports nothing at the top that a bare interpreter has not loaded, because the steps' memory and time are measured.
 
-``python _fresh_process.py worker MODEL_DIR`` or ``python _fresh_process.py engine MODEL_DIR STARTED`` prints a JSON
+``python fresh_process.py worker MODEL_DIR`` or ``python fresh_process.py engine MODEL_DIR STARTED`` prints a JSON
 list of steps; ``STARTED`` is ``time.monotonic()`` when the process was started.
 """
 

@@ -56,7 +56,7 @@ USUAL_PATCH = 64
 
 ALL_FOLDS = {"use_mirroring": False}
 
-_FRESH_PROCESS = Path(__file__).with_name("_fresh_process.py")
+_FRESH_PROCESS = Path(__file__).with_name("fresh_process.py")
 _IDLE_PERCENT = 1.0
 _SETTLE_S = 1.0
 
@@ -108,7 +108,7 @@ def measure_memory(client: Client, images: Sequence[bytes]) -> dict[str, Any]:
 
 
 def steps(role: str, model_dir: Path, environment: Mapping[str, str], *arguments: str) -> list[dict[str, Any]]:
-    """The steps of a worker or an engine, in a fresh process; see :mod:`benchmarks._fresh_process`."""
+    """The steps of a worker or an engine, in a fresh process; see :mod:`benchmarks.engine.fresh_process`."""
     command = [sys.executable, str(_FRESH_PROCESS), role, str(model_dir), *arguments]
     done = subprocess.run(command, env=dict(environment), stdout=subprocess.PIPE, text=True, check=True)
     found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """What admission and metrics add to a request, and what a refused request costs the others.
 
-Added time. Two workers of one archive, without TorchServe (:mod:`benchmarks._service_worker`), share an engine: one as
+Added time. Two workers of one archive, without TorchServe (:mod:`.worker`), share an engine: one as
 served, one without admission and metrics. They answer the same small image, block by block in turns; the forward pass
 is left out, because it differs more from one to the next than what is looked for. Metrics are passed on between the
 requests of a block, not within one: so blocks are compared by their means, and the processor time of that is taken
@@ -37,12 +37,12 @@ import psutil
 import yaml
 
 from benchmarks import ROOT
-from benchmarks._service_worker import ANSWER, BARE
 from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, crop_at_random, describe_image
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target
 from benchmarks.harness.served import MODEL, Client, serving
 from benchmarks.harness.spread import interval_of_median, percentile_95, spread
+from benchmarks.load.service.worker import ANSWER, BARE
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.codecs import open_image
@@ -75,7 +75,7 @@ _TINY_PATCH = 32
 _TINY_FEATURES = (8, 16, 32)
 _TINY_SPACING = 2.0
 _WARM_UP = 10
-_WORKER = Path(__file__).with_name("_service_worker.py")
+_WORKER = Path(__file__).with_name("worker.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Asked:
 
 
 class Worker:
-    """A process of :mod:`benchmarks._service_worker`; commands and answers as it has them."""
+    """A process of :mod:`.worker`; commands and answers as it has them."""
 
     def __init__(self, model_dir: Path, side: str, environment: Mapping[str, str]) -> None:
         """Start it; returns when it is loaded."""

@@ -1,0 +1,1 @@
+"""One request beside stock: how much sooner it is answered, and what serving adds to it."""
