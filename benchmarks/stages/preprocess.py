@@ -13,7 +13,6 @@ In the end a trained model predicts the 1 mm image from either side's array, and
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -23,8 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read when torch is loaded
 
 import nibabel as nib
 import numpy as np

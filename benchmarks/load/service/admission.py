@@ -1,14 +1,13 @@
 """What admission and metrics add to a request, and what a refused request costs the others.
 
-Added time. Two workers of one archive, without TorchServe (:mod:`.worker`), share an engine: one as
-served, one without admission and metrics. They answer the same small image, block by block in turns; the forward pass
-is left out, because it differs more from one to the next than what is looked for. Metrics are passed on between the
-requests of a block, not within one: so blocks are compared by their means, and the processor time of that is taken
-too. Then two live servers are compared the same way, one of which has no metrics of ours: that is TorchServe's share.
-Admission cannot be left out there.
+Added time. Two workers of one archive, without TorchServe (:mod:`.worker`), share an engine: one as served, one without
+admission and metrics. They answer the same small image, block by block in turns; the forward pass is left out, because
+it differs more from one to the next than what is looked for. Metrics are passed on between the requests of a block, not
+within one: so blocks are compared by their means, and the processor time of that is taken too. Then two live servers
+are compared the same way, one of which has no metrics of ours: that is TorchServe's share. Admission cannot be left out
+there.
 
-Refusals. A server whose memory holds one case and lets none wait answers 429 while a case is in the network. That case
-is asked for alone, beside refused requests at a pace, and beside one client that comes again without a pause.
+Refusals are a story of their own (:mod:`.refusals`), told in the same part of the result.
 """
 
 from __future__ import annotations
@@ -18,18 +17,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, TypeVar
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -40,32 +35,19 @@ from benchmarks import ROOT
 from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, crop_at_random, describe_image
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target
-from benchmarks.harness.served import MODEL, Client, serving
-from benchmarks.harness.spread import interval_of_median, percentile_95, spread
+from benchmarks.harness.served import Client, serving
+from benchmarks.harness.spread import interval_of_median, percentile_95
+from benchmarks.load.service.alternation import in_ms, network_seconds, turns, unpack
+from benchmarks.load.service.refusals import MOST_REFUSAL_S, MOST_SLOWER, Beside, measure_refusals
 from benchmarks.load.service.worker import ANSWER, BARE
-from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.cases import price, settings_for
-from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.draining import ORDERS, REPORTS
 from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE, RUNTIME_DIR_VARIABLE
-from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.telemetry import SERVER_TIMING
-from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from support.chaos import engines, family, wait_for
 from support.metrics import METRICS_YAML, scrape
 from support.untrained import standard_unet
 
-Side = TypeVar("Side")
-
 MOST_ADDED_MS = 2.0
-MOST_REFUSAL_S = 0.1
-"""What people take for at once."""
-
-MOST_SLOWER = 0.05
-PACE_S = 0.1
-"""Between two refused requests: more than eight clients send that obey ``Retry-After``, which is 1 s at least."""
-
 SEED = 20261123
 SERVED = "served"
 SPACED_S = 0.6
@@ -166,14 +148,6 @@ def two_workers(model: Path, folds: tuple[int, ...] | None, scratch: Path) -> It
     wait_for(lambda: not family(runtime))
 
 
-def unpack(model: Path, folds: tuple[int, ...] | None, scratch: Path) -> Path:
-    """The directory that TorchServe would unpack the model's archive to."""
-    [archive] = make_archives(ArchiveRequest(model, scratch / "store", folds=folds, name=MODEL))
-    model_dir = scratch / "model"
-    zipfile.ZipFile(archive).extractall(model_dir)
-    return model_dir
-
-
 def measure_workers(model: Path, image: Path, scratch: Path, *, blocks: int, requests: int) -> dict[str, Any]:
     """Blocks of requests in turns, and the steps by themselves.
 
@@ -268,133 +242,10 @@ def ask_often(client: Client, body: bytes, count: int) -> list[Asked]:
     return asked
 
 
-class Beside(StrEnum):
-    """What else is asked while the case is in the network."""
-
-    NOTHING = "nothing"
-    PACED = "refused requests at a pace"
-    FLOOD = "refused requests without a pause"
-
-
-@dataclass(slots=True)
-class Refused:
-    """A client that is refused until it is told to stop.
-
-    Attributes:
-        client: of the server.
-        body: what it sends.
-        pause_s: between two requests.
-        seconds: until each refusal.
-        retry_after_s: what they said.
-        admitted: requests that were answered, because the case had ended.
-    """
-
-    client: Client
-    body: bytes
-    pause_s: float
-    seconds: list[float] = field(default_factory=list)
-    retry_after_s: list[int] = field(default_factory=list)
-    admitted: int = 0
-    _over: threading.Event = field(default_factory=threading.Event)
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """It sends meanwhile, from a thread of its own."""
-        with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(self._send)
-            try:
-                yield
-            finally:
-                self._over.set()
-        sending.result()
-
-    def _send(self) -> None:
-        while not self._over.is_set():
-            began = time.perf_counter()
-            answer = self.client.post(self.body)
-            if answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
-                self.seconds.append(time.perf_counter() - began)
-                self.retry_after_s.append(int(answer.headers["Retry-After"]))
-            else:
-                assert answer.status_code == HTTPStatus.OK, answer.text
-                self.admitted += 1
-            self._over.wait(max(0.0, self.pause_s - (time.perf_counter() - began)))
-
-
-def measure_refusals(material: Material, scratch: Path, *, rounds: int, quick: bool) -> dict[str, Any]:
-    """A case alone and beside refused requests, in turns."""
-    body = material.coarse.read_bytes()
-    limits = {"memory_bytes": int(1.5 * price_bytes(material, body, scratch / "price")), "waiting_cases": 0}
-    network_s: dict[Beside, list[float]] = {beside: [] for beside in Beside}
-    refused: dict[Beside, list[Refused]] = {Beside.PACED: [], Beside.FLOOD: []}
-    with serving(material, scratch, workers=4, settings=ServingSettings(limits=limits)) as client:
-        for _ in range(4):
-            client.post(body)
-        [engine] = engines(client.runtime)
-        for beside in turns(list(Beside), rounds):
-            if not quick:
-                wait_for_quiet()
-            with ThreadPoolExecutor(1) as pool:
-                case = pool.submit(client.post, body)
-                wait_for(lambda: engine.cases == 1)
-                with ExitStack() as meanwhile:
-                    if beside is not Beside.NOTHING:
-                        pause_s = PACE_S if beside is Beside.PACED else 0.0
-                        refused[beside].append(Refused(client, body, pause_s))
-                        meanwhile.enter_context(refused[beside][-1].running())
-                    network_s[beside].append(network_seconds(case.result().headers[SERVER_TIMING]))
-    alone = network_s[Beside.NOTHING]
-    slower = {
-        beside: [one / other - 1 for one, other in zip(network_s[beside], alone, strict=True)] for beside in refused
-    }
-    return {
-        "image": describe_image(material.coarse),
-        "limits": limits,
-        "rounds": rounds,
-        "pace_s": PACE_S,
-        "network_seconds": {beside: spread(found) for beside, found in network_s.items()},
-        "slower_than_alone": {beside: spread(found) for beside, found in slower.items()},
-        "slower_than_alone_median_95_percent": {beside: interval_of_median(found) for beside, found in slower.items()},
-        "refusals": {beside: refusals(found, network_s[beside]) for beside, found in refused.items()},
-    }
-
-
-def refusals(clients: Sequence[Refused], network_s: Sequence[float]) -> dict[str, object]:
-    """What the refused clients of a side saw."""
-    seconds = [each for client in clients for each in client.seconds]
-    return {
-        "refused": len(seconds),
-        "refused_a_second_of_network": round(len(seconds) / sum(network_s), 1),
-        "ms": in_ms(seconds),
-        "retry_after_s": sorted({each for client in clients for each in client.retry_after_s}),
-        "answered_because_the_case_had_ended": sum(client.admitted for client in clients),
-    }
-
-
-def price_bytes(material: Material, body: bytes, scratch: Path) -> int:
-    """What a server charges for the case."""
-    bundle = ModelBundle(unpack(material.model_folder, (FOLD,), scratch))
-    options = parse_options(json.dumps(USUAL_OPTIONS).encode())
-    geometry = open_image(body, Limits(), bundle.reader).geometry
-    return price(bundle, geometry, 1, settings_for(bundle, options), options).bytes
-
-
-def network_seconds(server_timing: str) -> float:
-    """The network's stage of a Server-Timing header."""
-    stages = dict(entry.split(";dur=") for entry in server_timing.split(", "))
-    return float(stages["network"]) / 1000
-
-
 def file_system(folder: Path) -> str:
     """The type of the file system that a folder is on."""
     mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
     return next(mounts[parent] for parent in (folder.resolve(), *folder.resolve().parents) if parent in mounts)
-
-
-def turns(sides: Sequence[Side], count: int) -> Iterator[Side]:
-    """Every side ``count`` times, in turns; every other turn goes the other way round."""
-    for number in range(count):
-        yield from sides[:: -1 if number % 2 else 1]
 
 
 def compared(served: Sequence[Sequence[Asked]], bare: Sequence[Sequence[Asked]]) -> dict[str, Any]:
@@ -418,11 +269,6 @@ def compared(served: Sequence[Sequence[Asked]], bare: Sequence[Sequence[Asked]])
         "difference_of_block_means_median_95_percent_ms": interval_of_median([1000 * each for each in means]),
         "difference_of_block_medians_ms": in_ms([median(one) - median(other) for one, other in pairs]),
     }
-
-
-def in_ms(seconds: Sequence[float]) -> dict[str, float]:
-    """The spread in milliseconds."""
-    return spread([1000 * each for each in seconds])
 
 
 def measure(
