@@ -1,9 +1,9 @@
 """Patches per second on a GPU: stock nnU-Net's patch loop against fixed batches of patches from several cases.
 
-Needs torch, numpy and dynamic-network-architectures, so that it runs wherever there is a GPU. Stock's loop is
-nnunetv2's own where that imports, otherwise :func:`transcribed_loop`, which a test on the CPU holds equal to it bit
-by bit. Weights are random with a fixed seed: they do not change the speed, but the logits of an untrained network
-nearly tie, so the labels that differ are more than those of a trained one.
+Needs torch, numpy and dynamic-network-architectures beside this repository, so that it runs wherever there is a GPU.
+Stock's loop is nnunetv2's own where that imports, otherwise :func:`transcribed_loop`, which a test on the CPU holds
+equal to it bit by bit. Weights are random with a fixed seed: they do not change the speed, but the logits of an
+untrained network nearly tie, so the labels that differ are more than those of a trained one.
 
 Three parts write one result file:
 
@@ -35,7 +35,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
@@ -52,7 +51,10 @@ from torch.nn.functional import interpolate
 from torch.nn.functional import pad as pad_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-OUTPUT = Path(__file__).parents[1] / "results" / "gpu_engine.json"
+from benchmarks import RESULTS
+from benchmarks.harness import provenance
+
+OUTPUT = RESULTS / "gpu_engine.json"
 SEED = 20261122
 STEP, SIGMA_SCALE, PEAK_WEIGHT = 0.5, 1 / 8, 10
 """nnU-Net's tile step, and its Gaussian: sigma is an eighth of the patch, the peak is 10."""
@@ -810,9 +812,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def machine(device: torch.device) -> dict[str, object]:
     """What the numbers depend on; nothing that names the machine or its user."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     about: dict[str, object] = {
-        "cpu": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"),
+        **provenance.cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -913,7 +914,8 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
     size = options.scope.matmul
     return {
         "benchmark": "gpu_engine",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": provenance.now(),
+        **provenance.commit(),
         "machine": machine(options.device),
         "settings": {
             "stock_loop": stock,

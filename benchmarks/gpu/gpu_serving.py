@@ -26,6 +26,8 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from benchmarks import RESULTS
+from benchmarks.harness import provenance
+from benchmarks.harness.results import PACKAGES, write_json
 from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.options import HEADER
@@ -141,8 +143,10 @@ def main() -> int:
     gpu = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     document = {
         "benchmark": "gpu_serving",
+        "date": provenance.now(),
+        **provenance.commit(),
+        "machine": provenance.machine(PACKAGES),
         "gpu": subprocess.run(gpu, capture_output=True, text=True, check=True).stdout.strip(),
-        "torch": torch.__version__,
         "network": "PlainConvUNet 32..320 features, patch 128x128x128, random weights, fp16 autocast",
         "volumes": {"shape": SHAPE, "spacing_mm": 1, "count": arguments.images, "voxels_each": int(np.prod(SHAPE))},
         "clients": arguments.clients,
@@ -152,7 +156,7 @@ def main() -> int:
         "rounds": rounds,
         "ratio_median": statistics.median(each["ratio"] for each in rounds),
     }
-    arguments.output.write_text(json.dumps(document, indent=2) + "\n")
+    write_json(arguments.output, document)
     print(json.dumps(document["ratio_median"]))
     return 0
 

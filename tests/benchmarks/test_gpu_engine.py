@@ -26,7 +26,7 @@ TASKS = [
 ]
 WITHOUT_OTHERS = """
 import sys
-for name in ("nnunetv2", "nnunet_torchserve", "scipy", "acvl_utils"):
+for name in ("nnunetv2", "nnunet_torchserve", "scipy", "acvl_utils", "nibabel", "SimpleITK", "psutil", "httpx"):
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
 from benchmarks.gpu import gpu_engine

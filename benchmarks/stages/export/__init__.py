@@ -1,0 +1,1 @@
+"""From logits to labels: nnU-Net's own export beside ours."""
