@@ -25,7 +25,7 @@ endef
 	@touch $@
 	@echo "  done: .venv takes $$(du -sh .venv | cut -f1)"
 
-.PHONY: help setup demo archive serve stop test test-long lint type parity bench fuzz soak clean
+.PHONY: help setup demo archive serve stop test test-long lint type parity bench figures fuzz soak clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -61,6 +61,9 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
 
 bench: .venv/ready ## measure against stock nnU-Net (an hour or two; BENCHMARKS="request.command" for one); see benchmarks/README.md
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+figures: .venv/ready ## draw docs/figures and write the tables of docs/performance.md from benchmarks/results/
+	$(BIN)/python -m benchmarks.report
 
 fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go to .nnunet-torchserve/fuzz/
 	status=0; export PYTHONPATH=tests; \
