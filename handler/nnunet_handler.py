@@ -69,7 +69,7 @@ class NnunetHandler:
         return [self._answer(parts, context, index) for index, parts in enumerate(data)]
 
     def _answer(self, parts: dict[str, Any], context: Any, index: int) -> bytes:
-        from nnunet_torchserve.pipeline import Request
+        from nnunet_torchserve.request import Request
 
         raw_headers = context.get_all_request_header(index) or {}
         headers = {name: value for name, value in raw_headers.items() if isinstance(value, str)}

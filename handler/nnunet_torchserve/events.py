@@ -150,7 +150,7 @@ class EventStream:
 
     def _beat(self) -> None:
         with self._changed:
-            while not self._ended and time.monotonic() < self._deadline + _GRACE_S:
+            while not (self._ended or self._broken) and time.monotonic() < self._deadline + _GRACE_S:
                 pause = self._sent_at + HEARTBEAT_S - time.monotonic()
                 if pause > 0:
                     self._changed.wait(pause)

@@ -7,130 +7,31 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
-import numpy as np
-
-from . import __version__, codecs
-from .bundle import REORIENTING_READERS, ModelBundle
-from .cases import Price, Settings, affordable, forward_passes, price, settings_for
-from .codecs import ImageSource
-from .codecs.inflate import Payload
+from . import codecs
+from .bundle import ModelBundle
+from .cases import Settings, affordable, forward_passes, price, settings_for
+from .description import describe, model_header
 from .engine.prediction import NO_KEYS, Engine, Keys, Reservation, SharedAnswer
-from .errors import (
-    BundleError,
-    ChannelsDisagree,
-    Deadline,
-    Malformed,
-    NonFinite,
-    NonFiniteLogits,
-    OutOfMemory,
-    ResponseTooLarge,
-    ServingError,
-    TooLarge,
-    UnknownFormat,
-)
+from .errors import BundleError, Deadline, NonFiniteLogits, OutOfMemory, ServingError
 from .events import UNWATCHED, EventStream, Progress, Send
 from .export import export
+from .intake import Asked, read_headers
 from .limits import Limits
-from .options import HEADER, PART, Options, parse_options
-from .orientation import Turn, turn_towards
+from .options import HEADER, Options, parse_options
 from .preprocess import PreprocessedCase, preprocess
-from .responses import (
-    CLIENT_REQUEST_ID,
-    Response,
-    ResponseMaker,
-    Warnings,
-    last_resort,
-    too_large_message,
-    usable_request_id,
-)
+from .request import RAW_BODY, Request
+from .responses import Response, ResponseMaker, Warnings, last_resort
 from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
 from .settings import HandlerSettings
 from .telemetry import CACHE_LOOKUPS, HIT, MISS, SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
 from .trial import trial_image
-from .volume import Geometry, Volume
-
-RAW_BODY = "body"
-"""TorchServe's name for a body that is not multipart."""
-
-_ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
-
-_IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One request, free of TorchServe.
-
-    Attributes:
-        parts: multipart field -> content, or ``{"body": content}``. A content that is not bytes was parsed by the
-            front end because of its content type.
-        headers: HTTP headers as sent; looked up without regard to case.
-        server_id: the front end's id of this request.
-        is_trial: a worker's own, made while it loads.
-    """
-
-    parts: Mapping[str, object]
-    headers: Mapping[str, str]
-    server_id: str | None = None
-    is_trial: bool = False
-
-    def header(self, name: str) -> str | None:
-        """A header's value, ``None`` if it was not sent."""
-        wanted = name.lower()
-        return next((value for key, value in self.headers.items() if key.lower() == wanted), None)
-
-    @property
-    def is_describe(self) -> bool:
-        """Whether TorchServe's describe API asks; a client's header of that name on a real request does not count."""
-        return self.headers.get("describe") == "True" and not any(self.parts.values())
-
-    @property
-    def id(self) -> str:
-        """The client's id if it can stand in a header, else the front end's."""
-        return usable_request_id(self.header(CLIENT_REQUEST_ID)) or usable_request_id(self.server_id) or "-"
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request whose headers were read.
-
-    Attributes:
-        images: one, or one a channel.
-        turns: how each of them becomes what the model sees.
-        geometry: of that.
-        price: what the case costs.
-        form: of the answer.
-        warnings: of :class:`~.responses.Warnings`, as far as headers give cause.
-    """
-
-    images: Sequence[ImageSource]
-    turns: Sequence[Turn]
-    geometry: Geometry
-    price: Price
-    form: codecs.AnswerForm
-    warnings: list[str]
-
-    def decode(self) -> tuple[Volume, bool]:
-        """All channels as the model sees them, and whether every voxel has one value.
-
-        Raises:
-            NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
-        """
-        channels = [turn.turn(image.read()) for image, turn in zip(self.images, self.turns, strict=True)]
-        array = channels[0] if len(channels) == 1 else np.concatenate(channels)
-        low, high = array.min(), array.max()
-        if not np.isfinite(low) or not np.isfinite(high):
-            msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
-            raise NonFinite(msg)
-        return Volume(array, self.geometry), bool(low == high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +69,7 @@ class Pipeline:
             request_id = request.id
             responses, record = self._responses(), self._record(request_id)
             if request.is_describe:
-                return self._or_problem(lambda: responses.json(self.describe(), request_id), record, responses)
+                return self._or_problem(lambda: responses.json(self._description(), request_id), record, responses)
             stream = EventStream(send, responses.events(request_id))
             response = self._or_problem(lambda: self._segment(request, record, responses, stream), record, responses)
             self._note(record, response.status, is_trial=request.is_trial)
@@ -195,7 +96,10 @@ class Pipeline:
             return responses.problem(ServingError(msg), record.request_id)
 
     def _responses(self) -> ResponseMaker:
-        return ResponseMaker(self.model_header(), self.limits.response_bytes)
+        return ResponseMaker(model_header(self.bundle), self.limits.response_bytes)
+
+    def _description(self) -> dict[str, object]:
+        return describe(self.bundle, self.limits, self.settings, self.time_limit_s)
 
     def _record(self, request_id: str) -> RequestRecord:
         return RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
@@ -217,13 +121,13 @@ class Pipeline:
             self.refuse()
         clock = record.clock
         started = time.monotonic()
-        options = parse_options(self._options_text(request))
+        options = parse_options(request.options_text())
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
         settings = settings_for(self.bundle, options)
         progress = stream.watched(deadline) if options.stream else UNWATCHED
 
         with clock.stage(Stage.DECODE):
-            asked = self._read_headers(request, record, options, settings)
+            asked = read_headers(self.bundle, self.limits, request, record, options, settings)
             keys = self._keys(request, options)
 
         clock.begin(Stage.QUEUE)
@@ -268,7 +172,7 @@ class Pipeline:
 
     def _prepare(
         self,
-        asked: _Asked,
+        asked: Asked,
         reserved: Reservation,
         record: RequestRecord,
         options: Options,
@@ -299,7 +203,7 @@ class Pipeline:
         if request.is_trial:
             return NO_KEYS
         volumes, answers = self.settings.cache_bytes > 0, self.settings.single_flight
-        return keys_of(_image_parts(request), options, volumes=volumes, answers=answers)
+        return keys_of(request.images(), options, volumes=volumes, answers=answers)
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""
@@ -337,177 +241,14 @@ class Pipeline:
         self._note(record, HTTPStatus.OK, is_trial=True)
         return None
 
-    def describe(self) -> dict[str, object]:
-        """What a client needs to know of the model, for TorchServe's describe API."""
-        bundle, description = self.bundle, self.bundle.description
-        labels = bundle.labels
-        return {
-            "name": description.name,
-            "version": description.version,
-            "digest": f"sha256:{bundle.digest}",
-            "dataset": description.dataset,
-            "trainer": description.trainer,
-            "plans": description.plans,
-            "configuration": description.configuration,
-            "folds": list(bundle.folds),
-            "mirroring_axes": {str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds},
-            "channels": bundle.channel_names,
-            "labels": bundle.dataset["labels"],
-            "regions_class_order": bundle.dataset.get("regions_class_order") if labels.has_regions else None,
-            "classes": bundle.classes,
-            "probability_channels": bundle.output_names,
-            "patch_size": list(bundle.patch_size),
-            "spacing": [float(size) for size in bundle.configuration.spacing],
-            "reader": bundle.reader,
-            "input_orientation": bundle.input_orientation,
-            "axis_order": "patch_size and spacing (mm) in the plan's axis order",
-            "settings": self.settings.model_dump(mode="json", exclude={"limits"}),
-            "limits": asdict(self.limits) | {"timeout_s": self.time_limit_s},
-            "options": Options.model_json_schema(),
-            "serving_core": __version__,
-            "built_with": description.built_with,
-        }
-
-    def model_header(self) -> str:
-        """The value of ``X-Nnunet-Model``."""
-        description = self.bundle.description
-        return f"name={description.name}; version={description.version}; digest=sha256:{self.bundle.digest}"
-
-    def _options_text(self, request: Request) -> bytes | None:
-        part, header = request.parts.get(PART), request.header(HEADER)
-        if part is not None and header is not None:
-            msg = f"options came twice: in the field {PART} and in the header {HEADER}; send one of them"
-            raise Malformed(msg)
-        if header is not None:
-            return header.encode("utf-8", "surrogateescape")
-        if part is None:
-            return None
-        if isinstance(part, dict):  # TorchServe parses a part that says it is JSON
-            return json.dumps(part).encode()
-        return bytes(_payload(PART, part))
-
-    def _read_headers(self, request: Request, record: RequestRecord, options: Options, settings: Settings) -> _Asked:
-        """Everything that can be known, and refused, before a voxel is decoded."""
-        images = self._open_images(request, options)
-        codecs.check_channels(images, list(self.bundle.channel_names.values()))
-        turns = [self._turn(image) for image in images]
-        geometry = _common_geometry([turn.after for turn in turns])
-        record.shape = images[0].geometry.shape
-        warnings = _warnings([turn.after for turn in turns], len(self.bundle.patch_size))
-        channels = sum(image.channels for image in images)
-        case_price = price(self.bundle, geometry, channels, settings, options)
-        record.patches, record.passes = case_price.patches, case_price.passes
-        case_price = affordable(case_price, self.limits, geometry)
-        form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
-        self._check_answer_fits(geometry, form, options)
-        return _Asked(images, turns, geometry, case_price, form, warnings)
-
     def _price_again(
-        self, asked: _Asked, case: PreprocessedCase, record: RequestRecord, options: Options, settings: Settings
+        self, asked: Asked, case: PreprocessedCase, record: RequestRecord, options: Options, settings: Settings
     ) -> None:
         """Refuse by the grid that there is what could not be refused by a guess."""
         channels, first, second, third = case.data.shape
         true = price(self.bundle, asked.geometry, channels, settings, options, (first, second, third))
         record.patches, record.passes = true.patches, true.passes
         affordable(true, self.limits, asked.geometry)
-
-    def _open_images(self, request: Request, options: Options) -> Sequence[ImageSource]:
-        if len(request.parts) > self.limits.parts:
-            msg = f"the request has {len(request.parts)} fields, this server takes at most {self.limits.parts}"
-            raise TooLarge(msg)
-        bodies = _image_parts(request)
-        size = sum(len(body) for body in bodies)
-        if size > self.limits.body_bytes:
-            msg = f"the images have {size} bytes, this server takes at most {self.limits.body_bytes}"
-            raise TooLarge(msg)
-        reader, placement = self.bundle.reader, options.placement
-        return [codecs.open_image(body, self.limits, reader, placement) for body in bodies]
-
-    def _turn(self, image: ImageSource) -> Turn:
-        as_itk = self.bundle.reader.startswith("SimpleITK") and self.bundle.reader in REORIENTING_READERS
-        return turn_towards(image.geometry, self.bundle.input_orientation, as_itk=as_itk)
-
-    def _check_answer_fits(self, geometry: Geometry, form: codecs.AnswerForm, options: Options) -> None:
-        size = codecs.smallest_answer(geometry, form, options.probability_bytes(self.bundle.classes))
-        if size > self.limits.response_bytes:
-            raise ResponseTooLarge(too_large_message(size, self.limits.response_bytes))
-
-
-def _common_geometry(geometries: Sequence[Geometry]) -> Geometry:
-    """The first image's; shapes and spacings must agree, as nnU-Net's readers demand."""
-    first = geometries[0]
-    for number, other in enumerate(geometries[1:], start=1):
-        if other.shape != first.shape or not np.allclose(other.spacing_zyx, first.spacing_zyx):
-            pictures = first.assumed and other.assumed
-            right = "send pictures of one size" if pictures else "resample them to one grid"
-            msg = f"channel {number} has {_extent(other)}, channel 0 has {_extent(first)}; {right}"
-            raise ChannelsDisagree(msg)
-    return first
-
-
-def _extent(geometry: Geometry) -> str:
-    """An image's size in words; of a picture nobody knows the spacing, and of a plane there is none between slices."""
-    axes = slice(1, None) if geometry.is_flat else slice(None)
-    names = "(y, x)" if geometry.is_flat else "(z, y, x)"
-    if geometry.assumed:
-        return f"{geometry.shape[axes]} pixels {names}"
-    return f"shape {geometry.shape[axes]} and spacing {geometry.spacing_zyx[axes]} mm {names}"
-
-
-def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:
-    """What stock would print a warning for, or should, from the headers."""
-    first = geometries[0]
-    aligned = all(
-        np.allclose(other.origin, first.origin, atol=_ALIGNED_MM)
-        and np.allclose(other.direction, first.direction, atol=_ALIGNED_DIRECTION)
-        for other in geometries
-    )
-    warnings = [] if aligned else [Warnings.CHANNELS_MISALIGNED]
-    if first.ndim < dimensions:
-        warnings.append(Warnings.SINGLE_SLICE)
-    if first.assumed:
-        warnings.append(Warnings.SPACING_ASSUMED)
-    return [str(warning) for warning in warnings]
-
-
-def _image_parts(request: Request) -> list[Payload]:
-    """The images of a request in channel order."""
-    parts = request.parts
-    if (request.header("Content-Type") or "").startswith("application/x-www-form-urlencoded"):
-        msg = "the image came as a form; send it with curl -T, not --data-binary, or as application/octet-stream"
-        raise UnknownFormat(msg)
-    if not parts:
-        msg = "the request has no body; send the image as the raw body or as multipart field image"
-        raise Malformed(msg)
-    numbered: dict[int, Payload] = {}
-    whole: list[Payload] = []
-    for name, content in parts.items():
-        match = _IMAGE_PART.fullmatch(name)
-        if name in (RAW_BODY, "image"):
-            whole.append(_payload(name, content))
-        elif match:
-            numbered[int(match[1])] = _payload(name, content)
-        elif name != PART:
-            msg = f"unknown field {ascii(name)[:80]}; fields are image or image_0000, image_0001, …, and options"
-            raise Malformed(msg)
-    if len(whole) + bool(numbered) != 1:
-        msg = "send either one image, or image_0000, image_0001, … with one channel each"
-        raise Malformed(msg)
-    if whole:
-        return whole
-    if sorted(numbered) != list(range(len(numbered))):
-        msg = f"the channels must be numbered 0000, 0001, … without a gap; got {sorted(numbered)}"
-        raise Malformed(msg)
-    return [numbered[channel] for channel in sorted(numbered)]
-
-
-def _payload(name: str, content: object) -> Payload:
-    if isinstance(content, bytes | bytearray | memoryview):
-        return content
-    if name == PART and isinstance(content, str):
-        return content.encode("utf-8", "surrogateescape")
-    msg = "the image came with a text or JSON content type; send it as application/octet-stream"
-    raise UnknownFormat(msg)
 
 
 def _check(latest: float, done: str) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from nibabel.nifti1 import header_dtype as nifti_1
@@ -278,7 +278,7 @@ def request(data: bytes) -> str:
     ``P name=content`` is a field of bytes, ``S`` of text, ``J`` of JSON as the front end parsed it; ``H name=value``
     is a header.
     """
-    from nnunet_torchserve import pipeline
+    from nnunet_torchserve.request import Request
 
     parts: dict[str, object] = {}
     headers: dict[str, str] = {}
@@ -297,12 +297,11 @@ def request(data: bytes) -> str:
                     parts[key] = {}
             case b"H ":
                 headers[name.decode("latin-1")] = text
-    made = pipeline.Request(parts, headers, "server")
+    made = Request(parts, headers, "server")
     ResponseMaker("model", LIMITS.response_bytes).json({"describe": made.is_describe}, made.id)
-    served = pipeline.Pipeline(cast("Any", None), cast("Any", None), LIMITS, 1.0)
     try:
-        parse_options(served._options_text(made))
-        bodies = pipeline._image_parts(made)
+        parse_options(made.options_text())
+        bodies = made.images()
     except ServingError as error:
         return _refused(error, made.id)
     if not bodies or not all(isinstance(body, bytes) for body in bodies):

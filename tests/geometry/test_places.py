@@ -32,7 +32,8 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.painting import Painting
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.volume import LabelMap, Placement
 from support.examples import thin
 from support.tables import table

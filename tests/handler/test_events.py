@@ -27,7 +27,8 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import Busy, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import EVENTS, Response
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16
@@ -228,6 +229,23 @@ def test_a_wire_that_is_cut_costs_the_request_nothing(pipeline: Load, plain: Res
     last = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": STREAMED}), wire)
     assert len(wire.parts) == 1
     assert last.body == plain.body
+
+
+def test_the_heart_of_a_stream_that_nobody_takes_stops(pipeline: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold the lock for ever, and the request would wait for it until its deadline."""
+    monkeypatch.setattr(events, "HEARTBEAT_S", 0.02)
+    broken = Scripted(CaseFailed("no"))
+
+    def predict(*_: object) -> Prediction:
+        for thread in [thread for thread in threading.enumerate() if thread.name == "heartbeat"]:
+            thread.join(300)
+            assert not thread.is_alive()
+        raise broken.error
+
+    monkeypatch.setattr(broken, "predict", predict)
+    asked = Request({"body": GOOD}, {"X-Nnunet-Options": json.dumps({"stream": True, "timeout_s": 290})})
+    response = replace(pipeline("five_folds"), engine=broken).answer(asked, CutWire())
+    assert json.loads(response.body)["code"] == "case_failed"
 
 
 class Waiting(Scripted):

@@ -25,8 +25,9 @@ from nnunet_torchserve.codecs.source import ImageSource
 from nnunet_torchserve.errors import ServingError, TooLarge, TooThin, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import preprocess
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.volume import Geometry, Placement, Volume
 
 MM = Placement((1.0, 1.0, 1.0))

@@ -24,12 +24,14 @@ import pytest
 import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
+from nnunet_torchserve import pipeline as pipeline_module
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.telemetry import Counts
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
@@ -175,7 +177,7 @@ def test_an_answer_that_cannot_be_counted_goes_out_all_the_same(
 def test_where_no_answer_can_be_made_the_last_resort_is_a_problem_too(
     pipeline: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pipeline, "model_header", fail)
+    monkeypatch.setattr(pipeline_module, "model_header", fail)
     response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Request-Id": "mine"}))
     problem = json.loads(response.body)
     assert (response.status, problem["status"], problem["code"]) == (500, 500, "internal")
@@ -377,7 +379,8 @@ from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 bundle = ModelBundle(Path(sys.argv[1]))
 pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600)
 pipeline.dry_run()

@@ -38,9 +38,10 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import Deadline
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, parse_options
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import PreprocessedCase
 from nnunet_torchserve.preprocess import preprocess as plain_preprocess
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import WARNING, Response
 from nnunet_torchserve.reuse import keys_of, note_of, recall
 from nnunet_torchserve.settings import HandlerSettings

@@ -23,7 +23,8 @@ from skimage.io import imread, imsave
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import stock, volumes
 

@@ -25,7 +25,8 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.pipeline import Pipeline, Request
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from nnunet_torchserve_tools.plans_check import network_builder

@@ -106,7 +106,7 @@ def requests(pipeline: Any, *, image: str, options: str, count: int, pause_s: fl
         metrics on.
     """
     from nnunet_torchserve.options import HEADER
-    from nnunet_torchserve.pipeline import RAW_BODY, Request
+    from nnunet_torchserve.request import RAW_BODY, Request
     from nnunet_torchserve.telemetry import SERVER_TIMING
 
     request = Request({RAW_BODY: bytearray(Path(image).read_bytes())}, {HEADER: options}, "benchmark")

@@ -1,0 +1,151 @@
+"""What a request asks for: all that its images' headers tell, and that can be refused, before a voxel is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import codecs
+from .bundle import REORIENTING_READERS, ModelBundle
+from .cases import Price, Settings, affordable, price
+from .codecs import ImageSource
+from .errors import ChannelsDisagree, NonFinite, ResponseTooLarge, TooLarge
+from .limits import Limits
+from .options import Options
+from .orientation import Turn, turn_towards
+from .request import Request
+from .responses import Warnings, too_large_message
+from .telemetry import RequestRecord
+from .volume import Geometry, Volume
+
+_ALIGNED_MM, _ALIGNED_DIRECTION = 1e-2, 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request whose headers were read.
+
+    Attributes:
+        images: one, or one a channel.
+        turns: how each of them becomes what the model sees.
+        geometry: of that.
+        price: what the case costs.
+        form: of the answer.
+        warnings: of :class:`~.responses.Warnings`, as far as headers give cause.
+    """
+
+    images: Sequence[ImageSource]
+    turns: Sequence[Turn]
+    geometry: Geometry
+    price: Price
+    form: codecs.AnswerForm
+    warnings: list[str]
+
+    def decode(self) -> tuple[Volume, bool]:
+        """All channels as the model sees them, and whether every voxel has one value.
+
+        Raises:
+            NonFinite: a voxel is NaN or infinite, which its smallest or largest value then is too.
+        """
+        channels = [turn.turn(image.read()) for image, turn in zip(self.images, self.turns, strict=True)]
+        array = channels[0] if len(channels) == 1 else np.concatenate(channels)
+        low, high = array.min(), array.max()
+        if not np.isfinite(low) or not np.isfinite(high):
+            msg = "the image holds NaN or infinite voxels; replace them by a number that means background"
+            raise NonFinite(msg)
+        return Volume(array, self.geometry), bool(low == high)
+
+
+def read_headers(
+    bundle: ModelBundle, limits: Limits, request: Request, record: RequestRecord, options: Options, settings: Settings
+) -> Asked:
+    """Read the headers of a request's images.
+
+    Args:
+        bundle: the model.
+        limits: what a request may ask for.
+        request: what came.
+        record: is told the image's shape and the case's passes.
+        options: of the request.
+        settings: those options, completed by the model.
+
+    Raises:
+        RequestError: the images are none, or none that this model can take, or above a limit.
+        OutOfMemory: within the limits, but above the memory for all cases together.
+    """
+    images = _open_images(bundle, limits, request, options)
+    codecs.check_channels(images, list(bundle.channel_names.values()))
+    turns = [_turn(bundle, image) for image in images]
+    geometry = _common_geometry([turn.after for turn in turns])
+    record.shape = images[0].geometry.shape
+    warnings = _warnings([turn.after for turn in turns], len(bundle.patch_size))
+    cost = price(bundle, geometry, sum(image.channels for image in images), settings, options)
+    record.patches, record.passes = cost.patches, cost.passes
+    cost = affordable(cost, limits, geometry)
+    form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
+    _check_answer_fits(bundle, limits, geometry, form, options)
+    return Asked(images, turns, geometry, cost, form, warnings)
+
+
+def _open_images(bundle: ModelBundle, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:
+    if len(request.parts) > limits.parts:
+        msg = f"the request has {len(request.parts)} fields, this server takes at most {limits.parts}"
+        raise TooLarge(msg)
+    bodies = request.images()
+    size = sum(len(body) for body in bodies)
+    if size > limits.body_bytes:
+        msg = f"the images have {size} bytes, this server takes at most {limits.body_bytes}"
+        raise TooLarge(msg)
+    return [codecs.open_image(body, limits, bundle.reader, options.placement) for body in bodies]
+
+
+def _turn(bundle: ModelBundle, image: ImageSource) -> Turn:
+    as_itk = bundle.reader.startswith("SimpleITK") and bundle.reader in REORIENTING_READERS
+    return turn_towards(image.geometry, bundle.input_orientation, as_itk=as_itk)
+
+
+def _check_answer_fits(
+    bundle: ModelBundle, limits: Limits, geometry: Geometry, form: codecs.AnswerForm, options: Options
+) -> None:
+    size = codecs.smallest_answer(geometry, form, options.probability_bytes(bundle.classes))
+    if size > limits.response_bytes:
+        raise ResponseTooLarge(too_large_message(size, limits.response_bytes))
+
+
+def _common_geometry(geometries: Sequence[Geometry]) -> Geometry:
+    """The first image's; shapes and spacings must agree, as nnU-Net's readers demand."""
+    first = geometries[0]
+    for number, other in enumerate(geometries[1:], start=1):
+        if other.shape != first.shape or not np.allclose(other.spacing_zyx, first.spacing_zyx):
+            pictures = first.assumed and other.assumed
+            right = "send pictures of one size" if pictures else "resample them to one grid"
+            msg = f"channel {number} has {_extent(other)}, channel 0 has {_extent(first)}; {right}"
+            raise ChannelsDisagree(msg)
+    return first
+
+
+def _extent(geometry: Geometry) -> str:
+    """An image's size in words; of a picture nobody knows the spacing, and of a plane there is none between slices."""
+    axes = slice(1, None) if geometry.is_flat else slice(None)
+    names = "(y, x)" if geometry.is_flat else "(z, y, x)"
+    if geometry.assumed:
+        return f"{geometry.shape[axes]} pixels {names}"
+    return f"shape {geometry.shape[axes]} and spacing {geometry.spacing_zyx[axes]} mm {names}"
+
+
+def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:
+    """What stock would print a warning for, or should, from the headers."""
+    first = geometries[0]
+    aligned = all(
+        np.allclose(other.origin, first.origin, atol=_ALIGNED_MM)
+        and np.allclose(other.direction, first.direction, atol=_ALIGNED_DIRECTION)
+        for other in geometries
+    )
+    warnings = [] if aligned else [Warnings.CHANNELS_MISALIGNED]
+    if first.ndim < dimensions:
+        warnings.append(Warnings.SINGLE_SLICE)
+    if first.assumed:
+        warnings.append(Warnings.SPACING_ASSUMED)
+    return [str(warning) for warning in warnings]
