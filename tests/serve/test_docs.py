@@ -1,4 +1,4 @@
-"""Every curl command of README and the HTTP reference works as it stands there, but for addresses and models' names."""
+"""Every curl command of README, guide and HTTP reference works as it stands, but for addresses and model names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS = {"brain": "five_folds", "tumour": "regions"}
 
 def commands() -> list[str]:
     """The curl commands of the pages for callers, each on one line."""
-    pages = [ROOT / "README.md", ROOT / "docs" / "http.md"]
+    pages = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "http.md"]
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = [each for page in pages for each in re.findall(r"`(curl -[^`]*)`", page.read_text())]
