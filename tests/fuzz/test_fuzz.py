@@ -18,6 +18,9 @@ PATIENCE_S = 30
 
 IMAGES, OTHERS = thin(1200), thin(2000)
 
+ENOUGH = 100
+"""Mutations of a format, after which one must have been accepted."""
+
 REGRESSIONS = sorted(file for file in Path(__file__).with_name("regressions").iterdir() if "-" in file.name)
 
 TRAPS = {
@@ -93,4 +96,5 @@ def test_no_mutated_text_is_a_find(target: str) -> None:
 def check(tally: Tally) -> None:
     assert not tally.finds, "\n".join(outcome.report for _, outcome in tally.finds.values())
     for group, words in tally.words.items():
-        assert words[ACCEPTED] or group == "other", f"no mutated {group} was accepted; the mutations are too wild"
+        is_told = words[ACCEPTED] or group == "other" or sum(words.values()) < ENOUGH
+        assert is_told, f"no mutated {group} was accepted; the mutations are too wild"
