@@ -44,10 +44,10 @@ serve: .venv/ready ## serve every archive of model_store/
 stop: ## stop that server
 	$(NT) stop
 
-test: .venv/ready ## run the tests (about 6 minutes on two cores)
+test: .venv/ready ## run the tests (about 20 minutes on two cores)
 	$(BIN)/pytest $(TOGETHER) -m "not long"
 
-test-long: .venv/ready ## run all tests, the long ones too, with all examples (less than 45 minutes)
+test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long
 
 lint: .venv/ready ## ruff, and the layers of the serving core
