@@ -1,7 +1,7 @@
 """One case and its price: what it will cost in voxels, patches and bytes, known from its header alone.
 
-Everything that a header can give away is refused here, before a voxel is decoded: other channels than the model's,
-a volume that vanishes on the network's grid, more work than the limits allow.
+What a header gives away of it is refused here, before a voxel is decoded: a volume that vanishes on the network's grid,
+more work than the limits allow.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from .bundle import ModelBundle
-from .errors import BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold, WrongChannels
+from .errors import LONGEST_NAMES, BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold
 from .limits import Limits
 from .machine import torch_threads
 from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, ProbabilityFormat
 from .resampling import LONGEST_BY_MATRIX, Target, spline_arguments, target_of
 from .tiling import count_windows, padded_shape
-from .volume import Geometry
+from .volume import MOST_COLOURS, Geometry
 
 _HALF, _FLOAT32, _FLOAT64 = 2, 4, 8
 
@@ -35,12 +35,6 @@ becomes 25."""
 
 _EXACT_PREPROCESS_BYTES = 16
 """Bytes for a voxel as sent, beside the volume, while ``preprocess: exact`` works on it; measured with a mask."""
-
-_NAMES = 2000
-"""Characters of a list of names in a message."""
-
-_MOST_COLOURS = 4
-"""The last axis of an array that is no longer may be channels."""
 
 MAX_AXIS = 2**15 - 1
 """Voxels: NIfTI-1 has no longer axis, and no scanner; what has one is a trap."""
@@ -118,7 +112,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
             raise UnknownFold(msg)
     if options.probability_channels is not None and (last := max(options.probability_channels)) >= bundle.classes:
         names = ", ".join(f"{number} {ascii(name)[1:-1]}" for number, name in enumerate(bundle.output_names))
-        msg = f"probability_channels: {last} is no channel of this model; they are {names[:_NAMES]}"
+        msg = f"probability_channels: {last} is no channel of this model; they are {names[:LONGEST_NAMES]}"
         raise BadOption(msg)
     if options.export is not ExportMethod.EXACT and bundle.has_own_label_manager:
         msg = "export: this model's own way from logits to labels allows exact only"
@@ -146,21 +140,15 @@ def price(
     Args:
         bundle: the model.
         geometry: of the image, as the model sees it.
-        channels: images that came.
+        channels: images that came, as many as the model takes.
         settings: how the case is predicted.
         options: what is asked for.
         known_grid: (z, y, x) on the network's grid, where the case has been preprocessed; else it is computed.
 
     Raises:
-        WrongChannels: the model takes another number of channels.
         TooThin: no voxel would be left on an axis of the network's grid.
         TooLarge: an axis is longer than any image's.
     """
-    if channels != bundle.channels:
-        names = ", ".join(bundle.channel_names.values())
-        plural = "" if channels == 1 else "s"
-        msg = f"the case has {channels} channel{plural}, the model takes {bundle.channels} ({ascii(names)[1:-1]})"
-        raise WrongChannels(msg)
     order = bundle.plans.transpose_forward
     shape = [geometry.shape[axis] for axis in order]
     is_guess = known_grid is None and not knows_grid(bundle)
@@ -336,7 +324,7 @@ def too_thin_message(shape: Sequence[int], spacing: Sequence[float], geometry: G
         )
     what = "an image" if geometry.is_flat else "a volume"
     msg = f"{what} of {counts} voxels at {tuple(mm for _, mm in sizes)} mm has no voxel left {nothing}; "
-    if geometry.placed and not geometry.is_flat and geometry.shape[2] <= _MOST_COLOURS < min(geometry.shape[:2]):
+    if geometry.placed and not geometry.is_flat and geometry.shape[2] <= MOST_COLOURS < min(geometry.shape[:2]):
         msg += "is it (z, y, x)? If its last axis holds channels, send (channel, z, y, x). Else: "
     return f"{msg}is the spacing in mm?"
 

@@ -36,6 +36,9 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import ClassVar
 
+LONGEST_NAMES = 2000
+"""Characters of a list of names in a message."""
+
 
 class ServingError(Exception):
     """A request failed. ``status`` and ``code`` are class constants; the message is safe to send.

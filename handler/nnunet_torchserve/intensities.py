@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _UNIT = (0.0, 1.0)
 """Where nothing is known: every normalisation takes it, and a network without one is least likely to overflow."""
 
 
+@cache
 def normalization_class(name: str) -> Any:
     """The class of a normalisation, found as ``DefaultPreprocessor`` finds it.
 

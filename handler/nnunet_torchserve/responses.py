@@ -92,19 +92,10 @@ class ResponseMaker:
 
     def problem(self, error: ServingError, request_id: str) -> Response:
         """An RFC 9457 problem: ``status``, a stable ``code``, and a ``detail`` for a person."""
-        document = {
-            "type": "about:blank",
-            "title": error.status.phrase,
-            "status": int(error.status),
-            "code": error.code,
-            "detail": str(error)[:_LONGEST_DETAIL],
-            "request_id": request_id,
-        }
-        body = json.dumps(document, ensure_ascii=True).encode("ascii")
         headers = self._headers(request_id)
         if error.retry_after_s is not None:
             headers[RETRY_AFTER] = str(error.retry_after_s)
-        return _checked(Response(error.status, PROBLEM_JSON, body, headers))
+        return _checked(_problem(error, request_id, headers))
 
     def json(self, document: object, request_id: str) -> Response:
         """A 200 with a JSON document."""
@@ -120,16 +111,22 @@ class ResponseMaker:
 
 
 def last_resort(request_id: str) -> Response:
-    """The problem where no other answer can be made: it needs nothing that could fail."""
+    """The problem where no other answer can be made: it needs no model and no header."""
+    msg = "an unexpected error outside of the request's own work; the server's log has it"
+    return _problem(ServingError(msg), request_id)
+
+
+def _problem(error: ServingError, request_id: str, headers: dict[str, str] | None = None) -> Response:
     document = {
         "type": "about:blank",
-        "title": HTTPStatus.INTERNAL_SERVER_ERROR.phrase,
-        "status": int(HTTPStatus.INTERNAL_SERVER_ERROR),
-        "code": ServingError.code,
-        "detail": "an unexpected error outside of the request's own work; the server's log has it",
+        "title": error.status.phrase,
+        "status": int(error.status),
+        "code": error.code,
+        "detail": str(error)[:_LONGEST_DETAIL],
         "request_id": request_id,
     }
-    return Response(HTTPStatus.INTERNAL_SERVER_ERROR, PROBLEM_JSON, json.dumps(document).encode("ascii"))
+    body = json.dumps(document, ensure_ascii=True).encode("ascii")
+    return Response(error.status, PROBLEM_JSON, body, headers or {})
 
 
 def too_large_message(size: int, limit: int) -> str:

@@ -20,6 +20,9 @@ RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _PLANE = 2
 """Dimensions of a slice."""
 
+MOST_COLOURS = 4
+"""The last axis of an array that is no longer than this may be channels."""
+
 LabelArray = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 

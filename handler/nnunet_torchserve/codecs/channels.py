@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import WrongChannels
+from ..errors import LONGEST_NAMES, WrongChannels
+from ..volume import MOST_COLOURS
 from .source import ImageSource
-
-_NAMES = 2000
-"""Characters of a list of names in a message."""
-
-_MOST_COLOURS = 4
-"""The last axis of an array that is no longer than this may be channels."""
 
 _FILES = "a file for each channel (image_0000, image_0001, …)"
 
@@ -36,7 +31,7 @@ def check_channels(images: Sequence[ImageSource], names: Sequence[str]) -> None:
     msg = f"the case has {found} channel{'' if found == 1 else 's'}"
     if len(images) > 1:
         msg += f" in {len(images)} files"
-    msg += f", the model takes {wanted} ({ascii(', '.join(names))[1:-1][:_NAMES]}); "
+    msg += f", the model takes {wanted} ({ascii(', '.join(names))[1:-1][:LONGEST_NAMES]}); "
     larger = [number for number, image in enumerate(images) if image.channels > 1]
     if len(images) == 1:
         msg += images[0].channels_advice(wanted)
@@ -90,7 +85,7 @@ def array_advice(shape: Sequence[int], wanted: int | None) -> str:
         wanted: the model's channels; ``None``: no model takes so many.
     """
     last = shape[-1]
-    channels_last = last == wanted or last <= _MOST_COLOURS
+    channels_last = last == wanted or last <= MOST_COLOURS
     if len(shape) == 4:
         said = f"the first of an array's four axes holds its channels, and this one's shape is {tuple(shape)}"
         if not channels_last:
