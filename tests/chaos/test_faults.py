@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 import shutil
@@ -11,8 +10,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -26,17 +25,16 @@ import pytest
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.cases import network_grid, price, settings_for
+from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.engine.faults import Fault, Kind
 from nnunet_torchserve.engine.folder import LOG, SOCKET
 from nnunet_torchserve.engine.switchboard import IDLE_S
-from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from support.chaos import (
+    HOLD,
     PATIENCE_S,
-    SPACING,
     Case,
     ChaosServer,
     Clients,
@@ -45,29 +43,23 @@ from support.chaos import (
     engines,
     family,
     has_ended,
+    serving,
     shared_memory,
     wait_for,
 )
-from support.server import running
+from support.metrics import scrape
 
 pytestmark = pytest.mark.serve
 
-WORKERS = 4
+WORKERS = 3
 GONE_WITHIN_S = IDLE_S + 120
 WORKER_DIED = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE)
 """TorchServe's own statuses for a request whose worker it has lost."""
 
 BLOBS, SECOND, OTHER, TIGHT = "blobs/1.0", "blobs/2.0", "other/1.0", "tight/1.0"
 SMALL = Case((24, 32, 24))
-LONG = '{"tile_step_size": 0.3}'
-CASES = [Case((40, 44, 36), seed, LONG) for seed in range(6)]
-"""A second of the network each."""
-
-LONGER = replace(CASES[0], options='{"tile_step_size": 0.1}')
-"""Some seconds, or with five folds half a minute."""
-
-ENDLESS = replace(CASES[0], options='{"tile_step_size": 0.05}')
-"""Longer than workers take to start."""
+CASES = [Case((40, 44, 36), seed) for seed in range(5)]
+"""With a ``HOLD``: their passes wait while a test wants them to."""
 
 LARGE = Case((80, 88, 72))
 
@@ -89,10 +81,11 @@ DELETIONS = 5
 
 @dataclass(frozen=True)
 class Store:
-    """Archives of one trained model, with the faults and the size that they are served with."""
+    """Archives of one trained model, and the faults that they are served with."""
 
     folder: Path
     faults: list[Fault]
+    held: tuple[int, int, int, int]
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +105,11 @@ def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_fac
     archive("blobs", batches, version="2.0", fold=1)
     archive("other", batches, fold=2)
     memory = int(1.5 * _bytes(bundle, CASES[0]))
-    archive("tight", replace(batches, limits={"memory_bytes": memory, "waiting_cases": 2}))
+    archive("tight", replace(batches, limits={"memory_bytes": memory, "waiting_cases": 1}))
 
-    faults = [Fault(kind=kind, shape=_grid(bundle, case)) for kind, case in POISON.items()]
-    faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=_grid(bundle, OUT_OF_MEMORY_TWICE), times=2))
-    return Store(folder, faults)
-
-
-def _grid(bundle: ModelBundle, case: Case) -> tuple[int, int, int, int]:
-    return (1, *network_grid(bundle, case.shape[::-1], SPACING[::-1]))
+    faults = [Fault(kind=kind, shape=case.grid(bundle)) for kind, case in POISON.items()]
+    faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(bundle), times=2))
+    return Store(folder, faults, CASES[0].grid(bundle))
 
 
 def _bytes(bundle: ModelBundle, case: Case) -> int:
@@ -129,19 +118,20 @@ def _bytes(bundle: ModelBundle, case: Case) -> int:
     return price(bundle, image.geometry, 1, settings, Options()).bytes
 
 
+@contextmanager
+def serving_blobs(store: Store, folder: Path) -> Iterator[ChaosServer]:
+    """``blobs`` 1.0 with workers that start at once, and the faults in the engine's environment."""
+    hold = Fault(kind=Kind.HOLD, shape=store.held, while_exists=folder / HOLD)
+    models = ["blobs-1.0.mar"]
+    with serving(store.folder, folder, [*store.faults, hold], models=models, workers=WORKERS) as server:
+        assert len(engines(server.runtime)) == 1
+        yield server
+
+
 @pytest.fixture(scope="module")
 def server(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosServer]:
-    """``blobs`` 1.0 with four workers that start at once, and the faults in the engine's environment."""
-    folder = tmp_path_factory.mktemp("chaos")
-    faults = [fault.model_dump(mode="json") for fault in store.faults]
-    serving = running(store.folder, folder / "state", models=["blobs-1.0.mar"], workers=WORKERS, testing=True)
-    with ExitStack() as until_the_end:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
-            environment.setenv(FAULTS_VARIABLE, json.dumps(faults))
-            live = until_the_end.enter_context(serving)
-        assert len(engines(folder / "run")) == 1
-        yield ChaosServer(live, folder / "run")
+    with serving_blobs(store, tmp_path_factory.mktemp("chaos")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -170,18 +160,27 @@ def other(server: ChaosServer) -> None:
 
 @pytest.fixture(scope="module")
 def tight(server: ChaosServer) -> None:
-    """Four workers of the model that has memory for one case."""
+    """Workers of the model that has memory for one case, and lets one more wait."""
     server.register("tight-1.0.mar", WORKERS)
 
 
-def in_flight(clients: Clients, server: ChaosServer, cases: Sequence[Case], model: str = BLOBS) -> list[Pending]:
-    """Send the cases; returns when as many as there are workers are in the engine."""
+@contextmanager
+def in_flight(
+    clients: Clients, server: ChaosServer, cases: Sequence[Case], model: str = BLOBS
+) -> Iterator[list[Pending]]:
+    """Send the cases; as many as there are workers are in the engine, and stay there for the length of the block."""
     for case in cases:
         clients.alone(case, model)
-    pending = clients.send_all(cases, model)
     workers = len(server.workers(model))
-    wait_for(lambda: server.engine(model).cases == min(len(cases), workers))
-    return pending
+    with server.held():
+        pending = clients.send_all(cases, model)
+        arrive(server, min(len(cases), workers), model)
+        yield pending
+
+
+def arrive(server: ChaosServer, count: int, model: str = BLOBS) -> None:
+    """Wait until there are so many cases in the engine."""
+    wait_for(lambda: server.engine(model).cases == count)
 
 
 def assert_right(clients: Clients, cases: Sequence[Case], pending: Sequence[Pending], model: str = BLOBS) -> None:
@@ -211,6 +210,11 @@ def code(pending: Pending) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
+def passes(server: ChaosServer) -> float:
+    """Forward passes of ``blobs`` 1.0 that the server has counted."""
+    return scrape(server.live.server.metrics_url).value("nnunet_passes_total", model_name="blobs", model_version="1.0")
+
+
 def labels(body: bytes) -> npt.NDArray[np.integer]:
     return np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(body)).dataobj)
 
@@ -219,17 +223,20 @@ def labels(body: bytes) -> npt.NDArray[np.integer]:
 
 
 def test_a_killed_engine_costs_nothing_but_time(clients: Clients, server: ChaosServer) -> None:
-    pending = in_flight(clients, server, CASES)
-    killed = server.engine(BLOBS)
-    starts = killed.starts
-    killed.kill()
+    """It dies in the middle: some passes of the cases are made."""
+    with in_flight(clients, server, CASES) as pending:
+        made = passes(server)
+        wait_for(lambda: passes(server) > made)
+        killed = server.engine(BLOBS)
+        starts = killed.starts
+        killed.kill()
     assert_right(clients, CASES, pending)
     assert server.engine(BLOBS) != killed
     assert killed.starts == starts + 1
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("in_engine", [0, 1, 2, 3, 4] * 4)
+@pytest.mark.parametrize("in_engine", [*range(WORKERS + 1)] * 5)
 def test_whenever_the_engine_is_killed(in_engine: int, clients: Clients, server: ChaosServer) -> None:
     for case in CASES:
         clients.alone(case, BLOBS)
@@ -241,19 +248,18 @@ def test_whenever_the_engine_is_killed(in_engine: int, clients: Clients, server:
 
 
 def test_a_stopped_engine_is_noticed_and_replaced(clients: Clients, server: ChaosServer) -> None:
-    pending = in_flight(clients, server, CASES)
-    stopped = server.engine(BLOBS)
-    stopped.process.suspend()
+    with in_flight(clients, server, CASES) as pending:
+        stopped = server.engine(BLOBS)
+        stopped.process.suspend()
     assert_right(clients, CASES, pending)
     assert has_ended(stopped.process)
     server.engine(BLOBS)
 
 
 def test_a_deleted_socket_does_not_lead_new_workers_to_a_second_engine(clients: Clients, server: ChaosServer) -> None:
-    server.scale(BLOBS, 2)
-    pending = in_flight(clients, server, CASES)
-    engine = server.engine(BLOBS)
-    with ThreadPoolExecutor() as pool:
+    server.scale(BLOBS, WORKERS - 1)
+    with in_flight(clients, server, CASES) as pending, ThreadPoolExecutor() as pool:
+        engine = server.engine(BLOBS)
         arriving = pool.submit(server.scale, BLOBS, WORKERS)
         for _ in range(DELETIONS):
             wait_for((engine.folder / SOCKET).exists)
@@ -313,10 +319,10 @@ def test_another_users_connection_is_refused(clients: Clients, server: ChaosServ
 
 
 def test_a_killed_workers_request_is_the_only_one_lost(clients: Clients, server: ChaosServer) -> None:
-    pending = in_flight(clients, server, CASES)
-    engine = server.engine(BLOBS)
-    worker = next(iter(server.workers(BLOBS)))
-    psutil.Process(worker).kill()
+    with in_flight(clients, server, CASES) as pending:
+        engine = server.engine(BLOBS)
+        worker = next(iter(server.workers(BLOBS)))
+        psutil.Process(worker).kill()
     assert lost_with_their_worker(clients, CASES, pending) == 1
     server.wait_ready(BLOBS, WORKERS, without=[worker])
     assert server.engine(BLOBS) == engine
@@ -325,13 +331,13 @@ def test_a_killed_workers_request_is_the_only_one_lost(clients: Clients, server:
 
 @pytest.mark.parametrize("when", ["together", pytest.param("while the next engine starts", marks=pytest.mark.long)])
 def test_a_worker_killed_with_its_engine_costs_one_request(when: str, clients: Clients, server: ChaosServer) -> None:
-    pending = in_flight(clients, server, CASES)
-    engine = server.engine(BLOBS)
-    worker = next(iter(server.workers(BLOBS)))
-    engine.kill()
-    if when != "together":
-        wait_for(lambda: engines(server.runtime, BLOBS) != [])
-    psutil.Process(worker).kill()
+    with in_flight(clients, server, CASES) as pending:
+        engine = server.engine(BLOBS)
+        worker = next(iter(server.workers(BLOBS)))
+        engine.kill()
+        if when != "together":
+            wait_for(lambda: engines(server.runtime, BLOBS) != [])
+        psutil.Process(worker).kill()
     assert lost_with_their_worker(clients, CASES, pending) == 1
     server.wait_ready(BLOBS, WORKERS, without=[worker])
     assert server.engine(BLOBS) != engine
@@ -340,12 +346,12 @@ def test_a_worker_killed_with_its_engine_costs_one_request(when: str, clients: C
 def test_scaling_under_load(clients: Clients, server: ChaosServer) -> None:
     server.scale(BLOBS, 1)
     engine = server.engine(BLOBS)
-    growing = in_flight(clients, server, CASES[:4])
-    server.scale(BLOBS, WORKERS)
-    growing += clients.send_all(CASES, BLOBS)
-    wait_for(lambda: engine.cases == WORKERS)
-    server.scale(BLOBS, 2)
-    assert lost_with_their_worker(clients, [*CASES[:4], *CASES], growing) <= 2
+    with in_flight(clients, server, CASES[:2]) as growing:
+        server.scale(BLOBS, WORKERS)
+        growing.extend(clients.send_all(CASES, BLOBS))
+        arrive(server, WORKERS)
+        server.scale(BLOBS, WORKERS - 1)
+    assert lost_with_their_worker(clients, [*CASES[:2], *CASES], growing) <= 1
     assert engines(server.runtime, BLOBS) == [engine]
     wait_for(lambda: (engine.cases, engine.reserved_bytes) == (0, 0))
 
@@ -359,10 +365,11 @@ def test_scaling_under_load(clients: Clients, server: ChaosServer) -> None:
 def test_a_case_that_fails_in_the_network_fails_alone(
     kind: Kind, reason: str, clients: Clients, server: ChaosServer
 ) -> None:
-    cases = CASES[:3]
-    pending = in_flight(clients, server, cases)
-    engine = server.engine(BLOBS)
-    guilty = clients.send(POISON[kind], BLOBS)
+    cases = CASES[: WORKERS - 1]
+    with in_flight(clients, server, cases) as pending:
+        engine = server.engine(BLOBS)
+        guilty = clients.send(POISON[kind], BLOBS)
+        arrive(server, WORKERS)
     assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")
     assert reason in guilty.result().json()["detail"]
     assert_right(clients, cases, pending)
@@ -372,23 +379,26 @@ def test_a_case_that_fails_in_the_network_fails_alone(
 @pytest.mark.parametrize("kind", [Kind.KILL, pytest.param(Kind.DEVICE_LOST, marks=pytest.mark.long)])
 def test_a_case_that_kills_every_engine_fails_alone(kind: Kind, clients: Clients, server: ChaosServer) -> None:
     """It shares its first batch with another case, and dies with the second engine, alone."""
-    for case in CASES[3:5]:
+    first, then = CASES[: WORKERS - 1], CASES[WORKERS - 1 :]
+    for case in then:
         clients.alone(case, BLOBS)
-    pending = in_flight(clients, server, CASES[:3])
-    starts = server.engine(BLOBS).starts
-    guilty = clients.send(POISON[kind], BLOBS)
-    pending += clients.send_all(CASES[3:5], BLOBS)
-    assert_right(clients, CASES[:5], pending)
+    with in_flight(clients, server, first) as pending:
+        starts = server.engine(BLOBS).starts
+        guilty = clients.send(POISON[kind], BLOBS)
+        pending.extend(clients.send_all(then, BLOBS))
+        arrive(server, WORKERS)
+    assert_right(clients, CASES, pending)
     assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")
     assert server.engine(BLOBS).starts == starts + 2
 
 
 @pytest.mark.usefixtures("other")
 def test_out_of_memory_halves_the_batch_and_then_costs_the_case(clients: Clients, server: ChaosServer) -> None:
-    innocent = replace(CASES[0], options="{}")
+    innocent = CASES[0]
     expected = clients.alone(innocent, OTHER)
-    [spared] = in_flight(clients, server, [innocent], OTHER)
-    twice = clients.send(OUT_OF_MEMORY_TWICE, OTHER)
+    with in_flight(clients, server, [innocent], OTHER) as [spared]:
+        twice = clients.send(OUT_OF_MEMORY_TWICE, OTHER)
+        arrive(server, 2, OTHER)
     assert twice.result(PATIENCE_S).status_code == HTTPStatus.OK, twice.result().text
     assert spared.result(PATIENCE_S).status_code == HTTPStatus.OK, spared.result().text
     assert np.mean(labels(spared.result().content) != labels(expected)) < BATCHES_DIFFER
@@ -396,8 +406,9 @@ def test_out_of_memory_halves_the_batch_and_then_costs_the_case(clients: Clients
     assert re.findall("batches of (.) from now on", engine.log) == ["2", "1"]
 
     expected = clients.ask(innocent, OTHER).content
-    [spared] = in_flight(clients, server, [innocent], OTHER)
-    always = clients.send(POISON[Kind.OUT_OF_MEMORY], OTHER)
+    with in_flight(clients, server, [innocent], OTHER) as [spared]:
+        always = clients.send(POISON[Kind.OUT_OF_MEMORY], OTHER)
+        arrive(server, 2, OTHER)
     assert code(always) == (HTTPStatus.INSUFFICIENT_STORAGE, "out_of_memory")
     assert spared.result(PATIENCE_S).content == expected
     assert server.engine(OTHER) == engine
@@ -406,60 +417,51 @@ def test_out_of_memory_halves_the_batch_and_then_costs_the_case(clients: Clients
 # -- admission --------------------------------------------------------------------------------------------------------
 
 
-def in_tight_memory(clients: Clients, server: ChaosServer, case: Case = LONGER) -> Pending:
-    """A case that has taken the memory of ``tight``."""
-    running = clients.send(case, TIGHT)
-    wait_for(lambda: server.engine(TIGHT).cases == 1)
-    return running
-
-
 @pytest.mark.usefixtures("tight")
 def test_cases_wait_for_memory(clients: Clients, server: ChaosServer) -> None:
-    """Room for one, and two may wait."""
-    for case in CASES[:3]:
+    """Room for one, and another may wait."""
+    for case in CASES[:2]:
         clients.alone(case, TIGHT)
-    assert_right(clients, CASES[:3], clients.send_all(CASES[:3], TIGHT), TIGHT)
+    assert_right(clients, CASES[:2], clients.send_all(CASES[:2], TIGHT), TIGHT)
 
 
 @pytest.mark.usefixtures("tight")
 def test_more_cases_than_may_wait_are_told_to_come_again(clients: Clients, server: ChaosServer) -> None:
-    cases = CASES[:4]
+    cases = CASES[1:4]
     for case in cases:
         clients.alone(case, TIGHT)
-    running = in_tight_memory(clients, server)
-    pending = clients.send_all(cases, TIGHT)
-    admitted = [number for number, each in enumerate(pending) if each.result(PATIENCE_S).status_code == HTTPStatus.OK]
-    assert_right(clients, [cases[n] for n in admitted], [pending[n] for n in admitted], TIGHT)
-    refused = [each for number, each in enumerate(pending) if number not in admitted]
-    assert len(refused) == 2
-    for each in refused:
-        assert code(each) == (HTTPStatus.TOO_MANY_REQUESTS, "busy")
-        assert re.fullmatch(r"[1-9]\d*", each.result().headers["retry-after"])
-    assert running.result(PATIENCE_S).status_code == HTTPStatus.OK
+    with in_flight(clients, server, CASES[:1], TIGHT) as [running]:
+        pending = clients.send_all(cases, TIGHT)
+        done, waiting = wait(pending, PATIENCE_S, FIRST_COMPLETED)
+        while len(waiting) > 1:
+            more, waiting = wait(waiting, PATIENCE_S, FIRST_COMPLETED)
+            done |= more
+        for refused in done:
+            assert code(refused) == (HTTPStatus.TOO_MANY_REQUESTS, "busy")
+            assert re.fullmatch(r"[1-9]\d*", refused.result().headers["retry-after"])
+        assert not running.done()
+    [admitted] = [number for number, each in enumerate(pending) if each in waiting]
+    assert_right(clients, [CASES[0], cases[admitted]], [running, pending[admitted]], TIGHT)
 
 
 @pytest.mark.usefixtures("tight")
 def test_a_case_that_never_fits_is_refused_at_once(clients: Clients, server: ChaosServer) -> None:
-    running = in_tight_memory(clients, server)
-    assert code(clients.send(LARGE, TIGHT)) == (HTTPStatus.INSUFFICIENT_STORAGE, "out_of_memory")
-    assert not running.done()
-    assert running.result(PATIENCE_S).status_code == HTTPStatus.OK
+    with in_flight(clients, server, CASES[:1], TIGHT) as [running]:
+        assert code(clients.send(LARGE, TIGHT)) == (HTTPStatus.INSUFFICIENT_STORAGE, "out_of_memory")
+        assert not running.done()
+    assert_right(clients, CASES[:1], [running], TIGHT)
 
 
 @pytest.mark.usefixtures("tight")
 def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients, server: ChaosServer) -> None:
-    cases = CASES[:2]
-    for case in cases:
-        clients.alone(case, TIGHT)
-    server.scale(TIGHT, 1)
-    [busy] = server.workers(TIGHT)
-    lost = in_tight_memory(clients, server, ENDLESS)
-    engine = server.engine(TIGHT)
-    server.scale(TIGHT, WORKERS)
-    waiting = clients.send_all(cases, TIGHT)
-    psutil.Process(busy).kill()
-    assert lost.result(PATIENCE_S).status_code in WORKER_DIED
-    assert_right(clients, cases, waiting, TIGHT)
+    clients.alone(CASES[1], TIGHT)
+    with in_flight(clients, server, CASES[:1], TIGHT) as [lost]:
+        engine = server.engine(TIGHT)
+        [busy] = [worker for worker in server.workers(TIGHT) if shared_memory([psutil.Process(worker)])]
+        waiting = clients.send(CASES[1], TIGHT)
+        psutil.Process(busy).kill()
+        assert lost.result(PATIENCE_S).status_code in WORKER_DIED
+    assert_right(clients, [CASES[1]], [waiting], TIGHT)
     server.wait_ready(TIGHT, WORKERS, without=[busy])
     assert server.engine(TIGHT) == engine
 
@@ -471,7 +473,7 @@ def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients,
 def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Clients, server: ChaosServer) -> None:
     """One of them is unregistered while another works."""
     server.register("blobs-2.0.mar", 1)
-    cases = [replace(case, options="{}") for case in CASES[:2]]
+    cases = CASES[:2]
     alone = {model: [clients.alone(case, model) for case in cases] for model in (BLOBS, SECOND, OTHER)}
     assert len({answers[0] for answers in alone.values()}) == len(alone)
     pending = {model: clients.send_all(cases, model) for model in alone}
@@ -479,36 +481,38 @@ def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Client
         assert_right(clients, cases, pending[model], model)
 
     before = {model: server.engine(model) for model in alone}
-    busy = in_flight(clients, server, CASES)
-    server.unregister(SECOND)
+    with in_flight(clients, server, CASES) as busy:
+        server.unregister(SECOND)
     assert_right(clients, CASES, busy)
     wait_for(lambda: has_ended(before[SECOND].process), GONE_WITHIN_S)
     assert (server.engine(BLOBS), server.engine(OTHER)) == (before[BLOBS], before[OTHER])
 
 
-# -- the front end ----------------------------------------------------------------------------------------------------
+# -- the front end: last, for it ends the server ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
-def test_nothing_is_left_of_a_server_that_ended_under_load(
-    how: signal.Signals, model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = tmp_path / "run"
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
-    with running(model_store, tmp_path / "state", models=["five_folds.mar"], workers=2) as live:
-        server = ChaosServer(live, runtime)
-        [engine] = engines(runtime)
-        with clients_of(server) as clients:
-            pending = clients.send_all([replace(LONGER, seed=seed) for seed in range(3)], "five_folds")
-            wait_for(lambda: engine.cases == 2)
-            memory = shared_memory(family(runtime))
-            front_end = live.server.process()
-            assert front_end is not None
-            assert memory
-            assert {front_end, engine.process, *map(psutil.Process, server.workers("five_folds"))} <= {*family(runtime)}
-            front_end.send_signal(how)
-            for each in pending:
-                assert isinstance(each.exception(PATIENCE_S), httpx.TransportError)
-        wait_for(lambda: not family(runtime), GONE_WITHIN_S)
-        assert not shared_memory(psutil.process_iter()) & memory
-        assert not list(runtime.rglob(SOCKET))
+@pytest.mark.long  # tests/serve/test_live.py has it without load
+def test_nothing_is_left_of_a_server_that_was_told_to_end_under_load(store: Store, tmp_path: Path) -> None:
+    with serving_blobs(store, tmp_path) as server, clients_of(server) as clients:
+        assert_nothing_is_left(server, clients, signal.SIGTERM)
+
+
+def test_nothing_is_left_of_a_server_that_was_killed_under_load(clients: Clients, server: ChaosServer) -> None:
+    assert_nothing_is_left(server, clients, signal.SIGKILL)
+
+
+def assert_nothing_is_left(server: ChaosServer, clients: Clients, how: signal.Signals) -> None:
+    with in_flight(clients, server, CASES) as pending:
+        before = family(server.runtime)
+        memory = shared_memory(before)
+        front_end = server.live.server.process()
+        assert front_end is not None
+        assert memory
+        workers = [psutil.Process(worker) for worker in server.workers(BLOBS)]
+        assert {front_end, server.engine(BLOBS).process, *workers} <= {*before}
+        front_end.send_signal(how)
+        for each in pending:
+            assert isinstance(each.exception(PATIENCE_S), httpx.TransportError)
+    wait_for(lambda: not family(server.runtime), GONE_WITHIN_S)
+    assert not shared_memory(psutil.process_iter()) & memory
+    assert not list(server.runtime.rglob(SOCKET))

@@ -18,7 +18,7 @@ import torch
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import folder, outage, remote, starter, switchboard
-from nnunet_torchserve.engine.faults import Fault, Faults, Kind, LoadFails, StandIn, stand_in_device
+from nnunet_torchserve.engine.faults import Entry, Fault, Faults, Kind, LoadFails, StandIn, stand_in_device
 from nnunet_torchserve.engine.outage import FIRST_PAUSE_S, LONGEST_PAUSE_S, Outage, pause_s
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
@@ -151,7 +151,7 @@ def broken(tmp_path: Path) -> Path:
     return file
 
 
-def order(monkeypatch: pytest.MonkeyPatch, *faults: Fault | LoadFails | StandIn) -> None:
+def order(monkeypatch: pytest.MonkeyPatch, *faults: Entry) -> None:
     monkeypatch.setenv(FAULTS_VARIABLE, json.dumps([fault.model_dump(mode="json") for fault in faults]))
     monkeypatch.setenv(TESTING_VARIABLE, "1")
 

@@ -20,41 +20,57 @@ import httpx
 import pytest
 
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.cases import network_grid
-from nnunet_torchserve.engine.faults import Fault, Kind, LoadFails, StandIn
+from nnunet_torchserve.engine.faults import Entry, Fault, Kind, LoadFails, StandIn
 from nnunet_torchserve.engine.outage import Outage
-from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from nnunet_torchserve_tools.launcher import DeviceKind
 from support import nvidia_smi
 from support.bad_requests import FAST, GOOD
-from support.chaos import SPACING, Case, ChaosServer, engines, wait_for
+from support.chaos import Case, ChaosServer, engines, serving, wait_for
 from support.metrics import scrape
-from support.server import LiveServer, running
+from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
-FLAT, PINNED, BLOBS = "flat/1.0", "pinned/1.0", "five_folds/1.0"
-PINNED_TO = (1, 2)
+BLOBS, PINNED = "five_folds/1.0", "pinned/1.0"
+PINNED_TO = 1
 CLIENTS = 4
 ONE_FOLD = '{"folds": [0], "use_mirroring": false}'
 ORDINARY, FATAL = Case((40, 44, 36), options=ONE_FOLD), Case((24, 32, 24), options=ONE_FOLD)
+NAMES, LABELS = ["cpu:0", "cpu:1"], ["cpu0", "cpu1"]
 
 
-def start(
-    store: Path, folder: Path, models: list[str], device: DeviceKind, faults: list[Fault | LoadFails | StandIn]
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """While there is this file, engines of ``cpu:1`` do not load again."""
+    return tmp_path_factory.mktemp("devices") / "broken"
+
+
+@pytest.fixture(scope="module")
+def two(
+    broken: Path,
+    models: dict[str, Path],
+    archive_of: Callable[[str], Path],
+    unpacked: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ChaosServer]:
-    """A server with one worker a device, and an ``nvidia-smi`` that shows the stand-ins."""
-    gpus = next(entry.devices for entry in faults if isinstance(entry, StandIn))
-    serving = running(store, folder / "state", models=models, device=device, testing=True)
+    """Two devices with a worker each for one model, and another model on one of them only.
+
+    ``nvidia-smi`` shows the stand-ins. :data:`FATAL` is the end of the engine of ``cpu:1``.
+    """
+    store = tmp_path_factory.mktemp("devices_store")
+    shutil.copy(archive_of("five_folds"), store)
+    pinned = ServingSettings(device_ids=(PINNED_TO,))
+    make_archives(ArchiveRequest(models["flat"], store, name="pinned", serving=pinned))
+    lost = Fault(kind=Kind.DEVICE_LOST, shape=FATAL.grid(ModelBundle(unpacked("five_folds"))), device="cpu:1")
+    faults: list[Entry] = [StandIn(devices=2), lost, LoadFails(device="cpu:1", while_exists=broken)]
+    folder = tmp_path_factory.mktemp("two")
     with ExitStack() as until_the_end:
         with pytest.MonkeyPatch.context() as environment:
-            environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
-            environment.setenv(FAULTS_VARIABLE, json.dumps([each.model_dump(mode="json") for each in faults]))
-            environment.setenv("PATH", nvidia_smi.search_path(folder, gpus))
+            environment.setenv("PATH", nvidia_smi.search_path(folder, 2))
             environment.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-            live = until_the_end.enter_context(serving)
-        yield ChaosServer(live, folder / "run")
+            server = until_the_end.enter_context(serving(store, folder, faults, device=DeviceKind.AUTO))
+        yield server
 
 
 def devices_of_workers(server: ChaosServer, model: str) -> list[int]:
@@ -76,90 +92,51 @@ def passes(server: ChaosServer, model: str, device: str) -> float:
     )
 
 
-# -- three devices ----------------------------------------------------------------------------------------------------
+# -- devices that work ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def three(
-    models: dict[str, Path], model_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ChaosServer]:
-    """A model on all three devices, and one on two of them."""
-    store = tmp_path_factory.mktemp("devices_store")
-    shutil.copy(model_store / "flat.mar", store)
-    serving = ServingSettings(device_ids=PINNED_TO)
-    make_archives(ArchiveRequest(models["flat"], store, name="pinned", serving=serving))
-    folder = tmp_path_factory.mktemp("three")
-    yield from start(store, folder, ["all"], DeviceKind.AUTO, [StandIn(devices=3)])
+def test_each_device_has_its_workers_and_one_engine(two: ChaosServer) -> None:
+    assert devices_of_workers(two, BLOBS) == [0, 1]
+    assert devices_of_engines(two, BLOBS) == NAMES
 
 
-def test_each_device_has_its_workers_and_one_engine(three: ChaosServer) -> None:
-    assert devices_of_workers(three, FLAT) == [0, 1, 2]
-    assert devices_of_engines(three, FLAT) == ["cpu:0", "cpu:1", "cpu:2"]
-
-
-def test_an_archive_is_served_on_its_own_devices_only(three: ChaosServer) -> None:
-    assert devices_of_workers(three, PINNED) == list(PINNED_TO)
-    assert devices_of_engines(three, PINNED) == [f"cpu:{number}" for number in PINNED_TO]
+def test_an_archive_is_served_on_its_own_devices_only(two: ChaosServer) -> None:
+    assert devices_of_workers(two, PINNED) == [PINNED_TO]
+    assert devices_of_engines(two, PINNED) == [NAMES[PINNED_TO]]
 
 
 def test_requests_meet_all_devices_and_their_answers_are_the_ordinary_servers(
-    three: ChaosServer, server: LiveServer
+    two: ChaosServer, server: LiveServer
 ) -> None:
-    expected = server.predict("flat", GOOD, options=FAST)
+    expected = server.predict("five_folds", GOOD, options=FAST)
     assert expected.status_code == HTTPStatus.OK, expected.text
-    labels = ("cpu0", "cpu1", "cpu2")
-    before = {label: passes(three, FLAT, label) for label in labels}
+    before = {label: passes(two, BLOBS, label) for label in LABELS}
     with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = [pool.submit(three.live.predict, "flat", GOOD, options=FAST) for _ in range(12)]
+        answers = [pool.submit(two.live.predict, "five_folds", GOOD, options=FAST) for _ in range(2 * CLIENTS)]
     assert {answer.result().content for answer in answers} == {expected.content}
-    wait_for(lambda: all(passes(three, FLAT, label) > before[label] for label in labels))
-    metrics = scrape(three.live.server.metrics_url)
+    wait_for(lambda: all(passes(two, BLOBS, label) > before[label] for label in LABELS))
+    metrics = scrape(two.live.server.metrics_url)
     for name in ("nnunet_engine_up", "nnunet_engine_starts_total"):
-        assert {labels["device"]: metrics.value(name, **labels) for labels in metrics.labels(name)} == dict.fromkeys(
-            labels, 1.0
-        )
+        seen = [labels for labels in metrics.labels(name) if labels["model_name"] == "five_folds"]
+        assert {labels["device"]: metrics.value(name, **labels) for labels in seen} == dict.fromkeys(LABELS, 1.0)
 
 
 @pytest.mark.long
-def test_engines_are_where_workers_are(three: ChaosServer) -> None:
-    before = engines(three.runtime, FLAT)
-    three.scale(FLAT, 1)
-    [left] = devices_of_workers(three, FLAT)
-    wait_for(lambda: devices_of_engines(three, FLAT) == [f"cpu:{left}"])
-    [stayed] = engines(three.runtime, FLAT)
+def test_engines_are_where_workers_are(two: ChaosServer) -> None:
+    before = engines(two.runtime, BLOBS)
+    two.scale(BLOBS, 1)
+    [left] = devices_of_workers(two, BLOBS)
+    wait_for(lambda: devices_of_engines(two, BLOBS) == [f"cpu:{left}"])
+    [stayed] = engines(two.runtime, BLOBS)
     assert stayed in before
-    three.scale(FLAT, 1 + 3)  # a multiple of the devices more: TorchServe's counter goes round once
-    assert devices_of_workers(three, FLAT) == sorted([0, 1, 2, left])
-    assert devices_of_engines(three, FLAT) == ["cpu:0", "cpu:1", "cpu:2"]
-    assert stayed in engines(three.runtime, FLAT)
+    two.scale(BLOBS, 1 + 2)  # a multiple of the devices more: TorchServe's counter goes round once
+    assert devices_of_workers(two, BLOBS) == sorted([0, 1, left])
+    assert devices_of_engines(two, BLOBS) == NAMES
+    assert stayed in engines(two.runtime, BLOBS)
+    two.scale(BLOBS, 2)
 
 
 # -- a device that fails ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """While there is this file, engines of ``cpu:1`` do not load again."""
-    file = tmp_path / "broken"
-    file.touch()
-    return file
-
-
-@pytest.fixture
-def failing(broken: Path, unpacked: Callable[[str], Path], model_store: Path, tmp_path: Path) -> Iterator[ChaosServer]:
-    """Two devices; :data:`FATAL` is the end of one of them."""
-    grid = network_grid(ModelBundle(unpacked("five_folds")), FATAL.shape[::-1], SPACING[::-1])
-    yield from start(
-        model_store,
-        tmp_path,
-        ["five_folds.mar"],
-        DeviceKind.CUDA,
-        [
-            StandIn(devices=2),
-            Fault(kind=Kind.DEVICE_LOST, shape=(1, *grid), device="cpu:1"),
-            LoadFails(device="cpu:1", while_exists=broken),
-        ],
-    )
 
 
 def ask(server: ChaosServer, case: Case) -> httpx.Response:
@@ -175,18 +152,19 @@ def ask_until_answered(server: ChaosServer, case: Case) -> list[httpx.Response]:
     return answers
 
 
-def test_a_device_that_fails_takes_its_workers_to_503_and_not_the_others(failing: ChaosServer, broken: Path) -> None:
-    expected = ask(failing, ORDINARY).content
-    wait_for(lambda: ask(failing, FATAL).status_code == HTTPStatus.SERVICE_UNAVAILABLE)  # as soon as it lands there
+def test_a_device_that_fails_takes_its_workers_to_503_and_not_the_others(two: ChaosServer, broken: Path) -> None:
+    broken.touch()
+    expected = ask(two, ORDINARY).content
+    wait_for(lambda: ask(two, FATAL).status_code == HTTPStatus.SERVICE_UNAVAILABLE)  # as soon as it lands there
 
     def up() -> dict[str, float]:
-        metrics = scrape(failing.live.server.metrics_url)
-        return {label: metrics.value("nnunet_engine_up", device=label) for label in ("cpu0", "cpu1")}
+        metrics = scrape(two.live.server.metrics_url)
+        return {label: metrics.value("nnunet_engine_up", model_name="five_folds", device=label) for label in LABELS}
 
     wait_for(lambda: up() == {"cpu0": 1, "cpu1": 0})
-    [sick] = [folder for folder in failing.runtime.iterdir() if Outage(folder).read() is not None]
+    [sick] = [folder for folder in two.runtime.iterdir() if Outage(folder).read() is not None]
     with ThreadPoolExecutor(CLIENTS) as pool:
-        clients = [pool.submit(ask_until_answered, failing, ORDINARY) for _ in range(2 * CLIENTS)]
+        clients = [pool.submit(ask_until_answered, two, ORDINARY) for _ in range(2 * CLIENTS)]
         wait_for(lambda: any(client.done() for client in clients))
         assert up() == {"cpu0": 1, "cpu1": 0}
         broken.unlink()
@@ -199,6 +177,6 @@ def test_a_device_that_fails_takes_its_workers_to_503_and_not_the_others(failing
     assert {answer.headers["content-type"] for answer in refused} == {"application/problem+json"}
     assert all(1 <= int(answer.headers["retry-after"]) <= 40 for answer in refused)
 
-    wait_for(lambda: ask(failing, ORDINARY).content == expected and up() == {"cpu0": 1, "cpu1": 1})
+    wait_for(lambda: ask(two, ORDINARY).content == expected and up() == {"cpu0": 1, "cpu1": 1})
     assert Outage(sick).read() is None
-    assert devices_of_engines(failing, BLOBS) == ["cpu:0", "cpu:1"]
+    assert devices_of_engines(two, BLOBS) == NAMES

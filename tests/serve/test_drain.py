@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +15,24 @@ import httpx
 import numpy as np
 import pytest
 
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools import drain
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from support import volumes
-from support.server import LiveServer, running
+from support.chaos import PATIENCE_S, Case, serving, wait_for
+from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
 BODY = volumes.nifti_gz(volumes.blobs((40, 38, 6), seed=4)[0].astype(np.int16), np.diag([1.5, 1.5, 3.0, 1.0]))
-WORKERS = 3
-CLIENTS = 6
+WORKERS = 2
+CLIENTS = 4
 """No more than one worker and TorchServe's queue (twice the workers) hold: it refuses others without Retry-After."""
 
-RETRY_AFTER_S = 5
+RETRY_AFTER_S = 1
+SLOW = Case((40, 44, 12))
+"""Some seconds in the engine."""
 
 
 @dataclass
@@ -77,13 +81,16 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def live(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def live(
+    models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
     store = tmp_path_factory.mktemp("store")
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
-    with running(store, tmp_path_factory.mktemp("state"), models=["flat.mar"], workers=WORKERS) as server:
-        yield server
+    slow = SLOW.slow(ModelBundle(unpacked("flat")), pass_s=0.5)
+    with serving(store, tmp_path_factory.mktemp("state"), [slow], models=["flat.mar"], workers=WORKERS) as server:
+        yield server.live
 
 
 def manage(live: LiveServer, method: str, path: str, **parameters: object) -> None:
@@ -137,21 +144,17 @@ def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -
 
 
 def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: LiveServer) -> None:
-    large = volumes.nifti_gz(np.random.default_rng(0).integers(0, 99, (120, 120, 20)).astype(np.int16))
     target = drain.find_target(live.state_dir, live.server.management_url, "flat")
     before = received(live)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(live.predict, "flat", large, options='{"tile_step_size": 0.2, "use_mirroring": false}')
-        deadline = time.monotonic() + 300
-        while received(live) == before:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        slow = pool.submit(live.predict, "flat", SLOW.body, options=SLOW.options)
+        wait_for(lambda: received(live) > before)
         try:
             with pytest.raises(ToolError, match=r"still has a request .* takes no new requests"):
                 drain.drain(target, 0.0)
             assert not slow.done()
             drain.drain(target, 300)
-            assert slow.result(timeout=120).status_code == 200
+            assert slow.result(timeout=PATIENCE_S).status_code == 200
         finally:
             drain.resume(target)
 

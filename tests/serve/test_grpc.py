@@ -75,7 +75,11 @@ class Client:
         config = (live.state_dir / "config.properties").read_text()
         [port] = re.findall(r"^grpc_inference_port=(\d+)$", config, re.MULTILINE)
         self.messages, client = service
-        options = [("grpc.max_receive_message_length", largest_answer), ("grpc.enable_http_proxy", 0)]
+        options = [
+            ("grpc.max_receive_message_length", largest_answer),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),  # else channels with equal options share a connection
+        ]
         self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=options)
         self.stub = client.InferenceAPIsServiceStub(self.channel)
 
@@ -234,7 +238,7 @@ def test_streams_cost_no_worker(server: LiveServer, client: Client, service: tup
     with pytest.raises(grpc.RpcError):
         list(client.stub.StreamPredictions2(iter(requests.get, None), timeout=300))
     requests.put(None)
-    another = Client(server, service)  # TorchServe may still be closing the first one's connection
+    another = Client(server, service)  # TorchServe may close the connection of a refused stream
     assert another.predict("flat", {"body": body}, timeout=300) == expected
     another.channel.close()
     assert server.workers("flat") == workers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
@@ -12,26 +12,30 @@ from pathlib import Path
 import httpx
 import pytest
 
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from support.bad_requests import FAST, GOOD
-from support.chaos import Case, wait_for
+from support.chaos import Case, serving, wait_for
 from support.metrics import scrape
-from support.server import LiveServer, running
+from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
-MODEL, WORKERS = "reusing", 3
-SLOW = Case((40, 44, 36), options='{"folds": [0], "tile_step_size": 0.25}')
+MODEL, WORKERS = "reusing", 2
+SLOW = Case((40, 44, 37), options=FAST)
 OTHERS = [json.dumps({"folds": [fold], "use_mirroring": False, "output_format": "nrrd"}) for fold in range(4)]
 
 
 @pytest.fixture(scope="module")
-def reusing(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def reusing(
+    models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveServer]:
     store = tmp_path_factory.mktemp("reusing_store")
-    serving = ServingSettings(cache_bytes=64 * 1024**2, single_flight=True)
-    make_archives(ArchiveRequest(models["five_folds"], store, folds=(0, 1, 2, 3), name=MODEL, serving=serving))
-    with running(store, tmp_path_factory.mktemp("reusing"), workers=WORKERS) as live:
-        yield live
+    settings = ServingSettings(cache_bytes=64 * 1024**2, single_flight=True)
+    make_archives(ArchiveRequest(models["five_folds"], store, folds=(0, 1, 2, 3), name=MODEL, serving=settings))
+    slow = SLOW.slow(ModelBundle(unpacked("five_folds")), pass_s=0.2)
+    with serving(store, tmp_path_factory.mktemp("reusing"), [slow], workers=WORKERS) as server:
+        yield server.live
 
 
 def timings(answer: httpx.Response) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from pathlib import Path
@@ -13,13 +13,12 @@ import httpx
 import pytest
 import yaml
 
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.telemetry import Stage
 from support.bad_requests import FAST, GOOD
-from support.chaos import Case, ChaosServer, wait_for
+from support.chaos import Case, ChaosServer, serving, wait_for
 from support.metrics import Scrape, queries, scrape
 from support.ports import free_port
-from support.server import running
 
 pytestmark = pytest.mark.serve
 
@@ -29,20 +28,21 @@ REQUESTS = 6
 PASSES = 12
 """Of GOOD with the options FAST."""
 
-SLOW = Case((40, 44, 36), options='{"folds": [0], "tile_step_size": 0.25}')
-"""Some seconds of the network."""
+SLOW = Case((40, 44, 37), options=FAST)
+"""Some seconds in the engine."""
 
 UNKNOWN_FOLD = '{"folds": [9]}'
 
 
 @pytest.fixture(scope="module")
-def measured(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChaosServer]:
+def measured(
+    archive_of: Callable[[str], Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ChaosServer]:
     """A server with two workers and engines of its own: an engine's numbers go to one server."""
-    runtime = tmp_path_factory.mktemp("metrics") / "engines"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
-        with running(model_store, tmp_path_factory.mktemp("state"), models=["five_folds.mar"], workers=WORKERS) as live:
-            yield ChaosServer(live, runtime)
+    slow = SLOW.slow(ModelBundle(unpacked("five_folds")), pass_s=0.3)
+    folder = tmp_path_factory.mktemp("metrics")
+    with serving(archive_of("five_folds").parent, folder, [slow], models=["five_folds.mar"], workers=WORKERS) as server:
+        yield server
 
 
 def now(server: ChaosServer) -> Scrape:

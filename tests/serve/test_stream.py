@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from http import HTTPStatus
 from http.client import HTTPResponse
@@ -24,16 +24,14 @@ import pytest
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.codecs import open_image
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.responses import EVENTS
 from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
 from support import volumes
 from support.bad_requests import BAD_REQUESTS
-from support.chaos import PATIENCE_S, Case, ChaosServer, Clients, clients_of, wait_for
+from support.chaos import PATIENCE_S, Case, ChaosServer, Clients, clients_of, serving, wait_for
 from support.events import Event, Stream, assert_complete, read_stream
-from support.server import running
 
 pytestmark = pytest.mark.serve
 
@@ -50,8 +48,8 @@ class Finely(Case):
 WORKERS = 2
 MODEL, TIGHT = "blobs", "tight"
 CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false}') for seed in range(3)]
-LONG = Case((40, 44, 36), 7, '{"tile_step_size": 0.25}')
-"""Some seconds of the network."""
+LONG = Case((44, 44, 36), 7, '{"use_mirroring": false, "tile_step_size": 0.4}')
+"""Some seconds in the engine."""
 
 LARGE = Finely(
     (160, 150, 140),
@@ -84,11 +82,8 @@ def server(
         make_archives(
             ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
         )
-    with ExitStack() as until_the_end:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv(RUNTIME_DIR_VARIABLE, str(state / "run"))
-            live = until_the_end.enter_context(running(store, state / "state", workers=WORKERS))
-        yield ChaosServer(live, state / "run")
+    with serving(store, state, [LONG.slow(bundle, pass_s=0.2)], workers=WORKERS) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

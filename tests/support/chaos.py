@@ -7,28 +7,35 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
+import pytest
 
-from nnunet_torchserve.bundle import BUNDLE_FILE
+from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
+from nnunet_torchserve.cases import network_grid
+from nnunet_torchserve.engine.faults import Entry, Fault, Kind
 from nnunet_torchserve.engine.folder import LOG
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 
 from . import volumes
-from .server import LiveServer
+from .server import LiveServer, running
 
 PATIENCE_S = 300.0
 """For anything that has to happen, on a machine that does much else."""
 
 SPACING = (1.5, 1.5, 1.5)
 """Of the model ``five_folds``: the network's grid is the image's."""
+
+HOLD = "hold"
+"""A file beside a server's runtime directory."""
 
 _ENGINE = "nnunet_torchserve.engine.process"
 _MEMORY = "/memfd:nnunet-"
@@ -160,6 +167,14 @@ class Case:
         image, _ = volumes.blobs(self.shape, self.seed)
         return volumes.nifti_gz(image.astype(np.int16), np.diag([*SPACING, 1.0]))
 
+    def grid(self, bundle: ModelBundle) -> tuple[int, int, int, int]:
+        """(C, z, y, x) on the network's grid, by which faults know a case."""
+        return (1, *network_grid(bundle, self.shape[::-1], SPACING[::-1]))
+
+    def slow(self, bundle: ModelBundle, pass_s: float) -> Fault:
+        """Each pass of a case of this size takes so much longer, and needs no processor meanwhile."""
+        return Fault(kind=Kind.HOLD, shape=self.grid(bundle), hold_s=pass_s)
+
 
 @dataclass(frozen=True)
 class ChaosServer:
@@ -167,6 +182,16 @@ class ChaosServer:
 
     live: LiveServer
     runtime: Path
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """For the length of the block cases wait in their engine, if a fault holds them by the file :data:`HOLD`."""
+        file = self.runtime.with_name(HOLD)
+        file.touch()
+        try:
+            yield
+        finally:
+            file.unlink()
 
     def engine(self, model: str) -> Engine:
         """The one engine of ``name/version``."""
@@ -252,3 +277,23 @@ def clients_of(server: ChaosServer) -> Iterator[Clients]:
     """Clients of a server; each must have its answer in the end."""
     with ThreadPoolExecutor(32) as pool:
         yield Clients(server, pool)
+
+
+@contextmanager
+def serving(store: Path, folder: Path, faults: Sequence[Entry] = (), **how: Any) -> Iterator[ChaosServer]:
+    """Start a server with a runtime directory of its own, and stop it in the end.
+
+    Args:
+        store: the model store.
+        folder: for everything that it writes.
+        faults: for its engines.
+        how: see :func:`~.server.running`.
+    """
+    server = running(store, folder / "state", testing=bool(faults), **how)
+    with ExitStack() as until_the_end:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
+            if faults:
+                environment.setenv(FAULTS_VARIABLE, json.dumps([each.model_dump(mode="json") for each in faults]))
+            live = until_the_end.enter_context(server)
+        yield ChaosServer(live, folder / "run")

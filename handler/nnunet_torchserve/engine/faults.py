@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from ..environment import FAULTS_VARIABLE
+
+_POLL_S = 0.01
 
 
 class Kind(StrEnum):
@@ -30,6 +33,7 @@ class Kind(StrEnum):
     NAN = "nan"
     SPOIL = "spoil"
     HANG = "hang"
+    HOLD = "hold"
 
 
 class Fault(BaseModel):
@@ -40,6 +44,8 @@ class Fault(BaseModel):
         shape: (C, z, y, x) of the case on the network's grid, before padding.
         times: how often in an engine's life; ``None`` is always.
         device: only in this device's engines, such as ``cpu:1``.
+        hold_s: a ``HOLD`` makes each pass wait for so long, so that a case can be met in the middle,
+        while_exists: and only while there is this file; ``None`` is always.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -48,6 +54,14 @@ class Fault(BaseModel):
     shape: tuple[int, int, int, int]
     times: int | None = None
     device: str | None = None
+    hold_s: float = 2.0
+    while_exists: Path | None = None
+
+    def hold(self) -> None:
+        """Wait as a ``HOLD`` does."""
+        end = time.monotonic() + self.hold_s
+        while (self.while_exists is None or self.while_exists.exists()) and time.monotonic() < end:
+            time.sleep(_POLL_S)
 
 
 class LoadFails(BaseModel):
@@ -82,11 +96,11 @@ class StandIn(BaseModel):
     busy_limit_s: float | None = None
 
 
-_Entry = Fault | LoadFails | StandIn
+Entry = Fault | LoadFails | StandIn
 
 
-def _entries(environ: Mapping[str, str]) -> list[_Entry]:
-    return TypeAdapter(list[_Entry]).validate_json(environ.get(FAULTS_VARIABLE) or "[]")
+def _entries(environ: Mapping[str, str]) -> list[Entry]:
+    return TypeAdapter(list[Entry]).validate_json(environ.get(FAULTS_VARIABLE) or "[]")
 
 
 def stand_in_device(number: int, environ: Mapping[str, str] = os.environ) -> torch.device | None:
@@ -98,7 +112,7 @@ def stand_in_device(number: int, environ: Mapping[str, str] = os.environ) -> tor
 class Faults:
     """The faults of one engine's life."""
 
-    def __init__(self, faults: Sequence[_Entry]) -> None:
+    def __init__(self, faults: Sequence[Entry]) -> None:
         self._left = [(fault, fault.times) for fault in faults if isinstance(fault, Fault)]
         self._load_fails = [fault for fault in faults if isinstance(fault, LoadFails)]
         limits = [entry.busy_limit_s for entry in faults if isinstance(entry, StandIn)]
@@ -119,7 +133,9 @@ class Faults:
                 raise RuntimeError(msg)
 
     def before_pass(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Raise, die or never return if a fault is due for one of the cases."""
+        """Wait, raise, die or never return if a fault is due for one of the cases."""
+        if held := self._due(Kind.HOLD, shapes):
+            held.hold()
         if self._due(Kind.HANG, shapes):
             threading.Event().wait()
         if self._due(Kind.KILL, shapes):
@@ -146,9 +162,9 @@ class Faults:
                 for parameter in module.parameters():
                     parameter.fill_(1.0)
 
-    def _due(self, kind: Kind, shapes: Sequence[tuple[int, ...]]) -> bool:
+    def _due(self, kind: Kind, shapes: Sequence[tuple[int, ...]]) -> Fault | None:
         for number, (fault, left) in enumerate(self._left):
             if fault.kind is kind and fault.shape in shapes and left != 0:
                 self._left[number] = (fault, None if left is None else left - 1)
-                return True
-        return False
+                return fault
+        return None
