@@ -58,8 +58,11 @@ WORKER_DIED = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE
 
 BLOBS, SECOND, OTHER, TIGHT = "blobs/1.0", "blobs/2.0", "other/1.0", "tight/1.0"
 SMALL = Case((24, 32, 24))
-CASES = [Case((40, 44, 36), seed) for seed in range(5)]
-"""With a ``HOLD``: their passes wait while a test wants them to."""
+CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false, "tile_step_size": 0.4}') for seed in range(5)]
+"""With a ``HOLD``: while a test wants it, each batch with one of their 18 passes waits for a second first."""
+
+LONGER = replace(CASES[0], options='{"use_mirroring": false, "tile_step_size": 0.1}')
+"""While it is held, longer than workers take to start."""
 
 LARGE = Case((80, 88, 72))
 
@@ -71,7 +74,7 @@ POISON = {
     Kind.OUT_OF_MEMORY: Case((28, 32, 26)),
 }
 OUT_OF_MEMORY_TWICE = Case((29, 32, 26))
-BATCH = 4
+BATCH, LARGER_BATCH = 2, 4
 BATCHES_DIFFER = 1e-3
 """Share of voxels: logits of batches of another size differ in their last bits, which decides near ties."""
 
@@ -103,9 +106,9 @@ def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_fac
     batches = ServingSettings(max_patch_batch=BATCH)
     archive("blobs", batches)
     archive("blobs", batches, version="2.0", fold=1)
-    archive("other", batches, fold=2)
+    archive("other", ServingSettings(max_patch_batch=LARGER_BATCH), fold=2)
     memory = int(1.5 * _bytes(bundle, CASES[0]))
-    archive("tight", replace(batches, limits={"memory_bytes": memory, "waiting_cases": 1}))
+    archive("tight", ServingSettings(max_patch_batch=1, limits={"memory_bytes": memory, "waiting_cases": 1}))
 
     faults = [Fault(kind=kind, shape=case.grid(bundle)) for kind, case in POISON.items()]
     faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(bundle), times=2))
@@ -121,7 +124,7 @@ def _bytes(bundle: ModelBundle, case: Case) -> int:
 @contextmanager
 def serving_blobs(store: Store, folder: Path) -> Iterator[ChaosServer]:
     """``blobs`` 1.0 with workers that start at once, and the faults in the engine's environment."""
-    hold = Fault(kind=Kind.HOLD, shape=store.held, while_exists=folder / HOLD)
+    hold = Fault(kind=Kind.HOLD, shape=store.held, hold_s=1.0, while_exists=folder / HOLD)
     models = ["blobs-1.0.mar"]
     with serving(store.folder, folder, [*store.faults, hold], models=models, workers=WORKERS) as server:
         assert len(engines(server.runtime)) == 1
@@ -369,8 +372,7 @@ def test_a_case_that_fails_in_the_network_fails_alone(
     with in_flight(clients, server, cases) as pending:
         engine = server.engine(BLOBS)
         guilty = clients.send(POISON[kind], BLOBS)
-        arrive(server, WORKERS)
-    assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")
+        assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")
     assert reason in guilty.result().json()["detail"]
     assert_right(clients, cases, pending)
     assert server.engine(BLOBS) == engine
@@ -383,10 +385,11 @@ def test_a_case_that_kills_every_engine_fails_alone(kind: Kind, clients: Clients
     for case in then:
         clients.alone(case, BLOBS)
     with in_flight(clients, server, first) as pending:
-        starts = server.engine(BLOBS).starts
+        engine = server.engine(BLOBS)
+        starts = engine.starts
         guilty = clients.send(POISON[kind], BLOBS)
         pending.extend(clients.send_all(then, BLOBS))
-        arrive(server, WORKERS)
+        wait_for(lambda: has_ended(engine.process))
     assert_right(clients, CASES, pending)
     assert code(guilty) == (HTTPStatus.INTERNAL_SERVER_ERROR, "case_failed")
     assert server.engine(BLOBS).starts == starts + 2
@@ -408,8 +411,7 @@ def test_out_of_memory_halves_the_batch_and_then_costs_the_case(clients: Clients
     expected = clients.ask(innocent, OTHER).content
     with in_flight(clients, server, [innocent], OTHER) as [spared]:
         always = clients.send(POISON[Kind.OUT_OF_MEMORY], OTHER)
-        arrive(server, 2, OTHER)
-    assert code(always) == (HTTPStatus.INSUFFICIENT_STORAGE, "out_of_memory")
+        assert code(always) == (HTTPStatus.INSUFFICIENT_STORAGE, "out_of_memory")
     assert spared.result(PATIENCE_S).content == expected
     assert server.engine(OTHER) == engine
 
@@ -455,14 +457,18 @@ def test_a_case_that_never_fits_is_refused_at_once(clients: Clients, server: Cha
 @pytest.mark.usefixtures("tight")
 def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients, server: ChaosServer) -> None:
     clients.alone(CASES[1], TIGHT)
-    with in_flight(clients, server, CASES[:1], TIGHT) as [lost]:
-        engine = server.engine(TIGHT)
-        [busy] = [worker for worker in server.workers(TIGHT) if shared_memory([psutil.Process(worker)])]
+    server.scale(TIGHT, 1)
+    [busy] = server.workers(TIGHT)
+    engine = server.engine(TIGHT)
+    with server.held():
+        lost = clients.send(LONGER, TIGHT)
+        arrive(server, 1, TIGHT)
+        server.scale(TIGHT, 2)
         waiting = clients.send(CASES[1], TIGHT)
         psutil.Process(busy).kill()
         assert lost.result(PATIENCE_S).status_code in WORKER_DIED
     assert_right(clients, [CASES[1]], [waiting], TIGHT)
-    server.wait_ready(TIGHT, WORKERS, without=[busy])
+    server.wait_ready(TIGHT, 2, without=[busy])
     assert server.engine(TIGHT) == engine
 
 

@@ -178,12 +178,12 @@ def test_batches_are_halved_before_a_case_is_given_up(networks: FoldNetworks) ->
 def test_float32_sums_are_closer_to_the_truth_and_do_not_depend_on_the_batch(
     mirroring_axes: tuple[int, ...], networks: FoldNetworks
 ) -> None:
-    half = Settings((0, 1, 2), mirroring_axes, 0.5, use_gaussian=True)
+    half = Settings((0, 1), mirroring_axes, 0.5, use_gaussian=True)
     single = replace(half, accumulate=Accumulate.FLOAT32)
 
     def logits(settings: Settings, batch: int) -> torch.Tensor:
         core = EngineCore(networks)
-        core.admit(case(networks, 0, volume(40, 0), settings, batch))
+        core.admit(case(networks, 0, volume(30, 0), settings, batch))
         ended = run(core)[0]
         assert isinstance(ended, torch.Tensor)
         return ended

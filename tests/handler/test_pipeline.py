@@ -343,7 +343,7 @@ def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:
 def test_float32_sums_are_served_and_nearly_stocks(pipeline: Load) -> None:
     labels = []
     for accumulate in ("half", "float32"):
-        options = json.dumps({"accumulate": accumulate, "output_format": "npz", "save_probabilities": True})
+        options = json.dumps(json.loads(FAST) | PROBABILITIES | {"accumulate": accumulate, "folds": [0, 1]})
         response = pipeline("five_folds").answer(Request({"body": GOOD}, {"X-Nnunet-Options": options}))
         assert response.status == HTTPStatus.OK
         content = np.load(io.BytesIO(response.body))
