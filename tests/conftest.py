@@ -31,6 +31,9 @@ from support.server import LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
 
+SERVED = ("five_folds", "flat", "regions")
+"""The test models that the session's server has."""
+
 _NAMED_BY_BYTES = 16
 
 register_profiles()
@@ -120,9 +123,11 @@ def pipeline(unpacked: Callable[[str], Path]) -> Callable[[str], Pipeline]:
 
 
 @pytest.fixture(scope="session")
-def server(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A real TorchServe that serves every test model, with a body limit of 2 MiB."""
-    with running(model_store, tmp_path_factory.mktemp("server"), body_limit=2 * 1024**2) as live:
+def server(archive_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """A real TorchServe that serves :data:`SERVED`, with a body limit of 2 MiB."""
+    [store] = {archive_of(name).parent for name in SERVED}
+    models = [f"{name}.mar" for name in SERVED]
+    with running(store, tmp_path_factory.mktemp("server"), models=models, body_limit=2 * 1024**2) as live:
         yield live
 
 

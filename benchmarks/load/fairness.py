@@ -39,7 +39,7 @@ from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import Client, serving
 from benchmarks.harness.spread import percentile_95, spread, two_or_more
 from nnunet_torchserve.engine.scheduler import OLDEST_EVERY, Policy
-from nnunet_torchserve_tools.archive import ServingSettings
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import engines, wait_for
 
 MOST_TIMES_ALONE = 2.0

@@ -26,7 +26,7 @@ from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import Answer, Client, serving, stage_medians
 from benchmarks.harness.spread import spread, two_or_more
-from nnunet_torchserve_tools.archive import ServingSettings
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 
 WORKERS = 4
 MOST_OF_THE_FIRST = 0.05

@@ -32,7 +32,7 @@ from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import Client, serving
 from benchmarks.harness.spread import spread, two_or_more
-from nnunet_torchserve_tools.archive import ServingSettings
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import stock
 from support.chaos import engines
 

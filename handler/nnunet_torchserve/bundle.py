@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
@@ -27,6 +26,7 @@ from .options import FoldName
 from .painting import Painting, integers, read_painting
 
 if TYPE_CHECKING:
+    import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -290,6 +290,7 @@ class OpenWeights:
 
 def decides_as_default(labels: LabelManager) -> bool:
     """Whether nnU-Net's default label manager decides, with its default nonlinearity."""
+    import torch
     from nnunetv2.utilities.helpers import softmax_helper_dim0
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 

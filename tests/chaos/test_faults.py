@@ -31,7 +31,8 @@ from nnunet_torchserve.engine.folder import LOG, SOCKET
 from nnunet_torchserve.engine.switchboard import IDLE_S
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, parse_options
-from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import (
     HOLD,
     PATIENCE_S,

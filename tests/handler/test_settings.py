@@ -8,7 +8,7 @@ import yaml
 from nnunet_torchserve.engine.scheduler import Policy
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.settings import HandlerSettings
-from nnunet_torchserve_tools.archive import ServingSettings
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 
 
 def test_what_the_packager_writes_is_read_as_it_was_meant() -> None:

@@ -27,9 +27,10 @@ from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_go
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
-from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from nnunet_torchserve_tools.plans_check import network_builder
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import stock, volumes
 from support.odd_models import OddModel
 

@@ -88,7 +88,7 @@ def live(
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
-    slow = SLOW.slow(ModelBundle(unpacked("flat")), pass_s=0.5)
+    slow = SLOW.slow(ModelBundle(unpacked("flat")), pass_s=0.1)
     with serving(store, tmp_path_factory.mktemp("state"), [slow], models=["flat.mar"], workers=WORKERS) as server:
         yield server.live
 

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 from nnunet_torchserve.bundle import BUNDLE_FILE, GOLDEN_FILE, ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve_tools.archive import ArchiveRequest, ServingSettings, make_archives
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.checkpoint import without_aliases
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 
 
 @pytest.fixture

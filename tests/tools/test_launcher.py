@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import zipfile
 from dataclasses import replace
@@ -14,9 +15,9 @@ import yaml
 
 from nnunet_torchserve.environment import FAULTS_VARIABLE
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import MODEL_CONFIG_FILE
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
+from nnunet_torchserve_tools.serving_settings import MODEL_CONFIG_FILE
 from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
 from support import nvidia_smi
 from support.ports import free_ports
@@ -219,3 +220,10 @@ def test_a_wrong_java_home_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_stop_without_a_server_does_nothing(tmp_path: Path) -> None:
     assert launcher.stop(tmp_path) is False
+
+
+def test_commands_that_use_no_model_do_not_wait_for_pytorch() -> None:
+    """``serve``, ``stop``, ``drain`` and ``resume``; it takes seconds to load."""
+    program = "import sys, nnunet_torchserve_tools.launcher, nnunet_torchserve_tools.drain; print('torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout == "False\n"

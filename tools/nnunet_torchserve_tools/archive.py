@@ -12,17 +12,12 @@ import json
 import re
 import tempfile
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
-from model_archiver.manifest_components.manifest import RuntimeType
-from model_archiver.model_archiver_config import ModelArchiverConfig
-from model_archiver.model_packaging_utils import ModelExportUtils
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import save_file
 
@@ -50,12 +45,12 @@ from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
 
-from .checkpoint import Checkpoint, read_checkpoint, without_aliases
+from .checkpoint import Checkpoint, without_aliases
 from .errors import ModelWarning, ToolError, UsageError
+from .folds import numbered_folds, read_checkpoints
+from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .plans_check import check_mirroring, check_plans, network_builder
-
-MODEL_CONFIG_FILE = "model-config.yaml"
-MANIFEST_FILE = "MAR-INF/MANIFEST.json"
+from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
 
 REQUIRES = {
     "nnunetv2": ">=2.8,<3",
@@ -75,81 +70,8 @@ REQUIRES = {
 }
 _BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "nnunet-torchserve")
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
-_FOLD_FOLDER = re.compile(r"fold_(\d+)")
-_ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-_COPY_BYTES = 1024**2
 _DRY_RUN_LIMIT_S = 600.0
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class ServingSettings:
-    """What goes to model-config.yaml.
-
-    Attributes:
-        workers: TorchServe workers in all; ``None`` leaves it to ``serve``, or to ``default_workers_per_model`` of a
-            bare TorchServe.
-        response_timeout_s: seconds before TorchServe kills a worker that has not answered.
-        startup_timeout_s: seconds that a worker may take to load.
-        max_patch_batch: passes in a batch; ``auto`` is 1 on a CPU and probed on a GPU.
-        policy: which case goes first, of :class:`nnunet_torchserve.engine.scheduler.Policy`.
-        limits: overrides of :class:`nnunet_torchserve.limits.Limits`.
-        golden_interval_s: seconds between two checks of the golden patch in a running engine; ``None``: at its start.
-        cache_bytes: preprocessed volumes that an engine keeps for later requests with the same image.
-        single_flight: equal requests at the same time are computed once.
-        unload_after_s: seconds without a request after which an engine unloads its networks; ``None``: never.
-        device_ids: GPUs that serve the model, in TorchServe's numbers; ``None``: all. Without meaning on a CPU.
-    """
-
-    workers: int | None = None
-    response_timeout_s: int = 1200
-    startup_timeout_s: int = 600
-    max_patch_batch: int | Literal["auto"] = "auto"
-    policy: str = "shortest_remaining"
-    limits: Mapping[str, int] = field(default_factory=dict)
-    golden_interval_s: float | None = None
-    cache_bytes: int = 0
-    single_flight: bool = False
-    unload_after_s: float | None = None
-    device_ids: tuple[int, ...] | None = None
-
-    @property
-    def handler(self) -> HandlerSettings:
-        """What a worker will read of it.
-
-        Raises:
-            UsageError: a value that a worker would refuse.
-        """
-        try:
-            return HandlerSettings.read(self._handler_section())
-        except BundleError as error:
-            raise UsageError(str(error)) from error
-
-    def _handler_section(self) -> dict[str, Any]:
-        return {
-            "max_patch_batch": self.max_patch_batch,
-            "policy": str(self.policy),
-            "limits": dict(self.limits),
-            "golden_interval_s": self.golden_interval_s,
-            "cache_bytes": self.cache_bytes,
-            "single_flight": self.single_flight,
-            "unload_after_s": self.unload_after_s,
-        }
-
-    def to_yaml(self) -> str:
-        """The file's text. ``batchSize`` is 1: patches are batched by the engine, not requests by TorchServe."""
-        workers = {} if self.workers is None else {"minWorkers": self.workers, "maxWorkers": self.workers}
-        devices = {} if self.device_ids is None else {"deviceIds": list(self.device_ids)}
-        document = (workers | devices) | {
-            "batchSize": 1,
-            "maxBatchDelay": 1,
-            "responseTimeout": self.response_timeout_s,
-            "startupTimeout": self.startup_timeout_s,
-            "handler": self._handler_section(),
-        }
-        return yaml.safe_dump(document, sort_keys=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +123,8 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder"
         raise UsageError(msg)
     plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
-    folds = request.folds or _numbered_folds(folder, request.checkpoint)
-    checkpoints = _read_checkpoints(folder, folds, request)
+    folds = request.folds or numbered_folds(folder, request.checkpoint)
+    checkpoints = read_checkpoints(folder, folds, request.checkpoint, trust=request.trust_checkpoint)
     first = checkpoints[folds[0]]
     network_class = check_plans(plans, first.configuration)
     patch = PlansManager(plans).get_configuration(first.configuration).patch_size
@@ -212,7 +134,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     if not MODEL_NAME.fullmatch(name):
         msg = f"the model name {name!r} may hold only letters, digits, '_' and '-'; choose one with --name"
         raise UsageError(msg)
-    if not _VERSION.fullmatch(request.version):
+    if not VERSION.fullmatch(request.version):
         msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(plans["image_reader_writer"]))
@@ -285,9 +207,9 @@ def _make_archive(
         _add_golden_patch(stage, bundle, request.serving.handler)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
-        (stage / MANIFEST_FILE).write_text(_manifest(name, request.version))
+        (stage / MANIFEST_FILE).write_text(manifest(name, request.version, Path(nnunet_handler.__file__).name))
         target = request.output / f"{name}.mar"
-        _write_zip(stage, target)
+        write_zip(stage, target)
     return target
 
 
@@ -337,127 +259,6 @@ def _write_bundle(stage: Path, description: BundleDescription) -> None:
     (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
 
 
-def _write_zip(stage: Path, target: Path) -> None:
-    """Stored, sorted, with fixed times and modes; put in place in one step."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as unfinished:
-        try:
-            with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                for file in sorted(f for f in stage.rglob("*") if f.is_file()):
-                    entry = zipfile.ZipInfo(file.relative_to(stage).as_posix(), date_time=_ZIP_TIME)
-                    entry.create_system, entry.external_attr = 3, 0o644 << 16
-                    entry.file_size = file.stat().st_size
-                    with file.open("rb") as source, archive.open(entry, "w") as sink:
-                        while chunk := source.read(_COPY_BYTES):
-                            sink.write(chunk)
-            unfinished.close()
-            Path(unfinished.name).chmod(0o644)
-            Path(unfinished.name).replace(target)
-        except BaseException:
-            Path(unfinished.name).unlink(missing_ok=True)
-            raise
-
-
-def _manifest(name: str, version: str) -> str:
-    config = ModelArchiverConfig(
-        model_name=name,
-        handler=Path(nnunet_handler.__file__).name,
-        version=version,
-        runtime=RuntimeType.PYTHON.value,
-        config_file=MODEL_CONFIG_FILE,
-    )
-    manifest = json.loads(ModelExportUtils.generate_manifest_json(config))
-    del manifest["createdOn"]
-    return json.dumps(manifest, indent=2, sort_keys=True)
-
-
-def _read_checkpoints(folder: Path, folds: Sequence[FoldName], request: ArchiveRequest) -> dict[FoldName, Checkpoint]:
-    checkpoints: dict[FoldName, Checkpoint] = {}
-    for fold in folds:
-        file = folder / f"fold_{fold}" / request.checkpoint
-        if not file.is_file():
-            files = _files_of_folds(folder)
-            there = [name for name in files if request.checkpoint in files[name]]
-            msg = f"fold {fold} has no {request.checkpoint} in {folder}, which has it for {_spoken(there)}"
-            if other := _other_checkpoint(files, [fold], request.checkpoint):
-                msg += f"; --checkpoint {other} takes what fold {fold} has"
-            raise UsageError(msg)
-        checkpoints[fold] = read_checkpoint(file, trust=request.trust_checkpoint)
-    first_fold, first = next(iter(checkpoints.items()))
-    for fold, checkpoint in checkpoints.items():
-        for what in ("trainer", "configuration"):
-            if (other := getattr(checkpoint, what)) != (expected := getattr(first, what)):
-                msg = f"fold {fold} has the {what} {other}, fold {first_fold} has {expected}: they are no ensemble"
-                raise ToolError(msg)
-    return checkpoints
-
-
-def _numbered_folds(folder: Path, checkpoint: str) -> tuple[FoldName, ...]:
-    """Every numbered fold.
-
-    Raises:
-        UsageError: there is none with the checkpoint, or there are some without it: whoever forgot that a fold is still
-            being trained would never see that the ensemble lacks it.
-    """
-    files = _files_of_folds(folder)
-    numbered = [fold for fold in files if fold != "all"]
-    found = tuple(fold for fold in numbered if checkpoint in files[fold])
-    lacking = [fold for fold in numbered if checkpoint not in files[fold]]
-    if found and not lacking:
-        return found
-    if found:
-        verb, them = ("has", "it") if len(lacking) == 1 else ("have", "them")
-        msg = (
-            f"{_spoken(lacking)} of {folder} {verb} no {checkpoint}; "
-            f"--folds {','.join(map(str, found))} makes an archive without {them}"
-        )
-        if other := _other_checkpoint(files, numbered, checkpoint):
-            msg += f", --checkpoint {other} takes a file that all of them have"
-    elif checkpoint in files.get("all", ()):
-        msg = f"{folder} has no numbered fold with a {checkpoint}, but fold_all has it: take that with --folds all"
-    else:
-        msg = f"{folder} has no fold with a {checkpoint}; " + _other_way(files, numbered, checkpoint)
-    raise UsageError(msg)
-
-
-def _other_way(files: Mapping[FoldName, Sequence[str]], numbered: Sequence[FoldName], checkpoint: str) -> str:
-    """Which flags take what is there, where no fold has the checkpoint."""
-    having = [fold for fold in numbered if _other_checkpoint(files, [fold], checkpoint)]
-    if having and (other := _other_checkpoint(files, having, checkpoint)):
-        folds = "" if len(having) == len(numbered) else f"--folds {','.join(map(str, having))} "
-        have = "has" if len(having) == 1 else "have"
-        return f"{_spoken(having)} {have} {other}: take it with {folds}--checkpoint {other}"
-    if having:
-        return "their checkpoints have different names: choose with --folds and --checkpoint"
-    if "all" in files and (other := _other_checkpoint(files, ["all"], checkpoint)):
-        return f"fold_all has {other}: take it with --folds all --checkpoint {other}"
-    return "was the training ended? Name the folder that has fold_0, fold_1, … with checkpoints in them"
-
-
-def _other_checkpoint(
-    files: Mapping[FoldName, Sequence[str]], folds: Sequence[FoldName], checkpoint: str
-) -> str | None:
-    """A checkpoint that all of these folds have: best before latest."""
-    common = set.intersection(*(set(files.get(fold, ())) for fold in folds)) if folds else set()
-    return min((name for name in common if name.endswith(".pth") and name != checkpoint), default=None)
-
-
-def _files_of_folds(folder: Path) -> dict[FoldName, list[str]]:
-    """The names of the files in each fold's folder; numbers in order, then ``all``."""
-    folders = {entry.name: entry for entry in folder.iterdir() if entry.is_dir()}
-    numbers = sorted(int(found[1]) for found in map(_FOLD_FOLDER.fullmatch, folders) if found)
-    folds: list[FoldName] = [*numbers, "all"]
-    return {
-        fold: [file.name for file in folders[f"fold_{fold}"].iterdir() if file.is_file()]
-        for fold in folds
-        if f"fold_{fold}" in folders
-    }
-
-
-def _spoken(folds: Sequence[FoldName]) -> str:
-    """As in "fold_0, fold_2"."""
-    return ", ".join(f"fold_{fold}" for fold in folds) or "no fold"
-
-
 def _warn_of_values(plans: dict[str, Any], dataset: Mapping[str, Any]) -> None:
     has_regions = PlansManager(plans).get_label_manager(dataset).has_regions
     try:
@@ -478,19 +279,6 @@ def _check_orientation(letters: str | None, reader: str) -> None:
     if (own := REORIENTING_READERS.get(reader, letters)) != letters:
         msg = f"--input-orientation {letters}: the plan's reader {reader} brings every image into {own} itself"
         raise UsageError(msg)
-
-
-def check_device_ids(ids: object) -> tuple[int, ...]:
-    """GPU numbers as TorchServe takes them, which drops the whole list and says so in its log only; empty for none.
-
-    Raises:
-        UsageError: they are no list of different numbers from 0.
-    """
-    numbers = ids if isinstance(ids, list | tuple) else () if ids is None else (ids,)
-    if any(type(each) is not int or each < 0 for each in numbers) or len(set(numbers)) != len(numbers):
-        msg = f"deviceIds {ids}: different numbers from 0, separated by commas, were expected"
-        raise UsageError(msg)
-    return tuple(numbers)
 
 
 def _default_name(plans: Mapping[str, Any], configuration: str) -> str:

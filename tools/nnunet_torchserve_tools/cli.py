@@ -143,7 +143,8 @@ def archive(
     ] = False,
 ) -> None:
     """Package a trained nnU-Net folder for TorchServe."""
-    from .archive import ArchiveRequest, ServingSettings, make_archives
+    from .archive import ArchiveRequest, make_archives
+    from .serving_settings import ServingSettings
 
     serving = ServingSettings(
         workers=workers,

@@ -21,7 +21,7 @@ from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S, EVERY_MODEL, ORDER
 from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE
 
 from .errors import ToolError, UsageError
-from .launcher import read_state
+from .server import read_state
 
 DEFAULT_TIMEOUT_S = 1260.0
 """Above the response timeout of an archive that was made without another."""

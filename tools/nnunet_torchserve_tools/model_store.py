@@ -14,8 +14,9 @@ from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.settings import HandlerSettings
 
-from .archive import MANIFEST_FILE, MODEL_CONFIG_FILE, MODEL_NAME, check_device_ids
 from .errors import UsageError
+from .mar import MANIFEST_FILE, MODEL_NAME
+from .serving_settings import MODEL_CONFIG_FILE, check_device_ids
 
 WORKERS_ON_CPU, WORKERS_PER_GPU = 4, 8
 """A worker is one case in flight: the engine chooses among as many."""

@@ -29,7 +29,7 @@ from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.telemetry import SERVER_TIMING
-from nnunet_torchserve_tools.archive import ServingSettings
+from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import engines, wait_for
 
 MOST_REFUSAL_S = 0.1
