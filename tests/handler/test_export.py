@@ -802,7 +802,7 @@ def test_an_error_leaves_the_number_of_threads_as_it_was(threads: Callable[[int]
 MATERIAL_CASES = [
     ("Dataset501_BrainTissue", "3d_fullres", "test_000"),
     ("Dataset501_BrainTissue", "3d_fullres", "test_001"),
-    ("Dataset501_BrainTissue", "3d_fullres", "test_002"),
+    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_002", marks=pytest.mark.long),
     ("Dataset501_BrainTissue", "2d", "test_000"),
     ("Dataset501_BrainTissue", "2d", "test_001"),
     ("Dataset502_BrainRegions", "3d_fullres", "test_000"),
@@ -823,7 +823,7 @@ def test_no_voxel_and_no_bit_differs_for_real_logits(
     images = [codecs.open_image(file.read_bytes(), Limits(), reader) for file in files]
     volume = Volume(np.concatenate([image.read() for image in images]), images[0].geometry)
     prepared = preprocess(bundle, volume)
-    settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False))
+    settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False, tile_step_size=1))
     logits = pipeline.engine.predict(prepared.data, settings, None).logits
 
     expected = stock_labels(model, logits, prepared.properties)

@@ -35,7 +35,7 @@ from support.untrained import standard_unet
 
 CPU = torch.device("cpu")
 BOTH = Settings(folds=(0, 1), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
-SHAPE = (1, 16, 20, 18)
+SHAPE = (1, 16, 16, 16)
 PRICE = Price(SHAPE[1:], patches=1, passes=1, bytes=1, preprocess_s=0, export_s=0)
 MIB, GIB = 1024**2, 1024**3
 AFTER_S = 0.3

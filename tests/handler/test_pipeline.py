@@ -298,7 +298,7 @@ def test_some_probabilities_in_float16_can_be_asked_for(model: str, pipeline: Lo
     image = {"image_0000": GOOD, "image_0001": GOOD} if model == "regions" else {"body": GOOD}
     answers = []
     for options in ({}, {"probability_channels": [2, 0], "probability_dtype": "float16"}):
-        asked = json.dumps({"folds": [0], "output_format": "npz", "save_probabilities": True} | options)
+        asked = json.dumps(json.loads(FAST) | PROBABILITIES | options)
         response = pipeline(model).answer(Request(image, {"X-Nnunet-Options": asked}))
         assert response.status == HTTPStatus.OK, response.body
         answers.append(np.load(io.BytesIO(response.body)))

@@ -55,7 +55,7 @@ GOOD_BYTES = INT16.size * 4
 """Of GOOD on the network's grid, which is its own."""
 
 OTHER_OPTIONS = '{"folds": [1], "use_mirroring": false, "save_probabilities": true, "output_format": "nrrd"}'
-SLOW = '{"folds": [0], "tile_step_size": 0.25}'
+SLOW = '{"folds": [0], "use_mirroring": false, "tile_step_size": 0.15}'
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 
 
