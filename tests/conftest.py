@@ -27,12 +27,9 @@ from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support.examples import register_profiles
 from support.models import carried
 from support.once import once, run_folder
-from support.server import LiveServer, running
+from support.server import SERVED, LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
-
-SERVED = ("five_folds", "flat", "regions")
-"""The test models that the session's server has."""
 
 _NAMED_BY_BYTES = 16
 
@@ -124,7 +121,7 @@ def pipeline(unpacked: Callable[[str], Path]) -> Callable[[str], Pipeline]:
 
 @pytest.fixture(scope="session")
 def server(archive_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """A real TorchServe that serves :data:`SERVED`, with a body limit of 2 MiB."""
+    """A real TorchServe that serves ``SERVED``, with a body limit of 2 MiB."""
     [store] = {archive_of(name).parent for name in SERVED}
     models = [f"{name}.mar" for name in SERVED]
     with running(store, tmp_path_factory.mktemp("server"), models=models, body_limit=2 * 1024**2) as live:

@@ -117,6 +117,20 @@ def flying(unpacked: Callable[[str], Path], one_runtime: Path, monkeypatch: pyte
     made.leave()
 
 
+@pytest.fixture(scope="module")
+def caching_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caching") / "run"
+
+
+@pytest.fixture
+def caching(unpacked: Callable[[str], Path], caching_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """As ``fleet``, but what the engine keeps goes on to the next test: each sends images of its own."""
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(caching_runtime))
+    made = Fleet(ModelBundle(unpacked("five_folds")), caching_runtime)
+    yield made
+    made.leave()
+
+
 @pytest.fixture
 def fleet(unpacked: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
@@ -144,28 +158,29 @@ def reused(response: Response) -> str | None:
 # --- preprocessed volumes --------------------------------------------------------------------------------------------
 
 
-def test_the_same_image_is_not_preprocessed_again(fleet: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
+def test_the_same_image_is_not_preprocessed_again(caching: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
     alone = pipeline("five_folds")
-    first, second = fleet.worker(), fleet.worker()
+    first, second = caching.worker(), caching.worker()
     fresh, repeated = ask(first), ask(second, options=OTHER_OPTIONS)
     assert (reused(fresh), reused(repeated)) == (None, "volume")
     assert {"decode", "preprocess"} <= stages(fresh)
     assert "preprocess" not in stages(repeated)
     assert fresh.body == ask(alone).body
     assert repeated.body == ask(alone, options=OTHER_OPTIONS).body
-    assert fleet.level(Level.CACHED_BYTES) == GOOD_BYTES
+    assert caching.level(Level.CACHED_BYTES) == GOOD_BYTES
     assert ask(first).body == fresh.body
 
 
-def test_whatever_decides_the_volume_is_in_its_key(fleet: Fleet) -> None:
-    worker, array = fleet.worker(), npy(INT16)
+def test_whatever_decides_the_volume_is_in_its_key(caching: Fleet) -> None:
+    worker, image = caching.worker(), INT16 + 9
+    array, body = npy(image), volumes.nifti_gz(image, np.diag([1.5, 1.5, 1.5, 1]))
     placed = [json.dumps(json.loads(FAST) | {"spacing": [size] * 3}) for size in (1.5, 1.6)]
     for options in placed:
         assert reused(ask(worker, array, options)) is None
     assert reused(ask(worker, array, placed[0])) == "volume"
-    assert reused(ask(worker)) is None
-    assert reused(ask(worker, options='{"folds": [0], "use_mirroring": false, "preprocess": "stock"}')) is None
-    assert reused(ask(worker, volumes.gunzip(GOOD))) is None  # other bytes, whatever they mean
+    assert reused(ask(worker, body)) is None
+    assert reused(ask(worker, body, '{"folds": [0], "use_mirroring": false, "preprocess": "stock"}')) is None
+    assert reused(ask(worker, volumes.gunzip(body))) is None  # other bytes, whatever they mean
 
 
 def test_a_channel_more_is_another_key() -> None:
@@ -180,12 +195,25 @@ def test_a_channel_more_is_another_key() -> None:
     assert (coarse.volume == first.volume, coarse.answer == first.answer) == (True, False)
 
 
-def test_a_warning_is_kept_with_its_image(fleet: Fleet) -> None:
+def test_a_warning_is_kept_with_its_image(caching: Fleet) -> None:
     constant = volumes.nifti_gz(np.full_like(INT16, 7), np.diag([1.5, 1.5, 1.5, 1]))
-    worker = fleet.worker()
+    worker = caching.worker()
     for expected in (None, "volume"):
         response = ask(worker, constant)
         assert (reused(response), response.headers[WARNING]) == (expected, "constant_image")
+
+
+def test_what_could_still_be_changed_is_not_kept(caching: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = caching.engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "freeze", lambda _: True)  # and does not
+        keep_one(engine)
+    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
+        assert reserved.take_volume() is None
+    keep_one(engine)
+    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
+        assert reserved.take_volume() is not None
+        assert reserved.take_volume() is None
 
 
 def test_a_model_of_slices_and_one_that_transposes(
@@ -330,19 +358,6 @@ def test_each_option_is_in_the_keys_of_what_it_decides(name: str) -> None:
     )
     assert (before.volume != after.volume) == (name in DECIDES_THE_VOLUME)
     assert (before.answer != after.answer) == (name not in DECIDES_NOTHING)
-
-
-def test_what_could_still_be_changed_is_not_kept(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fleet.engine()
-    with monkeypatch.context() as patch:
-        patch.setattr(channel, "freeze", lambda _: True)  # and does not
-        keep_one(engine)
-    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
-        assert reserved.take_volume() is None
-    keep_one(engine)
-    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
-        assert reserved.take_volume() is not None
-        assert reserved.take_volume() is None
 
 
 def test_a_cache_in_the_way_is_no_reason_to_refuse_a_case(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,10 @@ import psutil
 import pytest
 
 from support.attacks import ANSWERED, CATEGORIES, CLOSED, MARKER, Attack, Outcome, attacks, request, seeds, selection
-from support.server import LiveServer
+from support.server import SERVED, LiveServer
 
 pytestmark = pytest.mark.serve
 
-MODELS = ("five_folds", "flat", "regions", "anisotropic")
 AT_ONCE = 3
 """One that a worker has, and two in TorchServe's queue, which takes no more here."""
 
@@ -207,7 +206,7 @@ class Watch:
     def __init__(self, server: LiveServer) -> None:
         self._server = server
         self._read = {log: log.stat().st_size for log in sorted(Path(server.server.log_dir).iterdir())}
-        self._workers = {model: server.workers(model) for model in MODELS}
+        self._workers = {model: server.workers(model) for model in SERVED}
         self._before = {worker: _forget_peak(worker) for workers in self._workers.values() for worker in workers}
 
     def harm(self) -> Iterator[str]:

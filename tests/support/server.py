@@ -18,6 +18,9 @@ from nnunet_torchserve_tools import launcher
 
 from .ports import free_ports
 
+SERVED = ("five_folds", "flat", "regions")
+"""The test models that the session's server has."""
+
 
 @dataclass(frozen=True)
 class LiveServer:
