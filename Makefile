@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 NT := $(BIN)/nnunet-torchserve
-TOGETHER := -n 2 --durations=20
+TOGETHER := -n 3 --durations=20
 comma := ,
 BENCHMARKS ?= request.command request.overhead request.whole_request stages.codecs stages.preprocess stages.export \
 	load.throughput load.fairness load.memory load.reuse load.service engine.gap engine.engine_memory engine.idle
@@ -45,7 +45,7 @@ stop: ## stop that server
 	$(NT) stop
 
 test: .venv/ready ## run the tests (about 20 minutes on two cores)
-	$(BIN)/pytest $(TOGETHER) -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long"
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long

@@ -260,6 +260,7 @@ def test_a_stopped_engine_is_noticed_and_replaced(clients: Clients, server: Chao
     server.engine(BLOBS)
 
 
+@pytest.mark.long  # tests/handler/test_engine_process.py has a deleted socket
 def test_a_deleted_socket_does_not_lead_new_workers_to_a_second_engine(clients: Clients, server: ChaosServer) -> None:
     server.scale(BLOBS, WORKERS - 1)
     with in_flight(clients, server, CASES) as pending, ThreadPoolExecutor() as pool:
@@ -333,7 +334,8 @@ def test_a_killed_workers_request_is_the_only_one_lost(clients: Clients, server:
     wait_for(lambda: (engine.cases, engine.reserved_bytes) == (0, 0))
 
 
-@pytest.mark.parametrize("when", ["together", pytest.param("while the next engine starts", marks=pytest.mark.long)])
+@pytest.mark.long  # each of them is killed alone above
+@pytest.mark.parametrize("when", ["together", "while the next engine starts"])
 def test_a_worker_killed_with_its_engine_costs_one_request(when: str, clients: Clients, server: ChaosServer) -> None:
     with in_flight(clients, server, CASES) as pending:
         engine = server.engine(BLOBS)
@@ -347,6 +349,7 @@ def test_a_worker_killed_with_its_engine_costs_one_request(when: str, clients: C
     assert server.engine(BLOBS) != engine
 
 
+@pytest.mark.long  # tests/serve/test_drain.py scales under load
 def test_scaling_under_load(clients: Clients, server: ChaosServer) -> None:
     server.scale(BLOBS, 1)
     engine = server.engine(BLOBS)
@@ -396,6 +399,7 @@ def test_a_case_that_kills_every_engine_fails_alone(kind: Kind, clients: Clients
     assert server.engine(BLOBS).starts == starts + 2
 
 
+@pytest.mark.long  # tests/handler/test_engine.py has it with an engine in the process
 @pytest.mark.usefixtures("other")
 def test_out_of_memory_halves_the_batch_and_then_costs_the_case(clients: Clients, server: ChaosServer) -> None:
     innocent = CASES[0]
@@ -455,6 +459,7 @@ def test_a_case_that_never_fits_is_refused_at_once(clients: Clients, server: Cha
     assert_right(clients, CASES[:1], [running], TIGHT)
 
 
+@pytest.mark.long  # a killed worker gives its memory back above; others wait for memory above
 @pytest.mark.usefixtures("tight")
 def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients, server: ChaosServer) -> None:
     clients.alone(CASES[1], TIGHT)
@@ -476,12 +481,12 @@ def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients,
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("other")
+@pytest.mark.usefixtures("tight")
 def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Clients, server: ChaosServer) -> None:
     """One of them is unregistered while another works."""
     server.register("blobs-2.0.mar", 1)
     cases = CASES[:2]
-    alone = {model: [clients.alone(case, model) for case in cases] for model in (BLOBS, SECOND, OTHER)}
+    alone = {model: [clients.alone(case, model) for case in cases] for model in (BLOBS, SECOND, TIGHT)}
     assert len({answers[0] for answers in alone.values()}) == len(alone)
     pending = {model: clients.send_all(cases, model) for model in alone}
     for model in alone:
@@ -492,7 +497,7 @@ def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Client
         server.unregister(SECOND)
     assert_right(clients, CASES, busy)
     wait_for(lambda: has_ended(before[SECOND].process), GONE_WITHIN_S)
-    assert (server.engine(BLOBS), server.engine(OTHER)) == (before[BLOBS], before[OTHER])
+    assert (server.engine(BLOBS), server.engine(TIGHT)) == (before[BLOBS], before[TIGHT])
 
 
 # -- the front end: last, for it ends the server ----------------------------------------------------------------------

@@ -801,12 +801,12 @@ def test_an_error_leaves_the_number_of_threads_as_it_was(threads: Callable[[int]
 
 MATERIAL_CASES = [
     ("Dataset501_BrainTissue", "3d_fullres", "test_000"),
-    ("Dataset501_BrainTissue", "3d_fullres", "test_001"),
-    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_002", marks=pytest.mark.long),
     ("Dataset501_BrainTissue", "2d", "test_000"),
-    ("Dataset501_BrainTissue", "2d", "test_001"),
     ("Dataset502_BrainRegions", "3d_fullres", "test_000"),
-    ("Dataset502_BrainRegions", "3d_fullres", "test_001"),
+    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_001", marks=pytest.mark.long),
+    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_002", marks=pytest.mark.long),
+    pytest.param("Dataset501_BrainTissue", "2d", "test_001", marks=pytest.mark.long),
+    pytest.param("Dataset502_BrainRegions", "3d_fullres", "test_001", marks=pytest.mark.long),
 ]
 
 

@@ -270,6 +270,7 @@ def test_engines_that_die_while_they_load_are_no_endless_wait(
     worker.predict(volume(), PLAIN)
 
 
+@pytest.mark.long  # an engine that hangs is killed below
 def test_an_engine_that_was_killed_and_does_not_die_is_an_outage(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

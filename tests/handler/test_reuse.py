@@ -216,15 +216,15 @@ def test_what_could_still_be_changed_is_not_kept(caching: Fleet, monkeypatch: py
         assert reserved.take_volume() is None
 
 
+@pytest.mark.parametrize("name", ["anisotropic", pytest.param("flat", marks=pytest.mark.long)])
 def test_a_model_of_slices_and_one_that_transposes(
-    unpacked: Callable[[str], Path], pipeline: Callable[[str], Pipeline], fleet: Fleet
+    name: str, unpacked: Callable[[str], Path], pipeline: Callable[[str], Pipeline], fleet: Fleet
 ) -> None:
     image = volumes.nifti_gz(INT16[..., :10], np.diag([1.5, 1.2, 3.1, 1]))
-    for name in ("flat", "anisotropic"):
-        fleet.bundle = ModelBundle(unpacked(name))
-        worker = fleet.worker()
-        assert [reused(ask(worker, image, options)) for options in (FAST, OTHER_FOLDS[name])] == [None, "volume"]
-        assert ask(worker, image).body == ask(pipeline(name), image).body
+    fleet.bundle = ModelBundle(unpacked(name))
+    worker = fleet.worker()
+    assert [reused(ask(worker, image, options)) for options in (FAST, OTHER_FOLDS[name])] == [None, "volume"]
+    assert ask(worker, image).body == ask(pipeline(name), image).body
 
 
 OTHER_FOLDS = {"flat": '{"use_mirroring": true}', "anisotropic": '{"folds": [1], "tile_step_size": 0.7}'}
@@ -238,12 +238,14 @@ def test_what_was_not_used_for_longest_goes_first(fleet: Fleet) -> None:
     assert fleet.level(Level.CACHED_BYTES) == 2 * GOOD_BYTES
 
 
+@pytest.mark.long  # test_the_cache_closes_what_it_drops has it without an engine
 def test_what_is_larger_than_the_cache_is_not_kept(fleet: Fleet) -> None:
     worker = fleet.worker(cache_bytes=GOOD_BYTES - 1)
     assert [reused(ask(worker)) for _ in range(2)] == [None, None]
     assert fleet.level(Level.CACHED_BYTES) == 0
 
 
+@pytest.mark.long  # test_a_volume_that_comes_unasked_is_nobodys kills the engine too
 def test_a_new_engine_begins_with_nothing_and_keeps_again(fleet: Fleet) -> None:
     worker = fleet.worker()
     bodies = [ask(worker).body]
@@ -582,6 +584,7 @@ def test_where_there_is_no_answer_the_next_one_is_computed(flying: Fleet, follow
         assert answer.body == BODY
 
 
+@pytest.mark.long  # the followers of a killed engine are above
 def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(flying: Fleet, follow: Follow) -> None:
     leader, data = flying.engine(), torch.zeros((1, 24, 32, 24))
     with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:

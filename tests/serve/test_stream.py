@@ -73,7 +73,7 @@ def server(
     unpacked: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ChaosServer]:
-    """``blobs``, and ``tight``, whose memory is one case's."""
+    """``blobs``; and ``tight``, whose memory is one case's, lies in the model store."""
     store, state = tmp_path_factory.mktemp("stream_store"), tmp_path_factory.mktemp("stream")
     bundle = ModelBundle(unpacked("five_folds"))
     options = parse_options(LONG.options.encode())
@@ -83,7 +83,7 @@ def server(
         make_archives(
             ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
         )
-    with serving(store, state, [LONG.slow(bundle, pass_s=0.2)], workers=WORKERS) as server:
+    with serving(store, state, [LONG.slow(bundle, pass_s=0.2)], models=[f"{MODEL}.mar"], workers=WORKERS) as server:
         yield server
 
 
@@ -216,7 +216,9 @@ def test_streams_of_several_cases_at_once_are_each_their_own(server: ChaosServer
         assert plain.result(PATIENCE_S).content == clients.alone(CASES[0], MODEL)
 
 
+@pytest.mark.long  # tests/handler/test_events.py has it without TorchServe
 def test_a_case_that_waits_for_memory_is_told_so(server: ChaosServer, clients: Clients) -> None:
+    server.register(f"{TIGHT}.mar", WORKERS)
     with reading(server, LONG, TIGHT) as first, reading(server, LONG, TIGHT) as second:
         first.until(works)
         assert second.until(lambda _: True) == {"event": "queued", "position": 0}
