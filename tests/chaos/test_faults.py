@@ -109,7 +109,7 @@ def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_fac
     archive("blobs", batches, version="2.0", fold=1)
     archive("other", ServingSettings(max_patch_batch=LARGER_BATCH), fold=2)
     memory = int(1.5 * _bytes(bundle, CASES[0]))
-    archive("tight", ServingSettings(max_patch_batch=1, limits={"memory_bytes": memory, "waiting_cases": 1}))
+    archive("tight", ServingSettings(max_patch_batch=1, limits={"memory_bytes": memory, "waiting_cases": 1}), fold=3)
 
     faults = [Fault(kind=kind, shape=case.grid(bundle)) for kind, case in POISON.items()]
     faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(bundle), times=2))

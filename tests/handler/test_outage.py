@@ -311,6 +311,7 @@ def test_an_engine_that_hangs_while_it_loads_is_given_one_limit_and_not_one_a_re
     assert worker._starter._limit(now) == now + 50  # nobody knows when it was started
 
 
+@pytest.mark.long  # tests/chaos stops an engine, tests/handler/test_idle_engine.py has a hang that is noticed
 def test_a_pass_that_never_ends_costs_one_devices_engine_and_its_case(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

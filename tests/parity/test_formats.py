@@ -72,7 +72,7 @@ def test_each_of_nnunets_readers_gives_stocks_file(
     reader: str, affine: npt.NDArray[np.floating], with_reader: Callable[..., tuple[Path, Pipeline]], tmp_path: Path
 ) -> None:
     folder, pipeline = with_reader("five_folds", reader)
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(image.astype(np.int16), affine))
     predictor = stock.loaded(folder, folds=[0], use_mirroring=False)
     read = predictor.plans_manager.image_reader_writer_class()
@@ -95,7 +95,7 @@ def test_each_of_nnunets_readers_gives_stocks_file(
 def test_one_volume_gives_the_same_labels_in_every_format(
     name: str, dtype: str, pipeline: Callable[[str], Pipeline], tmp_path: Path
 ) -> None:
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     array = image.astype(dtype)
     itk = sitk.GetImageFromArray(array.T)
     itk.SetSpacing((1.3, 1.6, 1.9))
@@ -119,7 +119,7 @@ def test_with_an_input_orientation_every_order_of_the_axes_gives_the_same_labels
 ) -> None:
     """One head, stored along other axes: turned back, the answers are equal voxel for voxel."""
     _, pipeline = with_reader("five_folds", "SimpleITKIO", orientation)
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     first = nib.Nifti1Image(image.astype(np.int16), np.diag([1.4, 1.6, 1.8, 1.0]))
     reference = answer(pipeline, first.to_bytes()).T
     for letters in ("LPS", "SRA", "PIR", "ILA"):
@@ -135,7 +135,7 @@ def test_without_an_input_orientation_the_order_of_the_axes_matters_as_in_stock(
     pipeline: Callable[[str], Pipeline],
 ) -> None:
     """Or the test above would prove nothing."""
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     first = nib.Nifti1Image(image.astype(np.int16), np.diag([1.4, 1.6, 1.8, 1.0]))
     to = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("PIR"))
     reference = answer(pipeline("five_folds"), first.to_bytes()).T
@@ -147,7 +147,7 @@ def test_channels_stored_along_other_axes_are_brought_together(
     with_reader: Callable[..., tuple[Path, Pipeline]], tmp_path: Path
 ) -> None:
     folder, pipeline = with_reader("regions", "NibabelIOWithReorient")
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     affine = np.diag([1.4, 1.6, 1.8, 1.0])
     channels = [
         nib.Nifti1Image(image.astype(np.int16), affine),
@@ -190,7 +190,7 @@ def test_a_stack_of_pictures_gives_stocks_labels(
     with_reader: Callable[..., tuple[Path, Pipeline]], tmp_path: Path
 ) -> None:
     folder, pipeline = with_reader("five_folds", "Tiff3DIO")
-    image, _ = volumes.blobs((38, 41, 30), seed=5)
+    image, _ = volumes.blobs((28, 30, 22), seed=5)
     tifffile.imwrite(tmp_path / "case_0000.tif", image.T.astype(np.int16), compression="zlib")
     (tmp_path / "case.json").write_text(json.dumps({"spacing": [1.9, 1.6, 1.3]}))
     expected = stock.predict(folder, [tmp_path / "case_0000.tif"], folds=[0], use_mirroring=False).labels

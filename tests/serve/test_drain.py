@@ -12,20 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools import drain
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
-from support import volumes
 from support.chaos import PATIENCE_S, Case, serving, wait_for
 from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
-BODY = volumes.nifti_gz(volumes.blobs((40, 38, 6), seed=4)[0].astype(np.int16), np.diag([1.5, 1.5, 3.0, 1.0]))
 WORKERS = 2
 CLIENTS = 4
 """No more than one worker and TorchServe's queue (twice the workers) hold: it refuses others without Retry-After."""
@@ -33,6 +30,9 @@ CLIENTS = 4
 RETRY_AFTER_S = 1
 SLOW = Case((40, 44, 12))
 """Some seconds in the engine."""
+
+LOAD = Case((40, 38, 6))
+"""Two seconds in the engine, and hardly any work: whoever starts meanwhile is not slowed down."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Load:
     def _one(self, client: httpx.Client) -> None:
         while True:
             try:
-                answer = client.post("/predictions/flat", content=BODY)
+                answer = client.post("/predictions/flat", content=LOAD.body, headers={"X-Nnunet-Options": LOAD.options})
             except httpx.HTTPError as error:
                 self.lost.append(type(error).__name__)
                 return
@@ -88,8 +88,9 @@ def live(
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
-    slow = SLOW.slow(ModelBundle(unpacked("flat")), pass_s=0.1)
-    with serving(store, tmp_path_factory.mktemp("state"), [slow], models=["flat.mar"], workers=WORKERS) as server:
+    bundle = ModelBundle(unpacked("flat"))
+    slow = [SLOW.slow(bundle, pass_s=0.1), LOAD.slow(bundle, pass_s=0.05)]
+    with serving(store, tmp_path_factory.mktemp("state"), slow, models=["flat.mar"], workers=WORKERS) as server:
         yield server.live
 
 
@@ -134,13 +135,13 @@ def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -
     target = drain.find_target(live.state_dir, None, None)
     drain.drain(target, 300, 7)
     try:
-        answer = live.predict("flat", BODY)
+        answer = live.predict("flat", LOAD.body, options=LOAD.options)
         assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "draining", "7")
         assert "come again" in answer.json()["detail"]
     finally:
         assert drain.resume(target)
     assert not drain.resume(target)
-    assert live.predict("flat", BODY).status_code == 200
+    assert live.predict("flat", LOAD.body, options=LOAD.options).status_code == 200
 
 
 def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: LiveServer) -> None:
@@ -171,10 +172,10 @@ def test_drain_and_resume_from_the_command_line(live: LiveServer) -> None:
         [*command, "drain", *where, "--timeout", "300"], capture_output=True, text=True, timeout=600, check=False
     )
     assert (drained.returncode, drained.stdout[:12]) == (0, "drained flat"), drained.stderr
-    assert live.predict("flat", BODY).status_code == 503
+    assert live.predict("flat", LOAD.body, options=LOAD.options).status_code == 503
     resumed = subprocess.run([*command, "resume", *where], capture_output=True, text=True, timeout=600, check=False)
     assert (resumed.returncode, resumed.stdout) == (0, "resumed flat\n")
-    assert live.predict("flat", BODY).status_code == 200
+    assert live.predict("flat", LOAD.body, options=LOAD.options).status_code == 200
 
 
 def test_what_cannot_be_drained_is_named(live: LiveServer, tmp_path: Path) -> None:
