@@ -425,6 +425,12 @@ def test_the_engine_works_without_its_log(bundle: ModelBundle, runtime: Path, co
     assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
 
 
+def wait_for_checks(runtime: Path, count: int) -> None:
+    """Wait for so many checks of the golden patch that found nothing."""
+    [log] = runtime.glob("*/engine.log")
+    assert wait_until(lambda: log.read_text().count("the golden patch is as it was") >= count, PATIENCE_S)
+
+
 def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
     bundle: ModelBundle, runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,7 +444,7 @@ def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
     try:
         torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
         [first] = engines(runtime)
-        time.sleep(2.5)  # two checks that find nothing
+        wait_for_checks(runtime, 2)
         assert first.is_running()
         engine.predict(bad, PLAIN)
         assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, PATIENCE_S)
@@ -456,7 +462,7 @@ def test_an_unloaded_models_engine_is_checked_all_the_same(bundle: ModelBundle, 
     try:
         [process] = engines(runtime)
         shutil.rmtree(tmp_path / "model")
-        time.sleep(1.5)
+        wait_for_checks(runtime, 2)
         assert process.is_running()
         assert engine.predict(volume(20, 2), PLAIN).logits.isfinite().all()
     finally:
