@@ -23,6 +23,7 @@ from nnunet_torchserve_tools.addresses import Ports
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.java import java_home
 from nnunet_torchserve_tools.launcher import ServeRequest
+from nnunet_torchserve_tools.plan import packaged
 from support import volumes
 from support.archives import with_code
 
@@ -81,7 +82,7 @@ def places(tmp_path: Path, name: str, archive: Path, ports: Ports) -> tuple[Path
         (root / folder).mkdir(parents=True)
     (root / "store" / "gehirn für=zwei 数.mar").write_bytes(archive.read_bytes())
     config = root / "my=ü.properties"
-    text = launcher._packaged("config.properties").decode()
+    text = packaged("config.properties").decode()
     text = text.replace(
         "inference_address=http://127.0.0.1:8080", f"inference_address: http://0.0.0.0:{ports.inference}"
     )

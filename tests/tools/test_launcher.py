@@ -15,8 +15,10 @@ import yaml
 
 from nnunet_torchserve.environment import FAULTS_VARIABLE
 from nnunet_torchserve_tools import launcher
+from nnunet_torchserve_tools.configuration import settings
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
+from nnunet_torchserve_tools.plan import make_plan, packaged
 from nnunet_torchserve_tools.serving_settings import MODEL_CONFIG_FILE
 from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
 from support import nvidia_smi
@@ -39,7 +41,7 @@ def test_what_was_set_by_hand_must_fit() -> None:
 
 
 def test_every_setting_of_the_projects_config_is_explained() -> None:
-    lines = launcher._packaged("config.properties").decode().splitlines()
+    lines = packaged("config.properties").decode().splitlines()
     for number, line in enumerate(lines):
         if "=" in line and not line.startswith("#"):
             above = [other for other in lines[:number] if other.startswith("#") or not other]
@@ -49,9 +51,9 @@ def test_every_setting_of_the_projects_config_is_explained() -> None:
 
 
 def test_every_setting_that_serve_replaces_is_marked_in_the_projects_config(model_store: Path, tmp_path: Path) -> None:
-    plan = launcher._plan(replace(request(model_store, tmp_path), ports=launcher.Ports(*range(50001, 50006))))
-    blocks = launcher._packaged("config.properties").decode().split("\n\n")
-    keys = [key for key in launcher._settings(plan) if plan.config.get(key) is not None]
+    plan = make_plan(replace(request(model_store, tmp_path), ports=launcher.Ports(*range(50001, 50006))))
+    blocks = packaged("config.properties").decode().split("\n\n")
+    keys = [key for key in settings(plan) if plan.config.get(key) is not None]
     assert {"inference_address", "grpc_inference_port", "allowed_urls", "job_queue_size", "vmargs"} <= set(keys)
     for key in keys:
         [block] = [each for each in blocks if f"\n{key}=" in each]
