@@ -244,9 +244,10 @@ def test_a_killed_engine_costs_nothing_but_time(clients: Clients, server: ChaosS
 def test_whenever_the_engine_is_killed(in_engine: int, clients: Clients, server: ChaosServer) -> None:
     for case in CASES:
         clients.alone(case, BLOBS)
-    pending = clients.send_all(CASES, BLOBS)
-    wait_for(lambda: server.engine(BLOBS).cases >= in_engine)
-    server.engine(BLOBS).kill()
+    with server.held():
+        pending = clients.send_all(CASES, BLOBS)
+        wait_for(lambda: server.engine(BLOBS).cases >= in_engine)
+        server.engine(BLOBS).kill()
     assert_right(clients, CASES, pending)
     server.engine(BLOBS)
 

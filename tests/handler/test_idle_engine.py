@@ -18,8 +18,9 @@ import torch
 from nnunet_torchserve.bundle import ModelBundle, OpenWeights
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import channel, folder
-from nnunet_torchserve.engine.compute import Admit, Compute, Drop, Expect, is_worth_freeing
+from nnunet_torchserve.engine.compute import Admit, Compute, Drop, Expect
 from nnunet_torchserve.engine.core import EngineCore
+from nnunet_torchserve.engine.device_memory import is_worth_freeing
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden

@@ -8,9 +8,7 @@ are taken.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import struct
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +23,8 @@ from ..volume import Placement
 from .geometry import check_size
 from .inflate import MemoryFile
 from .pictures import MOST_RATIO, PLANE, PictureSource
+from .tiff_description import check_description
+from .tiff_directory import Directory, unpack
 
 _TIFF_MAGIC = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 """Byte orders; the plus is BigTIFF's."""
@@ -50,9 +50,6 @@ _ANOTHER_KIND = {
 }  # fmt: skip
 """Tags of volumes in tiles (SGI) and of MD Gel, Olympus, MetaMorph, FluoView, LSM, NIH Image, Micro-Manager, EER and
 NDPI files: their voxels, or the order of their slices, do not follow from the baseline tags."""
-
-_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 7: "u1", 16: "u8"}
-"""TIFF's BYTE, ASCII, SHORT, LONG, UNDEFINED and LONG8."""
 
 _LONG8 = 16
 _RATIO = {1: 1, 5: 4096, 8: MOST_RATIO, 32773: 64, 32946: MOST_RATIO}
@@ -102,7 +99,7 @@ def open_tiff(body: memoryview, limits: Limits, placement: Placement | None) -> 
     if any(page.kind != first.kind for page in pages):
         msg = "the TIFF's pages differ in size or type; send pages of one kind, without thumbnails"
         raise WrongChannels(msg)
-    _check_description(description, len(pages), first)
+    check_description(description, len(pages), first)
     channels, slices = first.samples, len(pages)
     if slices > 1 and channels > 1:
         msg = "a TIFF with several pages in colour; send one picture, or a stack of grey pages"
@@ -226,78 +223,14 @@ class _Page:
         return header + bytes(size - len(header))
 
 
-class _Directory:
-    """The tags of one page, unread."""
-
-    def __init__(self, body: memoryview, order: str, *, big: bool, offset: int, limits: Limits) -> None:
-        self._body, self._order = body, order
-        count_format, entry, link = ("Q", struct.Struct(f"{order}HHQ8s"), "Q") if big else ("H", None, "I")
-        entry = entry or struct.Struct(f"{order}HHI4s")
-        (count,) = _unpack(body, order + count_format, offset)
-        if count > limits.header_fields:
-            msg = f"a page of the TIFF has {count} tags; this server takes at most {limits.header_fields}"
-            raise TooLarge(msg)
-        start = offset + struct.calcsize(order + count_format)
-        end = start + count * entry.size
-        (self.next,) = _unpack(body, order + link, end)
-        self._entries: dict[int, list[tuple[int, int, int]]] = {}
-        for position in range(start, end, entry.size):
-            tag, kind, items, inline = entry.unpack_from(body, position)
-            value_bytes = items * np.dtype(_TYPES.get(kind, "u1")).itemsize
-            place_of_value = position + entry.size - len(inline)
-            if value_bytes > len(inline):
-                (place_of_value,) = struct.unpack(order + link, inline)
-            self._entries.setdefault(tag, []).append((kind, items, place_of_value))
-
-    @property
-    def tags(self) -> set[int]:
-        """The numbers of the tags."""
-        return set(self._entries)
-
-    def values(self, tag: int, most: int) -> npt.NDArray[np.uint64]:
-        """The first ``most`` numbers of a tag.
-
-        Raises:
-            Malformed: not whole numbers, none, or outside the file.
-        """
-        kind, items, start = self._entries[tag][0]
-        dtype = np.dtype(self._order + _TYPES.get(kind, "u1"))
-        count = min(items, most)
-        if kind not in _TYPES or not count or start + count * dtype.itemsize > len(self._body):
-            msg = f"the TIFF's tag {tag} is no whole number, or points outside the file"
-            raise Malformed(msg)
-        return np.frombuffer(self._body, dtype, count, start).astype(np.uint64)
-
-    def texts(self, tag: int, most: int) -> list[str]:
-        """The texts of a tag, which may stand twice.
-
-        Raises:
-            TooLarge: a text of more than ``most`` bytes.
-        """
-        texts = []
-        for _kind, items, start in self._entries.get(tag, [])[:2]:
-            if items > most:
-                msg = f"the TIFF's description has {items} bytes; this server takes at most {most}"
-                raise TooLarge(msg)
-            texts.append(bytes(self._body[start : start + items]).split(b"\0")[0].decode("latin-1"))
-        return texts
-
-
-def _unpack(body: memoryview, layout: str, offset: int) -> tuple[Any, ...]:
-    if offset + struct.calcsize(layout) > len(body):
-        msg = "the TIFF is cut off: a directory lies outside the file"
-        raise Malformed(msg)
-    return struct.unpack_from(layout, body, offset)
-
-
 def _pages(body: memoryview, limits: Limits) -> tuple[list[_Page], list[str]]:
     """The pages of the main chain, each checked by itself, and the first one's descriptions."""
     order = _TIFF_MAGIC[bytes(body[:4])]
     big = b"+" in bytes(body[:4])
-    if big and _unpack(body, f"{order}HH", 4) != (8, 0):
+    if big and unpack(body, f"{order}HH", 4) != (8, 0):
         msg = "the BigTIFF header has offsets of another length than 8 bytes"
         raise Malformed(msg)
-    (offset,) = _unpack(body, order + ("Q" if big else "I"), 8 if big else 4)
+    (offset,) = unpack(body, order + ("Q" if big else "I"), 8 if big else 4)
     pages: list[_Page] = []
     descriptions: list[str] = []
     seen: set[int] = set()
@@ -307,7 +240,7 @@ def _pages(body: memoryview, limits: Limits) -> tuple[list[_Page], list[str]]:
             msg = f"the TIFF's pages form a loop, or are more than {_MOST_PAGES}"
             raise Malformed(msg)
         seen.add(offset)
-        directory = _Directory(body, order, big=big, offset=offset, limits=limits)
+        directory = Directory(body, order, big=big, offset=offset, limits=limits)
         page = _page(directory, order, len(body), limits)
         pages.append(page)
         segments += page.segments
@@ -333,7 +266,7 @@ _DEFAULTS = {
 """What TIFF 6.0 says of tags that are absent."""
 
 
-def _page(directory: _Directory, order: str, body_bytes: int, limits: Limits) -> _Page:
+def _page(directory: Directory, order: str, body_bytes: int, limits: Limits) -> _Page:
     """The checked page of one directory."""
     tags = directory.tags
     if tags & _ANOTHER_KIND:
@@ -408,62 +341,3 @@ def _check_layout(page: _Page, limits: Limits) -> None:
     if page.segments > _MOST_SEGMENTS or tiles_bytes > max(4 * size, size + _TILE_BYTES):
         msg = f"the TIFF has more than {_MOST_SEGMENTS} strips or tiles, or tiles far larger than the picture"
         raise TooLarge(msg)
-
-
-def _check_description(texts: list[str], pages: int, page: _Page) -> None:
-    """Refuse a TIFF whose description says that the pages are not simply its slices in order.
-
-    Raises:
-        WrongChannels: more dimensions than a stack, or slices that are in no page of this file.
-    """
-    for text in texts:
-        if text.startswith("ImageJ="):
-            _check_imagej(text, pages, page)
-        elif text.startswith(('{"shape"', "shape=")):
-            _check_shaped(text, pages, page)
-        elif text.rstrip().endswith("OME>"):
-            _check_ome(text, pages, page)
-
-
-def _check_imagej(text: str, pages: int, page: _Page) -> None:
-    found = {
-        name: int(number)
-        for name, number in re.findall(r"^(images|channels|slices|frames)=(\d{1,9})$", text, re.MULTILINE)
-    }
-    axes = [found.get(name, 1) for name in ("channels", "slices", "frames")]
-    in_samples = page.samples > 1 and axes[0] == page.samples
-    images = math.prod(axes[1:] if in_samples else axes)
-    if images > 1 and (images != pages or max(axes[1:] if in_samples else axes) != images):
-        msg = f"an ImageJ hyperstack of {axes} channels, slices and frames in {pages} pages; send slices alone"
-        raise WrongChannels(msg)
-    if found.get("images", pages) > pages:
-        msg = f"an ImageJ stack whose {found['images']} images are not in pages of their own; save it as a plain TIFF"
-        raise WrongChannels(msg)
-
-
-def _check_shaped(text: str, pages: int, page: _Page) -> None:
-    """The shape that tifffile writes: of one array, whose pages may not all be there."""
-    try:
-        shape = json.loads(text)["shape"] if text.startswith("{") else re.findall(r"\d+", text)
-        declared = [int(n) for n in shape]
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        msg = "the TIFF's description is no shape, though it begins like one"
-        raise Malformed(msg) from None
-    expected = [n for n in (pages, page.samples, page.length, page.width) if n > 1]
-    if sorted(n for n in declared if n != 1) != sorted(expected):
-        msg = f"the TIFF says that it holds an array of shape {declared[:8]}, but has {pages} pages; send slices alone"
-        raise WrongChannels(msg)
-
-
-def _check_ome(text: str, pages: int, page: _Page) -> None:
-    """OME-XML may name other files, and may give the pages another order; it is not parsed as XML."""
-    sizes = {axis: int(number) for axis, number in re.findall(r'\bSize([CTZ])="(\d{1,9})"', text)}
-    planes = [
-        dict(re.findall(r'\b(\w+)="([^"]*)"', plane)) for plane in re.findall(r"<(?:\w+:)?TiffData\b([^>]*)", text)
-    ]
-    in_order = all(plane.get("IFD", "0") == plane.get("FirstZ", "0") for plane in planes)
-    one_image = len(re.findall(r"<(?:\w+:)?Pixels\b", text)) == 1 and "FileName" not in text
-    volume = sizes.get("C") == page.samples and sizes.get("T") == 1 and sizes.get("Z") == pages
-    if not (in_order and one_image and volume):
-        msg = "an OME-TIFF of several files, channels or times, or with pages out of order; send slices alone"
-        raise WrongChannels(msg)

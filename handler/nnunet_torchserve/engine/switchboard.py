@@ -25,11 +25,9 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from enum import Enum, auto
 from pathlib import Path
 
 from ..errors import Busy, OutOfMemory
@@ -56,6 +54,7 @@ from .channel import (
     Wanted,
 )
 from .compute import Admit, Compute, Drop, Expect
+from .connection import HOLDING, Connection, State
 from .flights import Flights
 from .folder import SOCKET, bound_log, listen, still_ours
 from .ledger import Ledger
@@ -88,73 +87,6 @@ def busy_limit_s(device: str) -> float:
     (60.0, 300.0)
     """
     return BUSY_LIMIT_S.get(device.partition(":")[0], BUSY_LIMIT_S["cpu"])
-
-
-class _State(Enum):
-    """Where a connection's case is, as the main thread sees it."""
-
-    IDLE = auto()
-    FOLLOWING = auto()
-    """An equal case is computed; it gets that one's answer."""
-
-    WAITING = auto()
-    GRANTED = auto()
-    SUBMITTED = auto()
-
-
-_HOLDING = (_State.GRANTED, _State.SUBMITTED)
-
-
-class Connection:
-    """One worker."""
-
-    def __init__(self, endpoint: socket.socket) -> None:
-        self.endpoint = endpoint
-        self.state = _State.IDLE
-        self.claim = Claim(0, 0, 0)
-        self.volume_key: str | None = None
-        self.watched = False
-        self.passes_ahead = 0
-        self._listening = False
-        self._lock = threading.Lock()
-        self._open = True
-
-    @property
-    def case_id(self) -> int:
-        """Its case's number."""
-        return self.claim.number
-
-    def expect(self) -> None:
-        """The worker waits for an answer now: it gets heartbeats until then."""
-        with self._lock:
-            self._listening = True
-
-    def beat(self, message: Message) -> None:
-        """Send a sign of life if the worker waits; one that does not read would fill its socket with them."""
-        self._send(message, (), last=False)
-
-    def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
-        """Send what the worker waits for, without waiting; a worker that does not read is given up."""
-        return self._send(message, descriptors, last=True)
-
-    def close(self) -> None:
-        """Close once, never under a send."""
-        with self._lock:
-            self._open = False
-            self.endpoint.close()
-
-    def _send(self, message: Message, descriptors: Sequence[int], *, last: bool) -> bool:
-        with self._lock:
-            if not self._open or not self._listening:
-                return False
-            self._listening = not last
-            try:
-                channel.send(self.endpoint, message, descriptors)
-            except OSError:  # it has left, or does not read: it will see the end, and the main thread too
-                with suppress(OSError):
-                    self.endpoint.shutdown(socket.SHUT_RDWR)
-                return False
-            return True
 
 
 class Switchboard:
@@ -210,7 +142,7 @@ class Switchboard:
                 idle_since = time.monotonic()
             if time.monotonic() < next_beat:
                 continue
-            watched = any(each.watched and each.state is _State.SUBMITTED for each in self._connections.values())
+            watched = any(each.watched and each.state is State.SUBMITTED for each in self._connections.values())
             next_beat = time.monotonic() + (PROGRESS_S if watched else HEARTBEAT_S)
             if not still_ours(self._folder, self._life):
                 logger.error("the directory was cleaned up, and another engine may start: leaving")
@@ -258,24 +190,24 @@ class Switchboard:
                 self._forget(connection)
                 return
             message, descriptors = received
-            if isinstance(message, Submit) and connection.state is _State.GRANTED and len(descriptors) == 1:
-                connection.state, connection.watched = _State.SUBMITTED, message.watched
+            if isinstance(message, Submit) and connection.state is State.GRANTED and len(descriptors) == 1:
+                connection.state, connection.watched = State.SUBMITTED, message.watched
                 connection.expect()
                 self._keep(connection, message, descriptors[0])
                 self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
                 connection.passes_ahead = 0
                 self._note()
                 return
-            if isinstance(message, Release) and connection.state in _HOLDING and len(descriptors) == 1:
+            if isinstance(message, Release) and connection.state in HOLDING and len(descriptors) == 1:
                 self._land(connection, message, descriptors[0])
                 return
             channel.close_all(descriptors)
-            if isinstance(message, Reserve) and connection.state is _State.IDLE:
+            if isinstance(message, Reserve) and connection.state is State.IDLE:
                 self._reserve(connection, message)
-            elif isinstance(message, Offer) and connection.state in _HOLDING:
+            elif isinstance(message, Offer) and connection.state in HOLDING:
                 connection.expect()
                 connection.answer(Wanted(cases=self._flights.followers(connection.case_id)))
-            elif isinstance(message, Release) and connection.state is not _State.IDLE:
+            elif isinstance(message, Release) and connection.state is not State.IDLE:
                 self._release(connection)
             else:
                 msg = f"a {message.kind} with {len(descriptors)} descriptors was not expected now"
@@ -302,7 +234,7 @@ class Switchboard:
         # a case that holds its memory already is computed, whoever else is
         may_wait = not claim.guaranteed
         if message.answer is not None and self._flights.join(message.answer, claim.number, may_wait=may_wait):
-            connection.state = _State.FOLLOWING
+            connection.state = State.FOLLOWING
             self._note()
             if connection.watched:
                 self._beat([connection])
@@ -324,10 +256,10 @@ class Switchboard:
 
     def _wait_for_memory(self, connection: Connection) -> None:
         """A case was taken in."""
-        connection.state, connection.passes_ahead = _State.WAITING, connection.claim.passes
+        connection.state, connection.passes_ahead = State.WAITING, connection.claim.passes
         self._compute.put(Expect(connection.case_id))
         self._grant()
-        if connection.watched and connection.state is _State.WAITING:
+        if connection.watched and connection.state is State.WAITING:
             self._beat([connection])
 
     def _grant(self) -> None:
@@ -350,7 +282,7 @@ class Switchboard:
         self._hold()
 
     def _tell_granted(self, connection: Connection) -> None:
-        connection.state = _State.GRANTED
+        connection.state = State.GRANTED
         kept = self._cache.find(connection.volume_key)
         if kept is None:
             connection.answer(Granted(case_id=connection.case_id))
@@ -386,7 +318,7 @@ class Switchboard:
                 raise channel.ChannelError(msg)
             for case_id in self._flights.land(connection.case_id):
                 follower = self._owners.pop(case_id)
-                follower.state = _State.IDLE
+                follower.state = State.IDLE
                 follower.answer(Answered(size=message.size, note=message.note), [descriptor])
         finally:
             os.close(descriptor)
@@ -407,7 +339,7 @@ class Switchboard:
         tally.level(Level.PASSES_AHEAD, sum(owner.passes_ahead for owner in self._owners.values()))
 
     def _release(self, connection: Connection) -> None:
-        if connection.state is not _State.FOLLOWING:
+        if connection.state is not State.FOLLOWING:
             self._compute.put(Drop(connection.case_id))
             self._admission.release(connection.case_id)
         self._leave(connection)
@@ -415,7 +347,7 @@ class Switchboard:
     def _leave(self, connection: Connection) -> None:
         """A case has ended; if equal ones wait for it still, the first of them is computed."""
         self._owners.pop(connection.case_id, None)
-        connection.state = _State.IDLE
+        connection.state = State.IDLE
         next_case = self._flights.leave(connection.case_id)
         if next_case is not None:  # it waits already: it is not refused now
             self._admission.enter(self._owners[next_case].claim)
@@ -428,7 +360,7 @@ class Switchboard:
         if self._connections.pop(descriptor, None) is not None:
             self._selector.unregister(connection.endpoint)
         connection.close()
-        if connection.state is not _State.IDLE:
+        if connection.state is not State.IDLE:
             self._release(connection)
 
     def _beat(self, connections: Iterable[Connection]) -> None:
@@ -440,11 +372,11 @@ class Switchboard:
 
     def _sign_of_life(self, connection: Connection) -> Message:
         """A heartbeat, or what a worker that watches wants to know instead."""
-        if connection.watched and connection.state is _State.FOLLOWING:
+        if connection.watched and connection.state is State.FOLLOWING:
             return Queued(ahead=0)
-        if connection.watched and connection.state is _State.WAITING:
+        if connection.watched and connection.state is State.WAITING:
             return Queued(ahead=self._admission.ahead_of(connection.case_id))
-        if connection.watched and connection.state is _State.SUBMITTED:
+        if connection.watched and connection.state is State.SUBMITTED:
             done = self._compute.passes_done(connection.case_id)
             if done is not None:
                 return Progress(passes=done)
