@@ -69,7 +69,7 @@ class Plan:
         requests: answers in all.
         most_seconds: of all rounds; what is not sent by then is not sent.
         rounds: parts, after each of which memory is taken.
-        kill_every_s: seconds between two kills.
+        kill_every_s: seconds between two kills; more, where workers take longer to be ready again.
         clients: at once.
         workers: of TorchServe.
         give_up_s: a request that is not answered by then, with all its tries, hangs.
@@ -249,6 +249,8 @@ class _Soak:
 
     def _kill_until(self, over: threading.Event, started: float) -> None:
         while not over.wait(self._plan.kill_every_s):
+            if set(self._client.processes.workers(MODEL).values()) != {"READY"}:
+                continue  # else a slow machine would be kept from ever having a worker
             running = {"engine": self._engines(), "worker": self._client.workers()}
             cases = len(shared_memory(running["engine"], "logits"))
             with self._lock, suppress(psutil.NoSuchProcess, IndexError):  # nothing runs, or no more

@@ -13,7 +13,7 @@ from support.chaos import Case
 
 pytestmark = pytest.mark.serve
 
-MINUTE = Plan(requests=10_000, most_seconds=24.0, rounds=2, kill_every_s=5.0, clients=6, workers=3, give_up_s=120.0)
+MINUTE = Plan(requests=10_000, most_seconds=60.0, rounds=2, kill_every_s=5.0, clients=6, workers=3, give_up_s=120.0)
 TASKS = 12
 FEWEST_KILLS, FEWEST_ANSWERS = 3, 20
 

@@ -270,7 +270,6 @@ def test_a_deleted_socket_is_made_again(bundle: ModelBundle, one_engine: Path, c
     assert torch.equal(first.predict(volume(20, 0), PLAIN).logits, second.predict(volume(20, 0), PLAIN).logits)
 
 
-@pytest.mark.long  # its socket alone is above
 def test_a_cleaned_up_directory_is_made_again(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     first = connect(bundle)
     [running] = engines(runtime)
@@ -282,7 +281,6 @@ def test_a_cleaned_up_directory_is_made_again(bundle: ModelBundle, runtime: Path
     assert len(engines(runtime)) == 1
 
 
-@pytest.mark.long  # tests/handler/test_outage.py has an engine that hangs
 def test_a_hung_engine_that_never_said_hello_is_killed(
     bundle: ModelBundle, runtime: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,7 +452,7 @@ def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
         engine.disconnect()
 
 
-@pytest.mark.long  # a loaded one is above
+@pytest.mark.long  # tests/handler/test_idle_engine.py has files that are deleted, a loaded engine is above
 def test_an_unloaded_models_engine_is_checked_all_the_same(bundle: ModelBundle, runtime: Path, tmp_path: Path) -> None:
     """Unregistering a model deletes its directory while the engine still works on the last cases."""
     shutil.copytree(bundle.folder, tmp_path / "model")

@@ -18,7 +18,7 @@ import torch
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import folder, outage, remote, starter, switchboard
-from nnunet_torchserve.engine.faults import Entry, Fault, Faults, Kind, LoadFails, StandIn, stand_in_device
+from nnunet_torchserve.engine.faults import Entry, Fault, Faults, Hold, Kind, LoadFails, StandIn, stand_in_device
 from nnunet_torchserve.engine.outage import FIRST_PAUSE_S, LONGEST_PAUSE_S, Outage, pause_s
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
@@ -122,6 +122,26 @@ def test_faults_are_ordered_for_a_device_or_for_all() -> None:
     Faults.from_environment("cpu:0", environ).before_load(follows_a_death=True)
     with pytest.raises(RuntimeError):
         Faults.from_environment("cpu:1", environ).before_load(follows_a_death=True)
+
+
+def test_a_pass_is_held_while_there_is_a_file_but_no_longer_than_it_may(tmp_path: Path) -> None:
+    file = tmp_path / "hold"
+    faults = Faults([Hold(shape=(1, 2, 3, 4), pass_s=0.1, while_exists=file)])
+
+    def seconds(shape: tuple[int, ...]) -> float:
+        began = time.monotonic()
+        faults.before_pass([shape])
+        return time.monotonic() - began
+
+    file.touch()
+    assert seconds((1, 2, 3, 4)) >= 0.1
+    for_ever = Faults([Hold(shape=(1, 2, 3, 4), pass_s=3600, while_exists=file)])
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(for_ever.before_pass, [(1, 2, 3, 4)])
+        for_ever.before_pass([(9, 9, 9, 9)])
+        assert not held.done()
+        file.unlink()
+        held.result(300)
 
 
 # -- with an engine ---------------------------------------------------------------------------------------------------
@@ -270,7 +290,7 @@ def test_engines_that_die_while_they_load_are_no_endless_wait(
     worker.predict(volume(), PLAIN)
 
 
-@pytest.mark.long  # an engine that hangs is killed below
+@pytest.mark.long  # one that hangs and dies when it is killed is below
 def test_an_engine_that_was_killed_and_does_not_die_is_an_outage(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,7 +331,6 @@ def test_an_engine_that_hangs_while_it_loads_is_given_one_limit_and_not_one_a_re
     assert worker._starter._limit(now) == now + 50  # nobody knows when it was started
 
 
-@pytest.mark.long  # tests/chaos stops an engine, tests/handler/test_idle_engine.py has a hang that is noticed
 def test_a_pass_that_never_ends_costs_one_devices_engine_and_its_case(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,7 @@ def two(
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("PATH", nvidia_smi.search_path(folder, 2))
             environment.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-            server = until_the_end.enter_context(serving(store, folder, faults, device=DeviceKind.AUTO))
+            server = until_the_end.enter_context(serving(store, folder, faults, device=DeviceKind.CUDA))
         yield server
 
 

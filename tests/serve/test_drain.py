@@ -18,7 +18,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools import drain
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
-from support.chaos import PATIENCE_S, Case, serving, wait_for
+from support.chaos import PATIENCE_S, Case, ChaosServer, serving, wait_for
 from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
@@ -29,10 +29,10 @@ CLIENTS = 4
 
 RETRY_AFTER_S = 1
 SLOW = Case((40, 44, 12))
-"""Some seconds in the engine."""
+"""It can be held."""
 
 LOAD = Case((40, 38, 6))
-"""A second in the engine, and hardly any work: whoever starts meanwhile is not slowed down."""
+"""Half a second in the engine, and hardly any work: whoever starts meanwhile is not slowed down."""
 
 
 @dataclass
@@ -81,17 +81,23 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def live(
+def chaos(
     models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveServer]:
+) -> Iterator[ChaosServer]:
     store = tmp_path_factory.mktemp("store")
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
     bundle = ModelBundle(unpacked("flat"))
-    slow = [SLOW.slow(bundle, pass_s=0.1), LOAD.slow(bundle, pass_s=0.02)]
-    with serving(store, tmp_path_factory.mktemp("state"), slow, models=["flat.mar"], workers=WORKERS) as server:
-        yield server.live
+    folder = tmp_path_factory.mktemp("state")
+    faults = [SLOW.held(bundle, folder), LOAD.slow(bundle, pass_s=0.02)]
+    with serving(store, folder, faults, models=["flat.mar"], workers=WORKERS) as server:
+        yield server
+
+
+@pytest.fixture
+def live(chaos: ChaosServer) -> LiveServer:
+    return chaos.live
 
 
 def manage(live: LiveServer, method: str, path: str, **parameters: object) -> None:
@@ -144,16 +150,17 @@ def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -
     assert live.predict("flat", LOAD.body, options=LOAD.options).status_code == 200
 
 
-def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: LiveServer) -> None:
+def test_a_drain_waits_for_what_is_in_flight_and_says_so_when_it_cannot(live: LiveServer, chaos: ChaosServer) -> None:
     target = drain.find_target(live.state_dir, live.server.management_url, "flat")
     before = received(live)
     with ThreadPoolExecutor(1) as pool:
-        slow = pool.submit(live.predict, "flat", SLOW.body, options=SLOW.options)
-        wait_for(lambda: received(live) > before)
         try:
-            with pytest.raises(ToolError, match=r"still has a request .* takes no new requests"):
-                drain.drain(target, 0.0)
-            assert not slow.done()
+            with chaos.held():
+                slow = pool.submit(live.predict, "flat", SLOW.body, options=SLOW.options)
+                wait_for(lambda: received(live) > before)
+                with pytest.raises(ToolError, match=r"still has a request .* takes no new requests"):
+                    drain.drain(target, 0.0)
+                assert not slow.done()
             drain.drain(target, 300)
             assert slow.result(timeout=PATIENCE_S).status_code == 200
         finally:

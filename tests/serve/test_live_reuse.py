@@ -16,7 +16,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.bad_requests import FAST, GOOD
-from support.chaos import Case, serving, wait_for
+from support.chaos import Case, ChaosServer, serving, wait_for
 from support.metrics import scrape
 from support.server import LiveServer
 
@@ -24,19 +24,27 @@ pytestmark = pytest.mark.serve
 
 MODEL, WORKERS = "reusing", 2
 SLOW = Case((40, 44, 37), options=FAST)
+"""It can be held; nothing else has its size."""
+
 OTHERS = [json.dumps({"folds": [fold], "use_mirroring": False, "output_format": "nrrd"}) for fold in range(4)]
 
 
 @pytest.fixture(scope="module")
-def reusing(
+def caching_server(
     models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[LiveServer]:
+) -> Iterator[ChaosServer]:
     store = tmp_path_factory.mktemp("reusing_store")
     settings = ServingSettings(cache_bytes=64 * 1024**2, single_flight=True)
     make_archives(ArchiveRequest(models["five_folds"], store, folds=(0, 1, 2, 3), name=MODEL, serving=settings))
-    slow = SLOW.slow(ModelBundle(unpacked("five_folds")), pass_s=0.2)
-    with serving(store, tmp_path_factory.mktemp("reusing"), [slow], workers=WORKERS) as server:
-        yield server.live
+    folder = tmp_path_factory.mktemp("reusing")
+    held = SLOW.held(ModelBundle(unpacked("five_folds")), folder)
+    with serving(store, folder, [held], workers=WORKERS) as server:
+        yield server
+
+
+@pytest.fixture
+def reusing(caching_server: ChaosServer) -> LiveServer:
+    return caching_server.live
 
 
 def timings(answer: httpx.Response) -> dict[str, float]:
@@ -62,17 +70,19 @@ def test_an_image_is_preprocessed_once_whichever_worker_it_comes_to(reusing: Liv
     assert [line["reused"] for line in reusing.request_lines()[-len(OTHERS) :]] == ["volume"] * len(OTHERS)
 
 
-def test_equal_requests_at_once_are_computed_once(reusing: LiveServer) -> None:
+def test_equal_requests_at_once_are_computed_once(reusing: LiveServer, caching_server: ChaosServer) -> None:
     alone = reusing.predict(MODEL, SLOW.body, options=SLOW.options)
     assert alone.status_code == HTTPStatus.OK
     passes = reusing.request_lines()[-1]["passes"]
     wait_for(lambda: counted(reusing, "nnunet_passes_waiting") == 0)
     before = counted(reusing, "nnunet_passes_total")
     with ThreadPoolExecutor(WORKERS) as pool:
-        asked = [
-            pool.submit(reusing.predict, MODEL, SLOW.body, options=SLOW.options, headers={"X-Request-Id": f"id-{n}"})
-            for n in range(WORKERS)
-        ]
+        with caching_server.held():
+            asked = [
+                pool.submit(reusing.predict, MODEL, SLOW.body, options=SLOW.options, headers={"X-Request-Id": name})
+                for name in (f"id-{n}" for n in range(WORKERS))
+            ]
+            wait_for(lambda: counted(reusing, "nnunet_cases_following") == WORKERS - 1)
         answers = [each.result() for each in asked]
     assert {answer.content for answer in answers} == {alone.content}
     assert {answer.headers["X-Nnunet-Request-Id"] for answer in answers} == {f"id-{n}" for n in range(WORKERS)}

@@ -29,7 +29,7 @@ PASSES = 12
 """Of GOOD with the options FAST."""
 
 SLOW = Case((40, 44, 37), options=FAST)
-"""Some seconds in the engine."""
+"""It can be held; nothing else has its size."""
 
 UNKNOWN_FOLD = '{"folds": [9]}'
 
@@ -39,9 +39,9 @@ def measured(
     archive_of: Callable[[str], Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ChaosServer]:
     """A server with two workers and engines of its own: an engine's numbers go to one server."""
-    slow = SLOW.slow(ModelBundle(unpacked("five_folds")), pass_s=0.3)
     folder = tmp_path_factory.mktemp("metrics")
-    with serving(archive_of("five_folds").parent, folder, [slow], models=["five_folds.mar"], workers=WORKERS) as server:
+    held = SLOW.held(ModelBundle(unpacked("five_folds")), folder)
+    with serving(archive_of("five_folds").parent, folder, [held], models=["five_folds.mar"], workers=WORKERS) as server:
         yield server
 
 
@@ -95,10 +95,10 @@ def test_every_count_comes_once_whatever_the_number_of_workers(measured: ChaosSe
 def test_gauges_show_the_work_in_hand_and_return_to_0_without_another_request(measured: ChaosServer) -> None:
     settled(measured)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(measured.live.predict, "five_folds", SLOW.body, options=SLOW.options)
-        wait_for(lambda: now(measured).value("nnunet_cases_in_flight") == 1)
-        busy = now(measured)
-        assert busy.value("nnunet_charged_bytes") > 0
+        with measured.held():
+            answer = pool.submit(measured.live.predict, "five_folds", SLOW.body, options=SLOW.options)
+            wait_for(lambda: now(measured).value("nnunet_cases_in_flight") == 1)
+            wait_for(lambda: now(measured).value("nnunet_charged_bytes") > 0)
         assert answer.result().status_code == HTTPStatus.OK
     gauges = ("nnunet_cases_in_flight", "nnunet_passes_waiting", "nnunet_charged_bytes", "nnunet_cases_waiting")
     wait_for(lambda: not any(now(measured).value(name) for name in gauges))

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from http import HTTPStatus
 from http.client import HTTPResponse
@@ -50,7 +50,7 @@ WORKERS = 2
 MODEL, TIGHT = "blobs", "tight"
 CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false}') for seed in range(3)]
 LONG = Case((44, 44, 36), 7, '{"use_mirroring": false, "tile_step_size": 0.4}')
-"""Some seconds in the engine."""
+"""It can be held."""
 
 LARGE = Finely(
     (160, 150, 140),
@@ -83,7 +83,7 @@ def server(
         make_archives(
             ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
         )
-    with serving(store, state, [LONG.slow(bundle, pass_s=0.2)], models=[f"{MODEL}.mar"], workers=WORKERS) as server:
+    with serving(store, state, [LONG.held(bundle, state)], models=[f"{MODEL}.mar"], workers=WORKERS) as server:
         yield server
 
 
@@ -167,10 +167,12 @@ def test_the_head_and_the_last_event_carry_what_headers_carry(server: ChaosServe
 
 
 def test_events_come_while_the_case_is_worked_on(server: ChaosServer) -> None:
-    with reading(server, LONG) as stream:
-        event = stream.until(works)
-        assert event["done"] < event["total"]
-        assert server.engine(f"{MODEL}/1.0").cases == 1
+    with ExitStack() as until_the_end:
+        with server.held():
+            stream = until_the_end.enter_context(reading(server, LONG))
+            event = stream.until(works)
+            assert event["done"] < event["total"]
+            assert server.engine(f"{MODEL}/1.0").cases == 1
         rest = stream.rest()
     done = [each["done"] for each in rest.of("progress", "network")]
     assert done == sorted(done)
@@ -219,9 +221,12 @@ def test_streams_of_several_cases_at_once_are_each_their_own(server: ChaosServer
 @pytest.mark.long  # tests/handler/test_events.py has it without TorchServe
 def test_a_case_that_waits_for_memory_is_told_so(server: ChaosServer, clients: Clients) -> None:
     server.register(f"{TIGHT}.mar", WORKERS)
-    with reading(server, LONG, TIGHT) as first, reading(server, LONG, TIGHT) as second:
-        first.until(works)
-        assert second.until(lambda _: True) == {"event": "queued", "position": 0}
+    with ExitStack() as until_the_end:
+        with server.held():
+            first = until_the_end.enter_context(reading(server, LONG, TIGHT))
+            first.until(works)
+            second = until_the_end.enter_context(reading(server, LONG, TIGHT))
+            assert second.until(lambda _: True) == {"event": "queued", "position": 0}
         assert first.rest().result == clients.alone(LONG, MODEL)
         rest = second.rest()
     assert rest.kinds()[-4:] == ["preprocess", "network", "export", "result"]
@@ -230,7 +235,8 @@ def test_a_case_that_waits_for_memory_is_told_so(server: ChaosServer, clients: C
 
 def test_a_deadline_in_the_midst_is_the_last_event(server: ChaosServer) -> None:
     workers = server.workers(MODEL)
-    stream = ask(server, LONG, timeout_s=1.5)
+    with server.held():
+        stream = ask(server, LONG, timeout_s=1.5)
     assert (stream.last["event"], stream.last["status"], stream.last["code"]) == ("error", 504, "deadline")
     assert server.workers(MODEL) == workers
     assert ask(server, CASES[0]).last["event"] == "result"
@@ -238,9 +244,11 @@ def test_a_deadline_in_the_midst_is_the_last_event(server: ChaosServer) -> None:
 
 def test_an_engine_killed_in_the_midst_costs_only_time(server: ChaosServer, clients: Clients) -> None:
     expected = clients.alone(LONG, MODEL)
-    with reading(server, LONG) as stream:
-        stream.until(works)
-        server.engine(f"{MODEL}/1.0").kill()
+    with ExitStack() as until_the_end:
+        with server.held():
+            stream = until_the_end.enter_context(reading(server, LONG))
+            stream.until(works)
+            server.engine(f"{MODEL}/1.0").kill()
         rest = stream.rest()
     done = [event["done"] for event in rest.of("progress", "network")]
     assert 0 in done
@@ -251,7 +259,7 @@ def test_an_engine_killed_in_the_midst_costs_only_time(server: ChaosServer, clie
 @pytest.mark.long
 def test_a_worker_killed_in_the_midst_ends_the_stream_without_a_last_event(server: ChaosServer) -> None:
     """A client takes that for what it is: chunked transfer has an end of its own, and it is missing."""
-    with reading(server, LONG) as stream:
+    with server.held(), reading(server, LONG) as stream:
         stream.until(works)
         before = set(server.workers(MODEL))
         for pid in before:
@@ -275,9 +283,10 @@ def test_clients_that_do_not_read_or_leave_hold_up_nobody(
         slow.settimeout(PATIENCE_S)
         slow.connect((url.host, url.port or 80))
         slow.sendall(f"{head}X-Nnunet-Options: {options}\r\n\r\n".encode() + LARGE.body)
-        for _ in range(WORKERS):
-            with reading(server, LONG) as leaving:
-                leaving.until(works)
+        with server.held():
+            for _ in range(WORKERS):
+                with reading(server, LONG) as leaving:
+                    leaving.until(works)
         began, answered = time.monotonic(), 0
         while answered <= WORKERS or time.monotonic() - began < ignores_s:
             with ThreadPoolExecutor(WORKERS) as pool:  # as many as there are workers

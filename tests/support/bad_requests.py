@@ -50,7 +50,7 @@ def header(content: bytes = b"", **fields: object) -> bytes:
 
 def bomb() -> bytes:
     """A small body that inflates to 256 MiB, with a good image in front."""
-    compressor = zlib.compressobj(1, zlib.DEFLATED, 31)
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)
     megabyte = bytes(2**20)
     parts = [compressor.compress(header())] + [compressor.compress(megabyte) for _ in range(256)]
     return b"".join([*parts, compressor.flush()])

@@ -21,7 +21,7 @@ import pytest
 
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.cases import network_grid
-from nnunet_torchserve.engine.faults import Entry, Fault, Kind
+from nnunet_torchserve.engine.faults import Entry, Hold
 from nnunet_torchserve.engine.folder import LOG
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 
@@ -35,7 +35,7 @@ SPACING = (1.5, 1.5, 1.5)
 """Of the model ``five_folds``: the network's grid is the image's."""
 
 HOLD = "hold"
-"""A file beside a server's runtime directory."""
+"""A file in a server's folder: while it is there, cases are held."""
 
 _ENGINE = "nnunet_torchserve.engine.process"
 _MEMORY = "/memfd:nnunet-"
@@ -171,9 +171,18 @@ class Case:
         """(C, z, y, x) on the network's grid, by which faults know a case."""
         return (1, *network_grid(bundle, self.shape[::-1], SPACING[::-1]))
 
-    def slow(self, bundle: ModelBundle, pass_s: float) -> Fault:
+    def slow(self, bundle: ModelBundle, pass_s: float) -> Hold:
         """Each pass of a case of this size takes so much longer, and needs no processor meanwhile."""
-        return Fault(kind=Kind.HOLD, shape=self.grid(bundle), hold_s=pass_s)
+        return Hold(shape=self.grid(bundle), pass_s=pass_s)
+
+    def held(self, bundle: ModelBundle, folder: Path) -> Hold:
+        """While :meth:`ChaosServer.held` says so, each pass of a case of this size waits for a second.
+
+        Args:
+            bundle: the model.
+            folder: the server's, as :func:`serving` gets it.
+        """
+        return Hold(shape=self.grid(bundle), pass_s=1.0, while_exists=folder / HOLD)
 
 
 @dataclass(frozen=True)
@@ -182,10 +191,12 @@ class ChaosServer:
 
     live: LiveServer
     runtime: Path
+    holds: bool = False
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """For the length of the block cases wait in their engine, if a fault holds them by the file :data:`HOLD`."""
+        """For the length of the block the cases of :meth:`Case.held` stay in their engine."""
+        assert self.holds, "nothing is held on this server"
         file = self.runtime.with_name(HOLD)
         file.touch()
         try:
@@ -289,11 +300,12 @@ def serving(store: Path, folder: Path, faults: Sequence[Entry] = (), **how: Any)
         faults: for its engines.
         how: see :func:`~.server.running`.
     """
-    server = running(store, folder / "state", testing=bool(faults), **how)
+    holds = any(isinstance(fault, Hold) and fault.while_exists == folder / HOLD for fault in faults)
     with ExitStack() as until_the_end:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv(RUNTIME_DIR_VARIABLE, str(folder / "run"))
             if faults:
                 environment.setenv(FAULTS_VARIABLE, json.dumps([each.model_dump(mode="json") for each in faults]))
+            server = running(store, folder / "state", testing=bool(faults), **how)
             live = until_the_end.enter_context(server)
-        yield ChaosServer(live, folder / "run")
+        yield ChaosServer(live, folder / "run", holds)

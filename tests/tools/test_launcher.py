@@ -227,7 +227,8 @@ def test_stop_without_a_server_does_nothing(tmp_path: Path) -> None:
 def test_commands_that_use_no_model_do_not_wait_for_pytorch() -> None:
     """``serve``, ``stop``, ``drain`` and ``resume``; it takes seconds to load."""
     program = (
-        "import sys, nnunet_torchserve_tools.drain, nnunet_torchserve_tools.launcher;print('torch' in sys.modules)"
+        "import sys, nnunet_torchserve_tools.cli, nnunet_torchserve_tools.drain, nnunet_torchserve_tools.launcher;"
+        "print('torch' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"

@@ -1,7 +1,8 @@
 """Faults that a test orders: what cannot be provoked from outside, such as a case that kills the engine.
 
-``NNUNET_TORCHSERVE_FAULTS`` holds a JSON list of :class:`Fault`, :class:`LoadFails` and :class:`StandIn`. The launcher
-refuses to start with the variable set unless it is told that this is a test, and a worker refuses to load.
+``NNUNET_TORCHSERVE_FAULTS`` holds a JSON list of :class:`Fault`, :class:`Hold`, :class:`LoadFails` and
+:class:`StandIn`. The launcher refuses to start with the variable set unless it is told that this is a test, and a
+worker refuses to load.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ..environment import FAULTS_VARIABLE
 
 _POLL_S = 0.01
+"""While a pass is held; well below what a pass takes."""
 
 
 class Kind(StrEnum):
@@ -33,7 +35,6 @@ class Kind(StrEnum):
     NAN = "nan"
     SPOIL = "spoil"
     HANG = "hang"
-    HOLD = "hold"
 
 
 class Fault(BaseModel):
@@ -44,8 +45,6 @@ class Fault(BaseModel):
         shape: (C, z, y, x) of the case on the network's grid, before padding.
         times: how often in an engine's life; ``None`` is always.
         device: only in this device's engines, such as ``cpu:1``.
-        hold_s: a ``HOLD`` makes each pass wait for so long, so that a case can be met in the middle,
-        while_exists: and only while there is this file; ``None`` is always.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,12 +53,28 @@ class Fault(BaseModel):
     shape: tuple[int, int, int, int]
     times: int | None = None
     device: str | None = None
-    hold_s: float = 2.0
-    while_exists: Path | None = None
 
-    def hold(self) -> None:
-        """Wait as a ``HOLD`` does."""
-        end = time.monotonic() + self.hold_s
+
+class Hold(BaseModel):
+    """Each pass that a case of a certain size takes part in waits first, so that the case is met in the middle.
+
+    Attributes:
+        shape: as of a :class:`Fault`.
+        pass_s: for so long, and a case that is held goes on slowly.
+        while_exists: and only while there is this file; ``None`` is always.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["hold"] = "hold"
+    shape: tuple[int, int, int, int]
+    pass_s: float
+    while_exists: Path | None = None
+    device: None = None
+
+    def wait(self) -> None:
+        """Wait as ordered."""
+        end = time.monotonic() + self.pass_s
         while (self.while_exists is None or self.while_exists.exists()) and time.monotonic() < end:
             time.sleep(_POLL_S)
 
@@ -96,7 +111,7 @@ class StandIn(BaseModel):
     busy_limit_s: float | None = None
 
 
-Entry = Fault | LoadFails | StandIn
+Entry = Fault | Hold | LoadFails | StandIn
 
 
 def _entries(environ: Mapping[str, str]) -> list[Entry]:
@@ -114,6 +129,7 @@ class Faults:
 
     def __init__(self, faults: Sequence[Entry]) -> None:
         self._left = [(fault, fault.times) for fault in faults if isinstance(fault, Fault)]
+        self._holds = [hold for hold in faults if isinstance(hold, Hold)]
         self._load_fails = [fault for fault in faults if isinstance(fault, LoadFails)]
         limits = [entry.busy_limit_s for entry in faults if isinstance(entry, StandIn)]
         self.busy_limit_s = limits[0] if limits else None
@@ -134,8 +150,9 @@ class Faults:
 
     def before_pass(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Wait, raise, die or never return if a fault is due for one of the cases."""
-        if held := self._due(Kind.HOLD, shapes):
-            held.hold()
+        for hold in self._holds:
+            if hold.shape in shapes:
+                hold.wait()
         if self._due(Kind.HANG, shapes):
             threading.Event().wait()
         if self._due(Kind.KILL, shapes):
@@ -162,9 +179,9 @@ class Faults:
                 for parameter in module.parameters():
                     parameter.fill_(1.0)
 
-    def _due(self, kind: Kind, shapes: Sequence[tuple[int, ...]]) -> Fault | None:
+    def _due(self, kind: Kind, shapes: Sequence[tuple[int, ...]]) -> bool:
         for number, (fault, left) in enumerate(self._left):
             if fault.kind is kind and fault.shape in shapes and left != 0:
                 self._left[number] = (fault, None if left is None else left - 1)
-                return fault
-        return None
+                return True
+        return False
