@@ -56,8 +56,8 @@ lint: .venv/ready ## ruff, and the layers of the serving core
 type: .venv/ready ## mypy --strict
 	$(BIN)/mypy
 
-parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel
-	$(BIN)/pytest tests/parity
+parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel, on all of PyTorch's threads
+	$(BIN)/pytest tests/parity -m "not long and not serve"
 
 bench: .venv/ready ## measure against stock nnU-Net (an hour or two; BENCHMARKS="request.command" for one); see benchmarks/README.md
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

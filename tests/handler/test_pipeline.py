@@ -409,6 +409,7 @@ PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
         pytest.param("five_folds", "float64", 2, (200,) * 3, (0.4,) * 3, {}, marks=pytest.mark.long),
         pytest.param("five_folds", "int64", 2, (200,) * 3, (0.4,) * 3, {}, marks=pytest.mark.long),
         pytest.param("five_folds", "int16", 1, (60,) * 3, (4.5,) * 3, {}, marks=pytest.mark.long),
+        ("five_folds", "int16", 1, (120,) * 3, (0.7,) * 3, {"preprocess": "stock"}),
         pytest.param("five_folds", "int16", 1, (200,) * 3, (0.4,) * 3, {"preprocess": "stock"}, marks=pytest.mark.long),
         pytest.param(
             "five_folds",

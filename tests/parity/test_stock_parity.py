@@ -32,7 +32,8 @@ THICK_X = np.diag([5.0, 1.0, 1.0, 1.0])
 THIN_SLICES = volumes.oblique((1.3, 0.8, 0.9))
 
 FIVE = [0, 1, 2, 3, 4]
-PLAIN = {"use_mirroring": False}
+ONE_WAY = {"use_mirroring": False}
+"""Without mirroring."""
 
 CASES: dict[str, tuple[str, tuple[int, int, int], npt.NDArray[np.floating], dict[str, object]]] = {
     "3d, one fold, no mirroring": ("five_folds", (46, 41, 39), STRAIGHT, {"folds": [0], "use_mirroring": False}),
@@ -40,8 +41,8 @@ CASES: dict[str, tuple[str, tuple[int, int, int], npt.NDArray[np.floating], dict
     "3d, five folds": ("five_folds", (38, 40, 36), STRAIGHT, {"folds": FIVE, "use_mirroring": False}),
     "3d, five folds, mirroring, oblique and thick": ("five_folds", (34, 30, 12), OBLIQUE_THICK, {}),
     "3d, two folds in another order": ("five_folds", (38, 40, 36), STRAIGHT, {"folds": [4, 1], "use_mirroring": False}),
-    "3d, tile step 0.75": ("five_folds", (60, 50, 45), STRAIGHT, {"folds": [1], "tile_step_size": 0.75} | PLAIN),
-    "3d, no Gaussian": ("five_folds", (46, 41, 39), FLIPPED, {"folds": [2], "use_gaussian": False} | PLAIN),
+    "3d, tile step 0.75": ("five_folds", (60, 50, 45), STRAIGHT, {"folds": [1], "tile_step_size": 0.75} | ONE_WAY),
+    "3d, no Gaussian": ("five_folds", (46, 41, 39), FLIPPED, {"folds": [2], "use_gaussian": False} | ONE_WAY),
     "3d, smaller than the patch": ("five_folds", (20, 18, 16), STRAIGHT, {"folds": [0, 1]}),
     "2d": ("flat", (44, 47, 9), STRAIGHT, {"use_mirroring": False}),
     "2d, mirroring, oblique": ("flat", (40, 38, 8), OBLIQUE_THICK, {"tile_step_size": 0.75}),
@@ -138,15 +139,15 @@ def test_the_demo_model_gives_stocks_answer_for_a_real_image(tmp_path: Path) -> 
 
 
 MATERIAL_CASES = [
-    ("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": [3, 1], "tile_step_size": 1} | PLAIN),
-    ("Dataset501_BrainTissue", "2d", "test_000", {"tile_step_size": 1} | PLAIN),
-    ("Dataset502_BrainRegions", "3d_fullres", "test_001", {"tile_step_size": 1} | PLAIN),
+    ("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": [3, 1], "tile_step_size": 1} | ONE_WAY),
+    ("Dataset501_BrainTissue", "2d", "test_000", {"tile_step_size": 1} | ONE_WAY),
+    ("Dataset502_BrainRegions", "3d_fullres", "test_001", {"tile_step_size": 1} | ONE_WAY),
     # more tiles, and mirroring: the small models above have them too
-    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_000", {"folds": [0]} | PLAIN, marks=pytest.mark.long),
-    pytest.param("Dataset502_BrainRegions", "3d_fullres", "test_001", PLAIN, marks=pytest.mark.long),
-    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": FIVE} | PLAIN, marks=pytest.mark.long),
+    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_000", {"folds": [0]} | ONE_WAY, marks=pytest.mark.long),
+    pytest.param("Dataset502_BrainRegions", "3d_fullres", "test_001", ONE_WAY, marks=pytest.mark.long),
+    pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": FIVE} | ONE_WAY, marks=pytest.mark.long),
     pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": [0]}, marks=pytest.mark.long),
-    pytest.param("Dataset501_BrainTissue", "2d", "test_000", PLAIN, marks=pytest.mark.long),
+    pytest.param("Dataset501_BrainTissue", "2d", "test_000", ONE_WAY, marks=pytest.mark.long),
 ]
 
 

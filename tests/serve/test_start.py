@@ -60,6 +60,9 @@ def served(state_dir: Path, arguments: list[str], environment: Mapping[str, str]
         done = subprocess.run(serve, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
         assert done.returncode == 0, done.stderr
         yield done.stdout, done.stderr
+        stop = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "stop", "--state-dir", str(state_dir)]
+        stopped = subprocess.run(stop, env=environment, capture_output=True, text=True, check=False)
+        assert (stopped.returncode, stopped.stdout) == (0, "stopped\n"), stopped.stderr
     finally:
         launcher.stop(state_dir)
 
