@@ -1,4 +1,4 @@
-"""``nnunet-torchserve``: archive, serve, stop. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""``nnunet-torchserve``: archive, serve, stop, drain, resume. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 

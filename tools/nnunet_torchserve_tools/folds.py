@@ -15,14 +15,14 @@ _FOLD_FOLDER = re.compile(r"fold_(\d+)")
 
 
 def read_checkpoints(
-    folder: Path, folds: Sequence[FoldName], file_name: str, *, trust: bool
+    folder: Path, folds: Sequence[FoldName], checkpoint: str, *, trust: bool
 ) -> dict[FoldName, Checkpoint]:
     """The checkpoints of an ensemble.
 
     Args:
         folder: the trained model folder.
-        folds: whose.
-        file_name: within each fold's folder.
+        folds: which ones.
+        checkpoint: the file's name within each fold's folder.
         trust: open them as ordinary pickles.
 
     Raises:
@@ -31,19 +31,19 @@ def read_checkpoints(
     """
     checkpoints: dict[FoldName, Checkpoint] = {}
     for fold in folds:
-        file = folder / f"fold_{fold}" / file_name
+        file = folder / f"fold_{fold}" / checkpoint
         if not file.is_file():
             files = _files_of_folds(folder)
-            there = [name for name in files if file_name in files[name]]
-            msg = f"fold {fold} has no {file_name} in {folder}, which has it for {_spoken(there)}"
-            if other := _other_checkpoint(files, [fold], file_name):
+            there = [name for name in files if checkpoint in files[name]]
+            msg = f"fold {fold} has no {checkpoint} in {folder}, which has it for {_spoken(there)}"
+            if other := _other_checkpoint(files, [fold], checkpoint):
                 msg += f"; --checkpoint {other} takes what fold {fold} has"
             raise UsageError(msg)
         checkpoints[fold] = read_checkpoint(file, trust=trust)
     first_fold, first = next(iter(checkpoints.items()))
-    for fold, checkpoint in checkpoints.items():
+    for fold, each in checkpoints.items():
         for what in ("trainer", "configuration"):
-            if (other := getattr(checkpoint, what)) != (expected := getattr(first, what)):
+            if (other := getattr(each, what)) != (expected := getattr(first, what)):
                 msg = f"fold {fold} has the {what} {other}, fold {first_fold} has {expected}: they are no ensemble"
                 raise ToolError(msg)
     return checkpoints

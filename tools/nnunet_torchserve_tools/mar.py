@@ -17,7 +17,10 @@ from .serving_settings import MODEL_CONFIG_FILE
 MANIFEST_FILE = "MAR-INF/MANIFEST.json"
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""What TorchServe takes in a list of models and in a URL without escapes."""
+
 VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
+"""What TorchServe can put in an order."""
 
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _COPY_BYTES = 1024**2
@@ -44,7 +47,12 @@ def manifest(name: str, version: str, handler: str) -> str:
 
 
 def write_zip(stage: Path, target: Path) -> None:
-    """Stored, sorted, with fixed times and modes; put in place in one step."""
+    """Write a folder as an archive: stored, sorted, with fixed times and modes; put in place in one step.
+
+    Args:
+        stage: what becomes the archive's root.
+        target: the .mar file, new or to be replaced.
+    """
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as unfinished:
         try:
             with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
