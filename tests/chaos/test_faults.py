@@ -519,7 +519,7 @@ def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Client
 # -- the front end: last, for it ends the server ----------------------------------------------------------------------
 
 
-@pytest.mark.long  # tests/serve/test_live.py has it without load
+@pytest.mark.long  # tests/serve/test_live.py ends a server by its launcher, without load
 def test_nothing_is_left_of_a_server_that_was_told_to_end_under_load(store: Store, tmp_path: Path) -> None:
     with serving_blobs(store, tmp_path) as server, clients_of(server) as clients:
         assert_nothing_is_left(server, clients, signal.SIGTERM)
