@@ -71,10 +71,12 @@ def test_an_image_is_preprocessed_once_whichever_worker_it_comes_to(reusing: Liv
 
 
 def test_equal_requests_at_once_are_computed_once(reusing: LiveServer, caching_server: ChaosServer) -> None:
-    alone = reusing.predict(MODEL, SLOW.body, options=SLOW.options)
+    alone = reusing.predict(MODEL, SLOW.body, options=SLOW.options, headers={"X-Request-Id": "alone"})
     assert alone.status_code == HTTPStatus.OK
-    passes = reusing.request_lines()[-1]["passes"]
-    wait_for(lambda: counted(reusing, "nnunet_passes_waiting") == 0)
+    assert reusing.logs('"alone"')
+    [passes] = [line["passes"] for line in reusing.request_lines() if line["id"] == "alone"]
+    logged = sum(line["passes"] for line in reusing.request_lines())
+    wait_for(lambda: counted(reusing, "nnunet_passes_total") == logged)
     before = counted(reusing, "nnunet_passes_total")
     with ThreadPoolExecutor(WORKERS) as pool:
         with caching_server.held():
