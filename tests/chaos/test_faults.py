@@ -60,7 +60,7 @@ WORKER_DIED = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE
 BLOBS, SECOND, OTHER, TIGHT = "blobs/1.0", "blobs/2.0", "other/1.0", "tight/1.0"
 SMALL = Case((24, 32, 24))
 CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false, "tile_step_size": 0.4}') for seed in range(5)]
-"""With a ``HOLD``: while a test wants it, each batch with one of their 18 passes waits for a second first."""
+"""They can be held: each batch with one of their 18 passes waits for a second then."""
 
 LONGER = replace(CASES[0], options='{"use_mirroring": false, "tile_step_size": 0.15}')
 """While it is held, minutes in its engine."""

@@ -104,6 +104,14 @@ class Fleet:
         self.tally = TallyReader(descriptor, os.dup(process))
 
 
+def left_running(unpacked: Callable[[str], Path], runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
+    """Workers whose engine outlives them, for the next test's."""
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
+    made = Fleet(ModelBundle(unpacked("five_folds")), runtime)
+    yield made
+    made.leave()
+
+
 @pytest.fixture(scope="module")
 def one_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flying") / "run"
@@ -112,10 +120,7 @@ def one_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flying(unpacked: Callable[[str], Path], one_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """As ``fleet``, but an engine that a test leaves alive goes on to the next."""
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(one_runtime))
-    made = Fleet(ModelBundle(unpacked("five_folds")), one_runtime)
-    yield made
-    made.leave()
+    yield from left_running(unpacked, one_runtime, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +131,7 @@ def caching_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def caching(unpacked: Callable[[str], Path], caching_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """As ``fleet``, but what the engine keeps goes on to the next test: each sends images of its own."""
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(caching_runtime))
-    made = Fleet(ModelBundle(unpacked("five_folds")), caching_runtime)
-    yield made
-    made.leave()
+    yield from left_running(unpacked, caching_runtime, monkeypatch)
 
 
 @pytest.fixture

@@ -70,7 +70,6 @@ class Hold(BaseModel):
     shape: tuple[int, int, int, int]
     pass_s: float
     while_exists: Path | None = None
-    device: None = None
 
     def wait(self) -> None:
         """Wait as ordered."""
@@ -137,7 +136,9 @@ class Faults:
     @classmethod
     def from_environment(cls, device: str, environ: Mapping[str, str] = os.environ) -> Faults:
         """What the variable orders for a device's engine; nothing where it is not set."""
-        return cls([each for each in _entries(environ) if isinstance(each, StandIn) or each.device in (None, device)])
+        return cls(
+            [each for each in _entries(environ) if isinstance(each, Hold | StandIn) or each.device in (None, device)]
+        )
 
     def before_load(self, *, follows_a_death: bool) -> None:
         """Raise or die if the engine is not to load."""
