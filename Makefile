@@ -45,7 +45,7 @@ stop: ## stop that server
 	$(NT) stop
 
 test: .venv/ready ## run the tests (about 13 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads"
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long
@@ -57,7 +57,7 @@ type: .venv/ready ## mypy --strict
 	$(BIN)/mypy
 
 parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel, on all of PyTorch's threads
-	$(BIN)/pytest tests/parity -m "not long and not serve"
+	$(BIN)/pytest tests/parity/test_stock_parity.py -m "not long and not serve"
 
 bench: .venv/ready ## measure against stock nnU-Net (an hour or two; BENCHMARKS="request.command" for one); see benchmarks/README.md
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done

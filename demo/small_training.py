@@ -35,6 +35,7 @@ class Recipe:
         learning_rate: AdamW's first learning rate, then nnU-Net's polynomial decay.
         batch_size: patches a step.
         strip: drop optimizer state and log from the checkpoints (a third of the size).
+        convolutions: in a stage of the encoder; a stage of the decoder has one.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class Recipe:
     learning_rate: float = 5e-3
     batch_size: int = 2
     strip: bool = False
+    convolutions: int = 2
 
 
 def run(workdir: Path, recipe: Recipe) -> Path:
@@ -95,7 +97,7 @@ def _plan_and_preprocess(recipe: Recipe) -> None:
         "features_per_stage": list(recipe.features),
         "kernel_sizes": [[3] * len(recipe.patch_size)] * stages,
         "strides": [list(stride) for stride in recipe.strides],
-        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage": [recipe.convolutions] * stages,
         "n_conv_per_stage_decoder": [1] * (stages - 1),
     }
     plans_file.write_text(json.dumps(plans, indent=4))

@@ -58,7 +58,10 @@ class NnunetHandler:
         """
         try:
             _end_with_the_front_end()
-            self._pipeline = _load(context)
+            from nnunet_torchserve.startup import loading
+
+            with loading():
+                self._pipeline = _load(context)
         except Exception as error:
             reason = " ".join(str(error).split())
             logger.exception("%s %s: %s", LOAD_FAILED, type(error).__name__, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -19,11 +20,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # engines and workers compile o
 import torch
 
 from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine import starter
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from support import warm
 from support.examples import register_profiles
 from support.models import carried
 from support.once import once, run_folder
@@ -31,14 +34,22 @@ from support.server import SERVED, LiveServer, running
 
 MATERIAL_VARIABLE = "NNUNET_TORCHSERVE_MATERIAL"
 
+COLD = starter.run
+
 _NAMED_BY_BYTES = 16
 
 register_profiles()
+gc.disable()  # until all is imported and collected: nearly all of it stays, and looking through it costs a fifth
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests with servers begin first: they wait a lot, and another process fills the time."""
     items.sort(key=lambda item: item.get_closest_marker("serve") is None)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -59,6 +70,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def _runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Engines of the tests share nothing with a server of this user."""
     os.environ[RUNTIME_DIR_VARIABLE] = str(tmp_path_factory.mktemp("runtime") / "engines")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starter, "run", warm.run)
+        yield
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are started as workers start them, by an interpreter of their own."""
+    monkeypatch.setattr(starter, "run", COLD)
 
 
 @pytest.fixture(scope="session")

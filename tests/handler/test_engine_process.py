@@ -134,6 +134,7 @@ def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, one_eng
     assert len(engines(one_engine)) == 1
 
 
+@pytest.mark.usefixtures("cold")
 def test_it_leaves_when_its_last_worker_has_left(bundle: ModelBundle, runtime: Path, connect: Connect) -> None:
     engine = connect(bundle)
     [running] = engines(runtime)
@@ -305,6 +306,7 @@ def test_faults_are_refused_outside_tests(
     assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
 
 
+@pytest.mark.usefixtures("cold")
 def test_an_engine_that_cannot_load_says_why(
     unpacked: Callable[[str], Path], runtime: Path, connect: Connect, tmp_path: Path
 ) -> None:

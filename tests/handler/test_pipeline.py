@@ -405,11 +405,12 @@ PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
 @pytest.mark.parametrize(
     ("model", "dtype", "slope", "shape", "spacing", "options"),
     [
-        ("five_folds", "int16", 1, (160,) * 3, (0.5,) * 3, {}),
+        ("five_folds", "int16", 1, (120,) * 3, (0.67,) * 3, {}),
+        pytest.param("five_folds", "int16", 1, (160,) * 3, (0.5,) * 3, {}, marks=pytest.mark.long),
         pytest.param("five_folds", "float64", 2, (200,) * 3, (0.4,) * 3, {}, marks=pytest.mark.long),
         pytest.param("five_folds", "int64", 2, (200,) * 3, (0.4,) * 3, {}, marks=pytest.mark.long),
         pytest.param("five_folds", "int16", 1, (60,) * 3, (4.5,) * 3, {}, marks=pytest.mark.long),
-        ("five_folds", "int16", 1, (120,) * 3, (0.7,) * 3, {"preprocess": "stock"}),
+        ("five_folds", "int16", 1, (100,) * 3, (0.84,) * 3, {"preprocess": "stock"}),
         pytest.param("five_folds", "int16", 1, (200,) * 3, (0.4,) * 3, {"preprocess": "stock"}, marks=pytest.mark.long),
         pytest.param(
             "five_folds",
@@ -440,11 +441,21 @@ PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
             PROBABILITIES | {"probability_format": "nii.gz"},
             marks=pytest.mark.long,
         ),
-        ("five_folds", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES | {"output_format": EVERY_FORMAT}),
+        ("five_folds", "int16", 1, (100,) * 3, (0.96,) * 3, PROBABILITIES | {"output_format": EVERY_FORMAT}),
+        pytest.param(
+            "five_folds",
+            "int16",
+            1,
+            (160,) * 3,
+            (0.6,) * 3,
+            PROBABILITIES | {"output_format": EVERY_FORMAT},
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "five_folds", "int16", 1, (200,) * 3, (0.4,) * 3, {"output_format": EVERY_FORMAT}, marks=pytest.mark.long
         ),
-        ("regions", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES),
+        ("regions", "int16", 1, (100,) * 3, (0.96,) * 3, PROBABILITIES),
+        pytest.param("regions", "int16", 1, (160,) * 3, (0.6,) * 3, PROBABILITIES, marks=pytest.mark.long),
         pytest.param("regions", "int16", 1, (160,) * 3, (0.6,) * 3, {"export": "linear"}, marks=pytest.mark.long),
     ],
 )

@@ -139,9 +139,19 @@ def test_the_demo_model_gives_stocks_answer_for_a_real_image(tmp_path: Path) -> 
 
 
 MATERIAL_CASES = [
-    ("Dataset501_BrainTissue", "3d_fullres", "test_001", {"folds": [3, 1], "tile_step_size": 1} | ONE_WAY),
-    ("Dataset501_BrainTissue", "2d", "test_000", {"tile_step_size": 1} | ONE_WAY),
-    ("Dataset502_BrainRegions", "3d_fullres", "test_001", {"tile_step_size": 1} | ONE_WAY),
+    pytest.param(
+        "Dataset501_BrainTissue",
+        "3d_fullres",
+        "test_001",
+        {"folds": [3, 1], "tile_step_size": 1} | ONE_WAY,
+        marks=pytest.mark.threads,
+    ),
+    pytest.param(
+        "Dataset501_BrainTissue", "2d", "test_000", {"tile_step_size": 1} | ONE_WAY, marks=pytest.mark.threads
+    ),
+    pytest.param(
+        "Dataset502_BrainRegions", "3d_fullres", "test_001", {"tile_step_size": 1} | ONE_WAY, marks=pytest.mark.threads
+    ),
     # more tiles, and mirroring: the small models above have them too
     pytest.param("Dataset501_BrainTissue", "3d_fullres", "test_000", {"folds": [0]} | ONE_WAY, marks=pytest.mark.long),
     pytest.param("Dataset502_BrainRegions", "3d_fullres", "test_001", ONE_WAY, marks=pytest.mark.long),

@@ -113,7 +113,9 @@ def _commands(runtime: Path) -> list[tuple[psutil.Process, list[str]]]:
     """Each engine's process, and what follows the module's name in its command line."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
+        line = process.info["cmdline"] or [""]
+        if _ENGINE in line[0]:
+            line = line[0].split(" ")  # of a warm one: a title, and no arguments
         if _ENGINE in line and str(runtime) in line[line.index(_ENGINE) + 1]:
             found.append((process, line[line.index(_ENGINE) + 1 :]))
     return found

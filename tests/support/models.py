@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,15 @@ FIVE_FOLDS = Recipe(
     configuration="3d_fullres",
     folds=(0, 1, 2, 3, 4),
     patch_size=(24, 32, 24),
-    features=(4, 8, 16),
+    features=(2, 4, 8),
     strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)),
-    epochs=2,
-    iterations=12,
+    epochs=4,
+    iterations=50,
     learning_rate=1e-2,
     strip=True,
+    convolutions=1,
 )
+"""So small that a forward pass is 3 times cheaper on one core than that of twice the features and convolutions."""
 FLAT = replace(
     FIVE_FOLDS,
     dataset="Dataset902_BlobsFlat",
@@ -79,12 +82,12 @@ def carried() -> dict[str, Path]:
     return {name: folder_in(CARRIED, recipe) for name, recipe in RECIPES.items()}
 
 
-def train_all(workdir: Path) -> dict[str, Path]:
-    """Train every model in ``workdir``; returns name -> trained model folder."""
-    for recipe in RECIPES.values():
+def train_all(workdir: Path, recipes: Mapping[str, Recipe]) -> dict[str, Path]:
+    """Train models in ``workdir``; returns name -> trained model folder."""
+    for recipe in recipes.values():
         _write_dataset(workdir / "raw" / recipe.dataset, recipe.dataset)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RECIPES, pool.map(lambda recipe: run(workdir, recipe), RECIPES.values()), strict=True))
+        return dict(zip(recipes, pool.map(lambda recipe: run(workdir, recipe), recipes.values()), strict=True))
 
 
 def served_files(folder: Path) -> list[Path]:
@@ -116,9 +119,10 @@ def _write_dataset(folder: Path, name: str) -> None:
 
 def _carry() -> None:
     """Train every model, and put it where the repository has it."""
-    shutil.rmtree(CARRIED, ignore_errors=True)
+    for old in CARRIED.glob("Dataset*"):
+        shutil.rmtree(old)
     with tempfile.TemporaryDirectory() as scratch:
-        for name, trained in train_all(Path(scratch)).items():
+        for name, trained in train_all(Path(scratch), RECIPES).items():
             for file in served_files(trained):
                 target = folder_in(CARRIED, RECIPES[name]) / file
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..startup import loading
 from .folder import LOG, SOCKET, bound_log, listen, still_ours, take_life_lock
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def main(folder: Path, model_dir: Path, settings: str) -> int:
     follows_a_death = path.exists()  # who leaves by itself takes it away
     listener = listen(path)
     try:
-        switchboard = _load(folder, listener, model_dir, settings, life, restarts=int(follows_a_death))
+        with loading():
+            switchboard = _load(folder, listener, model_dir, settings, life, restarts=int(follows_a_death))
     except Exception as error:
         logger.exception("the engine cannot serve")
         _refuse_everybody(listener, f"{type(error).__name__}: {error}")

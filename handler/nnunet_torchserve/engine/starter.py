@@ -19,7 +19,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,19 +288,24 @@ class Starter:
             environment = _MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
             command = [sys.executable, "-m", f"{__package__}.process", str(folder), *self._arguments]
             self._outage.note_start()
-            subprocess.run(
-                command,
-                env=environment,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                check=False,
-            )
+            run(command, environment)
         except BlockingIOError:
             return
         finally:
             os.close(lock)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a command with nothing of ours but the environment given; an engine's returns once it has forked away."""
+    subprocess.run(
+        command,
+        env=environment,
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def _private(folder: Path) -> Path:
