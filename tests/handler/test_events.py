@@ -20,10 +20,11 @@ from nnunet_torchserve import events
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, price, settings_for
 from nnunet_torchserve.codecs import open_image
+from nnunet_torchserve.engine.faults import Hold
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.engine.remote import RemoteEngine
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import Busy, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
@@ -370,9 +371,12 @@ def test_cases_that_wait_are_told_their_position(engine: Any) -> None:
     assert (told[1].ahead[0], told[1].ahead[-1]) == (1, 0)
 
 
-def test_a_case_is_told_its_passes(engine: Any) -> None:
+def test_a_case_is_told_its_passes(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, told = Settings((0,), (0,), 0.25, use_gaussian=True), Told()
     data = torch.randn((1, 40, 44, 36), generator=torch.Generator().manual_seed(0))
+    slow = Hold(shape=(1, 40, 44, 36), pass_s=0.02)  # all passes together take longer than news of them wait
+    monkeypatch.setenv(FAULTS_VARIABLE, f"[{slow.model_dump_json()}]")
+    monkeypatch.setenv(TESTING_VARIABLE, "1")
     engine().predict(data, settings, None, told)
     assert told.done[0] == 0
     assert told.done == sorted(told.done)

@@ -200,7 +200,8 @@ def kill_engine(runtime: Path) -> None:
 
 
 def let_somebody_try(engine: Path) -> None:
-    """The pause of an outage is over."""
+    """The pause of an outage is over, and so is the engine that could not serve."""
+    wait_for(lambda: not engine_processes(engine.parent))
     due = json.loads((engine / "outage").read_text()) | {"until": time.monotonic()}
     (engine / "outage").write_text(json.dumps(due))
 

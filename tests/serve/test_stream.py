@@ -50,7 +50,7 @@ WORKERS = 2
 MODEL, TIGHT = "blobs", "tight"
 CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false}') for seed in range(3)]
 LONG = Case((44, 44, 36), 7, '{"use_mirroring": false, "tile_step_size": 0.4}')
-"""It can be held."""
+"""It can be held, and its two dozen passes take longer than news of them wait."""
 
 LARGE = Finely(
     (160, 150, 140),
@@ -83,7 +83,8 @@ def server(
         make_archives(
             ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
         )
-    with serving(store, state, [LONG.held(bundle, state)], models=[f"{MODEL}.mar"], workers=WORKERS) as server:
+    faults = [LONG.held(bundle, state), LONG.slow(bundle, pass_s=0.05)]
+    with serving(store, state, faults, models=[f"{MODEL}.mar"], workers=WORKERS) as server:
         yield server
 
 

@@ -42,8 +42,8 @@ def _engine(command: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     os.chdir("/")
     folder, model_dir, settings = command[3:]
+    status = 1
     try:
         status = main(Path(folder), Path(model_dir), settings)
-    except BaseException:
-        os._exit(1)
-    os._exit(status)
+    finally:
+        os._exit(status)

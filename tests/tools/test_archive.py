@@ -145,7 +145,7 @@ def test_the_owner_may_trust_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert make(folder, tmp_path, trust_checkpoint=True)
 
 
-@pytest.mark.parametrize("keep", [0, 10, 1000, 100_000])
+@pytest.mark.parametrize("keep", [0, 10, 1000, 50_000])
 def test_a_truncated_checkpoint_is_said_to_be_damaged(keep: int, folder: Path, tmp_path: Path) -> None:
     file = folder / "fold_0" / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:keep])

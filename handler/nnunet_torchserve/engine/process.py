@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LATEST_S = 1.0
+"""For which an engine that cannot serve waits for somebody to tell: whoever comes later starts another, in vain."""
+
 
 def _detach(folder: Path) -> None:
     """Fork away from the worker that started us, into a session of our own, with our own log."""
@@ -118,10 +121,11 @@ def _load(
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:
-    """Tell the workers that wait why there will be no engine."""
+    """Tell the workers why there will be no engine: those that wait, and the one that is about to ask."""
     from .channel import Refused, send
 
-    with suppress(OSError):
+    listener.settimeout(_LATEST_S)
+    with suppress(OSError):  # at the latest of a timeout
         while True:
             endpoint, _ = listener.accept()
             with suppress(OSError), endpoint:
