@@ -1,0 +1,183 @@
+"""The servers that a client may ask: which one is next, which one is left alone for a while, how much each takes.
+
+A request takes a place at a server and gives it back. A server has as many places as it has never refused: the number
+is unbounded until it says that it has enough to do, is then what it had in hand, and is tried one higher from time to
+time. A server that could not be reached is left out, longer each time, and has one place until it answers again.
+
+A request may ask to be alone: it waits until this client has no other in flight, and keeps others waiting.
+
+Threads: one condition guards everything; requests wait on it in :meth:`Servers.place`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from .errors import Busy, ClientError, Silent, TooLate, Unreachable
+from .stopping import Stop
+
+LONGEST_ABSENCE_S = 30.0
+"""For which a server that could not be reached is left alone."""
+
+_PROBE_EVERY = 8
+"""Answers for each place before one more is tried: a refused request costs its upload."""
+
+
+@dataclass(slots=True)
+class Server:
+    """One server.
+
+    Attributes:
+        url: its base URL, without a slash at the end.
+        http: its connections.
+        in_flight: requests that have a place.
+        places: how many it has, as far as is known.
+        not_before: ``time.monotonic()`` before which it is left alone.
+        losses: how often in a row it could not be reached.
+        answers: since its places last changed.
+    """
+
+    url: str
+    http: httpx.Client
+    in_flight: int = 0
+    places: float = math.inf
+    not_before: float = 0.0
+    losses: int = 0
+    answers: int = 0
+
+    def has_place(self, now: float) -> bool:
+        """Whether it may be asked now."""
+        return now >= self.not_before and self.in_flight < (1 if self.losses else self.places)
+
+    def note(self, error: ClientError | None, now: float) -> None:
+        """Learn from how a request ended, while it still has its place."""
+        if isinstance(error, Unreachable | Silent):
+            if now >= self.not_before:  # those that were in flight together are one loss
+                self.losses += 1
+                absence = min(LONGEST_ABSENCE_S, 0.5 * 2**self.losses)
+                self.not_before = now + absence * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+            return
+        self.losses = 0
+        if isinstance(error, Busy):
+            if self.in_flight > 1:
+                self.places = min(self.places, self.in_flight - 1)
+                self.answers = 0
+            elif error.retry_after_s:
+                self.not_before = now + error.retry_after_s
+        elif error is None:
+            self.answers += 1
+            if self.answers >= _PROBE_EVERY * self.places:
+                self.places += 1
+                self.answers = 0
+
+
+class Servers:
+    """All of them."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self._servers = list(servers)
+        self._changed = threading.Condition()
+        self._alone = False
+        self._waiting_alone = 0
+        self._turn = 0
+        self.reached = False
+        """Whether any of them has ever answered."""
+
+    def __len__(self) -> int:
+        return len(self._servers)
+
+    @property
+    def urls(self) -> list[str]:
+        """Their base URLs."""
+        return [server.url for server in self._servers]
+
+    def close(self) -> None:
+        """End the connections."""
+        for server in self._servers:
+            server.http.close()
+
+    def present(self) -> int:
+        """How many of them may be asked; at least one."""
+        now = time.monotonic()
+        return max(1, sum(now >= server.not_before for server in self._servers))
+
+    def has_place(self) -> bool:
+        """Whether a request would find a place now."""
+        with self._changed:
+            return not (self._alone or self._waiting_alone) and self._choose() is not None
+
+    @contextmanager
+    def place(self, stop: Stop, deadline: float, *, alone: bool = False) -> Iterator[Server]:
+        """A place at a server for the length of the block, which is noted if it raises a :class:`ClientError`.
+
+        Args:
+            stop: ends the wait.
+            deadline: ``time.monotonic()`` at which the wait is given up.
+            alone: no other request of this client is in flight meanwhile.
+
+        Raises:
+            Cancelled: see ``stop``.
+            TooLate: see ``deadline``.
+        """
+        with stop.telling(self._wake):
+            server = self._wait(stop, deadline, alone=alone)
+        error: ClientError | None = None
+        try:
+            yield server
+        except ClientError as raised:
+            error = raised
+            raise
+        finally:
+            with self._changed:
+                server.note(error, time.monotonic())
+                self.reached = self.reached or not isinstance(error, Unreachable | Silent)
+                server.in_flight -= 1
+                self._alone = self._alone and not alone
+                self._changed.notify_all()
+
+    def _wait(self, stop: Stop, deadline: float, *, alone: bool) -> Server:
+        with self._changed:
+            self._waiting_alone += alone
+            try:
+                while True:
+                    stop.check()
+                    kept_out = self._alone or (bool(self._in_flight()) if alone else self._waiting_alone > 0)
+                    server = None if kept_out else self._choose()
+                    if server is not None:
+                        server.in_flight += 1
+                        self._alone = alone
+                        return server
+                    self._changed.wait(self._pause(deadline))
+            finally:
+                self._waiting_alone -= alone
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _in_flight(self) -> int:
+        return sum(server.in_flight for server in self._servers)
+
+    def _choose(self) -> Server | None:
+        """The one with the least to do, those with the same in turn."""
+        now = time.monotonic()
+        self._turn += 1
+        order = self._servers[self._turn % len(self) :] + self._servers[: self._turn % len(self)]
+        return min((each for each in order if each.has_place(now)), key=lambda each: each.in_flight, default=None)
+
+    def _pause(self, deadline: float) -> float:
+        """Seconds until something may change by itself."""
+        now = time.monotonic()
+        if now >= deadline:
+            msg = "no server would take it before the client's deadline"
+            raise TooLate(msg)
+        absences = [server.not_before - now for server in self._servers if server.not_before > now]
+        return min(deadline - now, *absences) if absences else deadline - now
