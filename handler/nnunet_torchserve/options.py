@@ -25,6 +25,9 @@ MIN_TILE_STEP_SIZE = 0.05
 
 FoldName = int | Literal["all"]
 
+_OF_NO_CASE = frozenset({"describe", "timeout_s"})
+"""Options that may stand beside ``describe``: clients send a time limit with everything."""
+
 
 class OutputFormat(StrEnum):
     """The file formats of an answer."""
@@ -100,6 +103,7 @@ class Options(BaseModel):
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
         stream: answer with events of the request's progress, the result last; see :mod:`.events`.
+        describe: answer with what the model says of itself; there need be no image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -121,6 +125,7 @@ class Options(BaseModel):
     direction: tuple[float, ...] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     stream: bool = False
+    describe: bool = False
 
     @field_validator("output_format", "spacing", "origin", "direction", mode="before")
     @classmethod
@@ -133,6 +138,15 @@ class Options(BaseModel):
         if isinstance(value, list):
             return tuple(value)
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _a_description_has_no_case(self) -> Self:
+        fields = type(self).model_fields.items()
+        of_a_case = [name for name, field in fields if getattr(self, name) != field.default and name not in _OF_NO_CASE]
+        if self.describe and of_a_case:
+            msg = f"a description has no case that {', '.join(of_a_case)} could apply to: leave describe out, or those"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -200,6 +214,7 @@ _EXPECTED = {
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
     "timeout_s": "should be a number of seconds above 0",
     "stream": _YES_OR_NO,
+    "describe": _YES_OR_NO,
 }
 """What is right, for each option."""
 

@@ -19,7 +19,7 @@ from .engine.prediction import KeptVolume, Keys
 from .options import Options
 from .preprocess import PreprocessedCase
 
-_DECIDES_NOTHING = frozenset({"timeout_s", "stream"})
+_DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
     *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
     *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),

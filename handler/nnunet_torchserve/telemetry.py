@@ -95,6 +95,7 @@ class RequestRecord:
         reused: what it took over from another request.
         status: of the answer.
         code: of the problem, if it is one.
+        is_description: it was answered with the model's description, and is not counted.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class RequestRecord:
     reused: Reused | None = None
     status: int = 0
     code: str | None = None
+    is_description: bool = False
 
     def line(self) -> str:
         """One JSON object; stage times in milliseconds."""
