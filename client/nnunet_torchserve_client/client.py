@@ -112,7 +112,7 @@ class Client:
         self._patience = Patience(deadline_s, first_contact_s, pause_s)
         self._silence_s = silence_s
         self._servers = Servers(
-            [Server(each, connections(each, self._credentials, use_proxies=use_proxies)) for each in urls]
+            [Server(each, connections(each, self._credentials, use_proxies=use_proxies), pause_s) for each in urls]
         )
         self._description: Description | None = None
         self._describing = threading.Lock()
@@ -290,7 +290,7 @@ class Client:
             tell(Event(case, Kind.RETRY, error.server, reason=str(error), pause_s=pause_s))
 
         with self._closed.telling(stop.set):
-            rules = Retries(self._patience, lambda: self._servers.reached, self._servers.has_place, again, stop)
+            rules = Retries(self._patience, lambda: self._servers.reached, self._servers.has_place_beside, again, stop)
             return rules.run(once)
 
     def _teller(self, on_event: Listener | None) -> Listener:

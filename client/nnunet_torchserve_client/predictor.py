@@ -469,8 +469,8 @@ class RemotePredictor:
 
         Args:
             data_iterator: dicts with ``data``, an image (C, Z, Y, X) as it was read, or the path of a .npy file with
-                one, which is removed then; ``data_properties`` with ``spacing`` (mm, z, y, x); ``ofile``, a path without
-                ending, or ``None``.
+                one, which is removed then; ``data_properties`` with ``spacing`` (mm, z, y, x); ``ofile``, a path
+                without ending, or ``None``.
             save_probabilities: also write ``.npz`` and ``.pkl``, or return probabilities too.
             num_processes_segmentation_export: means nothing here.
 

@@ -75,14 +75,14 @@ class Retries:
     Attributes:
         patience: how long.
         reached: whether any server has answered this client before.
-        elsewhere: whether another server would take the case now.
+        elsewhere: whether another server than the one with this URL would take the case now.
         tell: is told of an error and the pause after it.
         stop: ends it.
     """
 
     patience: Patience
     reached: Callable[[], bool]
-    elsewhere: Callable[[], bool]
+    elsewhere: Callable[[str | None], bool]
     tell: Callable[[ClientError, float], None]
     stop: Stop
 
@@ -99,11 +99,12 @@ class Retries:
             trial.tries += 1
             try:
                 return once(trial)
-            except TooLate as error:
-                if trial.trouble is not None:
-                    error.reason = f"{error.reason}; the try before failed: {trial.trouble.reason}"
-                error.tries = trial.tries
-                raise
+            except TooLate as late:
+                late.tries = trial.tries
+                if trial.trouble is None:
+                    raise
+                trial.trouble.tries = trial.tries  # what kept the case waiting says more than that it waited too long
+                raise trial.trouble from late
             except ClientError as error:
                 trial.deaths += isinstance(error, WorkerDied)
                 trial.trouble = error
@@ -128,7 +129,7 @@ class Retries:
         return isinstance(error, Unavailable)
 
     def _pause(self, error: ClientError, backoff: float) -> float:
-        if error.retry_after_s is None and self.elsewhere():
+        if not isinstance(error, WorkerDied) and self.elsewhere(error.server):
             return 0.0
         return max(error.retry_after_s or 0.0, backoff)
 

@@ -27,6 +27,8 @@ from .stopping import Stop
 LONGEST_ABSENCE_S = 30.0
 """For which a server that could not be reached is left alone."""
 
+_MOST_DOUBLINGS = 16
+
 _PROBE_EVERY = 8
 """Answers for each place before one more is tried: a refused request costs its upload."""
 
@@ -38,45 +40,61 @@ class Server:
     Attributes:
         url: its base URL, without a slash at the end.
         http: its connections.
+        pause_s: for which it is left alone after a first loss.
         in_flight: requests that have a place.
         places: how many it has, as far as is known.
         not_before: ``time.monotonic()`` before which it is left alone.
         losses: how often in a row it could not be reached.
+        refusals: how often in a row it had enough to do.
         answers: since its places last changed.
     """
 
     url: str
     http: httpx.Client
+    pause_s: float
     in_flight: int = 0
     places: float = math.inf
     not_before: float = 0.0
     losses: int = 0
+    refusals: int = 0
     answers: int = 0
 
     def has_place(self, now: float) -> bool:
         """Whether it may be asked now."""
         return now >= self.not_before and self.in_flight < (1 if self.losses else self.places)
 
-    def note(self, error: ClientError | None, now: float) -> None:
-        """Learn from how a request ended, while it still has its place."""
+    def note(self, error: ClientError | None, now: float, *, among_others: bool) -> None:
+        """Learn from how a request ended, while it still has its place.
+
+        Args:
+            error: ``None`` if it was answered.
+            now: ``time.monotonic()``.
+            among_others: whether there are other servers, to which its cases go meanwhile.
+        """
         if isinstance(error, Unreachable | Silent):
             if now >= self.not_before:  # those that were in flight together are one loss
                 self.losses += 1
-                absence = min(LONGEST_ABSENCE_S, 0.5 * 2**self.losses)
-                self.not_before = now + absence * random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
+                self.not_before = now + self._absence(self.losses)
             return
         self.losses = 0
         if isinstance(error, Busy):
+            self.refusals += 1
+            self.answers = 0
             if self.in_flight > 1:
                 self.places = min(self.places, self.in_flight - 1)
-                self.answers = 0
-            elif error.retry_after_s:
-                self.not_before = now + error.retry_after_s
+            if among_others:
+                self.not_before = now + max(error.retry_after_s or 0.0, self._absence(self.refusals))
         elif error is None:
+            self.refusals = 0
             self.answers += 1
             if self.answers >= _PROBE_EVERY * self.places:
                 self.places += 1
                 self.answers = 0
+
+    def _absence(self, times: int) -> float:
+        """Seconds to leave it alone after so many bad answers in a row; with jitter, for other clients do the same."""
+        longest = min(LONGEST_ABSENCE_S, self.pause_s * 2 ** min(times - 1, _MOST_DOUBLINGS))
+        return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
 
 
 class Servers:
@@ -109,10 +127,11 @@ class Servers:
         now = time.monotonic()
         return max(1, sum(now >= server.not_before for server in self._servers))
 
-    def has_place(self) -> bool:
-        """Whether a request would find a place now."""
+    def has_place_beside(self, url: str | None) -> bool:
+        """Whether a request would find a place now at another server than this one."""
+        now = time.monotonic()
         with self._changed:
-            return not (self._alone or self._waiting_alone) and self._choose() is not None
+            return any(server.url != url and server.has_place(now) for server in self._servers)
 
     @contextmanager
     def place(self, stop: Stop, deadline: float, *, alone: bool = False) -> Iterator[Server]:
@@ -137,7 +156,7 @@ class Servers:
             raise
         finally:
             with self._changed:
-                server.note(error, time.monotonic())
+                server.note(error, time.monotonic(), among_others=len(self) > 1)
                 self.reached = self.reached or not isinstance(error, Unreachable | Silent)
                 server.in_flight -= 1
                 self._alone = self._alone and not alone

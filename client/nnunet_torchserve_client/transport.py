@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -87,21 +88,25 @@ def connections(url: str, credentials: Credentials, *, use_proxies: bool) -> htt
     Raises:
         WrongUse: the URL is none.
     """
-    verify: ssl.SSLContext | bool = True
-    if credentials.verify is False:
-        verify = False
-    elif isinstance(credentials.verify, str):
-        try:
-            verify = ssl.create_default_context(cafile=credentials.verify)
-        except (OSError, ssl.SSLError) as error:
-            msg = f"verify: {credentials.verify} holds no certificates in PEM form"
-            raise WrongUse(msg) from error
+    verify = _trust(credentials.verify)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     trusts = use_proxies and not _is_loopback(httpx.URL(url).host)
     transport = None
     if not trusts:
         transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
     return httpx.Client(transport=transport, verify=verify, limits=limits, trust_env=trusts)
+
+
+@cache
+def _trust(verify: bool | str) -> ssl.SSLContext | bool:
+    """Which certificates are taken; made once, for a list of authorities takes a while to read."""
+    if not isinstance(verify, str):
+        return verify and httpx.create_ssl_context()
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except (OSError, ssl.SSLError) as error:
+        msg = f"verify: {verify} holds no certificates in PEM form"
+        raise WrongUse(msg) from error
 
 
 def checked_url(url: str) -> str:
@@ -252,7 +257,7 @@ class Exchange:
     def _take(self, response: httpx.Response) -> Answer:
         if response.is_error:
             raise _problem(response, _read_some(response))
-        if not response.is_success:
+        if response.status_code != HTTPStatus.OK:
             msg = f"HTTP {response.status_code}, which this client does not know"
             raise BadAnswer(msg, status=response.status_code)
         content_type = response.headers.get("content-type", "")
