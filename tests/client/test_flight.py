@@ -88,11 +88,9 @@ def test_every_worker_has_a_case_and_hardly_any_waits_in_the_queue(priority: str
     assert [outcome.value.content for outcome in outcomes] == [f"{number:03d}".encode() for number in range(40)]
 
 
-@pytest.mark.parametrize(("ordered", "order"), [(True, [0, 1, 2, 3, 4, 5]), (False, [1, 2, 3, 4, 5, 0])])
-def test_outcomes_come_in_the_order_of_the_cases_or_as_they_are_completed(
-    ordered: bool, order: list[int], server: Peer
-) -> None:
-    """The first case is held until the others are done; one worker has those, so that they are done in order."""
+@pytest.mark.parametrize("ordered", [True, False])
+def test_outcomes_come_in_the_order_of_the_cases_or_as_they_are_completed(ordered: bool, server: Peer) -> None:
+    """The first case is held until the others are done."""
     workers = Workers(2)
     first_may_end = threading.Event()
     workers.hold = {b"000": first_may_end}
@@ -106,8 +104,10 @@ def test_outcomes_come_in_the_order_of_the_cases_or_as_they_are_completed(
             first_may_end.set()
 
     with client_of(server) as client:
-        outcomes = client.predict_many(cases(6), ordered=ordered, finish=finish)
-        assert [outcome.index for outcome in outcomes] == order
+        indices = [each.index for each in client.predict_many(cases(6), ordered=ordered, finish=finish)]
+    assert sorted(indices) == list(range(6))
+    assert indices.index(0) == (0 if ordered else 5)
+    assert not ordered or indices == sorted(indices)
 
 
 def test_a_slow_first_case_does_not_fill_the_memory(server: Peer) -> None:
