@@ -98,6 +98,7 @@ class Options(BaseModel):
         probability_channels: which of them, in this order; ``None`` sends all.
         probability_dtype: float32 is stock's, to the bit.
         probability_format: npz, or a 4-D NIfTI with the channels last.
+        properties: send nnU-Net's properties of the case too; see :mod:`.properties`.
         output_format: ``None`` answers in the input's format; several of them come in one zip.
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
@@ -119,6 +120,7 @@ class Options(BaseModel):
     probability_channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     probability_dtype: ProbabilityType = ProbabilityType.FLOAT32
     probability_format: ProbabilityFormat = ProbabilityFormat.NPZ
+    properties: bool = False
     output_format: OutputFormat | tuple[OutputFormat, ...] | None = None
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
@@ -208,6 +210,7 @@ _EXPECTED = {
     "probability_channels": "should be a list of channel numbers without repeats, as in [1, 3]; names are no numbers",
     "probability_dtype": _one_of(ProbabilityType),
     "probability_format": _one_of(ProbabilityFormat),
+    "properties": _YES_OR_NO,
     "output_format": _one_of(OutputFormat) + ", or a list of some without repeats",
     "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",

@@ -25,6 +25,7 @@ from .intake import Asked, read_headers
 from .limits import Limits
 from .options import HEADER, Options, parse_options
 from .preprocess import PreprocessedCase, preprocess
+from .properties import properties_document
 from .request import RAW_BODY, Request
 from .responses import Response, ResponseMaker, Warnings, last_resort
 from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
@@ -180,7 +181,9 @@ class Pipeline:
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, asked.form, asked.images[0], self.bundle.painting)
+                image, turn = asked.images[0], asked.turns[0]
+                also = properties_document(self.bundle, image, turn, properties) if options.properties else None
+                file = codecs.encode(answer, asked.form, image, self.bundle.painting, also)
                 del answer
 
             timing = clock.server_timing(record.reused)

@@ -22,7 +22,7 @@ from .preprocess import PreprocessedCase
 _DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
     *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
-    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
+    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format", "properties"),
 }
 """Options; one that is not named here is in the key."""
 

@@ -27,6 +27,8 @@ from .png import encode_png
 from .report import encode_report
 from .source import ImageSource
 
+PROPERTIES_FILE = "properties.json"
+
 _BINARY = "application/octet-stream"
 _CONTENT_TYPE = {
     OutputFormat.NIFTI_GZ: "application/gzip",
@@ -54,11 +56,13 @@ class AnswerForm:
     Attributes:
         labels: formats of the label map.
         probabilities: format of the probabilities; ``None`` if there are none.
+        properties: whether the case's properties come too.
         zipped: in a zip, or a single file.
     """
 
     labels: tuple[OutputFormat, ...]
     probabilities: ProbabilityFormat | None
+    properties: bool
     zipped: bool
 
     @property
@@ -80,8 +84,8 @@ def answer_form(options: Options, native: OutputFormat, geometry: Geometry) -> A
         raise BadOption(msg)
     probabilities = options.probability_format if options.save_probabilities else None
     in_one = labels == (OutputFormat.NPZ,) and probabilities is ProbabilityFormat.NPZ
-    zipped = isinstance(asked, tuple) or (probabilities is not None and not in_one)
-    return AnswerForm(labels, probabilities, zipped)
+    zipped = isinstance(asked, tuple) or options.properties or (probabilities is not None and not in_one)
+    return AnswerForm(labels, probabilities, options.properties, zipped)
 
 
 def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int) -> int:
@@ -100,7 +104,9 @@ def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int
     return (plain + probability_bytes) * geometry.voxels
 
 
-def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting) -> EncodedFile:
+def encode(
+    answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting, properties: bytes | None = None
+) -> EncodedFile:
     """Write the answer.
 
     Args:
@@ -108,6 +114,7 @@ def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Pai
         form: the files.
         image: the input, whose header a NIfTI answer repeats in part.
         painting: what the labels mean, for the report.
+        properties: the case's, where the form has them.
     """
     if not form.zipped:
         [output] = form.labels
@@ -121,6 +128,8 @@ def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Pai
         if form.probabilities is not None:
             name = f"probabilities.{form.probabilities}"
             files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, image))
+        if properties is not None:
+            files.writestr(_zip_entry(PROPERTIES_FILE), properties)
     return EncodedFile(archive.getvalue(), "application/zip")
 
 
