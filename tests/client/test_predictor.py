@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,27 @@ def test_several_channels_come_from_several_files(server: LiveServer, models: di
         )
         with pytest.raises(errors.WrongChannels):
             ours.predict_from_files([files[0][:1]], None)
+
+
+def test_the_code_of_the_page_works(
+    server: LiveServer,
+    models: dict[str, Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "imagesTs").mkdir()
+    (tmp_path / "imagesTs" / f"head_0000{ENDING}").symlink_to(images / f"b_0000{ENDING}")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        code = block.replace("http://127.0.0.1:8080", server.server.inference_url).replace('"brain"', '"five_folds"')
+        code = code.replace("nnUNet_results/brain_model", str(models["five_folds"]))
+        exec(compile(code, "docs/client.md", "exec"), {"__name__": "__main__"})  # noqa: S102 (the page's own)
+    assert "volume_ml" in capsys.readouterr().out
+    names = {file.name for file in (tmp_path / "predictions").iterdir()}
+    assert names >= {f"head{ENDING}", "head.npz", "head.pkl", "plans.json"}
+    assert (tmp_path / f"labels of head_0000{ENDING}").stat().st_size
