@@ -29,7 +29,8 @@
     ├── Unavailable                     tried again until the client's own deadline, in vain
     │   ├── Busy                        429, 503, TorchServe's queue or memory is full
     │   │   └── Draining                503 draining
-    │   ├── Unreachable                 no connection, or it ended before the answer did
+    │   ├── Unreachable                 no connection, or it ended before the answer began
+    │   ├── CutOff                      the answer began and ended early: most likely its worker was killed
     │   ├── Silent                      no byte for longer than a server that works is silent
     │   └── TooLate                     the client's deadline passed while the server had the case
     ├── BadAnswer                       no answer of this protocol
@@ -256,9 +257,13 @@ class Draining(Busy):
 
 
 class Unreachable(Unavailable):
-    """There is no connection, or it ended before the answer did."""
+    """There is no connection, or it ended before the answer began."""
 
     of_all_cases = True
+
+
+class CutOff(Unavailable):
+    """The answer began and ended early: that is how a killed worker shows, once events have come from it."""
 
 
 class Silent(Unavailable):

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import tenacity
 
-from .errors import ClientError, TooLate, Unavailable, Unreachable, WorkerDied
+from .errors import ClientError, CutOff, TooLate, Unavailable, Unreachable, WorkerDied
 from .stopping import Stop
 
 MOST_DEATHS = 3
@@ -47,7 +47,7 @@ class Trial:
     Attributes:
         deadline: ``time.monotonic()`` at which it is given up.
         tries: requests so far.
-        deaths: workers that died with it.
+        deaths: workers that died with it, as it seems.
         trouble: why the last try failed.
     """
 
@@ -56,6 +56,11 @@ class Trial:
     tries: int = 0
     deaths: int = 0
     trouble: ClientError | None = None
+
+    def count(self, error: ClientError) -> None:
+        """Count a death; an answer that was cut off is none if it was the whole server that went."""
+        self.deaths += isinstance(error, WorkerDied | CutOff)
+        self.deaths -= isinstance(error, Unreachable) and isinstance(self.trouble, CutOff)
 
     @property
     def must_be_alone(self) -> bool:
@@ -106,7 +111,7 @@ class Retries:
                 trial.trouble.tries = trial.tries  # what kept the case waiting says more than that it waited too long
                 raise trial.trouble from late
             except ClientError as error:
-                trial.deaths += isinstance(error, WorkerDied)
+                trial.count(error)
                 trial.trouble = error
                 error.tries = trial.tries
                 raise
@@ -124,12 +129,12 @@ class Retries:
         return retrying(attempt)
 
     def _may_try_again(self, error: BaseException, trial: Trial) -> bool:
-        if isinstance(error, WorkerDied):
+        if isinstance(error, WorkerDied | CutOff):
             return trial.deaths < MOST_DEATHS
         return isinstance(error, Unavailable)
 
     def _pause(self, error: ClientError, backoff: float) -> float:
-        if not isinstance(error, WorkerDied) and self.elsewhere(error.server):
+        if not isinstance(error, WorkerDied | CutOff) and self.elsewhere(error.server):
             return 0.0
         return max(error.retry_after_s or 0.0, backoff)
 

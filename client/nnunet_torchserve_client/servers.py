@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from .errors import Busy, ClientError, Silent, TooLate, Unreachable
+from .errors import Busy, ClientError, CutOff, Silent, TooLate, Unreachable
 from .stopping import Stop
 
 LONGEST_ABSENCE_S = 30.0
@@ -75,6 +75,8 @@ class Server:
             if now >= self.not_before:  # those that were in flight together are one loss
                 self.losses += 1
                 self.not_before = now + self._absence(self.losses)
+            return
+        if isinstance(error, CutOff):
             return
         self.losses = 0
         if isinstance(error, Busy):

@@ -33,6 +33,7 @@ from .errors import (
     BadAnswer,
     Busy,
     ClientError,
+    CutOff,
     NotServed,
     ServerError,
     Silent,
@@ -177,6 +178,7 @@ class Exchange:
     taken_up: Callable[[], object]
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _case: str = ""
+    _begun: bool = False
 
     def answer(self, asked: Asked) -> Answer:
         """Ask, and take the answer.
@@ -195,7 +197,7 @@ class Exchange:
             raise self._named(self._timed_out(error)) from error
         except httpx.TransportError as error:
             self.stop.check()
-            raise self._named(_no_connection(error)) from error
+            raise self._named(_no_connection(error, begun=self._begun)) from error
 
     def _follow(self, asked: Asked, line: Line) -> Answer:
         """Ask where redirects lead to."""
@@ -262,6 +264,7 @@ class Exchange:
             raise BadAnswer(msg, status=response.status_code)
         content_type = response.headers.get("content-type", "")
         self._id = response.headers.get("x-nnunet-request-id", self._id)
+        self._begun = True
         self.taken_up()
         parts = response.iter_bytes()
         if not content_type.startswith(EVENTS_TYPE):
@@ -279,7 +282,7 @@ class Exchange:
                 part = next(parts, b"")
                 if not part:
                     msg = "the answer ended before its last event"
-                    raise Unreachable(msg)
+                    raise CutOff(msg)
                 unread += part
             line, _, unread = unread.partition(b"\n")
             document = _parsed(line)
@@ -314,7 +317,7 @@ class Exchange:
                 self.tell(Event(self._case, Kind.RECEIVING, self.url, done=told, total=length or 0))
         if length is not None and content.tell() != length:
             msg = f"the answer ended after {content.tell()} of {length} bytes"
-            raise Unreachable(msg)
+            raise CutOff(msg)
         return content.getvalue()
 
     def _answer(self, content: bytes, content_type: str, headers: Mapping[str, str]) -> Answer:
@@ -471,7 +474,7 @@ def _retry_after_s(text: str | None) -> float | None:
     return max(0.0, (aware - datetime.now(UTC)).total_seconds())
 
 
-def _no_connection(error: httpx.TransportError) -> ClientError:
+def _no_connection(error: httpx.TransportError, *, begun: bool) -> ClientError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -481,4 +484,6 @@ def _no_connection(error: httpx.TransportError) -> ClientError:
         return ServerError("the request could not be made as HTTP")
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
         return Unreachable("no connection to the server")
-    return Unreachable("the connection ended before the answer did")
+    if begun:
+        return CutOff("the connection ended before the answer did")
+    return Unreachable("the connection ended before the answer began")

@@ -159,18 +159,20 @@ def test_a_server_that_is_started_again_has_lost_nothing() -> None:
 def test_a_case_that_kills_workers_is_tried_three_times_the_last_one_alone(server: Peer) -> None:
     """Another case is held in flight until the second worker has died; the third try waits for it."""
     deaths = 0
-    died_twice = threading.Event()
+    died_twice, good_is_there = threading.Event(), threading.Event()
 
     def reply(wire: Wire, received: Received) -> None:
         nonlocal deaths
         if received.body == b"killer":
             deaths += 1
+            good_is_there.wait(60)
             wire.whole(500, peer.WORKER_DIED)
             if deaths == 2:
                 died_twice.set()
             return
         wire.head()
         wire.event(event="heartbeat")
+        good_is_there.set()
         died_twice.wait(60)
         wire.result(received.body)
         wire.chunk(b"")
@@ -185,7 +187,21 @@ def test_a_case_that_kills_workers_is_tried_three_times_the_last_one_alone(serve
     tries = [request for request in server.received if request.body == b"killer"]
     assert len(tries) == 3
     assert tries[2].beside == 0
-    assert tries[0].beside == tries[1].beside == 1
+    assert tries[1].beside == 1
+
+
+def test_a_case_whose_answers_are_cut_off_is_tried_as_often_as_one_that_kills_workers(server: Peer) -> None:
+    """Once events have come, a killed worker is a stream that ends."""
+    server.replies = [peer.truncated]
+    with client_of(server) as client, pytest.raises(errors.CutOff) as caught:
+        client.predict(CASE)
+    assert caught.value.tries == len(server.received) == 3
+
+
+def test_an_answer_that_was_cut_off_because_the_whole_server_went_is_no_worker_that_died(server: Peer) -> None:
+    server.replies = [peer.truncated, peer.reset] * 3 + [peer.echo]
+    with client_of(server) as client:
+        assert client.predict(CASE).tries == 7
 
 
 def test_a_server_that_falls_silent_is_given_up(server: Peer) -> None:
