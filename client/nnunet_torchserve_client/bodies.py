@@ -33,6 +33,10 @@ class Body(Protocol):
         """Bytes."""
 
     @property
+    def image_bytes(self) -> int:
+        """Those of the images alone, which the server's limit is for."""
+
+    @property
     def content_type(self) -> str:
         """As HTTP names it."""
 
@@ -63,7 +67,7 @@ class FileBody:
         if not is_file or not found.st_size:
             msg = f"{self._path} is empty" if is_file else f"{self._path} is no file"
             raise UnreadableFile(msg)
-        self.length = found.st_size
+        self.length = self.image_bytes = found.st_size
 
     def chunks(self) -> Iterator[bytes]:
         """See :class:`Body`.
@@ -93,7 +97,7 @@ class BytesBody:
 
     def __init__(self, *pieces: bytes | memoryview) -> None:
         self._pieces = [memoryview(piece) for piece in pieces]
-        self.length = sum(piece.nbytes for piece in self._pieces)
+        self.length = self.image_bytes = sum(piece.nbytes for piece in self._pieces)
 
     def chunks(self) -> Iterator[memoryview]:
         """See :class:`Body`."""
@@ -110,7 +114,8 @@ class MultipartBody:
         self._parts = [(_head(boundary, number), body) for number, body in enumerate(channels)]
         self._end = f"--{boundary}--\r\n".encode()
         self.content_type = f"multipart/form-data; boundary={boundary}"
-        self.length = len(self._end) + sum(len(head) + body.length + len(_NEWLINE) for head, body in self._parts)
+        self.image_bytes = sum(body.length for body in channels)
+        self.length = self.image_bytes + sum(len(head) + len(_NEWLINE) for head, _ in self._parts) + len(self._end)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """See :class:`Body`."""
@@ -164,13 +169,6 @@ def body_of(image: Image | Sequence[Image]) -> Body:
         raise WrongUse(msg)
     msg = "an image is a file's path, bytes, an array (C, Z, Y, X), or a list of files, one for each channel"
     raise WrongUse(msg)
-
-
-def image_bytes(image: Image | Sequence[Image], body: Body) -> int:
-    """Bytes of the images alone, which the server's limit is for."""
-    if isinstance(body, MultipartBody) and isinstance(image, list | tuple):
-        return sum(body_of(each).length for each in image)
-    return body.length
 
 
 def _array_body(array: npt.NDArray[Any]) -> Body:

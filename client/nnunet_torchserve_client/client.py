@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .answers import Answer
-from .bodies import EMPTY, Body, Image, body_of, image_bytes
+from .bodies import EMPTY, Body, Image, body_of
 from .credentials import credentials
 from .description import Description, read_description
 from .errors import BodyTooLarge, ClientError, WrongUse
@@ -249,9 +249,8 @@ class Client:
         """What is sent of a case, if the server takes that much."""
         body = body_of(case.image)
         limit = self._describe(tell, stop).body_bytes
-        size = image_bytes(case.image, body)
-        if limit is not None and size > limit:
-            msg = f"the image has {size} bytes, the server takes at most {limit}; nothing was sent"
+        if limit is not None and body.image_bytes > limit:
+            msg = f"the image has {body.image_bytes} bytes, the server takes at most {limit}; nothing was sent"
             raise BodyTooLarge(msg)
         return body
 

@@ -297,6 +297,10 @@ class CasesFailed(ClientError):
         self.failures = list(failures)
         self.results = list(results)
 
+    def __reduce__(self) -> tuple[type[CasesFailed], tuple[list[ClientError], list[Any]]]:
+        """It may come from another process."""
+        return type(self), (self.failures, self.results)
+
 
 _OF_CODE: Mapping[str, type[ClientError]] = {
     "malformed": Malformed,

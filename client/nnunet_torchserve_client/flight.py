@@ -95,7 +95,7 @@ class _Flight(Generic[Thing, Given]):
         self, ask: Ask[Thing], finish: Finish[Thing, Given], may_wait: Callable[[], int], stop: Stop, *, ordered: bool
     ) -> None:
         self._ask, self._finish, self._may_wait = ask, finish, may_wait
-        self._stop, self._ordered = stop, ordered
+        self._given_up, self._stop, self._ordered = stop, Stop(), ordered
         self._changed = threading.Condition()
         self._seats: dict[int, Seat] = {}
         self._threads: dict[int, threading.Thread] = {}
@@ -106,7 +106,7 @@ class _Flight(Generic[Thing, Given]):
 
     def run(self, cases: Iterator[Thing]) -> Iterator[Outcome[Thing, Given]]:
         """Send them all, hand on what becomes of them."""
-        with self._stop.telling(self._wake):
+        with self._given_up.telling(self._stop.set), self._stop.telling(self._wake):
             while not self._no_more or self._handed_on < self._begun:
                 with self._changed:
                     self._changed.wait_for(self._stirs, _LOOK_S)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from .errors import Busy, ClientError, CutOff, Silent, TooLate, Unreachable
+from .errors import Busy, Cancelled, ClientError, CutOff, Silent, TooLate, Unreachable
 from .stopping import Stop
 
 LONGEST_ABSENCE_S = 30.0
@@ -77,6 +77,8 @@ class Server:
                 self.not_before = now + self._absence(self.losses)
             return
         if isinstance(error, CutOff):
+            return
+        if isinstance(error, Cancelled | TooLate):  # says nothing of the server
             return
         self.losses = 0
         if isinstance(error, Busy):
@@ -150,19 +152,23 @@ class Servers:
         """
         with stop.telling(self._wake):
             server = self._wait(stop, deadline, alone=alone)
-        error: ClientError | None = None
         try:
             yield server
-        except ClientError as raised:
-            error = raised
+        except ClientError as error:
+            self._note(server, error)
             raise
+        else:
+            self._note(server, None)
         finally:
             with self._changed:
-                server.note(error, time.monotonic(), among_others=len(self) > 1)
-                self.reached = self.reached or not isinstance(error, Unreachable | Silent)
                 server.in_flight -= 1
                 self._alone = self._alone and not alone
                 self._changed.notify_all()
+
+    def _note(self, server: Server, error: ClientError | None) -> None:
+        with self._changed:
+            server.note(error, time.monotonic(), among_others=len(self) > 1)
+            self.reached = self.reached or not isinstance(error, Unreachable | Silent | Cancelled)
 
     def _wait(self, stop: Stop, deadline: float, *, alone: bool) -> Server:
         with self._changed:

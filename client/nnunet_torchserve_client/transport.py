@@ -35,7 +35,6 @@ from .errors import (
     ClientError,
     CutOff,
     NotServed,
-    ServerError,
     Silent,
     TooLate,
     Unreachable,
@@ -290,7 +289,8 @@ class Exchange:
                 msg = "a line of the answer is no event"
                 raise BadAnswer(msg)
             if document.get("event") == "error":
-                raise _problem_of(document, _lower(document.get("headers")), int(document.get("status") or 500))
+                status = document.get("status")
+                raise _problem_of(document, _lower(document.get("headers")), status if isinstance(status, int) else 500)
             if document.get("event") == "result":
                 length = document.get("length")
                 if not isinstance(length, int) or length < 0:
@@ -365,7 +365,7 @@ def _tracing(line: Line) -> Callable[[str, Mapping[str, Any]], None]:
     """Tells the line of its connection, as httpcore makes it."""
 
     def trace(name: str, info: Mapping[str, Any]) -> None:
-        if name.startswith("connection.connect") and name.endswith(".complete"):
+        if name.endswith((".connect_tcp.complete", ".start_tls.complete")):
             line.connected(info["return_value"].get_extra_info("socket"))
 
     return trace
@@ -481,7 +481,7 @@ def _no_connection(error: httpx.TransportError, *, begun: bool) -> ClientError:
             return Untrusted(f"the server's certificate is not to be trusted: {cause.verify_message}")
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
-        return ServerError("the request could not be made as HTTP")
+        return WrongUse("the request could not be made as HTTP")
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
         return Unreachable("no connection to the server")
     if begun:

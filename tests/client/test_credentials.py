@@ -6,6 +6,7 @@ import logging
 import shutil
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from nnunet_torchserve_client import Case, Client, RemotePredictor, errors
 from nnunet_torchserve_client.credentials import TOKEN_VARIABLE
 from support import peer
-from support.peer import Peer
+from support.peer import Peer, Received, Wire
 
 SECRET = "s3cret-t0ken"  # noqa: S105 (a test's)
 OTHER_SECRET = "an0ther"  # noqa: S105
@@ -122,16 +123,31 @@ def test_a_certificate_is_checked_against_the_authority_that_was_given(tmp_path:
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    held, never = threading.Event(), threading.Event()
+
+    def hold(wire: Wire, _: Received) -> None:
+        wire.head()
+        wire.event(event="heartbeat")
+        held.set()
+        never.wait(60)
+
     with Peer(context=context).listening() as server:
         with Client(server.url, "blobs", token=SECRET, verify=certificate) as client:
             assert client.predict(CASE).content == CASE.image
             server.replies = [redirect(307, server.url.replace("https", "http"))]
             with pytest.raises(errors.NotServed, match="nothing is encrypted"):
                 client.predict(CASE)
+            server.replies = [hold]
+            closing = threading.Thread(target=lambda: held.wait(60) and client.close())
+            closing.start()
+            with pytest.raises(errors.Cancelled):
+                client.predict(CASE)
+            closing.join()
+            never.set()
         with Client(server.url, "blobs", token=SECRET) as client, pytest.raises(errors.Untrusted) as caught:
             client.predict(CASE)
         assert caught.value.tries == 1
-        assert len(server.received) == 2
+        assert len(server.received) == 3
         with Client(server.url, "blobs", verify=False) as client:
             server.replies = [peer.echo]
             assert client.predict(CASE).content == CASE.image
