@@ -29,7 +29,10 @@ WAITING_BATCH_CASES = 1
 """The same of cases with ``priority: batch``."""
 
 MOST_KEPT = 16
-"""Results that wait for an earlier case's or for whoever takes them."""
+"""Outcomes that wait for an earlier case's or for whoever takes them."""
+
+MOST_FINISHING = 4
+"""Cases whose answers are being written or unpacked: where that is slower than the servers, they would pile up."""
 
 _LOOK_S = 1.0
 """Between two looks at what changes with time only: a server that is back."""
@@ -69,6 +72,7 @@ class Seat:
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
         self.waits = True
+        self.finishes = False
 
     def taken_up(self) -> None:
         """A worker has the case."""
@@ -149,6 +153,7 @@ class _Flight(Generic[Thing, Given]):
         crash: BaseException | None = None
         try:
             answer = self._ask(case, self._stop, seat)
+            seat.finishes = True
             value = self._finish(case, answer)
             outcome = Outcome(case, index, value, None, replace(answer, content=b""))
         except ClientError as error:
@@ -177,8 +182,9 @@ class _Flight(Generic[Thing, Given]):
     def _may_begin(self) -> bool:
         """Whether there is a place for one more case."""
         waiting = sum(seat.waits for seat in self._seats.values())
-        kept = sum(outcome.value is not None for outcome in self._done.values())
-        return not self._no_more and waiting < self._may_wait() and kept < MOST_KEPT
+        finishing = sum(seat.finishes for seat in self._seats.values())
+        is_full = len(self._done) >= MOST_KEPT or finishing >= MOST_FINISHING
+        return not self._no_more and not is_full and waiting < self._may_wait()
 
 
 def fly(

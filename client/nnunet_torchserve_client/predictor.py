@@ -550,24 +550,30 @@ class RemotePredictor:
     def _predict(
         self, cases: Iterable[Case], finish: Callable[[Case, Answer], Prediction], total: int | None
     ) -> list[Prediction]:
-        results: list[Prediction] = []
-        failures: list[ClientError] = []
+        results: dict[int, Prediction] = {}
+        failures: dict[int, ClientError] = {}
         with shown("predicting", total, wanted=self.allow_tqdm) as progress:
             outcomes: Iterator[Outcome[Case, Prediction]] = self.client.predict_many(
-                cases, self._options(), finish=self._checked(finish), on_event=progress.event, stop=self._stop
+                cases,
+                self._options(),
+                finish=self._checked(finish),
+                ordered=False,
+                on_event=progress.event,
+                stop=self._stop,
             )
             for outcome in outcomes:
                 progress.one_done()
-                results.append(outcome.value)
+                results[outcome.index] = outcome.value
                 if outcome.error is not None:
                     if outcome.error.of_all_cases:
                         raise outcome.error
-                    failures.append(outcome.error)
+                    failures[outcome.index] = outcome.error
+        in_order = [results[index] for index in range(len(results))]
         if failures and len(results) == 1:
             raise failures[0]
         if failures:
-            raise CasesFailed(failures, results)
-        return results
+            raise CasesFailed([failures[index] for index in sorted(failures)], in_order)
+        return in_order
 
     def _checked(self, finish: Callable[[Case, Answer], Prediction]) -> Callable[[Case, Answer], Prediction]:
         """``finish``, for answers of the model that was described and of no other."""

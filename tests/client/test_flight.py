@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from nnunet_torchserve_client import Answer, Case, Client, errors
-from nnunet_torchserve_client.flight import MOST_KEPT, WAITING_BATCH_CASES, WAITING_CASES
+from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT, WAITING_BATCH_CASES, WAITING_CASES
 from support import peer
 from support.peer import Peer, Received, Wire
 
@@ -143,6 +143,28 @@ def test_a_slow_first_case_does_not_fill_the_memory(server: Peer) -> None:
         assert taken <= 1 + MOST_KEPT + 3 + WAITING_CASES
         assert len(list(outcomes)) == 99
     watch.join()
+
+
+def test_answers_that_are_slow_to_write_do_not_pile_up(server: Peer) -> None:
+    """The server is quick; nothing is written before as many cases wait for it as may."""
+    full = threading.Semaphore(0)
+    writing = most = 0
+    lock = threading.Lock()
+
+    def write(*_: object) -> None:
+        nonlocal writing, most
+        with lock:
+            writing += 1
+            most = max(most, writing)
+            if writing >= MOST_FINISHING:
+                full.release(100)
+        full.acquire(timeout=PATIENCE_S)
+        with lock:
+            writing -= 1
+
+    with client_of(server) as client:
+        assert len(list(client.predict_many(cases(40), finish=write))) == 40
+    assert MOST_FINISHING <= most <= MOST_FINISHING + WAITING_CASES
 
 
 def test_one_case_that_fails_fails_alone(server: Peer) -> None:

@@ -189,13 +189,13 @@ class Peer:
     Attributes:
         replies: one for each prediction that comes; the last one is for all that follow.
         context: for TLS.
-        description: is answered where it is asked for.
+        description: is answered where it is asked for; ``None`` leaves that to the replies.
         received: predictions, in the order in which they came.
     """
 
     replies: Sequence[Reply] = (echo,)
     context: ssl.SSLContext | None = None
-    description: Json = field(default_factory=lambda: dict(DESCRIPTION))
+    description: Json | None = field(default_factory=lambda: dict(DESCRIPTION))
     received: list[Received] = field(default_factory=list)
     described: int = 0
     port: int = 0
@@ -209,7 +209,7 @@ class Peer:
 
     def take(self, wire: Wire, headers: dict[str, str], body: bytes) -> None:
         """Answer a request."""
-        if json.loads(headers["x-nnunet-options"]).get("describe"):
+        if self.description is not None and json.loads(headers["x-nnunet-options"]).get("describe"):
             self.described += 1
             wire.whole(200, json.dumps(self.description).encode(), {"Content-Type": "application/json"})
             return
