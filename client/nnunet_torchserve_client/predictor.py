@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -117,7 +118,8 @@ class RemotePredictor:
         self.verbose_preprocessing = verbose_preprocessing
         self.allow_tqdm = allow_tqdm
         self._with_probabilities = bool(options.pop("save_probabilities", False))
-        self._given = options
+        self._given = {name: value for name, value in options.items() if not name.startswith("probability_")}
+        self._of_probabilities = {name: value for name, value in options.items() if name.startswith("probability_")}
         self.use_folds = as_folds(use_folds)
         self._stop: Stop | None = None
         self.client = Client(
@@ -370,7 +372,8 @@ class RemotePredictor:
             options |= {"output_format": "npz", "save_probabilities": with_probabilities}
             if description.reader.endswith("WithReorient"):
                 options["properties"] = True
-        return Case(files.name, list(files.files), options, note=files)
+        case = Case(files.name, list(files.files), options, note=files)
+        return self._asking(case, with_probabilities=with_probabilities)
 
     def _file_finish(self, save_probabilities: bool) -> Callable[[Case, Answer], Prediction]:
         description = self.description
@@ -483,7 +486,10 @@ class RemotePredictor:
         """
         with_probabilities, description = self._probabilities(save_probabilities), self.description
         cases = (
-            array_case(number, item, description, with_probabilities=with_probabilities)
+            self._asking(
+                array_case(number, item, description, with_probabilities=with_probabilities),
+                with_probabilities=with_probabilities,
+            )
             for number, item in enumerate(data_iterator)
         )
         return self._predict(cases, self._array_finish(with_probabilities=with_probabilities), total=None)
@@ -516,7 +522,8 @@ class RemotePredictor:
         properties = _as_read(image_properties)
         item = {"data": input_image, "data_properties": properties, "ofile": output_file_truncated}
         case = array_case(0, item, self.description, with_probabilities=with_probabilities)
-        return self._one(case, self._array_finish(with_probabilities=with_probabilities))
+        asked = self._asking(case, with_probabilities=with_probabilities)
+        return self._one(asked, self._array_finish(with_probabilities=with_probabilities))
 
     def _array_finish(self, *, with_probabilities: bool) -> Callable[[Case, Answer], Prediction]:
         description = self.description
@@ -538,6 +545,10 @@ class RemotePredictor:
         if self.use_folds is not None:
             ours["folds"] = list(self.use_folds)
         return {**ours, **self._given}
+
+    def _asking(self, case: Case, *, with_probabilities: bool) -> Case:
+        """The case with the options of probabilities, which are refused where none are asked for."""
+        return replace(case, options={**self._of_probabilities, **case.options}) if with_probabilities else case
 
     def _probabilities(self, asked: bool) -> bool:
         return bool(asked or self._with_probabilities)

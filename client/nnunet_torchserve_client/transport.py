@@ -23,6 +23,7 @@ from email.utils import parsedate_to_datetime
 from functools import cache
 from http import HTTPStatus
 from typing import Any
+from urllib.request import getproxies
 
 import httpx
 
@@ -90,11 +91,10 @@ def connections(url: str, credentials: Credentials, *, use_proxies: bool) -> htt
     """
     verify = _trust(credentials.verify)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    trusts = use_proxies and not _is_loopback(httpx.URL(url).host)
-    transport = None
-    if not trusts:
-        transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
-    return httpx.Client(transport=transport, verify=verify, limits=limits, trust_env=trusts)
+    if use_proxies and getproxies() and not _is_loopback(httpx.URL(url).host):
+        return httpx.Client(verify=verify, limits=limits)
+    transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
+    return httpx.Client(transport=transport, trust_env=False)
 
 
 @cache

@@ -20,6 +20,7 @@ from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
+TOKEN = "s3cret-t0ken"  # noqa: S105 (a test's)
 SHAPE = (30, 28, 24)
 ENDING = ".nii.gz"
 
@@ -42,7 +43,7 @@ def theirs(models: dict[str, Path]) -> nnUNetPredictor:
 
 @pytest.fixture(scope="module")
 def ours(server: LiveServer, models: dict[str, Path]) -> Iterator[RemotePredictor]:
-    with RemotePredictor(server.server.inference_url, "five_folds", use_mirroring=False, allow_tqdm=False) as predictor:
+    with RemotePredictor(server.server.inference_url, "five_folds", use_mirroring=False, token=TOKEN) as predictor:
         predictor.initialize_from_trained_model_folder(models["five_folds"], use_folds=(0, 1))
         yield predictor
 
@@ -105,6 +106,7 @@ def test_files_into_a_folder(both: Predictors, images: Path, tmp_path: Path) -> 
     assert ours.predict_from_files(images, tmp_path / "ours", True) == [None, None]
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
     assert_same_files(tmp_path / "theirs", tmp_path / "sequential")
+    assert not [file.name for file in (tmp_path / "ours").iterdir() if TOKEN.encode() in file.read_bytes()]
 
 
 def test_files_whose_results_are_returned(both: Predictors, images: Path) -> None:
@@ -137,6 +139,18 @@ def test_lists_and_iterators_of_arrays(ours: RemotePredictor, theirs: nnUNetPred
     own = ({"data": each, "ofile": None, "data_properties": {"spacing": properties["spacing"]}} for each in images)
     assert_same(expected, ours.predict_from_data_iterator(own))
     assert_same(expected[:1], ours.predict_from_list_of_npy_arrays(image, None, properties, None))
+
+
+def test_options_of_the_server_are_keywords(server: LiveServer, theirs: nnUNetPredictor, array: Any) -> None:
+    image, properties = array
+    options: dict[str, Any] = {"probability_channels": [2, 0], "probability_dtype": "float16", "accumulate": "float32"}
+    url = server.server.inference_url
+    with RemotePredictor(url, "five_folds", use_mirroring=False, use_folds=[0, "1"], timeout_s=300, **options) as ours:
+        labels, probabilities = ours.predict_single_npy_array(image, properties, None, None, True)
+        assert_same(labels, ours.predict_single_npy_array(image, properties))
+    expected = theirs.predict_single_npy_array(image, dict(properties), None, None, True)[1]
+    assert probabilities.dtype == np.float16
+    np.testing.assert_allclose(probabilities, expected[[2, 0]], atol=0.01)
 
 
 @pytest.mark.long  # the tests above compare with what runs in this process
