@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -164,16 +165,32 @@ class Client:
     def _describe(self, tell: Listener, stop: Stop) -> Description:
         with self._describing:
             if self._description is None:
-                words = "the question what model %s is waits in the server's queue, behind cases"
-                alarm = threading.Timer(_PATIENT_S, logger.warning, [words, self.model])
-                alarm.daemon = True
-                alarm.start()
-                try:
-                    answer = self._ask(self.model, EMPTY, {"describe": True}, tell, stop, streams=False)
-                finally:
-                    alarm.cancel()
+                with self._saying_if_it_waits(tell) as told:
+                    answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
                 self._description = read_description(answer)
             return self._description
+
+    @contextmanager
+    def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:
+        """Logs a warning if the last event is still, after a while, that the question waits in the server's queue."""
+        latest: Kind | None = None
+
+        def told(event: Event) -> None:
+            nonlocal latest
+            latest = event.kind
+            tell(event)
+
+        def say() -> None:
+            if latest is Kind.WAITING:
+                logger.warning("the question what model %s is waits in the server's queue, behind cases", self.model)
+
+        alarm = threading.Timer(_PATIENT_S, say)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            yield told
+        finally:
+            alarm.cancel()
 
     def predict(
         self, case: Case, options: Options | None = None, on_event: Listener | None = None, stop: Stop | None = None

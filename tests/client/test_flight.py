@@ -12,7 +12,7 @@ import pytest
 from nnunet_torchserve_client import Answer, Case, Client, errors
 from nnunet_torchserve_client import client as client_module
 from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT, WAITING_BATCH_CASES, WAITING_CASES
-from support import peer
+from support import chaos, peer
 from support.peer import Peer, Received, Wire
 
 PATIENCE_S = 120.0
@@ -240,14 +240,11 @@ def test_a_server_that_refuses_gets_fewer_cases_at_once(server: Peer) -> None:
 def test_the_model_is_described_once_and_a_long_wait_for_that_is_said(
     server: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_module, "_PATIENT_S", 0.01)
+    monkeypatch.setattr(client_module, "_PATIENT_S", 0.2)
     server.description = None
-    said = threading.Event()
 
     def describe(wire: Wire, _: Received) -> None:
-        for _ in range(10_000):
-            if caplog.records or said.wait(0.01):
-                break
+        chaos.wait_for(lambda: bool(caplog.records))
         wire.whole(200, json.dumps(peer.DESCRIPTION).encode(), {"Content-Type": "application/json"})
 
     server.replies = [describe, peer.echo]
