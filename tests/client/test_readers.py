@@ -1,4 +1,7 @@
-"""Every reader of nnU-Net: the same calls through its predictor and ours, on the core that a server runs."""
+"""Every reader of nnU-Net: the same calls through its predictor and ours, on the core that a server runs.
+
+With ``preprocess="stock"``, so that probabilities are stock's to the bit (docs/parity.md).
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def both(kind: Kind, models: dict[str, Path], tmp_path_factory: pytest.TempPathF
     zipfile.ZipFile(archive).extractall(folder.parent / "unpacked")
     bundle = ModelBundle(folder.parent / "unpacked")
     pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
-    with core_peer.serving(pipeline) as peer, RemotePredictor(peer.url, "m", use_mirroring=False) as ours:
+    with (
+        core_peer.serving(pipeline) as peer,
+        RemotePredictor(peer.url, "m", use_mirroring=False, preprocess="stock") as ours,
+    ):
         yield stock.loaded(folder, folds=[0], use_mirroring=False), ours
 
 
