@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import BinaryIO
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from nnunet_torchserve_client import errors
+from nnunet_torchserve_client.array_cases import direction_towards
 from nnunet_torchserve_client.cases import case_name, files_in, output_format, part, placement
 from nnunet_torchserve_client.outputs import stock_properties, turn, write_aside, write_side_files
 
@@ -122,3 +124,10 @@ def test_a_turned_image_comes_as_the_reader_sees_it() -> None:
     assert np.array_equal(turn(volume, how), expected)
     assert np.array_equal(turn(volume[0], how), expected[0])
     assert turn(volume, None) is volume
+
+
+@pytest.mark.parametrize("letters", ["RAS", "LPI", "PSR", "IAL"])
+def test_an_array_is_sent_as_lying_where_the_model_wants_it(letters: str) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([-1, -1, 1]) @ np.array(direction_towards(letters)).reshape(3, 3)
+    assert "".join(nib.aff2axcodes(affine)) == letters
