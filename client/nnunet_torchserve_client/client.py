@@ -303,8 +303,11 @@ class Client:
         def again(error: ClientError, pause_s: float) -> None:
             if seat is not None:
                 seat.put_back()
-            tell(Event(case, Kind.RETRY, error.server, reason=str(error), pause_s=pause_s))
+            tell(Event(case, Kind.RETRY, error.server, reason=error.reason, pause_s=pause_s))
 
+        if self._closed.is_set:
+            msg = "this client is closed"
+            raise WrongUse(msg)
         with self._closed.telling(stop.set):
             rules = Retries(self._patience, lambda: self._servers.reached, self._servers.has_place_beside, again, stop)
             return rules.run(once)

@@ -280,3 +280,5 @@ def test_closing_a_client_gives_up_what_it_does(server: Peer) -> None:
     asking.join(PATIENCE_S)
     never.set()
     assert [type(error) for error in caught] == [errors.Cancelled]
+    with pytest.raises(errors.WrongUse, match="closed"):
+        client.predict(Case("head", b"image"))
