@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .arrays import npy_header, smallest
 from .errors import UnreadableFile, WrongUse
 
-CHUNK_BYTES = 256 * 1024
+CHUNK_BYTES = 1024 * 1024
 """What is handed to the connection at a time."""
 
 Image = str | os.PathLike[str] | bytes | npt.NDArray[Any]
