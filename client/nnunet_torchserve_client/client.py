@@ -32,6 +32,9 @@ URL_VARIABLE = "NNUNET_TORCHSERVE_URL"
 
 Options = Mapping[str, object]
 
+_LONGEST_S = 10_000_000
+"""Four months; locks and sockets take no time without end."""
+
 _SHORTEST_TIMEOUT_S = 0.001
 """The server wants a number above 0."""
 
@@ -104,8 +107,8 @@ class Client:
         if not model or "/" in model or not (version is None or (version and "/" not in version)):
             msg = f"a model is given by its name on the server and a version, not as {model!r} and {version!r}"
             raise WrongUse(msg)
-        if min(deadline_s, first_contact_s, pause_s, silence_s) <= 0:
-            msg = "deadline_s, first_contact_s, pause_s and silence_s are seconds above 0"
+        if not all(0 < each <= _LONGEST_S for each in (deadline_s, first_contact_s, pause_s, silence_s)):
+            msg = f"deadline_s, first_contact_s, pause_s and silence_s are seconds, above 0 and at most {_LONGEST_S}"
             raise WrongUse(msg)
         self.model, self.version = model, version
         self._path = f"/predictions/{model}" + (f"/{version}" if version else "")

@@ -194,6 +194,9 @@ class Exchange:
             raise self._named(error) from error.__cause__
         except httpx.TimeoutException as error:
             raise self._named(self._timed_out(error)) from error
+        except httpx.DecodingError as error:
+            msg = "the answer was packed on its way, and is damaged"
+            raise self._named(BadAnswer(msg)) from error
         except httpx.TransportError as error:
             self.stop.check()
             raise self._named(_no_connection(error, begun=self._begun)) from error
@@ -225,15 +228,8 @@ class Exchange:
         raise BadAnswer(msg)
 
     def _headers(self, asked: Asked, secret: Mapping[str, str]) -> dict[str, str]:
-        options = dict(asked.options)
-        if asked.streams:
-            options["stream"] = True
-        text = json.dumps(options, separators=(",", ":"), allow_nan=False)
-        if len(text) > MOST_OPTIONS_BYTES:
-            msg = f"the options take {len(text)} bytes; a server takes at most {MOST_OPTIONS_BYTES}"
-            raise WrongUse(msg)
         ours = {
-            OPTIONS_HEADER: text,
+            OPTIONS_HEADER: _as_text({**asked.options, "stream": True} if asked.streams else asked.options),
             "X-Request-Id": self._id,
             "Accept": "*/*",
             "Accept-Encoding": "identity",
@@ -359,6 +355,23 @@ class Exchange:
         error.server = error.server or self.url
         error.request_id = error.request_id or self._id
         return error
+
+
+def _as_text(options: Mapping[str, object]) -> str:
+    """Options as their header has them; NumPy's numbers and arrays are numbers and lists.
+
+    Raises:
+        WrongUse: they are no JSON, or too long.
+    """
+    try:
+        text = json.dumps(options, separators=(",", ":"), allow_nan=False, default=lambda value: value.tolist())
+    except (TypeError, ValueError, AttributeError) as error:
+        msg = f"options are numbers, texts and lists of them, none infinite: {ascii(dict(options))[:200]}"
+        raise WrongUse(msg) from error
+    if len(text) > MOST_OPTIONS_BYTES:
+        msg = f"the options take {len(text)} bytes; a server takes at most {MOST_OPTIONS_BYTES}"
+        raise WrongUse(msg)
+    return text
 
 
 def _tracing(line: Line) -> Callable[[str, Mapping[str, Any]], None]:

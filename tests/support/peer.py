@@ -198,6 +198,7 @@ class Peer:
     description: Json | None = field(default_factory=lambda: dict(DESCRIPTION))
     received: list[Received] = field(default_factory=list)
     described: int = 0
+    paths: list[str] = field(default_factory=list)
     port: int = 0
     _beside: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -209,6 +210,7 @@ class Peer:
 
     def take(self, wire: Wire, headers: dict[str, str], body: bytes) -> None:
         """Answer a request."""
+        self.paths.append(wire.path)
         if self.description is not None and json.loads(headers["x-nnunet-options"]).get("describe"):
             self.described += 1
             wire.whole(200, json.dumps(self.description).encode(), {"Content-Type": "application/json"})
