@@ -336,18 +336,11 @@ class RemotePredictor:
         ending = description.file_ending
         is_folder = isinstance(source, str | os.PathLike)
         lists = files_in(source, ending) if is_folder else [[os.fspath(file) for file in files] for files in source]
-        names = [case_name(files, ending) for files in lists]
-        folder: str | None = None
-        targets: list[str | None] = [None] * len(lists)
-        if isinstance(output, str | os.PathLike):
-            folder = os.fspath(output)
-            targets = [os.path.join(folder, name) for name in names]  # noqa: PTH118 (strings, as nnU-Net's)
-        elif output is not None:
-            targets = [os.fspath(each) for each in output]
-            folder = os.path.dirname(targets[0] or "") or os.curdir if targets else None  # noqa: PTH120
-        if len(targets) != len(lists):
-            msg = f"{len(targets)} output files for {len(lists)} cases"
+        if not all(lists):
+            msg = "a case without a file"
             raise WrongUse(msg)
+        names = [case_name(files, ending) for files in lists]
+        folder, targets = _places(output, names)
         with_probabilities = self._probabilities(arguments["save_probabilities"])
         if folder is not None:
             options_for(ending, with_probabilities=with_probabilities)  # refuse before anything is written
@@ -600,6 +593,25 @@ class RemotePredictor:
             return finish(case, answer)
 
         return checked
+
+
+def _places(output: Path_ | list[str] | None, names: Sequence[str]) -> tuple[str | None, list[str | None]]:
+    """The folder for the files beside the predictions, and each case's path without ending.
+
+    Args:
+        output: a folder, a path for each case, or nothing.
+        names: of the cases.
+    """
+    if output is None:
+        return None, [None] * len(names)
+    if isinstance(output, str | os.PathLike):
+        folder = os.fspath(output)
+        return folder, [os.path.join(folder, name) for name in names]  # noqa: PTH118 (strings, as nnU-Net's)
+    if len(output) != len(names):
+        msg = f"{len(output)} output files for {len(names)} cases"
+        raise WrongUse(msg)
+    paths = [os.fspath(each) for each in output]
+    return (os.path.dirname(paths[0]) or os.curdir if paths else None), [*paths]  # noqa: PTH120
 
 
 def as_folds(given: int | str | Sequence[int | str] | None) -> Folds | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 import tifffile
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -55,6 +56,11 @@ class Kind:
         elif self.reader == "Tiff3DIO":
             tifffile.imwrite(file, image.astype(np.int16).T)
             (folder / "case.json").write_text('{"spacing": [1.9, 1.6, 1.3]}')
+        elif self.model == "flat":
+            picture = sitk.GetImageFromArray(image[:, :, 9].astype(np.int16))
+            picture.SetSpacing((1.4, 1.6))
+            picture.SetOrigin((-20.0, 7.0))
+            sitk.WriteImage(picture, file)
         else:
             file.write_bytes(volumes.nifti_gz(image.astype(np.int16), TURNED))
         return file
@@ -68,6 +74,7 @@ KINDS = [
 MORE_KINDS = [  # tests/parity compares the files of each reader too
     Kind("five_folds", "SimpleITKIOWithReorient"),
     Kind("five_folds", "NibabelIO"),
+    Kind("flat", "SimpleITKIO"),
     Kind("flat", "NaturalImage2DIO", ".bmp"),
 ]
 Predictors = tuple[nnUNetPredictor, RemotePredictor]
