@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 from .answers import Answer
 from .bodies import EMPTY, Body, Image, body_of
@@ -211,16 +211,39 @@ class Client:
         """
         return self._predict(case, options or {}, self._teller(on_event), stop or Stop(), None)
 
+    @overload
     def predict_many(
         self,
         cases: Iterable[Case],
         options: Options | None = None,
         *,
-        finish: Finish[Case, Given] = _as_it_is,
         ordered: bool = True,
         on_event: Listener | None = None,
         stop: Stop | None = None,
-    ) -> Iterator[Outcome[Case, Given]]:
+    ) -> Iterator[Outcome[Case, Answer]]: ...
+
+    @overload
+    def predict_many(
+        self,
+        cases: Iterable[Case],
+        options: Options | None = None,
+        *,
+        finish: Finish[Case, Given],
+        ordered: bool = True,
+        on_event: Listener | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[Outcome[Case, Given]]: ...
+
+    def predict_many(
+        self,
+        cases: Iterable[Case],
+        options: Options | None = None,
+        *,
+        finish: Finish[Case, Any] = _as_it_is,
+        ordered: bool = True,
+        on_event: Listener | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[Outcome[Case, Any]]:
         """The answers to many cases, several of which are in flight.
 
         As many are in flight as the servers take: one more is sent as soon as a worker has taken up the last one

@@ -30,8 +30,8 @@ from .progress import shown
 from .stopping import Stop
 
 Array = npt.NDArray[Any]
-Prediction = Array | tuple[Array, Array] | None
-"""Labels (Z, Y, X); or those and probabilities (C, Z, Y, X); or nothing, because they were written to files."""
+Prediction = Any
+"""Labels (Z, Y, X), an array; or those and probabilities (C, Z, Y, X); or ``None``, because they were written."""
 
 PROCESSES = 8
 """nnU-Net's ``default_num_processes``; it means nothing here."""
@@ -375,8 +375,7 @@ class RemotePredictor:
         def finish(case: Case, answer: Answer) -> Prediction:
             files: ImageFiles = case.note
             if files.target is None:
-                result: Prediction = result_arrays(answer, with_probabilities=with_probabilities)
-                return result
+                return result_arrays(answer, with_probabilities=with_probabilities)
             write_prediction(
                 answer,
                 files.target,
@@ -522,8 +521,7 @@ class RemotePredictor:
         description = self.description
 
         def finish(case: Case, answer: Answer) -> Prediction:
-            result: Prediction = finish_array(case, answer, description, with_probabilities=with_probabilities)
-            return result
+            return finish_array(case, answer, description, with_probabilities=with_probabilities)
 
         return finish
 

@@ -97,7 +97,7 @@ class Server:
 
     def _absence(self, times: int) -> float:
         """Seconds to leave it alone after so many bad answers in a row; with jitter, for other clients do the same."""
-        longest = min(LONGEST_ABSENCE_S, self.pause_s * 2 ** min(times - 1, _MOST_DOUBLINGS))
+        longest = min(LONGEST_ABSENCE_S, self.pause_s * 2.0 ** min(times - 1, _MOST_DOUBLINGS))
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
 
 

@@ -118,12 +118,16 @@ def test_redirects_that_lose_the_image_or_never_end_are_errors(server: Peer) -> 
 def test_a_certificate_is_checked_against_the_authority_that_was_given(tmp_path: Path) -> None:
     certificate, key = tmp_path / "server.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    command += ["-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     held, never = threading.Event(), threading.Event()
+
+    def close_when_held(client: Client) -> None:
+        held.wait(60)
+        client.close()
 
     def hold(wire: Wire, _: Received) -> None:
         wire.head()
@@ -138,7 +142,7 @@ def test_a_certificate_is_checked_against_the_authority_that_was_given(tmp_path:
             with pytest.raises(errors.NotServed, match="nothing is encrypted"):
                 client.predict(CASE)
             server.replies = [hold]
-            closing = threading.Thread(target=lambda: held.wait(60) and client.close())
+            closing = threading.Thread(target=close_when_held, args=(client,))
             closing.start()
             with pytest.raises(errors.Cancelled):
                 client.predict(CASE)
