@@ -98,6 +98,6 @@ def test_a_busy_servers_cases_go_elsewhere_at_once(servers: tuple[Peer, Peer]) -
 def test_no_server_at_all(servers: tuple[Peer, Peer]) -> None:
     for server in servers:
         server.replies = [peer.reset]
-    with client_of(*servers, deadline_s=0.5) as client, pytest.raises(errors.Unreachable) as caught:
+    with client_of(*servers, deadline_s=1.0) as client, pytest.raises(errors.Unreachable) as caught:
         client.predict(cases(1)[0])
     assert 2 < caught.value.tries < 40
