@@ -38,6 +38,8 @@ class OutputFormat(StrEnum):
     MHA = "mha"
     NPZ = "npz"
     PNG = "png"
+    TIFF = "tif"
+    BMP = "bmp"
     JSON = "json"
 
 
