@@ -25,8 +25,8 @@ MIN_TILE_STEP_SIZE = 0.05
 
 FoldName = int | Literal["all"]
 
-_OF_NO_CASE = frozenset({"describe", "timeout_s"})
-"""Options that may stand beside ``describe``: clients send a time limit with everything."""
+_OF_NO_CASE = frozenset({"describe", "timeout_s", "priority"})
+"""Options that may stand beside ``describe``: clients send them with everything."""
 
 
 class OutputFormat(StrEnum):
@@ -38,6 +38,8 @@ class OutputFormat(StrEnum):
     MHA = "mha"
     NPZ = "npz"
     PNG = "png"
+    TIFF = "tif"
+    BMP = "bmp"
     JSON = "json"
 
 
@@ -71,6 +73,13 @@ class PreprocessMethod(StrEnum):
     STOCK = "stock"
 
 
+class Priority(StrEnum):
+    """Who waits for a case: a person, or a folder."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 class ProbabilityType(StrEnum):
     """The dtypes of probabilities."""
 
@@ -102,6 +111,7 @@ class Options(BaseModel):
         output_format: ``None`` answers in the input's format; several of them come in one zip.
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
+        priority: ``interactive`` cases come first, see :mod:`.engine.scheduler` and :mod:`.engine.admission`.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
         stream: answer with events of the request's progress, the result last; see :mod:`.events`.
         describe: answer with what the model says of itself; there need be no image.
@@ -125,6 +135,7 @@ class Options(BaseModel):
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
+    priority: Priority = Priority.INTERACTIVE
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     stream: bool = False
     describe: bool = False
@@ -215,6 +226,7 @@ _EXPECTED = {
     "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
+    "priority": _one_of(Priority),
     "timeout_s": "should be a number of seconds above 0",
     "stream": _YES_OR_NO,
     "describe": _YES_OR_NO,

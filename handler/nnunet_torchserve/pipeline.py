@@ -140,7 +140,7 @@ class Pipeline:
         responses: ResponseMaker,
         stream: EventStream,
     ) -> Response:
-        clock = record.clock
+        clock, record.priority = record.clock, options.priority
         started = time.monotonic()
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
         settings = settings_for(self.bundle, options)
@@ -152,7 +152,12 @@ class Pipeline:
 
         clock.begin(Stage.QUEUE)
         reservation = self.engine.reserve(
-            asked.price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
+            asked.price,
+            deadline,
+            guaranteed=request.is_trial,
+            watcher=progress.watcher,
+            keys=keys,
+            priority=options.priority,
         )
         with reservation as reserved:
             clock.add(Stage.QUEUE, reserved.waited_s)

@@ -60,6 +60,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
         "patches": 12,
         "passes": 12,
         "reused": None,
+        "priority": "interactive",
     }
 
 

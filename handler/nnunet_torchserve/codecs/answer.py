@@ -23,9 +23,11 @@ from .inflate import gzipped
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
 from .nrrd import encode_nrrd
+from .pictures import MOST_OF_8_BITS, encode_bmp
 from .png import encode_png
 from .report import encode_report
 from .source import ImageSource
+from .tiff import encode_tiff
 
 PROPERTIES_FILE = "properties.json"
 
@@ -37,8 +39,12 @@ _CONTENT_TYPE = {
     OutputFormat.MHA: _BINARY,
     OutputFormat.NPZ: _BINARY,
     OutputFormat.PNG: "image/png",
+    OutputFormat.TIFF: "image/tiff",
+    OutputFormat.BMP: "image/bmp",
     OutputFormat.JSON: "application/json",
 }
+
+_ONE_SLICE = {OutputFormat.PNG, OutputFormat.BMP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +77,26 @@ class AnswerForm:
         return not self.zipped and self.probabilities is not None
 
 
-def answer_form(options: Options, native: OutputFormat, geometry: Geometry) -> AnswerForm:
+def answer_form(options: Options, native: OutputFormat, geometry: Geometry, largest: int = 0) -> AnswerForm:
     """What a request asks for, in the input's own format where it names none.
 
+    Args:
+        options: of the request.
+        native: the input's own format.
+        geometry: the image's.
+        largest: the largest value that the model may give a voxel.
+
     Raises:
-        BadOption: a volume cannot be a png.
+        BadOption: a volume cannot be a png or bmp, nor 16 bits a bmp.
     """
     asked = options.output_format
     labels = asked if isinstance(asked, tuple) else (asked or native,)
-    if OutputFormat.PNG in labels and geometry.shape[0] > 1:
-        msg = f"output_format png holds one slice, the image has {geometry.shape[0]}; take another format"
+    pictures = [each for each in labels if each in _ONE_SLICE]
+    if pictures and geometry.shape[0] > 1:
+        msg = f"output_format {pictures[0]} holds one slice, the image has {geometry.shape[0]}; take another format"
+        raise BadOption(msg)
+    if OutputFormat.BMP in labels and largest > MOST_OF_8_BITS:
+        msg = f"output_format bmp holds values up to {MOST_OF_8_BITS}, this model's go to {largest}; take png or tif"
         raise BadOption(msg)
     probabilities = options.probability_format if options.save_probabilities else None
     in_one = labels == (OutputFormat.NPZ,) and probabilities is ProbabilityFormat.NPZ
@@ -143,6 +159,8 @@ def _labels(answer: LabelMap, output: OutputFormat, image: ImageSource, painting
         OutputFormat.MHA: lambda: encode_metaimage(labels, geometry.in_space()),
         OutputFormat.NPZ: lambda: encode_npz(LabelMap(labels, geometry), with_labels=True),
         OutputFormat.PNG: lambda: encode_png(labels),
+        OutputFormat.TIFF: lambda: encode_tiff(labels, flat=geometry.is_flat),
+        OutputFormat.BMP: lambda: encode_bmp(labels),
         OutputFormat.JSON: lambda: encode_report(labels, geometry, painting.structures, painting.remarks),
     }
     return writers[output]()
