@@ -41,11 +41,14 @@ class Kind:
         model: of the tests.
         reader: that its plans name.
         ending: of its files.
+        atol: of probabilities. The array of ``NibabelIOWithReorient`` does not lie in memory in the order of its axes, so
+            that NumPy sums it in another order, and mean and deviation differ in their last bits.
     """
 
     model: str
     reader: str
     ending: str = ".nii.gz"
+    atol: float = 0.0
 
     def write_case(self, folder: Path) -> Path:
         """The file of a case."""
@@ -67,12 +70,12 @@ class Kind:
 
 
 KINDS = [
-    Kind("five_folds", "NibabelIOWithReorient"),
+    Kind("five_folds", "SimpleITKIOWithReorient"),
     Kind("five_folds", "Tiff3DIO", ".tif"),
     Kind("flat", "NaturalImage2DIO", ".png"),
 ]
 MORE_KINDS = [  # tests/parity compares the files of each reader too
-    Kind("five_folds", "SimpleITKIOWithReorient"),
+    Kind("five_folds", "NibabelIOWithReorient", atol=1e-3),
     Kind("five_folds", "NibabelIO"),
     Kind("flat", "SimpleITKIO"),
     Kind("flat", "NaturalImage2DIO", ".bmp"),
@@ -115,24 +118,26 @@ def case(kind: Kind, tmp_path: Path) -> Path:
     return kind.write_case(tmp_path / "in")
 
 
-def test_files_into_a_folder(both: Predictors, case: Path, tmp_path: Path) -> None:
+def test_files_into_a_folder(both: Predictors, kind: Kind, case: Path, tmp_path: Path) -> None:
     for probabilities in (False, True):
         for each, name in zip(both, ("theirs", "ours"), strict=True):
             (tmp_path / name).mkdir(exist_ok=True)
             each.predict_from_files_sequential(str(case.parent), str(tmp_path / name), probabilities)
-        assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+        assert_same_files(tmp_path / "theirs", tmp_path / "ours", kind.atol)
 
 
-def test_files_whose_results_are_returned(both: Predictors, case: Path) -> None:
+def test_files_whose_results_are_returned(both: Predictors, kind: Kind, case: Path) -> None:
     for probabilities in (False, True):
-        assert_same(*(each.predict_from_files_sequential([[str(case)]], None, probabilities) for each in both))
+        results = [each.predict_from_files_sequential([[str(case)]], None, probabilities) for each in both]
+        assert_same(*results, atol=kind.atol)
 
 
-def test_arrays_as_its_reader_gives_them(both: Predictors, case: Path, tmp_path: Path) -> None:
+def test_arrays_as_its_reader_gives_them(both: Predictors, kind: Kind, case: Path, tmp_path: Path) -> None:
     theirs, _ = both
     image, properties = theirs.plans_manager.image_reader_writer_class().read_images([str(case)])
     for each, name in zip(both, ("theirs", "ours"), strict=True):
         (tmp_path / name).mkdir()
         each.predict_single_npy_array(image, dict(properties), None, str(tmp_path / name / "case"), True)
-    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
-    assert_same(*(each.predict_single_npy_array(image, dict(properties), None, None, True) for each in both))
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours", kind.atol)
+    results = [each.predict_single_npy_array(image, dict(properties), None, None, True) for each in both]
+    assert_same(*results, atol=kind.atol)

@@ -23,8 +23,8 @@ def read(path: Path) -> tuple[Any, ...]:
     return voxels.dtype, voxels.shape, voxels.tobytes(), np.round(place, 5).tolist()
 
 
-def assert_same_files(one: Path, other: Path) -> None:
-    """Names, label maps, probabilities, properties and their types, side files."""
+def assert_same_files(one: Path, other: Path, atol: float = 0.0) -> None:
+    """Names, label maps, probabilities (to ``atol``), properties and their types, side files."""
     names = sorted(file.name for file in one.iterdir())
     assert names == sorted(file.name for file in other.iterdir())
     for name in names:
@@ -39,26 +39,26 @@ def assert_same_files(one: Path, other: Path) -> None:
         elif name.endswith(".npz"):
             loaded, ours_ = np.load(first), np.load(second)
             assert loaded.files == ours_.files
-            assert_same(loaded["probabilities"], ours_["probabilities"])
+            assert_same(loaded["probabilities"], ours_["probabilities"], atol)
         elif name.endswith(".pkl"):
             assert_same(pickle.loads(first.read_bytes()), pickle.loads(second.read_bytes()))  # noqa: S301 (our own)
         else:
             assert read(first) == read(second), name
 
 
-def assert_same(one: Any, other: Any) -> None:
-    """Equal values of the same types, all the way down."""
+def assert_same(one: Any, other: Any, atol: float = 0.0) -> None:
+    """Equal values of the same types, all the way down; those of float32 arrays to ``atol``."""
     assert type(one) is type(other)
     if isinstance(one, np.ndarray):
         assert one.dtype == other.dtype
-        assert np.array_equal(one, other)
+        assert np.array_equal(one, other) or (one.dtype == np.float32 and np.allclose(one, other, rtol=0, atol=atol))
     elif isinstance(one, dict):
         assert list(one) == list(other)
         for name in one:
-            assert_same(one[name], other[name])
+            assert_same(one[name], other[name], atol)
     elif isinstance(one, list | tuple):
         assert len(one) == len(other)
         for first, second in zip(one, other, strict=True):
-            assert_same(first, second)
+            assert_same(first, second, atol)
     else:
         assert one == other
