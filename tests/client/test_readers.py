@@ -41,8 +41,8 @@ class Kind:
         model: of the tests.
         reader: that its plans name.
         ending: of its files.
-        atol: of probabilities. The array of ``NibabelIOWithReorient`` does not lie in memory in the order of its axes, so
-            that NumPy sums it in another order, and mean and deviation differ in their last bits.
+        atol: of probabilities. The array of ``NibabelIOWithReorient`` does not lie in memory in the order of its axes,
+            so that NumPy sums it in another order, and mean and deviation differ in their last bits.
     """
 
     model: str
