@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nnunet_torchserve_client import Case, Client
+from nnunet_torchserve_client import Case, Client, Event
 from nnunet_torchserve_tools import launcher
 from support import chaos
 from support.ports import free_ports
@@ -37,17 +37,21 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(
         heap=1024**3,
     )
     server = launcher.start(request)
-    starting = threading.Thread(target=launcher.start, args=(request,))
+    again: list[Future[launcher.Server]] = []
+
+    def has_started(_: Event) -> None:
+        if again and again[0].done():
+            again[0].result()
+
     try:
-        with Client(server.inference_url, archive) as client:
+        with Client(server.inference_url, archive) as client, ThreadPoolExecutor(1) as pool:
             before = [outcome.value for outcome in client.predict_many(cases, OPTIONS)]
             outcomes = []
-            for seen, outcome in enumerate(client.predict_many(cases, OPTIONS, ordered=False), 1):
+            for seen, outcome in enumerate(client.predict_many(cases, OPTIONS, ordered=False, on_event=has_started), 1):
                 outcomes.append(outcome)
                 if seen == CASES // 3:
                     kill(server)
-                    starting.start()
-        starting.join()
+                    again.append(pool.submit(launcher.start, request))
         outcomes.sort(key=lambda outcome: outcome.index)
         assert not [outcome.error for outcome in outcomes if outcome.error]
         assert [each.value and each.value.content for each in outcomes] == [each and each.content for each in before]
