@@ -63,6 +63,9 @@ SILENCE_S = 60.0
 MOST_REDIRECTS = 5
 
 _LONGEST_LINE = 1024**2
+_MOST_ANSWER_BYTES = 2**31
+"""TorchServe's own bound."""
+
 _MOST_PROBLEM_BYTES = 256 * 1024
 _TELL_BYTES = 1024**2
 """Bytes between two events of sending or receiving."""
@@ -289,8 +292,8 @@ class Exchange:
                 raise _problem_of(document, _lower(document.get("headers")), status if isinstance(status, int) else 500)
             if document.get("event") == "result":
                 length = document.get("length")
-                if not isinstance(length, int) or length < 0:
-                    msg = "a result without its length"
+                if not isinstance(length, int) or not 0 <= length <= _MOST_ANSWER_BYTES:
+                    msg = "a result without its length, or with one that no answer has"
                     raise BadAnswer(msg)
                 content = self._receive(parts, unread, length)
                 headers = {**head, **_lower(document.get("headers"))}
@@ -302,7 +305,7 @@ class Exchange:
 
     def _receive(self, parts: Iterator[bytes], first: bytes, length: int | None) -> bytes:
         """The rest of an answer: ``length`` bytes, or all that comes."""
-        content = io.BytesIO()
+        content = io.BytesIO(bytes(length or 0))  # in one piece from the start: growing leaves holes in the memory
         content.write(first)
         told = 0
         for part in parts:
