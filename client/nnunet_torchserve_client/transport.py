@@ -38,6 +38,7 @@ from .errors import (
     NotServed,
     Silent,
     TooLate,
+    Unauthorized,
     Unreachable,
     Untrusted,
     WorkerDied,
@@ -453,6 +454,8 @@ def _problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], 
         return WorkerDied("the worker that had the case died", **known)
     if status == HTTPStatus.INSUFFICIENT_STORAGE and said.get("type") == "OutOfMemoryError":
         return Busy("more uploads at once than the server's memory holds", **known)
+    if said.get("type") == "InvalidKeyException":
+        return Unauthorized("TorchServe does not take this token: it is wrong, expired or missing", **known)
     if isinstance(message, str) and "type" in said:
         return error_class(status, None)(message[:500], **known)
     return error_class(status, None)(_WITHOUT_REASON.get(status) or f"HTTP {status} without a reason", **known)
