@@ -133,6 +133,7 @@ def _load(context: Any) -> Any:
         from nnunet_torchserve.machine import torch_threads
         from nnunet_torchserve.pipeline import Pipeline
         from nnunet_torchserve.relay import Relay
+        from nnunet_torchserve.served import read_served
         from nnunet_torchserve.settings import HandlerSettings
         from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
@@ -179,6 +180,7 @@ def _load(context: Any) -> Any:
         refuse=gate.refuse,
         counts=counts,
         settings=settings,
+        served=partial(read_served, control_dir()),
     )
     pipeline.dry_run()
     gate.report(_waits_for_a_request)

@@ -118,12 +118,13 @@ class LargeCases:
 
 
 def _send_large(client: Client, image: Path) -> None:
-    with suppress(httpx.TransportError), _own_connection(client, None) as own:
+    with suppress(httpx.TransportError), own_connection(client, None) as own:
         own.post(image.read_bytes(), LARGE_OPTIONS)
 
 
 @contextmanager
-def _own_connection(client: Client, timeout_s: float | None) -> Iterator[Client]:
+def own_connection(client: Client, timeout_s: float | None) -> Iterator[Client]:
+    """The same client on a connection of its own."""
     with httpx.Client(base_url=client.http.base_url, timeout=timeout_s, trust_env=False) as http:
         yield replace(client, http=http)
 
@@ -133,7 +134,7 @@ def ask(client: Client, images: Images, patience_s: float, large_since: float | 
     image = images.small()
     started = time.perf_counter()
     age = None if large_since is None else started - large_since
-    with _own_connection(client, patience_s) as own:
+    with own_connection(client, patience_s) as own:
         try:
             answer = own.segment(image, image.with_suffix(".answer"))
         except httpx.ReadTimeout:

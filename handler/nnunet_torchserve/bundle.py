@@ -178,6 +178,13 @@ class ModelBundle:
         return int(self.labels.num_segmentation_heads)
 
     @property
+    def largest_value(self) -> int:
+        """The largest value that a segmentation may have."""
+        if self.labels.has_regions:
+            return max((int(value) for value in self.dataset.get("regions_class_order") or ()), default=0)
+        return self.classes - 1
+
+    @property
     def output_names(self) -> list[str]:
         """The name of each output channel: labels by value, with background; or regions in dataset.json's order."""
         declared = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}

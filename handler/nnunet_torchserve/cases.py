@@ -16,7 +16,7 @@ from .bundle import ModelBundle
 from .errors import LONGEST_NAMES, BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold
 from .limits import Limits
 from .machine import torch_threads
-from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, ProbabilityFormat
+from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, Priority, ProbabilityFormat
 from .resampling import LONGEST_BY_MATRIX, Target, spline_arguments, target_of
 from .tiling import count_windows, padded_shape
 from .volume import MOST_COLOURS, Geometry
@@ -62,7 +62,7 @@ class Settings:
     Attributes:
         folds: in the order of the request, else of the archive.
         mirroring_axes: spatial axes from 0, or empty.
-        tile_step_size, use_gaussian, accumulate: as in :class:`~.options.Options`.
+        tile_step_size, use_gaussian, accumulate, priority: as in :class:`~.options.Options`.
     """
 
     folds: tuple[FoldName, ...]
@@ -70,6 +70,7 @@ class Settings:
     tile_step_size: float
     use_gaussian: bool
     accumulate: Accumulate = Accumulate.HALF
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
         tile_step_size=options.tile_step_size,
         use_gaussian=options.use_gaussian,
         accumulate=options.accumulate,
+        priority=options.priority,
     )
 
 

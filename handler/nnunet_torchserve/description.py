@@ -1,8 +1,10 @@
-"""What a model says of itself: for TorchServe's describe API, and in the head of each answer."""
+"""What a model says of itself: to the management port, to whoever may predict, and in the head of each answer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from . import __version__
 from .bundle import ModelBundle
@@ -33,6 +35,7 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "plans": description.plans,
         "configuration": description.configuration,
         "folds": list(bundle.folds),
+        "checkpoint": description.source.get("checkpoint"),
         "mirroring_axes": {str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds},
         "channels": bundle.channel_names,
         "labels": bundle.dataset["labels"],
@@ -50,6 +53,25 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "serving_core": __version__,
         "built_with": description.built_with,
     }
+
+
+def with_model_files(
+    description: dict[str, object], bundle: ModelBundle, served: Sequence[dict[str, Any]] | None
+) -> dict[str, object]:
+    """A description for clients that cannot look into the model's folder or ask the management port.
+
+    TorchServe changes numbers of a JSON document that passes through its describe API; here nothing does.
+
+    Args:
+        description: of :func:`describe`.
+        bundle: the model.
+        served: the models that this server was started with; ``None`` where nobody wrote them down.
+
+    Returns:
+        A JSON object. NaN in nnU-Net's files stays what Python makes of it.
+    """
+    files = {"dataset_json": bundle.dataset, "plans_json": bundle.plans.plans}
+    return description | files | {"served": None if served is None else list(served)}
 
 
 def model_header(bundle: ModelBundle) -> str:

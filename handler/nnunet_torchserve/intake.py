@@ -84,7 +84,7 @@ def read_headers(
     cost = price(bundle, geometry, sum(image.channels for image in images), settings, options)
     record.patches, record.passes = cost.patches, cost.passes
     cost = affordable(cost, limits, geometry)
-    form = codecs.answer_form(options, images[0].native_format, images[0].geometry)
+    form = codecs.answer_form(options, images[0].native_format, images[0].geometry, bundle.largest_value)
     _check_answer_fits(bundle, limits, geometry, form, options)
     return Asked(images, turns, geometry, cost, form, warnings)
 

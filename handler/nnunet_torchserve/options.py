@@ -25,6 +25,9 @@ MIN_TILE_STEP_SIZE = 0.05
 
 FoldName = int | Literal["all"]
 
+_OF_NO_CASE = frozenset({"describe", "timeout_s", "priority"})
+"""Options that may stand beside ``describe``: clients send them with everything."""
+
 
 class OutputFormat(StrEnum):
     """The file formats of an answer."""
@@ -35,6 +38,8 @@ class OutputFormat(StrEnum):
     MHA = "mha"
     NPZ = "npz"
     PNG = "png"
+    TIFF = "tif"
+    BMP = "bmp"
     JSON = "json"
 
 
@@ -68,6 +73,13 @@ class PreprocessMethod(StrEnum):
     STOCK = "stock"
 
 
+class Priority(StrEnum):
+    """Who waits for a case: a person, or a folder."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 class ProbabilityType(StrEnum):
     """The dtypes of probabilities."""
 
@@ -95,11 +107,14 @@ class Options(BaseModel):
         probability_channels: which of them, in this order; ``None`` sends all.
         probability_dtype: float32 is stock's, to the bit.
         probability_format: npz, or a 4-D NIfTI with the channels last.
+        properties: send nnU-Net's properties of the case too; see :mod:`.properties`.
         output_format: ``None`` answers in the input's format; several of them come in one zip.
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
+        priority: ``interactive`` cases come first, see :mod:`.engine.scheduler` and :mod:`.engine.admission`.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
         stream: answer with events of the request's progress, the result last; see :mod:`.events`.
+        describe: answer with what the model says of itself; there need be no image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -115,12 +130,15 @@ class Options(BaseModel):
     probability_channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     probability_dtype: ProbabilityType = ProbabilityType.FLOAT32
     probability_format: ProbabilityFormat = ProbabilityFormat.NPZ
+    properties: bool = False
     output_format: OutputFormat | tuple[OutputFormat, ...] | None = None
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
+    priority: Priority = Priority.INTERACTIVE
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     stream: bool = False
+    describe: bool = False
 
     @field_validator("output_format", "spacing", "origin", "direction", mode="before")
     @classmethod
@@ -133,6 +151,15 @@ class Options(BaseModel):
         if isinstance(value, list):
             return tuple(value)
         return (value,) if isinstance(value, int | str) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _a_description_has_no_case(self) -> Self:
+        fields = type(self).model_fields.items()
+        of_a_case = [name for name, field in fields if getattr(self, name) != field.default and name not in _OF_NO_CASE]
+        if self.describe and of_a_case:
+            msg = f"a description has no case that {', '.join(of_a_case)} could apply to: leave describe out, or those"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -194,12 +221,15 @@ _EXPECTED = {
     "probability_channels": "should be a list of channel numbers without repeats, as in [1, 3]; names are no numbers",
     "probability_dtype": _one_of(ProbabilityType),
     "probability_format": _one_of(ProbabilityFormat),
+    "properties": _YES_OR_NO,
     "output_format": _one_of(OutputFormat) + ", or a list of some without repeats",
     "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
+    "priority": _one_of(Priority),
     "timeout_s": "should be a number of seconds above 0",
     "stream": _YES_OR_NO,
+    "describe": _YES_OR_NO,
 }
 """What is right, for each option."""
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from . import codecs
 from .bundle import ModelBundle
 from .cases import Settings, affordable, forward_passes, price, settings_for
-from .description import describe, model_header
+from .description import describe, model_header, with_model_files
 from .engine.prediction import NO_KEYS, Engine, Keys, Reservation, SharedAnswer
 from .errors import BundleError, Deadline, NonFiniteLogits, OutOfMemory, ServingError
 from .events import UNWATCHED, EventStream, Progress, Send
@@ -24,6 +25,7 @@ from .intake import Asked, read_headers
 from .limits import Limits
 from .options import HEADER, Options, parse_options
 from .preprocess import PreprocessedCase, preprocess
+from .properties import properties_document
 from .request import RAW_BODY, Request
 from .responses import Response, ResponseMaker, Warnings, last_resort
 from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
@@ -46,6 +48,7 @@ class Pipeline:
         refuse: raises a :class:`ServingError` while no requests are taken.
         counts: where requests are counted.
         settings: what the archive says to the handler: what requests may reuse.
+        served: the models that the server was started with, ``None`` if nobody knows.
     """
 
     bundle: ModelBundle
@@ -55,6 +58,7 @@ class Pipeline:
     refuse: Callable[[], None] = field(default=lambda: None)
     counts: Counts = field(default_factory=Counts)
     settings: HandlerSettings = field(default_factory=HandlerSettings)
+    served: Callable[[], Sequence[dict[str, Any]] | None] = field(default=lambda: None)
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too, whatever raises them.
@@ -71,7 +75,7 @@ class Pipeline:
             if request.is_describe:
                 return self._or_problem(lambda: responses.json(self._description(), request_id), record, responses)
             stream = EventStream(send, responses.events(request_id))
-            response = self._or_problem(lambda: self._segment(request, record, responses, stream), record, responses)
+            response = self._or_problem(lambda: self._reply(request, record, responses, stream), record, responses)
             self._note(record, response.status, is_trial=request.is_trial)
             return stream.end(response)
         except Exception:
@@ -109,19 +113,35 @@ class Pipeline:
         try:
             record.status = int(status)
             logger.info("request %s", record.line())
-            if not is_trial:
+            if not is_trial and not record.is_description:
                 self.counts.add_request(record)
         except Exception:
             logger.exception("request %s was answered but cannot be counted", json.dumps(record.request_id))
 
-    def _segment(
+    def _reply(
         self, request: Request, record: RequestRecord, responses: ResponseMaker, stream: EventStream
     ) -> Response:
+        """What the options ask for: a description, or a segmentation."""
+        options = parse_options(request.options_text())
+        if options.describe:
+            whole = with_model_files(self._description(), self.bundle, self.served())
+            response = responses.json(whole, record.request_id)
+            record.is_description = True
+            return response
         if not request.is_trial:
             self.refuse()
-        clock = record.clock
+        return self._segment(request, options, record, responses, stream)
+
+    def _segment(
+        self,
+        request: Request,
+        options: Options,
+        record: RequestRecord,
+        responses: ResponseMaker,
+        stream: EventStream,
+    ) -> Response:
+        clock, record.priority = record.clock, options.priority
         started = time.monotonic()
-        options = parse_options(request.options_text())
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
         settings = settings_for(self.bundle, options)
         progress = stream.watched(deadline) if options.stream else UNWATCHED
@@ -132,7 +152,12 @@ class Pipeline:
 
         clock.begin(Stage.QUEUE)
         reservation = self.engine.reserve(
-            asked.price, deadline, guaranteed=request.is_trial, watcher=progress.watcher, keys=keys
+            asked.price,
+            deadline,
+            guaranteed=request.is_trial,
+            watcher=progress.watcher,
+            keys=keys,
+            priority=options.priority,
         )
         with reservation as reserved:
             clock.add(Stage.QUEUE, reserved.waited_s)
@@ -161,7 +186,9 @@ class Pipeline:
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
-                file = codecs.encode(answer, asked.form, asked.images[0], self.bundle.painting)
+                image, turn = asked.images[0], asked.turns[0]
+                also = properties_document(self.bundle, image, turn, properties) if options.properties else None
+                file = codecs.encode(answer, asked.form, image, self.bundle.painting, also)
                 del answer
 
             timing = clock.server_timing(record.reused)
@@ -227,7 +254,7 @@ class Pipeline:
         request = Request({RAW_BODY: trial_image(self.bundle)}, headers, "dry-run", is_trial=True)
         record, responses = self._record(request.id), self._responses()
         try:
-            self._segment(request, record, responses, EventStream(None, responses.events(request.id)))
+            self._reply(request, record, responses, EventStream(None, responses.events(request.id)))
         except NonFiniteLogits as error:
             record.code = error.code
             self._note(record, error.status, is_trial=True)

@@ -19,10 +19,11 @@ from .engine.prediction import KeptVolume, Keys
 from .options import Options
 from .preprocess import PreprocessedCase
 
-_DECIDES_NOTHING = frozenset({"timeout_s", "stream"})
+_DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
     *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
-    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
+    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format", "properties"),
+    "priority",  # it is in an answer's key: what interactive cases wait for shall not be a batch case
 }
 """Options; one that is not named here is in the key."""
 

@@ -93,8 +93,10 @@ class RequestRecord:
         patches: windows of one fold.
         passes: forward passes in all.
         reused: what it took over from another request.
+        priority: as it was asked for, once its options are read.
         status: of the answer.
         code: of the problem, if it is one.
+        is_description: it was answered with the model's description, and is not counted.
     """
 
     request_id: str
@@ -104,8 +106,10 @@ class RequestRecord:
     patches: int | None = None
     passes: int | None = None
     reused: Reused | None = None
+    priority: str | None = None
     status: int = 0
     code: str | None = None
+    is_description: bool = False
 
     def line(self) -> str:
         """One JSON object; stage times in milliseconds."""
@@ -119,6 +123,7 @@ class RequestRecord:
             "patches": self.patches,
             "passes": self.passes,
             "reused": self.reused,
+            "priority": self.priority,
             "ms": stages,
         }
         return json.dumps(document)
@@ -158,6 +163,8 @@ _ENGINE = (*_MODEL, "device")
 REQUESTS = Metric("nnunet_requests_total", Kind.COUNTER, (*_MODEL, "status", "code"))
 STAGE_SECONDS = Metric("nnunet_stage_seconds_total", Kind.COUNTER, (*_MODEL, "stage"))
 STAGE_REQUESTS = Metric("nnunet_stage_requests_total", Kind.COUNTER, (*_MODEL, "stage"))
+ANSWERS = Metric("nnunet_answers_total", Kind.COUNTER, (*_MODEL, "priority"))
+ANSWER_SECONDS = Metric("nnunet_answer_seconds_total", Kind.COUNTER, (*_MODEL, "priority"))
 CACHE_LOOKUPS = Metric("nnunet_cache_lookups_total", Kind.COUNTER, (*_MODEL, "result"))
 SHARED_ANSWERS = Metric("nnunet_shared_answers_total", Kind.COUNTER, _MODEL)
 STRIKES = Metric("nnunet_strikes_total", Kind.COUNTER, _MODEL)
@@ -186,7 +193,7 @@ DEVICE_MEMORY_TOTAL = Metric("nnunet_device_memory_total_bytes", Kind.GAUGE, ("d
 DEVICE_UTILIZATION = Metric("nnunet_device_utilization_ratio", Kind.GAUGE, ("device",))
 
 METRICS = (
-    *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, CACHE_LOOKUPS, SHARED_ANSWERS, STRIKES),
+    *(REQUESTS, STAGE_SECONDS, STAGE_REQUESTS, ANSWERS, ANSWER_SECONDS, CACHE_LOOKUPS, SHARED_ANSWERS, STRIKES),
     *(PASSES, BATCHES, BATCH_SLOTS, SHARED_BATCHES, ENGINE_BUSY, ENGINE_STARTS, ENGINE_RESTARTS),
     *(ENGINE_UP, CASES_IN_FLIGHT, CASES_WAITING, CASES_FOLLOWING, PASSES_WAITING, CHARGED_BYTES, CACHED_BYTES),
     *(ENGINE_UNLOADS, ENGINE_RELOADS, ENGINE_RELOAD_SECONDS, ENGINE_LOADED),
@@ -226,6 +233,9 @@ class Counts:
         for stage, seconds in record.clock.seconds.items():
             self.add(STAGE_SECONDS, seconds, stage)
             self.add(STAGE_REQUESTS, 1, stage)
+        if record.priority is not None and record.code is None:
+            self.add(ANSWERS, 1, record.priority)
+            self.add(ANSWER_SECONDS, sum(record.clock.seconds.values()), record.priority)
 
     def take(self) -> dict[tuple[Metric, tuple[str, ...]], float]:
         """What was added since the last call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 
+import nnunet_torchserve_client
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
@@ -336,6 +338,20 @@ def test_a_killed_workers_request_is_the_only_one_lost(clients: Clients, server:
     server.wait_ready(BLOBS, WORKERS, without=[worker])
     assert server.engine(BLOBS) == engine
     wait_for(lambda: (engine.cases, engine.reserved_bytes) == (0, 0))
+
+
+def test_a_killed_worker_costs_the_client_library_one_more_try(clients: Clients, server: ChaosServer) -> None:
+    expected = [clients.alone(case, BLOBS) for case in CASES]
+    cases = [nnunet_torchserve_client.Case(str(each.seed), each.body, json.loads(each.options)) for each in CASES]
+    url = server.live.server.inference_url
+    with nnunet_torchserve_client.Client(url, "blobs", "1.0") as client, ThreadPoolExecutor(1) as pool:
+        with server.held():
+            predicting = pool.submit(lambda: list(client.predict_many(cases)))
+            arrive(server, WORKERS)
+            psutil.Process(next(iter(server.workers(BLOBS)))).kill()
+        outcomes = predicting.result(PATIENCE_S)
+    assert [outcome.value and outcome.value.content for outcome in outcomes] == expected
+    assert sorted(outcome.answer.tries for outcome in outcomes if outcome.answer) == [1] * (len(CASES) - 1) + [2]
 
 
 @pytest.mark.parametrize("when", ["together", pytest.param("while the next engine starts", marks=pytest.mark.long)])

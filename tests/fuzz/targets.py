@@ -137,7 +137,7 @@ def _check_answers(source: codecs.ImageSource, setting: Setting) -> None:
         try:
             form = codecs.answer_form(Options(output_format=output), source.native_format, geometry)
         except BadOption:
-            if output is OutputFormat.PNG and geometry.shape[0] > 1:
+            if output in _PICTURES and geometry.shape[0] > 1:
                 continue
             raise
         body = codecs.encode(LabelMap(labels, geometry), form, source, Painting(_STRUCTURES)).body
@@ -194,11 +194,20 @@ def _npz_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) ->
         raise Find(msg)
 
 
-def _png_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
+def _picture_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
     with Image.open(io.BytesIO(body)) as picture:
         if not np.array_equal(np.asarray(picture), labels[0]):
-            msg = "the labels of the png are others"
+            msg = "the labels of the picture are others"
             raise Find(msg)
+
+
+def _tiff_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
+    """Their place is not in the file."""
+    placement = Placement((1.0, 1.0) if geometry.is_flat else (1.0, 1.0, 1.0))
+    array = codecs.open_image(body, LIMITS, setting.reader, placement).read()
+    if not np.array_equal(array.reshape(labels.shape), labels):
+        msg = "the labels of the tif are others"
+        raise Find(msg)
 
 
 def _json_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
@@ -210,13 +219,16 @@ def _no_json(constant: str) -> None:
     raise Find(msg)
 
 
+_PICTURES = {OutputFormat.PNG, OutputFormat.BMP}
 _READ_BACK: dict[OutputFormat, Callable[[bytes, Any, Geometry, Setting], None]] = {
     OutputFormat.NIFTI_GZ: _decoded_back,
     OutputFormat.NIFTI: _decoded_back,
     OutputFormat.NRRD: _decoded_back,
     OutputFormat.MHA: _decoded_back,
     OutputFormat.NPZ: _npz_back,
-    OutputFormat.PNG: _png_back,
+    OutputFormat.PNG: _picture_back,
+    OutputFormat.TIFF: _tiff_back,
+    OutputFormat.BMP: _picture_back,
     OutputFormat.JSON: _json_back,
 }
 

@@ -29,7 +29,7 @@ from nnunet_torchserve import codecs
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import Options, OutputFormat, ProbabilityFormat
+from nnunet_torchserve.options import Options, OutputFormat, Priority, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.pipeline import Pipeline
@@ -337,6 +337,7 @@ class Threshold:
         guaranteed: bool = False,
         watcher: Watcher | None = None,
         keys: Keys = NO_KEYS,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         yield Reservation(0.0)
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price
-from nnunet_torchserve.engine.admission import Admission, Budget, Claim, admissible
+from nnunet_torchserve.engine.admission import OVERTAKEN_AT_MOST, Admission, Budget, Claim, admissible, in_turn
 from nnunet_torchserve.engine.folder import ALIVE
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import Busy, Deadline, OutOfMemory
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import Priority
 
 BUDGET = Budget(bytes=100, passes=50, waiting=4)
 SIZES = st.tuples(st.integers(0, 100), st.integers(0, 50))
@@ -63,6 +64,77 @@ def test_everybody_is_served_in_the_end(sizes: list[tuple[int, int]]) -> None:
             admission.release(number)
         served += granted
     assert served == list(range(len(sizes)))
+
+
+@given(EVENTS, st.lists(st.sampled_from(Priority), min_size=60, max_size=60))
+def test_interactive_claims_overtake_batch_ones_a_few_times_and_nobody_else(
+    events: list[tuple[str, tuple[int, int], int]], priorities: list[Priority]
+) -> None:
+    admission = Admission(replace(BUDGET, waiting=60))
+    claims: dict[int, Claim] = {}
+    waiting: list[int] = []
+    granted: dict[Priority, list[int]] = {priority: [] for priority in Priority}
+    overtaken = 0
+    for number, (kind, (size, passes), other) in enumerate(events):
+        first = next((each for each in waiting if claims[each].priority is Priority.BATCH), None)
+        if kind == "ask":
+            claims[number] = Claim(number, size, passes, priority=priorities[number])
+            assert admission.ask(claims[number])
+            waiting.append(number)
+        elif other in claims:
+            admission.release(other)
+            overtaken = 0 if other == first else overtaken
+            waiting = [each for each in waiting if each != other]
+        for one in admission.grant():
+            first = next((each for each in waiting if claims[each].priority is Priority.BATCH), None)
+            waiting.remove(one)
+            granted[claims[one].priority].append(one)
+            if one == first:
+                overtaken = 0
+            elif first is not None and one > first:
+                assert claims[one].priority is Priority.INTERACTIVE
+                overtaken += 1
+        assert overtaken <= OVERTAKEN_AT_MOST
+        assert admission.charged_bytes <= BUDGET.bytes
+        assert admission.charged_passes <= BUDGET.passes
+        assert [admission.ahead_of(each) for each in waiting] == [
+            [claim.number for claim in in_turn([claims[other] for other in waiting], overtaken)].index(each)
+            for each in waiting
+        ]
+    for order in granted.values():
+        assert order == sorted(order)
+
+
+def test_a_large_batch_claim_has_its_turn_under_a_stream_of_interactive_ones() -> None:
+    """Each of them fits beside the others, so that there would never be room for it."""
+    admission = Admission(replace(BUDGET, waiting=2))
+    assert admission.ask(Claim(0, 60, 1))
+    assert admission.grant() == [0]
+    assert admission.ask(Claim(1, 100, 1, priority=Priority.BATCH))
+    for number in range(2, 2 + OVERTAKEN_AT_MOST):
+        assert admission.grant() == []
+        assert admission.ask(Claim(number, 40, 1))
+        assert admission.grant() == [number]
+        admission.release(number - 1 if number > 2 else 0)
+    assert admission.ask(Claim(50, 40, 1))
+    assert admission.grant() == []
+    admission.release(1 + OVERTAKEN_AT_MOST)
+    assert admission.grant() == [1]
+    admission.release(1)
+    assert admission.grant() == [50]
+
+
+def test_batch_claims_that_wait_do_not_have_interactive_ones_refused() -> None:
+    admission = Admission(replace(BUDGET, waiting=1))
+    assert admission.ask(Claim(0, 80, 1))
+    assert admission.grant() == [0]
+    assert admission.ask(Claim(1, 30, 1, priority=Priority.BATCH))
+    assert not admission.ask(Claim(2, 30, 1, priority=Priority.BATCH))
+    assert admission.ask(Claim(3, 30, 1))
+    assert not admission.ask(Claim(4, 30, 1))
+    assert not admission.ask(Claim(5, 30, 1, priority=Priority.BATCH))
+    admission.release(0)
+    assert admission.grant() == [3, 1]
 
 
 @given(st.lists(st.builds(Claim, st.integers(), st.integers(0, 100), st.integers(0, 50), st.booleans()), max_size=20))

@@ -358,7 +358,8 @@ def test_several_files_come_in_one_zip() -> None:
     file = codecs.encode(labels, form, image, Painting({"all": (1,)}))
     assert file.content_type == "application/zip"
     assert zipfile.ZipFile(io.BytesIO(file.body)).namelist() == [
-        "labels.nii.gz", "labels.nii", "labels.nrrd", "labels.mha", "labels.npz", "labels.png", "report.json",
+        "labels.nii.gz", "labels.nii", "labels.nrrd", "labels.mha", "labels.npz", "labels.png",
+        "labels.tif", "labels.bmp", "report.json",
         "probabilities.nii.gz",
     ]  # fmt: skip
 
@@ -377,10 +378,11 @@ def test_probabilities_as_nifti_have_the_channels_last(tmp_path: Path) -> None:
     np.testing.assert_array_equal(written.affine, nib.Nifti1Image.from_bytes(gzip.decompress(content)).affine)
 
 
-def test_a_volume_is_no_picture() -> None:
+@pytest.mark.parametrize("output", [OutputFormat.PNG, OutputFormat.BMP])
+def test_a_volume_is_no_picture(output: OutputFormat) -> None:
     image = open_image(PLAIN)
-    with pytest.raises(BadOption, match="one slice"):
-        codecs.answer_form(Options(output_format=OutputFormat.PNG), image.native_format, image.geometry)
+    with pytest.raises(BadOption, match=f"{output} holds one slice"):
+        codecs.answer_form(Options(output_format=output), image.native_format, image.geometry)
 
 
 PLAIN = volumes.nifti(some((9, 8, 7), "int16"))

@@ -21,12 +21,13 @@ import pytest
 import torch
 
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.cases import Settings
+from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import channel, folder, remote, starter, switchboard
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
-from nnunet_torchserve.errors import BundleError, CaseFailed, Deadline, NoEngine
+from nnunet_torchserve.errors import BundleError, Busy, CaseFailed, Deadline, NoEngine
+from nnunet_torchserve.options import Priority
 from support.chaos import PATIENCE_S, shared_memory
 from support.chaos import engine_processes as engines
 
@@ -68,20 +69,25 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def kept(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runtime directory with one engine, which does not leave."""
-    runtime = tmp_path_factory.mktemp("kept") / "run"
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture(scope="module")
+def keeper(bundle: ModelBundle, kept: Path) -> Iterator[RemoteEngine]:
+    """The connection for which it stays."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(RUNTIME_DIR_VARIABLE, str(runtime))
+        environment.setenv(RUNTIME_DIR_VARIABLE, str(kept))
         keeper = RemoteEngine(bundle, CPU)
-    yield runtime
+    yield keeper
     keeper.disconnect()
-    for engine in engines(runtime):
+    for engine in engines(kept):
         engine.kill()
 
 
 @pytest.fixture
-def one_engine(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def one_engine(kept: Path, keeper: RemoteEngine, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A runtime directory for tests that leave its engine as it was."""
     monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(kept))
     return kept
@@ -388,6 +394,32 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
     assert engines(one_engine) == [running]
     os.close(descriptor)
     os.close(unsealed)
+
+
+def test_batch_cases_leave_a_worker_to_interactive_ones(keeper: RemoteEngine, one_engine: Path) -> None:
+    """A worker that they hold takes no request from TorchServe's queue."""
+    cost = Price(grid=(1, 1, 1), patches=1, passes=1, bytes=1, preprocess_s=0, export_s=0)
+
+    def refusal() -> Busy | None:
+        try:
+            with keeper.reserve(cost, None, priority=Priority.BATCH):
+                return None
+        except Busy as busy:
+            return busy
+
+    with raw_link(one_engine) as second, raw_link(one_engine) as third:
+        for link in (second, third):
+            channel.send(link, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+            assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
+        assert wait_until(lambda: refusal() is not None, PATIENCE_S), "an earlier test's worker may not be gone yet"
+        refused = refusal()
+        assert refused is not None
+        assert "2 batch cases" in str(refused)
+        assert refused.retry_after_s is not None
+        with keeper.reserve(cost, None):
+            pass
+        channel.send(third, channel.Release())
+        assert wait_until(lambda: refusal() is None, PATIENCE_S)
 
 
 def test_descriptors_do_not_pile_up(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:

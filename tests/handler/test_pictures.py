@@ -1,4 +1,4 @@
-"""PNG and TIFF in, PNG out, against nnU-Net's readers of pictures."""
+"""PNG and TIFF in, PNG, TIFF and BMP out, against nnU-Net's readers of pictures."""
 
 from __future__ import annotations
 
@@ -24,13 +24,23 @@ from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
+from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs.pictures import PictureSource
 from nnunet_torchserve.codecs.png import encode_png, is_png, open_png
-from nnunet_torchserve.codecs.tiff import is_tiff, open_tiff
-from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLarge, UnknownFormat, WrongChannels
+from nnunet_torchserve.codecs.tiff import encode_tiff, is_tiff, open_tiff
+from nnunet_torchserve.errors import (
+    BadOption,
+    BadSpacing,
+    Malformed,
+    ServingError,
+    TooLarge,
+    UnknownFormat,
+    WrongChannels,
+)
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import OutputFormat
-from nnunet_torchserve.volume import Placement
+from nnunet_torchserve.options import Options, OutputFormat
+from nnunet_torchserve.painting import Painting
+from nnunet_torchserve.volume import LabelMap, Placement
 from support import volumes
 
 LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000)
@@ -638,3 +648,56 @@ def test_the_shape_that_tifffile_writes_is_the_one_that_is_compared() -> None:
     description = json.dumps({"shape": [5, 9, 7]})
     with pytest.raises(WrongChannels, match="5, 9, 7"):
         open_picture(tif(GREY, metadata=None, description=description), SPACE)
+
+
+PICTURE_LABELS = {"few": 3, "the last of 8 bits": 254, "the first of 16 bits": 255, "many": 300}
+
+
+def stocks_file(io_class: Any, labels: npt.NDArray[Any], file: Path, spacing: tuple[float, ...]) -> npt.NDArray[Any]:
+    """What somebody else's reader finds in the file that stock writes."""
+    io_class().write_seg(labels, str(file), {"spacing": spacing})
+    voxels: npt.NDArray[Any] = tifffile.imread(file) if file.suffix == ".tif" else iio.imread(file)
+    return voxels
+
+
+@pytest.mark.parametrize("largest", PICTURE_LABELS)
+@pytest.mark.parametrize("name", ["flat.tif", "flat.bmp", "stack.tif"])
+def test_label_maps_are_those_that_stock_writes(name: str, largest: str, tmp_path: Path) -> None:
+    """Voxel by voxel, in its type, read by tifffile and imageio."""
+    top = PICTURE_LABELS[largest]
+    if name.endswith("bmp") and top > 254:
+        pytest.skip("refused before anything is computed: see below")
+    labels: Any = (np.arange(5 * 9 * 7) % (top + 1)).astype(np.uint16 if top > 254 else np.uint8).reshape(5, 9, 7)
+    labels[0, 0, 0] = top
+    labels = labels[:1] if name.startswith("flat") else labels
+    reader = NaturalImage2DIO if name.startswith("flat") else Tiff3DIO
+    expected = stocks_file(reader, labels, tmp_path / f"stock_{name}", (2.0, 1.0, 1.0))
+    image = open_picture(png(labels[0]), PLANE) if name.startswith("flat") else open_picture(tif(labels), SPACE)
+    form = codecs.answer_form(Options(output_format=OutputFormat(name[-3:])), image.native_format, image.geometry, top)
+    file = codecs.encode(LabelMap(labels, image.geometry), form, image, Painting({}))
+    assert file.content_type == {"tif": "image/tiff", "bmp": "image/bmp"}[name[-3:]]
+    written = volumes.write(tmp_path, name, file.body)
+    ours = tifffile.imread(written) if name.endswith("tif") else iio.imread(written)
+    np.testing.assert_array_equal(ours, expected, strict=True)
+    if name.startswith("flat"):
+        np.testing.assert_array_equal(NaturalImage2DIO().read_seg(str(written))[0][0], labels)
+    else:
+        (tmp_path / "stack.json").write_text('{"spacing": [2, 1, 1]}')
+        np.testing.assert_array_equal(Tiff3DIO().read_seg(str(written))[0][0], labels)
+        for page in range(5):
+            with Image.open(written) as pages:  # by somebody who knows nothing of tifffile's own description
+                pages.seek(page)
+                np.testing.assert_array_equal(np.asarray(pages), labels[page])
+
+
+def test_narrow_stacks_are_no_colours(tmp_path: Path) -> None:
+    labels = (np.arange(5 * 9 * 3) % 4).astype(np.uint8).reshape(5, 9, 3)
+    body = encode_tiff(labels, flat=False)
+    np.testing.assert_array_equal(tifffile.imread(io.BytesIO(body)), labels)
+    assert len(tifffile.TiffFile(io.BytesIO(body)).pages) == 5
+
+
+def test_a_bmp_of_16_bits_is_refused() -> None:
+    image = open_picture(png(GREY), PLANE)
+    with pytest.raises(BadOption, match="up to 254, this model's go to 255"):
+        codecs.answer_form(Options(output_format=OutputFormat.BMP), image.native_format, image.geometry, 255)

@@ -30,6 +30,7 @@ from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import Priority
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.telemetry import Counts
@@ -357,6 +358,31 @@ def test_a_case_that_finds_too_many_waiting_is_told_when_to_come_back(pipeline: 
     response = busy.answer(Request({"body": GOOD}, {}))
     assert (int(response.status), json.loads(response.body)["code"]) == (429, "busy")
     assert response.headers["Retry-After"] == "7"
+
+
+class Listener(BrokenEngine):
+    """Hears what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(Busy("heard", 1))
+        self.heard: list[object] = []
+
+    def reserve(self, *_: object, **more: object) -> AbstractContextManager[Reservation]:
+        self.heard.append(more["priority"])
+        return nullcontext(Reservation(0.0))
+
+    def predict(self, *asked: Any) -> Prediction:
+        self.heard.append(asked[1].priority)
+        return super().predict(*asked)
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_the_engine_is_told_who_waits(priority: Priority, pipeline: Load) -> None:
+    """For memory, and for each of its passes."""
+    engine = Listener()
+    text = json.dumps({"priority": priority} if priority is Priority.BATCH else {})
+    replace(pipeline("five_folds"), engine=engine).answer(Request({"body": GOOD}, {"X-Nnunet-Options": text}))
+    assert engine.heard == [priority, priority]
 
 
 class FullEngine(BrokenEngine):

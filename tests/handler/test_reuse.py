@@ -344,13 +344,16 @@ OPTION_VALUES: dict[str, object] = {
     "direction": [0, 1, 0, 1, 0, 0, 0, 0, 1],
     "timeout_s": 5,
     "stream": True,
+    "describe": True,
+    "properties": True,
+    "priority": "batch",
 }
 NEED: dict[str, dict[str, object]] = {
     **{f"probability_{what}": {"save_probabilities": True} for what in ("channels", "dtype", "format")},
     **{what: {"spacing": [1, 1, 1]} for what in ("origin", "direction")},
 }
 DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction"}
-DECIDES_NOTHING = {"timeout_s", "stream"}
+DECIDES_NOTHING = {"timeout_s", "stream", "describe"}
 
 
 @pytest.mark.parametrize("name", Options.model_fields)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunet_torchserve.engine.scheduler import OLDEST_EVERY, Policy, Waiting, in_order, next_batch
+from nnunet_torchserve.options import Priority
 
 NOW = 1000.0
 
@@ -24,6 +27,7 @@ def states(draw: st.DrawFn) -> list[Waiting]:
                 fold=draw(st.integers(0, 2)),
                 fold_remaining=draw(st.integers(1, remaining)),
                 suspect=draw(st.booleans()),
+                priority=draw(st.sampled_from(Priority)),
             )
         )
     return cases
@@ -94,6 +98,47 @@ def test_a_small_case_loses_at_most_an_eighth_to_large_ones(small: int, large: l
         left -= share.case_id == 0
         turn += 1
     assert turn - first_turn <= small * OLDEST_EVERY / (OLDEST_EVERY - 1) + 1
+
+
+@given(policies, st.integers(1, 300), st.integers(1, 50), turns)
+def test_a_batch_case_ends_under_a_stream_of_interactive_ones(
+    policy: Policy, batch: int, interactive: int, first_turn: int
+) -> None:
+    """The same guarantee as for a large case: an eighth of the device, once it is the oldest."""
+    left, turn = batch, first_turn
+    while left:
+        stream = [Waiting(1 + k, NOW + turn, interactive, 0, interactive) for k in range(10)]
+        [share] = next_batch([of_a_folder(0, NOW, left), *stream], policy, turn, 1)
+        left -= share.case_id == 0
+        turn += 1
+    assert turn - first_turn <= OLDEST_EVERY * batch
+
+
+@given(policies, st.integers(1, 60), st.lists(st.integers(1, 5000), min_size=1, max_size=12), turns)
+def test_an_interactive_case_loses_at_most_an_eighth_to_batch_ones(
+    policy: Policy, interactive: int, batch: list[int], first_turn: int
+) -> None:
+    """However short and old they are."""
+    olders = [of_a_folder(1 + k, float(k), remaining) for k, remaining in enumerate(batch)]
+    left, turn = interactive, first_turn
+    while left:
+        [share] = next_batch([*olders, Waiting(0, NOW, left, 0, left)], policy, turn, 1)
+        left -= share.case_id == 0
+        turn += 1
+    assert turn - first_turn <= interactive * OLDEST_EVERY / (OLDEST_EVERY - 1) + 1
+
+
+@given(states(), policies, turns)
+def test_of_one_priority_the_policy_decides_alone(state: list[Waiting], policy: Policy, turn: int) -> None:
+    for priority in Priority:
+        same = [replace(case, priority=priority) for case in state]
+        plain = [replace(case, priority=Priority.INTERACTIVE) for case in state]
+        ordered = [case.case_id for case in in_order(same, policy, turn)]
+        assert ordered == [case.case_id for case in in_order(plain, policy, turn)]
+
+
+def of_a_folder(case_id: int, arrived: float, remaining: int) -> Waiting:
+    return Waiting(case_id, arrived, remaining, 0, remaining, priority=Priority.BATCH)
 
 
 def test_the_shorter_of_two_goes_first_and_fifo_does_not_care() -> None:

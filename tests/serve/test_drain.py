@@ -144,6 +144,9 @@ def test_a_drained_model_refuses_and_says_when_to_come_again(live: LiveServer) -
         answer = live.predict("flat", LOAD.body, options=LOAD.options)
         assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, "draining", "7")
         assert "come again" in answer.json()["detail"]
+        description = live.predict("flat", options='{"describe": true}')
+        assert description.status_code == 200
+        assert [model["version"] for model in description.json()["served"]] == ["1.0"], "2.0 was registered later"
     finally:
         assert drain.resume(target)
     assert not drain.resume(target)

@@ -126,6 +126,11 @@ def test_options_arrive_and_probabilities_are_the_same_bytes(server: LiveServer,
     assert len(over_grpc) > 2 * len(client.predict("five_folds", {"body": GOOD, "options": FAST.encode()}))
 
 
+def test_a_model_describes_itself(server: LiveServer, client: Client) -> None:
+    over_http = server.predict("five_folds", options='{"describe": true}')
+    assert client.predict("five_folds", {"options": b'{"describe": true}'}) == over_http.content
+
+
 def test_a_stream_of_events_is_refused(server: LiveServer, client: Client) -> None:
     """The first event would be taken for the mask."""
     parts = {"body": GOOD, "options": json.dumps(json.loads(FAST) | {"stream": True}).encode()}

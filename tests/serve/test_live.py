@@ -26,7 +26,7 @@ from nnunet_torchserve_tools.errors import ToolError, UsageError
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, FAST, GOOD
 from support.ports import free_ports
-from support.server import LiveServer, running
+from support.server import SERVED, LiveServer, running
 
 pytestmark = pytest.mark.serve
 
@@ -60,6 +60,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
         "patches": 12,
         "passes": 12,
         "reused": None,
+        "priority": "interactive",
     }
 
 
@@ -166,6 +167,35 @@ def test_describe_says_what_a_client_needs(server: LiveServer) -> None:
     assert (description["patch_size"], description["folds"]) == ([24, 32, 24], [0])
     assert description["spacing"] == [1.5, 1.5, 1.5]
     assert description["digest"].startswith("sha256:")
+
+
+def without_nulls(value: object) -> object:
+    """As TorchServe's describe API sends it."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("method", ["POST", "GET", "PUT"])
+def test_whoever_may_predict_is_told_what_the_model_is_and_what_is_served(method: str, server: LiveServer) -> None:
+    url = f"{server.server.inference_url}/predictions/regions"
+    headers = {"X-Nnunet-Options": '{"describe": true}', "X-Request-Id": f"describe-{method}"}
+    answer = httpx.request(method, url, headers=headers, timeout=300, trust_env=False)
+    assert (answer.status_code, answer.headers["content-type"]) == (HTTPStatus.OK, "application/json")
+    description = answer.json()
+    managed: dict[str, object] = server.describe("regions")["customizedMetadata"]  # type: ignore[assignment]
+    same = {key: value for key, value in description.items() if key in managed}
+    assert without_nulls(same) == managed
+    assert set(description) - set(managed) - {"input_orientation"} == {"dataset_json", "plans_json", "served"}
+    assert description["dataset_json"]["labels"] == managed["labels"]
+    assert [each["name"] for each in description["served"]] == list(SERVED)
+    for model in description["served"]:
+        head = server.predict(model["name"], b"no image").headers["x-nnunet-model"]
+        assert head == f"name={model['name']}; version={model['version']}; digest={model['digest']}"
+    [own] = [each for each in description["served"] if each["name"] == "regions"]
+    assert description | own == description
+    assert server.logs(f"describe-{method}")
+    assert "dataset_json" not in "".join(log.read_text() for log in Path(server.server.log_dir).glob("*.log"))
 
 
 def test_a_second_server_of_the_same_state_directory_is_refused(server: LiveServer, model_store: Path) -> None:

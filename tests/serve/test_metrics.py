@@ -82,6 +82,8 @@ def test_every_count_comes_once_whatever_the_number_of_workers(measured: ChaosSe
     assert added("nnunet_requests_total", status="200", code="none") == REQUESTS
     assert added("nnunet_requests_total", status="422", code="unknown_fold") == 1
     assert added("nnunet_requests_total", status="415", code="unknown_format") == 1
+    assert added("nnunet_answers_total", priority="interactive") == REQUESTS
+    assert added("nnunet_answer_seconds_total", priority="interactive") > 0
     for stage in Stage:
         reached = REQUESTS + (stage is Stage.DECODE)  # the bytes that are no image
         assert added("nnunet_stage_requests_total", stage=stage) == reached

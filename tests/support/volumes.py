@@ -45,7 +45,12 @@ def nifti(array: npt.NDArray[np.generic], affine: npt.NDArray[np.floating] | Non
 
 def nifti_gz(array: npt.NDArray[np.generic], affine: npt.NDArray[np.floating] | None = None) -> bytes:
     """``array`` (x, y, z[, c]) as the bytes of a .nii.gz file."""
-    return gzip.compress(nifti(array, affine), 1, mtime=0)
+    return gzipped(nifti(array, affine))
+
+
+def gzipped(content: bytes) -> bytes:
+    """``content``, packed quickly."""
+    return gzip.compress(content, 1, mtime=0)
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from nnunet_torchserve.environment import FAULTS_VARIABLE
+from nnunet_torchserve.served import served_model
 from nnunet_torchserve_tools import launcher
 from nnunet_torchserve_tools.configuration import settings
 from nnunet_torchserve_tools.errors import ToolError, UsageError
@@ -141,7 +142,7 @@ def test_cuda_without_a_gpu_is_refused(model_store: Path, tmp_path: Path, monkey
 
 
 def test_workers_are_counted_by_device_of_the_archive() -> None:
-    everywhere = launcher.Archive("a", "1.0", "a.mar", None)
+    everywhere = launcher.Archive("a", "1.0", "a.mar", served_model("a", "1.0", b"{}"), None)
     pinned = replace(everywhere, device_ids=(1, 2))
     assert [everywhere.workers_on(gpus, None) for gpus in (0, 1, 3)] == [4, 8, 24]
     assert [pinned.workers_on(gpus, None) for gpus in (0, 3)] == [4, 16]

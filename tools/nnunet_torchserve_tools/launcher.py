@@ -25,6 +25,7 @@ import psutil
 
 from nnunet_torchserve.draining import ORDERS, REPORTS
 from nnunet_torchserve.environment import FAULTS_VARIABLE, TESTING_VARIABLE
+from nnunet_torchserve.served import write_served
 
 from .addresses import AskedPorts, Ports, free_ports
 from .configuration import configure, environment
@@ -152,6 +153,7 @@ def _prepare(plan: Plan, warn: Tell) -> Server:
     for folder in (log_dir, work_dir):
         folder.mkdir(parents=True, exist_ok=True)
     control_dir = _new_control_dir(plan.state_dir)
+    write_served(control_dir, [archive.model for archive in plan.archives])
     private = make_private_dir(warn)
     return Server(
         temp_dir=str(private.path),

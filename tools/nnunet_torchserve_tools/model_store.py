@@ -12,6 +12,7 @@ import yaml
 
 from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.served import ServedModel, served_model
 from nnunet_torchserve.settings import HandlerSettings
 
 from .errors import UsageError
@@ -32,6 +33,7 @@ class Archive:
     Attributes:
         name, version: TorchServe's.
         file: in the model store.
+        model: what it says of itself.
         workers: in all; ``None`` if it does not say.
         device_ids: the GPUs that serve it; empty for all.
     """
@@ -39,6 +41,7 @@ class Archive:
     name: str
     version: str
     file: str
+    model: ServedModel
     workers: int | None
     device_ids: tuple[int, ...] = ()
 
@@ -98,7 +101,7 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
         raise UsageError(msg)
     try:
         with zipfile.ZipFile(model_store / file) as archive:
-            archive.getinfo(BUNDLE_FILE)
+            bundle = archive.read(BUNDLE_FILE)
             model = json.loads(archive.read(MANIFEST_FILE))["model"]
             config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
         if not isinstance(config, dict):
@@ -110,7 +113,8 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             msg = f"minWorkers: {workers!r} should be a number from 1"
             raise UsageError(msg)
         ids = check_device_ids(config.get("deviceIds"))
-        return Archive(name or model["modelName"], model["modelVersion"], file, workers, ids)
+        name, version = name or model["modelName"], model["modelVersion"]
+        return Archive(name, version, file, served_model(name, version, bundle), workers, ids)
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error

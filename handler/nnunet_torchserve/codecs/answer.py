@@ -23,9 +23,13 @@ from .inflate import gzipped
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
 from .nrrd import encode_nrrd
+from .pictures import MOST_OF_8_BITS, encode_bmp
 from .png import encode_png
 from .report import encode_report
 from .source import ImageSource
+from .tiff import encode_tiff
+
+PROPERTIES_FILE = "properties.json"
 
 _BINARY = "application/octet-stream"
 _CONTENT_TYPE = {
@@ -35,8 +39,12 @@ _CONTENT_TYPE = {
     OutputFormat.MHA: _BINARY,
     OutputFormat.NPZ: _BINARY,
     OutputFormat.PNG: "image/png",
+    OutputFormat.TIFF: "image/tiff",
+    OutputFormat.BMP: "image/bmp",
     OutputFormat.JSON: "application/json",
 }
+
+_ONE_SLICE = {OutputFormat.PNG, OutputFormat.BMP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +62,13 @@ class AnswerForm:
     Attributes:
         labels: formats of the label map.
         probabilities: format of the probabilities; ``None`` if there are none.
+        properties: whether the case's properties come too.
         zipped: in a zip, or a single file.
     """
 
     labels: tuple[OutputFormat, ...]
     probabilities: ProbabilityFormat | None
+    properties: bool
     zipped: bool
 
     @property
@@ -67,21 +77,31 @@ class AnswerForm:
         return not self.zipped and self.probabilities is not None
 
 
-def answer_form(options: Options, native: OutputFormat, geometry: Geometry) -> AnswerForm:
+def answer_form(options: Options, native: OutputFormat, geometry: Geometry, largest: int = 0) -> AnswerForm:
     """What a request asks for, in the input's own format where it names none.
 
+    Args:
+        options: of the request.
+        native: the input's own format.
+        geometry: the image's.
+        largest: the largest value that the model may give a voxel.
+
     Raises:
-        BadOption: a volume cannot be a png.
+        BadOption: a volume cannot be a png or bmp, nor 16 bits a bmp.
     """
     asked = options.output_format
     labels = asked if isinstance(asked, tuple) else (asked or native,)
-    if OutputFormat.PNG in labels and geometry.shape[0] > 1:
-        msg = f"output_format png holds one slice, the image has {geometry.shape[0]}; take another format"
+    pictures = [each for each in labels if each in _ONE_SLICE]
+    if pictures and geometry.shape[0] > 1:
+        msg = f"output_format {pictures[0]} holds one slice, the image has {geometry.shape[0]}; take another format"
+        raise BadOption(msg)
+    if OutputFormat.BMP in labels and largest > MOST_OF_8_BITS:
+        msg = f"output_format bmp holds values up to {MOST_OF_8_BITS}, this model's go to {largest}; take png or tif"
         raise BadOption(msg)
     probabilities = options.probability_format if options.save_probabilities else None
     in_one = labels == (OutputFormat.NPZ,) and probabilities is ProbabilityFormat.NPZ
-    zipped = isinstance(asked, tuple) or (probabilities is not None and not in_one)
-    return AnswerForm(labels, probabilities, zipped)
+    zipped = isinstance(asked, tuple) or options.properties or (probabilities is not None and not in_one)
+    return AnswerForm(labels, probabilities, options.properties, zipped)
 
 
 def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int) -> int:
@@ -100,7 +120,9 @@ def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int
     return (plain + probability_bytes) * geometry.voxels
 
 
-def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting) -> EncodedFile:
+def encode(
+    answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting, properties: bytes | None = None
+) -> EncodedFile:
     """Write the answer.
 
     Args:
@@ -108,6 +130,7 @@ def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Pai
         form: the files.
         image: the input, whose header a NIfTI answer repeats in part.
         painting: what the labels mean, for the report.
+        properties: the case's, where the form has them.
     """
     if not form.zipped:
         [output] = form.labels
@@ -121,6 +144,8 @@ def encode(answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Pai
         if form.probabilities is not None:
             name = f"probabilities.{form.probabilities}"
             files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, image))
+        if properties is not None:
+            files.writestr(_zip_entry(PROPERTIES_FILE), properties)
     return EncodedFile(archive.getvalue(), "application/zip")
 
 
@@ -134,6 +159,8 @@ def _labels(answer: LabelMap, output: OutputFormat, image: ImageSource, painting
         OutputFormat.MHA: lambda: encode_metaimage(labels, geometry.in_space()),
         OutputFormat.NPZ: lambda: encode_npz(LabelMap(labels, geometry), with_labels=True),
         OutputFormat.PNG: lambda: encode_png(labels),
+        OutputFormat.TIFF: lambda: encode_tiff(labels, flat=geometry.is_flat),
+        OutputFormat.BMP: lambda: encode_bmp(labels),
         OutputFormat.JSON: lambda: encode_report(labels, geometry, painting.structures, painting.remarks),
     }
     return writers[output]()

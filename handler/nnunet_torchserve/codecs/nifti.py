@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 from nibabel.quaternions import quat2mat
@@ -325,6 +329,64 @@ def _is_turn(affine: npt.NDArray[np.float64]) -> bool:
     return bool(off.max() <= _ORTHONORMAL)
 
 
+def geometry_of_itk(
+    template: Any, sizes: Sequence[int]
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    """What ITK makes of a checked header: spacing, origin and direction, x, y(, z), to the last bit.
+
+    :class:`NiftiSource` computes the same in double precision; ITK's library does some of it in single.
+    ITK sees a header that is written anew, in memory; it takes nothing for NIfTI that has not its ending.
+
+    Args:
+        template: the header of an image.
+        sizes: voxels along x, y(, z).
+    """
+    header = _header_like(template, len(sizes), Nifti1Header)  # ITK reads no NIfTI-2
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(sizes)
+    header["vox_offset"] = header.sizeof_hdr + 4
+    with (
+        open(os.memfd_create("header"), "wb", buffering=0) as file,  # noqa: PTH123 (a descriptor, not a path)
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        file.write(header.binaryblock)
+        named = Path(folder) / "header.nii"
+        named.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("NiftiImageIO")
+        reader.SetFileName(str(named))
+        reader.ReadImageInformation()
+        return reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
+
+
+def image_of_nibabel(template: Any | None, geometry: Geometry) -> Any:
+    """An image without voxels, in three dimensions, whose affine and zooms are those that nibabel reads.
+
+    Args:
+        template: the header of a NIfTI image, or ``None`` for one that was no NIfTI, and is written as one.
+        geometry: where it lies.
+    """
+    no_voxels = np.broadcast_to(np.uint8(0), geometry.shape[::-1])
+    if template is None:
+        return nib.Nifti1Image(no_voxels, RAS_TO_LPS @ geometry.affine)
+    header = _header_like(template, 3)
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(no_voxels.shape)
+    if header["pixdim"][0] not in (-1, 1):  # as nibabel mends it
+        header["pixdim"][0] = 1
+    image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
+    return image(no_voxels, header.get_best_affine(), header)
+
+
+def _header_like(template: Any, ndim: int, kind: Any = None) -> Any:
+    """A new header, of the same kind unless another is named, that says nothing but where the image lies."""
+    header = (kind or type(template))()
+    for field in _GEOMETRY_FIELDS:
+        header[field] = template[field]
+    header["pixdim"][: ndim + 1] = template["pixdim"][: ndim + 1]
+    return header
+
+
 def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | None) -> bytes:
     """An uncompressed NIfTI file.
 
@@ -336,7 +398,7 @@ def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | No
     """
     solid = geometry.ndim == 3 or array.ndim == 4
     voxels = array.T if solid else array[0].T
-    header = Nifti1Header() if template is None else type(template)()
+    header = Nifti1Header() if template is None else _header_like(template, geometry.ndim)
     header.set_data_dtype(array.dtype)
     header.set_data_shape(voxels.shape)
     if template is None:
@@ -345,9 +407,5 @@ def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | No
         header.set_qform(affine, 1 if _is_turn(affine) else 0)
         header.set_sform(affine, 1)
         header["pixdim"][1:4] = geometry.spacing
-    else:
-        for field in _GEOMETRY_FIELDS:
-            header[field] = template[field]
-        header["pixdim"][: geometry.ndim + 1] = template["pixdim"][: geometry.ndim + 1]
     image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
     return bytes(image(voxels, None, header).to_bytes())

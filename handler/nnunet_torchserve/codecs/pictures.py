@@ -1,15 +1,17 @@
-"""What PNG and TIFF have in common: files that say nothing of where they lie in space."""
+"""What PNG, TIFF and BMP have in common: files that say nothing of where they lie. BMP only goes out."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ..errors import BadSpacing
 from ..options import OutputFormat
-from ..volume import Placement
+from ..volume import LabelArray, Placement
 from .channels import picture_advice
 from .geometry import place
 
@@ -18,6 +20,9 @@ PLANE = 2
 
 MOST_RATIO = 1032
 """What deflate makes of a byte at most."""
+
+MOST_OF_8_BITS = 254
+"""nnU-Net writes label maps with larger values in 16 bits."""
 
 
 class PictureSource:
@@ -60,3 +65,21 @@ class PictureSource:
             Malformed: the packed voxels are damaged or end early.
         """
         return self._decode()
+
+
+def in_stocks_type(labels: LabelArray) -> LabelArray:
+    """A label map in the type in which nnU-Net's readers write it, by the values that are there."""
+    if labels.max() <= MOST_OF_8_BITS:
+        return labels.astype(np.uint8, copy=False)
+    return labels.astype(np.uint16, copy=False)
+
+
+def encode_bmp(labels: LabelArray) -> bytes:
+    """A label map as a grey BMP of 8 bits, as ``NaturalImage2DIO`` writes it.
+
+    Args:
+        labels: (1, Y, X), values up to ``MOST_OF_8_BITS``.
+    """
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(in_stocks_type(labels)[0])).save(file, "BMP")
+    return file.getvalue()

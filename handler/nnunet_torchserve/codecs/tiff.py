@@ -8,6 +8,7 @@ are taken.
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,10 @@ import tifffile
 
 from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
 from ..limits import Limits
-from ..volume import Placement
+from ..volume import LabelArray, Placement
 from .geometry import check_size
 from .inflate import MemoryFile
-from .pictures import MOST_RATIO, PLANE, PictureSource
+from .pictures import MOST_RATIO, PLANE, PictureSource, in_stocks_type
 from .tiff_description import check_description
 from .tiff_directory import Directory, unpack
 
@@ -124,6 +125,29 @@ def open_tiff(body: memoryview, limits: Limits, placement: Placement | None) -> 
         return voxels
 
     return PictureSource(shape, channels, placement, decode, len(pages))
+
+
+def encode_tiff(labels: LabelArray, *, flat: bool) -> bytes:
+    """A label map as a grey TIFF, the same bytes for the same labels.
+
+    Of a picture as ``NaturalImage2DIO`` writes it, by way of scikit-image; of a volume as ``Tiff3DIO`` does: a page a
+    slice, deflated. Neither says where it lies; ``Tiff3DIO`` reads the spacing from a JSON file beside it.
+
+    Args:
+        labels: (Z, Y, X), uint8 or uint16.
+        flat: a picture, with one slice.
+    """
+    file = io.BytesIO()
+    written = in_stocks_type(labels)
+    # else tifffile takes an axis of 3 or 4 for colours
+    tifffile.imwrite(
+        file,
+        written[0] if flat else written,
+        photometric="minisblack",
+        compression=None if flat else "zlib",
+        maxworkers=1,
+    )
+    return file.getvalue()
 
 
 @dataclass(frozen=True, slots=True)

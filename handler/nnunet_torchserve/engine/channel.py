@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..cases import Settings
 from ..errors import ServingError
-from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName
+from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
-PROTOCOL = 4
+PROTOCOL = 5
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
@@ -108,6 +108,7 @@ class Reserve(_Message):
     watched: bool = False
     volume: _Key | None = None
     answer: _Key | None = None
+    priority: Priority = Priority.INTERACTIVE
 
 
 class KeptNote(_Message):
@@ -174,6 +175,7 @@ class Submit(_Message):
     tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)]
     use_gaussian: bool
     accumulate: Accumulate
+    priority: Priority = Priority.INTERACTIVE
     deadline: float | None
     suspect: bool
     watched: bool = False
@@ -189,7 +191,9 @@ class Submit(_Message):
 
     def settings(self) -> Settings:
         """How the case is predicted."""
-        return Settings(self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian, self.accumulate)
+        return Settings(
+            self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian, self.accumulate, self.priority
+        )
 
 
 class Heartbeat(_Message):

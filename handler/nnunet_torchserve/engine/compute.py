@@ -330,7 +330,14 @@ class Compute:
         layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
         size = self._sizes[command.case_id] = held_bytes(message.shape, settings, layout)
         accumulator = self._memory.place(command.case_id, size, layout, accumulate)
-        return CaseInFlight(command.case_id, accumulator, command.arrived, message.deadline, message.suspect)
+        return CaseInFlight(
+            command.case_id,
+            accumulator,
+            command.arrived,
+            message.deadline,
+            message.suspect,
+            priority=settings.priority,
+        )
 
     def _report(self, outcome: Outcome) -> None:
         case_id = outcome.case.case_id

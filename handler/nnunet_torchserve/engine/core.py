@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CaseFailed, Deadline, OutOfMemory, ServingError
+from ..options import Priority
 from .accumulator import CaseAccumulator, Unit
 from .faults import Faults
 from .network import FoldNetworks
@@ -44,6 +45,7 @@ class CaseInFlight:
         deadline: monotonic seconds after which it is given up, or ``None``.
         suspect: see :class:`~.scheduler.Waiting`.
         first_pass: when its first pass began.
+        priority: see there too.
     """
 
     case_id: int
@@ -52,6 +54,7 @@ class CaseInFlight:
     deadline: float | None = None
     suspect: bool = False
     first_pass: float | None = None
+    priority: Priority = Priority.INTERACTIVE
 
     def waiting(self) -> Waiting:
         """How the scheduler sees it."""
@@ -63,6 +66,7 @@ class CaseInFlight:
             fold=accumulator.unit(accumulator.added).fold,
             fold_remaining=accumulator.same_fold,
             suspect=self.suspect,
+            priority=self.priority,
         )
 
     def times(self, ended: float) -> tuple[float, float]:

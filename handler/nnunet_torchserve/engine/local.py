@@ -15,6 +15,7 @@ from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..errors import Busy, Deadline, OutOfMemory
 from ..limits import Limits
+from ..options import Priority
 from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
@@ -69,9 +70,11 @@ class LocalEngine:
         guaranteed: bool = False,
         watcher: Watcher | None = None,
         keys: Keys = NO_KEYS,  # noqa: ARG002 (nothing is kept here)
+        priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
-        began, claim = time.monotonic(), Claim(next(self._numbers), price.bytes, price.passes, guaranteed)
+        began = time.monotonic()
+        claim = Claim(next(self._numbers), price.bytes, price.passes, guaranteed, priority)
         if claim.exceeds(self._admission.budget) and not guaranteed:
             raise OutOfMemory(NEVER_FITS)
         try:
@@ -104,7 +107,8 @@ class LocalEngine:
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()
-        case = CaseInFlight(next(self._numbers), self._accumulator(data, settings), arrived, deadline)
+        accumulator = self._accumulator(data, settings)
+        case = CaseInFlight(next(self._numbers), accumulator, arrived, deadline, priority=settings.priority)
         with self._lock:
             self._core.admit(case)
         try:

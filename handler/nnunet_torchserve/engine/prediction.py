@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from ..cases import Price, Settings
+from ..options import Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Engine(Protocol):
         guaranteed: bool = False,
         watcher: Watcher | None = None,
         keys: Keys = NO_KEYS,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> AbstractContextManager[Reservation]:
         """Hold what one case takes, from before it is decoded until its answer is written.
 
@@ -111,12 +113,13 @@ class Engine(Protocol):
             guaranteed: do not wait, whatever others hold.
             watcher: told while the case waits.
             keys: what it may have in common with others.
+            priority: whether somebody waits for it.
 
         Returns:
             A context in which the case may be worked on; entering it waits.
 
         Raises:
-            Busy: as many cases as allowed wait already.
+            Busy: as many cases as allowed wait already, or a batch case would take the last free worker.
             Deadline: the time ran out.
             OutOfMemory: it would not fit even alone.
             NoEngine: there is no engine, and none could be started.

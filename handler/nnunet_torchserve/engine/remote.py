@@ -30,6 +30,7 @@ from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
 from ..limits import Limits, memory_for_cases
+from ..options import Priority
 from ..telemetry import STRIKES, Counts
 from . import channel
 from .prediction import NO_KEYS, KeptVolume, Keys, Prediction, Reservation, SharedAnswer, Watcher
@@ -127,6 +128,7 @@ class RemoteEngine:
         guaranteed: bool = False,
         watcher: Watcher | None = None,
         keys: Keys = NO_KEYS,
+        priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
         with self._lock:
@@ -138,6 +140,7 @@ class RemoteEngine:
                 watched=watcher is not None,
                 volume=keys.volume,
                 answer=keys.answer,
+                priority=priority,
             )
             try:
                 reservation = self._survive(lambda: self._reserved(deadline, watcher))
@@ -312,6 +315,7 @@ class RemoteEngine:
                 tile_step_size=settings.tile_step_size,
                 use_gaussian=settings.use_gaussian,
                 accumulate=settings.accumulate,
+                priority=settings.priority,
                 deadline=deadline,
                 suspect=suspect,
                 watched=watcher is not None,

@@ -1,8 +1,9 @@
 """Which cases the next forward pass serves: pure functions of what is waiting.
 
 The order is decided anew before every batch, and a pass is short (a mirrored patch is eight of them), so a small case
-never waits for a large one to end. Shortest-remaining-first alone would starve a large case under a stream of small
-ones; so every few batches the case that came first goes first, however large it is.
+never waits for a large one to end, nor an interactive one for a batch one. Interactive and shortest first alone would
+starve a large batch case under a stream of others; so every few batches the case that came first goes first, whatever
+it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..options import FoldName
+from ..options import FoldName, Priority
 
 OLDEST_EVERY = 8
 """Every how many batches the oldest case goes first. It gets at least an eighth of the device, so that every case ends;
@@ -20,7 +21,7 @@ until it ends (docs/adr/0003)."""
 
 
 class Policy(StrEnum):
-    """How cases are ordered."""
+    """How cases of one priority are ordered."""
 
     SHORTEST_REMAINING = "shortest_remaining"
     FIFO = "fifo"
@@ -37,6 +38,7 @@ class Waiting:
         fold: whose network the next pass needs.
         fold_remaining: passes left before another fold's network is needed.
         suspect: it was in a batch that killed an engine, and runs alone.
+        priority: whether somebody waits for it.
     """
 
     case_id: int
@@ -45,6 +47,7 @@ class Waiting:
     fold: FoldName
     fold_remaining: int
     suspect: bool = False
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Share:
 
 
 def in_order(waiting: Iterable[Waiting], policy: Policy, turn: int) -> list[Waiting]:
-    """The cases, most urgent first; ties go to the one that came first.
+    """The cases, most urgent first: interactive ones, by the policy; ties go to the one that came first.
 
     Args:
         waiting: every case that has a pass to make.
@@ -64,13 +67,12 @@ def in_order(waiting: Iterable[Waiting], policy: Policy, turn: int) -> list[Wait
         turn: the number of the batch.
     """
     by_arrival = sorted(waiting, key=lambda case: (case.arrived, case.case_id))
-    if policy is Policy.FIFO:
-        return by_arrival
-    shortest = sorted(by_arrival, key=lambda case: case.remaining)
+    ordered = by_arrival if policy is Policy.FIFO else sorted(by_arrival, key=lambda case: case.remaining)
+    ordered = sorted(ordered, key=lambda case: case.priority is Priority.BATCH)
     if turn % OLDEST_EVERY == OLDEST_EVERY - 1 and by_arrival:
-        shortest.remove(by_arrival[0])
-        shortest.insert(0, by_arrival[0])
-    return shortest
+        ordered.remove(by_arrival[0])
+        ordered.insert(0, by_arrival[0])
+    return ordered
 
 
 def next_batch(waiting: Sequence[Waiting], policy: Policy, turn: int, size: int) -> list[Share]:

@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import Busy, OutOfMemory
+from ..options import Priority
 from . import channel
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .cache import Kept, VolumeCache
@@ -223,10 +224,14 @@ class Switchboard:
 
     def _reserve(self, connection: Connection, message: Reserve) -> None:
         connection.expect()
-        claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed)
+        claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed, message.priority)
         self._next_case += 1
         if claim.exceeds(self._admission.budget) and not claim.guaranteed:
             connection.answer(Failed.of(OutOfMemory(NEVER_FITS)))
+            return
+        if not claim.guaranteed and claim.priority is Priority.BATCH and self._batch_cases() >= self._for_batch():
+            msg = f"{self._batch_cases()} batch cases hold all workers but the one that is kept for interactive cases"
+            connection.answer(Failed.of(Busy(f"{msg}; send fewer at once, or come again", self._retry_after_s(1))))
             return
         connection.claim, connection.watched, connection.volume_key = claim, message.watched, message.volume
         connection.passes_ahead = 0
@@ -240,6 +245,13 @@ class Switchboard:
                 self._beat([connection])
         else:
             self._ask(connection)
+
+    def _batch_cases(self) -> int:
+        return sum(owner.claim.priority is Priority.BATCH for owner in self._owners.values())
+
+    def _for_batch(self) -> int:
+        """How many workers batch cases may hold: all but one, or interactive cases would wait in TorchServe's queue."""
+        return max(1, len(self._connections) - 1)
 
     def _ask(self, connection: Connection) -> None:
         """Let a case wait for memory, or refuse it."""
@@ -382,9 +394,10 @@ class Switchboard:
                 return Progress(passes=done)
         return Heartbeat()
 
-    def _retry_after_s(self) -> int:
-        """Seconds that the passes in hand take at the measured rate."""
-        seconds = self._admission.charged_passes / self._compute.passes_per_s
+    def _retry_after_s(self, cases: int | None = None) -> int:
+        """Seconds that the passes in hand take at the measured rate; those of so many cases, if they are not all."""
+        share = 1.0 if cases is None else cases / max(cases, self._admission.charged)
+        seconds = share * self._admission.charged_passes / self._compute.passes_per_s
         return max(1, min(_LONGEST_RETRY_S, math.ceil(seconds)))
 
     def _listen_again_if_unlinked(self) -> None:

@@ -1,0 +1,96 @@
+"""What a server answered."""
+
+from __future__ import annotations
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .arrays import Array
+from .errors import BadAnswer
+
+ZIP = "application/zip"
+
+_TIMING = re.compile(r"([\w-]+);dur=([\d.]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a case.
+
+    Attributes:
+        case: its name.
+        content: the body, as docs/formats.md has it.
+        content_type: of the body.
+        headers: of the answer, names in lower case.
+        request_id: the server's.
+        server: base URL of the server that answered.
+        seconds: from the first request to the last byte, with everything that was tried in vain.
+        tries: requests that were sent.
+    """
+
+    case: str
+    content: bytes = field(repr=False)
+    content_type: str
+    headers: Mapping[str, str] = field(repr=False)
+    request_id: str
+    server: str
+    seconds: float = 0.0
+    tries: int = 1
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the server wants to be looked at, as ``constant_image``."""
+        return tuple(filter(None, (each.strip() for each in self.headers.get("x-nnunet-warning", "").split(","))))
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """Seconds that the server spent in each stage, in its order."""
+        return {name: float(ms) / 1000 for name, ms in _TIMING.findall(self.headers.get("server-timing", ""))}
+
+    @property
+    def model(self) -> dict[str, str]:
+        """``name``, ``version`` and ``digest`` of the model that answered."""
+        pairs = (each.partition("=") for each in self.headers.get("x-nnunet-model", "").split(";"))
+        return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
+
+    def parts(self) -> dict[str, bytes]:
+        """The files of a zip by name; of any other answer the body, without a name.
+
+        Raises:
+            BadAnswer: the zip is damaged.
+        """
+        if self.content_type != ZIP:
+            return {"": self.content}
+        try:
+            with zipfile.ZipFile(io.BytesIO(self.content)) as archive:
+                return {name: archive.read(name) for name in archive.namelist()}
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            msg = "the zip of the answer is damaged"
+            raise BadAnswer(msg, case=self.case, request_id=self.request_id, server=self.server) from error
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays of an npz by name: ``labels`` (Z, Y, X), ``probabilities`` (C, Z, Y, X), ``spacing`` and others.
+
+        Raises:
+            BadAnswer: it is no npz, or a damaged one.
+        """
+        return arrays_of(self.content, self)
+
+
+def arrays_of(content: bytes, answer: Answer) -> dict[str, Array]:
+    """The arrays of an npz of an answer; nothing is unpickled.
+
+    Raises:
+        BadAnswer: it is no npz, or a damaged one.
+    """
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError, EOFError) as error:
+        msg = "the arrays of the answer are damaged"
+        raise BadAnswer(msg, case=answer.case, request_id=answer.request_id, server=answer.server) from error

@@ -1,0 +1,235 @@
+"""Arrays as nnU-Net's readers give them, on their way to a server and back, and into files.
+
+An array lies somewhere only by what its properties say. Of most readers a server can be told that, and writes the file.
+Others have ways of their own (NIfTI's affine; images that were turned): then nnU-Net's own writer is used, and nnunetv2
+must be installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .answers import Answer, arrays_of
+from .cases import TIFF_READER, output_format
+from .client import Case
+from .description import Description, Json
+from .errors import BadAnswer, MissingProperty, NotServed, PreprocessedInput, UnreadableFile, UnwritableFile, WrongUse
+from .outputs import PREPROCESSED, PROPERTIES, stock_properties, turn, write_aside, write_prediction
+
+Array = npt.NDArray[Any]
+
+_PLACED_BY_SERVER = ("SimpleITKIO", "NaturalImage2DIO", TIFF_READER)
+
+_IMAGE_AXES, _SPACE_AXES = 4, 3
+_LETTERS = {"L": (0, 1.0), "R": (0, -1.0), "P": (1, 1.0), "A": (1, -1.0), "S": (2, 1.0), "I": (2, -1.0)}
+"""nibabel's letters of what an axis runs towards -> axis and sign of that direction in ITK's LPS."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayNote:
+    """What is known of an array on its way.
+
+    Attributes:
+        properties: as the caller gave them.
+        target: path of the result without its ending; ``None`` if it is to be returned.
+        server_writes: whether the server writes the file.
+    """
+
+    properties: Mapping[str, Any] = field(repr=False)
+    target: str | None
+    server_writes: bool
+
+
+def array_case(number: int, item: Mapping[str, Any], description: Description, *, with_probabilities: bool) -> Case:
+    """A case from an item of a data iterator.
+
+    Args:
+        number: of the item, by which it is called where it has no output file.
+        item: ``data`` (C, Z, Y, X), ``data_properties``, ``ofile``.
+        description: of the model.
+        with_probabilities: whether they are wanted too.
+
+    Raises:
+        PreprocessedInput: nnU-Net has preprocessed it.
+        MissingProperty: it lacks something.
+        WrongUse: it is no such image.
+    """
+    missing = [name for name in ("data", "data_properties", "ofile") if name not in item]
+    if missing:
+        msg = f"an item of the iterator has no {' and no '.join(missing)}"
+        raise MissingProperty(msg)
+    properties, target = item["data_properties"], item["ofile"]
+    if any(name in properties for name in PREPROCESSED):
+        msg = (
+            "this case was preprocessed by nnU-Net: a server takes images as they were read, and preprocesses them. "
+            "Give it those, with get_data_iterator_from_raw_npy_data or predict_from_files"
+        )
+        raise PreprocessedInput(msg)
+    name = f"image {number}" if target is None else Path(target).name
+    array = _image(item["data"])
+    spacing = _spacing(properties)
+    by_server = description.reader in _PLACED_BY_SERVER and description.input_orientation is None
+    options: dict[str, object] = {"spacing": spacing[::-1]}
+    if target is not None and by_server:
+        ending = description.file_ending
+        options |= {"output_format": output_format(ending)} | _placement(description.reader, properties)
+        if with_probabilities:
+            options |= {"save_probabilities": True, "properties": True}
+    else:
+        options |= {"output_format": "npz", "save_probabilities": with_probabilities}
+        if target is not None and with_probabilities:
+            options["properties"] = True
+        if description.input_orientation is not None:
+            options["direction"] = direction_towards(description.input_orientation)
+    return Case(name, array, options, ArrayNote(properties, None if target is None else os.fspath(target), by_server))
+
+
+def finish_array(case: Case, answer: Answer, description: Description, *, with_probabilities: bool) -> Any:
+    """Write or return a result.
+
+    Returns:
+        Labels (Z, Y, X), or those and probabilities (C, Z, Y, X); ``None`` if they were written.
+
+    Raises:
+        UnwritableFile: a file cannot be written.
+        BadAnswer: something is missing in the answer.
+        NotServed: nnU-Net's own writer is needed, and nnunetv2 is not installed.
+    """
+    note: ArrayNote = case.note
+    if note.target is None:
+        return result_arrays(answer, with_probabilities=with_probabilities)
+    if note.server_writes:
+        write_prediction(
+            answer,
+            note.target,
+            description.file_ending,
+            with_probabilities=with_probabilities,
+            reader=description.reader,
+            spacing=list(note.properties["spacing"]),
+            properties=note.properties,
+        )
+    else:
+        _write_by_nnunet(answer, note, description, with_probabilities=with_probabilities)
+    return None
+
+
+def result_arrays(answer: Answer, *, with_probabilities: bool) -> Any:
+    """Labels (Z, Y, X), or those and probabilities (C, Z, Y, X), on the grid that nnU-Net's reader sees.
+
+    Raises:
+        BadAnswer: something is missing in the answer.
+    """
+    parts = answer.parts()
+    how: Mapping[str, list[int]] | None = None
+    try:
+        if PROPERTIES in parts:
+            how = json.loads(parts.pop(PROPERTIES)).get("turn")
+        arrays = {name: array for content in parts.values() for name, array in arrays_of(content, answer).items()}
+        labels = turn(arrays["labels"], how)
+        return (labels, turn(arrays["probabilities"], how)) if with_probabilities else labels
+    except (KeyError, ValueError, TypeError) as error:
+        msg = "the answer lacks an array that was asked for"
+        raise BadAnswer(msg, case=answer.case, request_id=answer.request_id, server=answer.server) from error
+
+
+def direction_towards(letters: str) -> list[float]:
+    """ITK's direction, row by row, of an image whose axes x, y, z run towards these.
+
+    Args:
+        letters: nibabel's, as ``RAS``.
+    """
+    matrix = np.zeros((3, 3))
+    for column, letter in enumerate(letters):
+        axis, sign = _LETTERS[letter]
+        matrix[axis, column] = sign
+    return [float(number) for number in matrix.ravel()]
+
+
+def _image(data: Any) -> Array:
+    """The numbers of an item, (C, Z, Y, X)."""
+    if isinstance(data, str):  # nnU-Net's own way to hand over what is too large for a pipe: it removes the file too
+        path = Path(data)
+        try:
+            data = np.load(path, allow_pickle=False)
+            path.unlink()
+        except (OSError, ValueError) as error:
+            msg = f"{path} cannot be read as an array"
+            raise UnreadableFile(msg) from error
+    if hasattr(data, "detach"):
+        data = data.detach().cpu().numpy()  # a tensor; PyTorch is loaded already
+    if not isinstance(data, np.ndarray) or data.ndim != _IMAGE_AXES:
+        shape = f"of shape {data.shape}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
+        msg = f"an image is an array (C, Z, Y, X), as nnU-Net's readers give it; this one is {shape}"
+        raise WrongUse(msg)
+    return data
+
+
+def _spacing(properties: Mapping[str, Any]) -> list[float]:
+    """Millimetres along z, y, x."""
+    if "spacing" not in properties:
+        msg = "the properties of an array have its spacing: mm along z, y, x"
+        raise MissingProperty(msg)
+    try:
+        spacing = [float(size) for size in properties["spacing"]]
+    except (TypeError, ValueError):
+        spacing = []
+    if len(spacing) != _SPACE_AXES or not all(0 < size < np.inf for size in spacing):
+        msg = "a spacing is three numbers above 0: mm along z, y, x"
+        raise WrongUse(msg)
+    return spacing
+
+
+def _placement(reader: str, properties: Mapping[str, Any]) -> dict[str, object]:
+    """Where the file that the server writes shall lie: as nnU-Net's ``write_seg`` would have it."""
+    if reader != "SimpleITKIO":
+        return {}
+    try:
+        itk = properties["sitk_stuff"]
+        return {name: [float(number) for number in itk[name]] for name in ("spacing", "origin", "direction")}
+    except (KeyError, TypeError, ValueError) as error:
+        msg = "the properties of an array that becomes a file have what SimpleITKIO's read_images puts in sitk_stuff"
+        raise MissingProperty(msg) from error
+
+
+def _write_by_nnunet(answer: Answer, note: ArrayNote, description: Description, *, with_probabilities: bool) -> None:
+    """Write the files of a case with nnU-Net's own writer."""
+    try:
+        from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+    except ImportError as error:
+        msg = f"arrays of {description.reader} are written by nnU-Net's own writer: install nnunetv2, or predict files"
+        raise NotServed(msg) from error
+    found = result_arrays(answer, with_probabilities=with_probabilities)
+    labels, probabilities = found if with_probabilities else (found, None)
+    target = str(note.target)
+    if probabilities is not None:
+        known = stock_properties(json.loads(answer.parts()[PROPERTIES]))
+        properties: Json = {**note.properties, **{name: known[name] for name in PREPROCESSED if name in known}}
+        write_aside(f"{target}.npz", lambda file: np.savez_compressed(file, probabilities=probabilities))
+        write_aside(f"{target}.pkl", lambda file: pickle.dump(properties, file))
+    place = Path(target + description.file_ending)
+    aside = place.with_name(f".{secrets.token_hex(4)}.part{description.file_ending}")
+    try:
+        try:
+            writer = recursive_find_reader_writer_by_name(description.reader)()
+            writer.write_seg(labels, str(aside), dict(note.properties))
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(place)
+        finally:
+            aside.unlink(missing_ok=True)
+    except KeyError as error:
+        msg = f"the properties of an array that becomes a file have what {description.reader} puts in them"
+        raise MissingProperty(msg) from error
+    except (OSError, RuntimeError) as error:
+        msg = f"{place} cannot be written"
+        raise UnwritableFile(msg) from error

@@ -1,0 +1,219 @@
+"""The same predictor for code that runs in an event loop.
+
+Each call runs in a thread of its own beside the loop, so that the loop is free while a server works. Cancelling a call
+ends its connections at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from .cases import Path_
+from .description import Description, Json
+from .predictor import PROCESSES, Array, Prediction, RemotePredictor
+from .stopping import Stop
+
+Returned = TypeVar("Returned")
+
+
+class AsyncRemotePredictor:
+    """:class:`~.predictor.RemotePredictor` with methods to be awaited; arguments and results are the same.
+
+    Any number of calls may be awaited at once. ``get_data_iterator_from_raw_npy_data`` computes nothing, and is no
+    coroutine.
+
+    Attributes:
+        predictor: what the calls go to; its attributes that ask a server (``dataset_json`` and others) block.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Take the arguments of :class:`~.predictor.RemotePredictor`."""
+        self.predictor = RemotePredictor(*arguments, **options)
+        self.get_data_iterator_from_raw_npy_data = self.predictor.get_data_iterator_from_raw_npy_data
+
+    def __repr__(self) -> str:
+        return f"Async{self.predictor!r}"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all connections; other calls fail."""
+        self.predictor.close()
+
+    async def describe(self) -> Description:
+        """See :attr:`~.predictor.RemotePredictor.description`."""
+        return await self._run(lambda predictor: predictor.description)
+
+    async def initialize_from_trained_model_folder(
+        self,
+        model_training_output_dir: Path_,
+        use_folds: int | str | Sequence[int | str] | None,
+        checkpoint_name: str = "checkpoint_final.pth",
+    ) -> None:
+        """See :meth:`~.predictor.RemotePredictor.initialize_from_trained_model_folder`."""
+        self.predictor.use_folds = await self._run(
+            lambda predictor: predictor.folds_of_folder(model_training_output_dir, use_folds, checkpoint_name)
+        )
+
+    async def predict_from_files(
+        self,
+        list_of_lists_or_source_folder: Path_ | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: Path_ | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        num_processes_preprocessing: int = PROCESSES,
+        num_processes_segmentation_export: int = PROCESSES,
+        folder_with_segs_from_prev_stage: str | None = None,
+        num_parts: int = 1,
+        part_id: int = 0,
+    ) -> list[Prediction] | None:
+        """See :meth:`~.predictor.RemotePredictor.predict_from_files`."""
+        return await self._run(
+            lambda predictor: predictor.predict_from_files(
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                save_probabilities,
+                overwrite,
+                num_processes_preprocessing,
+                num_processes_segmentation_export,
+                folder_with_segs_from_prev_stage,
+                num_parts,
+                part_id,
+            )
+        )
+
+    async def predict_from_files_sequential(
+        self,
+        list_of_lists_or_source_folder: Path_ | list[list[str]],
+        output_folder_or_list_of_truncated_output_files: Path_ | list[str] | None,
+        save_probabilities: bool = False,
+        overwrite: bool = True,
+        folder_with_segs_from_prev_stage: str | None = None,
+    ) -> list[Prediction] | None:
+        """See :meth:`~.predictor.RemotePredictor.predict_from_files_sequential`."""
+        return await self._run(
+            lambda predictor: predictor.predict_from_files_sequential(
+                list_of_lists_or_source_folder,
+                output_folder_or_list_of_truncated_output_files,
+                save_probabilities,
+                overwrite,
+                folder_with_segs_from_prev_stage,
+            )
+        )
+
+    async def predict_from_list_of_npy_arrays(
+        self,
+        image_or_list_of_images: Array | list[Array],
+        segs_from_prev_stage_or_list_of_segs_from_prev_stage: Array | list[Array] | None,
+        properties_or_list_of_properties: Json | list[Json],
+        truncated_ofname: str | list[str] | None,
+        num_processes: int = 3,
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = PROCESSES,
+    ) -> list[Prediction]:
+        """See :meth:`~.predictor.RemotePredictor.predict_from_list_of_npy_arrays`."""
+        return await self._run(
+            lambda predictor: predictor.predict_from_list_of_npy_arrays(
+                image_or_list_of_images,
+                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+                properties_or_list_of_properties,
+                truncated_ofname,
+                num_processes,
+                save_probabilities,
+                num_processes_segmentation_export,
+            )
+        )
+
+    async def predict_from_data_iterator(
+        self,
+        data_iterator: Iterable[Json] | AsyncIterable[Json],
+        save_probabilities: bool = False,
+        num_processes_segmentation_export: int = PROCESSES,
+    ) -> list[Prediction]:
+        """See :meth:`~.predictor.RemotePredictor.predict_from_data_iterator`; the iterator may be asynchronous too."""
+        items = _drawn(data_iterator) if isinstance(data_iterator, AsyncIterable) else data_iterator
+        return await self._run(
+            lambda predictor: predictor.predict_from_data_iterator(
+                items, save_probabilities, num_processes_segmentation_export
+            )
+        )
+
+    async def predict_single_npy_array(
+        self,
+        input_image: Array,
+        image_properties: Json,
+        segmentation_previous_stage: Array | None = None,
+        output_file_truncated: str | None = None,
+        save_or_return_probabilities: bool = False,
+    ) -> Prediction:
+        """See :meth:`~.predictor.RemotePredictor.predict_single_npy_array`."""
+        return await self._run(
+            lambda predictor: predictor.predict_single_npy_array(
+                input_image,
+                image_properties,
+                segmentation_previous_stage,
+                output_file_truncated,
+                save_or_return_probabilities,
+            )
+        )
+
+    async def _run(self, call: Callable[[RemotePredictor], Returned]) -> Returned:
+        """Run a call in a thread of its own; if this is cancelled, give the call up."""
+        loop, stop = asyncio.get_running_loop(), Stop()
+        done: asyncio.Future[Returned] = loop.create_future()
+        predictor = self.predictor.stopped_by(stop)
+
+        def settle(result: Returned | None, error: BaseException | None) -> None:
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(result)  # type: ignore[arg-type]  # there is one where there is no error
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            result, error = None, None
+            try:
+                result = call(predictor)
+            except BaseException as raised:  # noqa: BLE001 (raised again where it is awaited)
+                error = raised
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, result, error)
+
+        threading.Thread(target=run, name="remote-predictor", daemon=True).start()
+        try:
+            return await done
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+
+
+def _drawn(items: AsyncIterable[Json]) -> Iterator[Json]:
+    """The items of an asynchronous iterator, for a thread beside the loop."""
+    loop, source = asyncio.get_running_loop(), aiter(items)
+
+    async def draw() -> tuple[bool, Json]:
+        try:
+            return True, await anext(source)
+        except StopAsyncIteration:
+            return False, {}
+
+    def taken() -> Iterator[Json]:
+        while True:
+            there, item = asyncio.run_coroutine_threadsafe(draw(), loop).result()
+            if not there:
+                return
+            yield item
+
+    return taken()

@@ -1,0 +1,370 @@
+"""The plain client: cases in, answers out, whatever happens to servers meanwhile.
+
+Threads: a :class:`Client` may be used by any number of threads. It keeps nothing of a case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, overload
+
+from .answers import Answer
+from .bodies import EMPTY, Body, Image, body_of
+from .credentials import credentials
+from .description import Description, read_description
+from .errors import BodyTooLarge, ClientError, WrongUse
+from .events import Event, Kind, Listener
+from .flight import WAITING_BATCH_CASES, WAITING_CASES, Finish, Given, Outcome, Seat, fly
+from .retrying import Patience, Retries, Trial
+from .servers import Server, Servers
+from .stopping import Stop
+from .transport import SILENCE_S, Asked, Exchange, checked_url, connections
+
+URL_VARIABLE = "NNUNET_TORCHSERVE_URL"
+
+Options = Mapping[str, object]
+
+_LONGEST_S = 10_000_000
+"""Four months; locks and sockets take no time without end."""
+
+_SHORTEST_TIMEOUT_S = 0.001
+"""The server wants a number above 0."""
+
+_PATIENT_S = 5.0
+"""After which a person is told that the description waits in the server's queue."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A case to be predicted.
+
+    Attributes:
+        name: by which events and errors call it; it is not sent.
+        image: a file's path, its content, or an array (C, Z, Y, X) with option ``spacing`` (mm, x, y, z); or a list of
+            files or contents, one for each channel.
+        options: of docs/http.md, for this case only.
+        note: for the caller; it is not sent.
+    """
+
+    name: str
+    image: Image | Sequence[Image] = field(repr=False)
+    options: Options = field(default_factory=dict)
+    note: Any = field(default=None, repr=False)
+
+
+def _as_it_is(_: Case, answer: Answer) -> Any:
+    return answer
+
+
+class Client:
+    """Asks one server, or several that serve the same model."""
+
+    def __init__(
+        self,
+        url: str | Sequence[str] | None,
+        model: str,
+        version: str | None = None,
+        *,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        verify: bool | str | Path = True,
+        deadline_s: float = 3600.0,
+        first_contact_s: float = 20.0,
+        pause_s: float = 1.0,
+        silence_s: float = SILENCE_S,
+        use_proxies: bool = True,
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            url: base URL of the inference port, or several, over which cases are spread; ``None`` takes
+                ``NNUNET_TORCHSERVE_URL``, where several are separated by spaces or commas.
+            model: its name on the server.
+            version: ``None`` is the server's default version.
+            token: sent as bearer token; ``None`` takes ``NNUNET_TORCHSERVE_TOKEN``.
+            headers: further headers of every request, to this server only.
+            verify: ``False`` trusts any certificate; a path names a file of authorities (PEM).
+            deadline_s: seconds from the first try of a case until it is given up, waiting and tries included.
+            first_contact_s: seconds for which a server that has never answered is tried.
+            pause_s: before a second try; longer before each further one.
+            silence_s: without a byte, after which a server that has begun to answer is taken for dead.
+            use_proxies: whether ``HTTPS_PROXY`` and its kin hold; they never do for this machine's own addresses.
+
+        Raises:
+            WrongUse: something of this cannot be meant so.
+        """
+        urls = list(dict.fromkeys(checked_url(each) for each in _given_urls(url)))
+        if not model or "/" in model or not (version is None or (version and "/" not in version)):
+            msg = f"a model is given by its name on the server and a version, not as {model!r} and {version!r}"
+            raise WrongUse(msg)
+        if not all(0 < each <= _LONGEST_S for each in (deadline_s, first_contact_s, pause_s, silence_s)):
+            msg = f"deadline_s, first_contact_s, pause_s and silence_s are seconds, above 0 and at most {_LONGEST_S}"
+            raise WrongUse(msg)
+        self.model, self.version = model, version
+        self._path = f"/predictions/{model}" + (f"/{version}" if version else "")
+        self._credentials = credentials(token, headers, verify)
+        self._patience = Patience(deadline_s, first_contact_s, pause_s)
+        self._silence_s = silence_s
+        self._servers = Servers(
+            [Server(each, connections(each, self._credentials, use_proxies=use_proxies), pause_s) for each in urls]
+        )
+        self._description: Description | None = None
+        self._describing = threading.Lock()
+        self._telling = threading.RLock()
+        self._closed = Stop()
+
+    def __repr__(self) -> str:
+        version = f", version={self.version!r}" if self.version else ""
+        return f"{type(self).__name__}({self.urls!r}, {self.model!r}{version})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all connections; cases in flight fail."""
+        self._closed.set()
+        self._servers.close()
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URLs of the servers."""
+        return self._servers.urls
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that a case may take, all tries included."""
+        return self._patience.deadline_s
+
+    def describe(self, on_event: Listener | None = None, stop: Stop | None = None) -> Description:
+        """What the model is; asked for once.
+
+        The question may wait in TorchServe's queue behind cases, for every request does. If it waits for longer than a
+        few seconds, a warning is logged.
+
+        Args:
+            on_event: is told what happens meanwhile.
+            stop: gives it up.
+
+        Raises:
+            ClientError: the server cannot be reached, does not have the model, or does not describe it.
+        """
+        return self._describe(self._teller(on_event), stop or Stop())
+
+    def _describe(self, tell: Listener, stop: Stop) -> Description:
+        with self._describing:
+            if self._description is None:
+                with self._saying_if_it_waits(tell) as told:
+                    answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
+                self._description = read_description(answer)
+            return self._description
+
+    @contextmanager
+    def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:
+        """Logs a warning if the last event is still, after a while, that the question waits in the server's queue."""
+        latest: Kind | None = None
+
+        def told(event: Event) -> None:
+            nonlocal latest
+            latest = event.kind
+            tell(event)
+
+        def say() -> None:
+            if latest is Kind.WAITING:
+                logger.warning("the question what model %s is waits in the server's queue, behind cases", self.model)
+
+        alarm = threading.Timer(_PATIENT_S, say)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            yield told
+        finally:
+            alarm.cancel()
+
+    def predict(
+        self, case: Case, options: Options | None = None, on_event: Listener | None = None, stop: Stop | None = None
+    ) -> Answer:
+        """The answer to one case.
+
+        Args:
+            case: what is to be predicted.
+            options: of docs/http.md; the case's own come on top.
+            on_event: is told what happens to it.
+            stop: gives it up.
+
+        Raises:
+            ClientError: see :mod:`.errors`.
+        """
+        return self._predict(case, options or {}, self._teller(on_event), stop or Stop(), None)
+
+    @overload
+    def predict_many(
+        self,
+        cases: Iterable[Case],
+        options: Options | None = None,
+        *,
+        ordered: bool = True,
+        on_event: Listener | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[Outcome[Case, Answer]]: ...
+
+    @overload
+    def predict_many(
+        self,
+        cases: Iterable[Case],
+        options: Options | None = None,
+        *,
+        finish: Finish[Case, Given],
+        ordered: bool = True,
+        on_event: Listener | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[Outcome[Case, Given]]: ...
+
+    def predict_many(
+        self,
+        cases: Iterable[Case],
+        options: Options | None = None,
+        *,
+        finish: Finish[Case, Any] = _as_it_is,
+        ordered: bool = True,
+        on_event: Listener | None = None,
+        stop: Stop | None = None,
+    ) -> Iterator[Outcome[Case, Any]]:
+        """The answers to many cases, several of which are in flight.
+
+        As many are in flight as the servers take: one more is sent as soon as a worker has taken up the last one
+        (:mod:`.flight`). What is kept at any time is what is in flight, and a few answers that wait to be taken.
+
+        Args:
+            cases: are taken one after the other, when they are needed.
+            options: for all of them; a case's own come on top.
+            finish: what is to become of a case and its answer, called in the case's own thread: writes or unpacks it.
+                What it returns is the outcome's ``value``; by default the answer itself.
+            ordered: outcomes come in the order of the cases; else as they are completed.
+            on_event: is told what happens to all of them.
+            stop: gives all of them up.
+
+        Yields:
+            The outcome of each case: what ``finish`` returned, or the error.
+
+        Raises:
+            ClientError: the server cannot be reached or does not have the model; of single cases, nothing.
+        """
+        whole, tell = stop or Stop(), self._teller(on_event)
+        self.describe(on_event, whole)
+        common = dict(options or {})
+        batch = common.get("priority") == "batch"
+
+        def ask(case: Case, stop: Stop, seat: Seat) -> Answer:
+            return self._predict(case, common, tell, stop, seat)
+
+        def may_wait() -> int:
+            return (WAITING_BATCH_CASES if batch else WAITING_CASES) * self._servers.present()
+
+        return fly(ask, cases, finish, may_wait=may_wait, ordered=ordered, stop=whole)
+
+    def _predict(self, case: Case, options: Options, tell: Listener, stop: Stop, seat: Seat | None) -> Answer:
+        try:
+            body = self._body(case, tell, stop)
+            answer = self._ask(case.name, body, {**options, **case.options}, tell, stop, seat)
+        except ClientError as error:
+            error.case = error.case or case.name
+            tell(Event(case.name, Kind.FAILED, error.server, reason=error.reason))
+            raise
+        tell(Event(case.name, Kind.ANSWERED, answer.server, done=len(answer.content), total=len(answer.content)))
+        return answer
+
+    def _body(self, case: Case, tell: Listener, stop: Stop) -> Body:
+        """What is sent of a case, if the server takes that much."""
+        body = body_of(case.image)
+        limit = self._describe(tell, stop).body_bytes
+        if limit is not None and body.image_bytes > limit:
+            msg = f"the image has {body.image_bytes} bytes, the server takes at most {limit}; nothing was sent"
+            raise BodyTooLarge(msg)
+        return body
+
+    def _ask(
+        self,
+        case: str,
+        body: Body,
+        options: Options,
+        tell: Listener,
+        stop: Stop,
+        seat: Seat | None = None,
+        *,
+        streams: bool = True,
+    ) -> Answer:
+        """Ask until there is an answer, or no use in asking again."""
+
+        def once(trial: Trial) -> Answer:
+            with self._servers.place(stop, trial.deadline, alone=trial.must_be_alone) as server:
+                exchange = Exchange(
+                    server.http,
+                    server.url,
+                    self._credentials,
+                    tell,
+                    stop,
+                    trial.deadline,
+                    self._silence_s,
+                    _nothing if seat is None else seat.taken_up,
+                )
+                asked = Asked(case, self._path, body, _with_timeout(options, trial.deadline), streams)
+                answer = exchange.answer(asked)
+            return replace(answer, seconds=trial.seconds, tries=trial.tries)
+
+        def again(error: ClientError, pause_s: float) -> None:
+            if seat is not None:
+                seat.put_back()
+            tell(Event(case, Kind.RETRY, error.server, reason=error.reason, pause_s=pause_s))
+
+        if self._closed.is_set:
+            msg = "this client is closed"
+            raise WrongUse(msg)
+        with self._closed.telling(stop.set):
+            rules = Retries(self._patience, lambda: self._servers.reached, self._servers.has_place_beside, again, stop)
+            return rules.run(once)
+
+    def _teller(self, on_event: Listener | None) -> Listener:
+        """Tells one event at a time."""
+
+        def tell(event: Event) -> None:
+            if on_event is not None:
+                with self._telling:
+                    on_event(event)
+
+        return tell
+
+
+def _nothing() -> None:
+    pass
+
+
+def _given_urls(url: str | Sequence[str] | None) -> list[str]:
+    if url is None:
+        url = os.environ.get(URL_VARIABLE, "")
+    urls = url.replace(",", " ").split() if isinstance(url, str) else list(url)
+    if not urls:
+        msg = f"no server was given: its URL, as in http://127.0.0.1:8080, or {URL_VARIABLE}"
+        raise WrongUse(msg)
+    return urls
+
+
+def _with_timeout(options: Options, deadline: float) -> dict[str, object]:
+    """The options, with the seconds after which nobody waits any more."""
+    left = max(_SHORTEST_TIMEOUT_S, round(deadline - time.monotonic(), 3))
+    wanted = options.get("timeout_s")
+    return {**options, "timeout_s": min(wanted, left) if isinstance(wanted, int | float) else left}

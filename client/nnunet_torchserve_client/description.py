@@ -1,0 +1,140 @@
+"""What a served model is, as the server says it (docs/http.md, "What a model is")."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .answers import Answer
+from .errors import BadAnswer
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model and version that a server was started with, by TorchServe's names.
+
+    Attributes:
+        name, version: in the URL of a prediction.
+        dataset, trainer, plans, configuration: nnU-Net's names.
+        folds: numbers, or ``"all"``.
+        checkpoint: file name that the weights came from.
+        digest: of the archive.
+    """
+
+    name: str
+    version: str
+    dataset: str
+    trainer: str
+    plans: str
+    configuration: str
+    folds: tuple[int | str, ...]
+    checkpoint: str
+    digest: str
+
+    @property
+    def model_folder(self) -> str:
+        """The name of nnU-Net's folder, ``TRAINER__PLANS__CONFIGURATION``."""
+        return f"{self.trainer}__{self.plans}__{self.configuration}"
+
+
+def _served(document: Mapping[str, Any]) -> ServedModel:
+    names = ("name", "version", "dataset", "trainer", "plans", "configuration", "checkpoint", "digest")
+    return ServedModel(
+        **{name: str(document.get(name, "")) for name in names}, folds=tuple(document.get("folds") or ())
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model, described by the server that serves it.
+
+    Attributes:
+        raw: the whole answer.
+        model: its own names; ``name`` is the archive's, which need not be the one in the URL.
+        served: every model and version that the server was started with; ``None`` if it does not know.
+    """
+
+    raw: Mapping[str, Any] = field(repr=False)
+    model: ServedModel
+    served: tuple[ServedModel, ...] | None
+
+    @property
+    def digest(self) -> str:
+        """Of weights and code; each answer names it too."""
+        return self.model.digest
+
+    @property
+    def body_bytes(self) -> int | None:
+        """The server's limit for the images of a request."""
+        limit = self.raw.get("limits", {}).get("body_bytes")
+        return limit if isinstance(limit, int) else None
+
+    @property
+    def dataset_json(self) -> Json:
+        """nnU-Net's dataset.json, keys in its order."""
+        return self._document("dataset_json")
+
+    @property
+    def plans_json(self) -> Json:
+        """nnU-Net's plans.json, keys in its order."""
+        return self._document("plans_json")
+
+    @property
+    def file_ending(self) -> str:
+        """Of the dataset's images, as ``.nii.gz``."""
+        return str(self.dataset_json["file_ending"])
+
+    @property
+    def reader(self) -> str:
+        """nnU-Net's reader that the plans name."""
+        return str(self.raw.get("reader", ""))
+
+    @property
+    def channels(self) -> Mapping[str, str]:
+        """Number -> name of each image channel."""
+        channels: Mapping[str, str] = self.raw.get("channels", {})
+        return channels
+
+    @property
+    def input_orientation(self) -> str | None:
+        """nnU-Net's reorienting readers, and an archive that asks for it, turn images into this; else ``None``."""
+        letters = self.raw.get("input_orientation")
+        return letters if isinstance(letters, str) else None
+
+    @property
+    def mirroring_axes(self) -> tuple[int, ...] | None:
+        """Along which the first fold's checkpoint allows mirroring; ``None`` if along none."""
+        axes = self.raw.get("mirroring_axes", {})
+        first = axes.get(str(self.model.folds[0])) if self.model.folds else None
+        return tuple(int(axis) for axis in first) if first else None
+
+    @property
+    def option_names(self) -> frozenset[str]:
+        """The options that the server knows."""
+        return frozenset(self.raw.get("options", {}).get("properties", {}))
+
+    def _document(self, name: str) -> Json:
+        document = self.raw.get(name)
+        if not isinstance(document, dict):
+            msg = f"the server's description of the model has no {name}; it is older than this client"
+            raise BadAnswer(msg)
+        return document
+
+
+def read_description(answer: Answer) -> Description:
+    """The description that a server sent.
+
+    Raises:
+        BadAnswer: it is none.
+    """
+    try:
+        document = json.loads(answer.content)
+        served = document["served"]
+        return Description(document, _served(document), None if served is None else tuple(map(_served, served)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = "what came is no description of a model"
+        raise BadAnswer(msg, request_id=answer.request_id, server=answer.server) from error

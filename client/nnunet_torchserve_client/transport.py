@@ -1,0 +1,508 @@
+"""One request to one server, from its first byte to the last of its answer.
+
+Every request asks for events (``stream: true``), for only they tell a server that works from one that hangs. The answer
+is taken as docs/http.md says, and whatever goes wrong comes out as an error of :mod:`.errors`.
+
+Each request has a connection of its own: it costs nothing beside a case, is never one that the server has just closed,
+and can be cut (:mod:`.stopping`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import socket
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import cache
+from http import HTTPStatus
+from typing import Any
+from urllib.request import getproxies
+
+import httpx
+
+from .answers import Answer
+from .bodies import Body
+from .credentials import Credentials
+from .errors import (
+    BadAnswer,
+    Busy,
+    ClientError,
+    CutOff,
+    NotServed,
+    Silent,
+    TooLate,
+    Unauthorized,
+    Unreachable,
+    Untrusted,
+    WorkerDied,
+    WrongUse,
+    error_class,
+)
+from .events import Event, Kind, server_event
+from .stopping import Line, Stop
+
+OPTIONS_HEADER = "X-Nnunet-Options"
+MOST_OPTIONS_BYTES = 4096
+"""The server's bound."""
+
+EVENTS_TYPE = "application/vnd.nnunet-torchserve.events"
+WORKER_DIED = "Worker died."
+"""TorchServe's message, with status 500 or 507."""
+
+CONNECT_S = 10.0
+SEND_S = 60.0
+SILENCE_S = 60.0
+"""Seconds without a byte after which a server that has begun to answer is taken for dead: its heart beats every 5."""
+
+MOST_REDIRECTS = 5
+
+_LONGEST_LINE = 1024**2
+_MOST_ANSWER_BYTES = 2**31
+"""TorchServe's own bound."""
+
+_MOST_PROBLEM_BYTES = 256 * 1024
+_TELL_BYTES = 1024**2
+"""Bytes between two events of sending or receiving."""
+
+_KEPT = {HTTPStatus.TEMPORARY_REDIRECT, HTTPStatus.PERMANENT_REDIRECT}
+"""Redirects that keep method and body."""
+
+_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
+    (socket.IPPROTO_TCP, getattr(socket, name), value)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+    if hasattr(socket, name)
+]
+"""A request may wait in a queue without a byte for long: that a machine is gone is noticed all the same."""
+
+
+def connections(url: str, credentials: Credentials, *, use_proxies: bool) -> httpx.Client:
+    """The connections to one server.
+
+    Args:
+        url: its base URL.
+        credentials: how its certificate is checked.
+        use_proxies: whether the environment's proxies are used; never for this machine's own addresses.
+
+    Raises:
+        WrongUse: the URL is none.
+    """
+    verify = _trust(credentials.verify)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    if use_proxies and getproxies() and not _is_loopback(httpx.URL(url).host):
+        return httpx.Client(verify=verify, limits=limits)
+    transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
+    return httpx.Client(transport=transport, trust_env=False)
+
+
+@cache
+def _trust(verify: bool | str) -> ssl.SSLContext | bool:
+    """Which certificates are taken; made once, for a list of authorities takes a while to read."""
+    if not isinstance(verify, str):
+        return verify and httpx.create_ssl_context()
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except (OSError, ssl.SSLError) as error:
+        msg = f"verify: {verify} holds no certificates in PEM form"
+        raise WrongUse(msg) from error
+
+
+def checked_url(url: str) -> str:
+    """A base URL without a slash at the end.
+
+    Raises:
+        WrongUse: it is none, or holds credentials. The message does not hold it then.
+    """
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        msg = "a server is given as http://HOST:PORT or https://HOST, with a path if a proxy has one"
+        raise WrongUse(msg) from error
+    if parsed.userinfo:
+        msg = "the URL holds a user or a password; give credentials as token or headers"
+        raise WrongUse(msg)
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        msg = f"{url!r} is no server; give http://HOST:PORT or https://HOST, with a path if a proxy has one"
+        raise WrongUse(msg)
+    return str(parsed).rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request.
+
+    Attributes:
+        case: the name of its case.
+        path: below the base URL.
+        body: what is sent.
+        options: of docs/http.md, without ``stream``.
+        streams: whether events are asked for.
+    """
+
+    case: str
+    path: str
+    body: Body
+    options: Mapping[str, object]
+    streams: bool = True
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request on its way.
+
+    Attributes:
+        http: the connections of its server.
+        url: the server's base URL.
+        credentials: for that server.
+        tell: is told events.
+        stop: gives it up.
+        deadline: ``time.monotonic()`` at which it is given up.
+        silence_s: see :data:`SILENCE_S`.
+        taken_up: is called once a worker has the request.
+    """
+
+    http: httpx.Client
+    url: str
+    credentials: Credentials
+    tell: Callable[[Event], object]
+    stop: Stop
+    deadline: float
+    silence_s: float
+    taken_up: Callable[[], object]
+    _id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _case: str = ""
+    _begun: bool = False
+
+    def answer(self, asked: Asked) -> Answer:
+        """Ask, and take the answer.
+
+        Raises:
+            ClientError: whatever goes wrong, with case, server and request id.
+        """
+        self._case = asked.case
+        line = Line()
+        try:
+            with self.stop.telling(line.cut):
+                return self._follow(asked, line)
+        except ClientError as error:
+            raise self._named(error) from error.__cause__
+        except httpx.TimeoutException as error:
+            raise self._named(self._timed_out(error)) from error
+        except httpx.DecodingError as error:
+            msg = "the answer was packed on its way, and is damaged"
+            raise self._named(BadAnswer(msg)) from error
+        except httpx.TransportError as error:
+            self.stop.check()
+            raise self._named(_no_connection(error, begun=self._begun)) from error
+
+    def _follow(self, asked: Asked, line: Line) -> Answer:
+        """Ask where redirects lead to."""
+        target = httpx.URL(self.url + asked.path)
+        home = _origin(target)
+        for _ in range(MOST_REDIRECTS + 1):
+            secret = self.credentials.headers if _origin(target) == home else {}
+            timeout = {"connect": self._left(CONNECT_S), "write": SEND_S, "read": self._patience(), "pool": None}
+            extensions = {"timeout": timeout, "trace": _tracing(line)}
+            request = self.http.build_request(
+                "POST",
+                target,
+                headers=self._headers(asked, secret),
+                content=self._sending(asked),
+                extensions=extensions,
+            )
+            response = self.http.send(request, stream=True)
+            try:
+                timeout["read"] = self.silence_s
+                if not response.is_redirect:
+                    return self._take(response)
+                target = _redirected(target, response)
+            finally:
+                response.close()
+        msg = f"more than {MOST_REDIRECTS} redirects"
+        raise BadAnswer(msg)
+
+    def _headers(self, asked: Asked, secret: Mapping[str, str]) -> dict[str, str]:
+        ours = {
+            OPTIONS_HEADER: _as_text({**asked.options, "stream": True} if asked.streams else asked.options),
+            "X-Request-Id": self._id,
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "Content-Length": str(asked.body.length),
+        }
+        if asked.body.length:
+            ours["Content-Type"] = asked.body.content_type
+        return {**secret, **ours}
+
+    def _sending(self, asked: Asked) -> Iterator[bytes]:
+        done, told = 0, -_TELL_BYTES
+        total = asked.body.length
+        for chunk in asked.body.chunks():
+            yield chunk  # type: ignore[misc]  # httpx passes on whatever has a length and a buffer
+            done += len(chunk)
+            self._check()
+            if done - told >= _TELL_BYTES or done == total:
+                told = done
+                self.tell(Event(self._case, Kind.SENDING, self.url, done=done, total=total))
+        self.tell(Event(self._case, Kind.WAITING, self.url))
+
+    def _take(self, response: httpx.Response) -> Answer:
+        if response.is_error:
+            raise _problem(response, _read_some(response))
+        if response.status_code != HTTPStatus.OK:
+            msg = f"HTTP {response.status_code}, which this client does not know"
+            raise BadAnswer(msg, status=response.status_code)
+        content_type = response.headers.get("content-type", "")
+        self._id = response.headers.get("x-nnunet-request-id", self._id)
+        self._begun = True
+        self.taken_up()
+        parts = response.iter_bytes()
+        if not content_type.startswith(EVENTS_TYPE):
+            content = self._receive(parts, b"", None)
+            return self._answer(content, content_type, response.headers)
+        return self._read_events(parts, response.headers)
+
+    def _read_events(self, parts: Iterator[bytes], head: Mapping[str, str]) -> Answer:
+        unread = b""
+        while True:
+            while b"\n" not in unread:
+                if len(unread) > _LONGEST_LINE:
+                    msg = "an event without an end"
+                    raise BadAnswer(msg)
+                part = next(parts, b"")
+                if not part:
+                    msg = "the answer ended before its last event"
+                    raise CutOff(msg)
+                unread += part
+            line, _, unread = unread.partition(b"\n")
+            document = _parsed(line)
+            if document is None:
+                msg = "a line of the answer is no event"
+                raise BadAnswer(msg)
+            if document.get("event") == "error":
+                status = document.get("status")
+                raise _problem_of(document, _lower(document.get("headers")), status if isinstance(status, int) else 500)
+            if document.get("event") == "result":
+                length = document.get("length")
+                if not isinstance(length, int) or not 0 <= length <= _MOST_ANSWER_BYTES:
+                    msg = "a result without its length, or with one that no answer has"
+                    raise BadAnswer(msg)
+                content = self._receive(parts, unread, length)
+                headers = {**head, **_lower(document.get("headers"))}
+                return self._answer(content, str(document.get("content_type", "")), headers)
+            event = server_event(self._case, self.url, document)
+            if event is not None:
+                self.tell(event)
+            self._check()
+
+    def _receive(self, parts: Iterator[bytes], first: bytes, length: int | None) -> bytes:
+        """The rest of an answer: ``length`` bytes, or all that comes."""
+        content = io.BytesIO(bytes(length or 0))  # in one piece from the start: growing leaves holes in the memory
+        content.write(first)
+        told = 0
+        for part in parts:
+            content.write(part)
+            self._check()
+            if content.tell() - told >= _TELL_BYTES:
+                told = content.tell()
+                self.tell(Event(self._case, Kind.RECEIVING, self.url, done=told, total=length or 0))
+        if length is not None and content.tell() != length:
+            msg = f"the answer ended after {content.tell()} of {length} bytes"
+            raise CutOff(msg)
+        return content.getvalue()
+
+    def _answer(self, content: bytes, content_type: str, headers: Mapping[str, str]) -> Answer:
+        plain = {name.lower(): value for name, value in headers.items()}
+        return Answer(self._case, content, content_type.partition(";")[0].strip(), plain, self._id, self.url)
+
+    def _check(self) -> None:
+        self.stop.check()
+        if time.monotonic() >= self.deadline:
+            raise self._too_late()
+
+    def _left(self, most: float = math.inf) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise self._too_late()
+        return min(left, most)
+
+    def _patience(self) -> float:
+        """Seconds to wait for the answer to begin.
+
+        Half of what is left: a request that is lost in TorchServe's queue, whose connection stays open where a model is
+        unregistered, is asked for once more at least.
+        """
+        left = self._left()
+        return left if left <= 2 * self.silence_s else left / 2
+
+    def _too_late(self) -> TooLate:
+        return TooLate("the client's deadline passed before the server had answered")
+
+    def _timed_out(self, error: httpx.TimeoutException) -> ClientError:
+        if isinstance(error, httpx.ConnectTimeout):
+            return Unreachable(f"no connection within {CONNECT_S:.0f} s")
+        if time.monotonic() >= self.deadline:
+            return self._too_late()
+        return Silent("the server said nothing for too long")
+
+    def _named(self, error: ClientError) -> ClientError:
+        error.case = error.case or self._case
+        error.server = error.server or self.url
+        error.request_id = error.request_id or self._id
+        return error
+
+
+def _as_text(options: Mapping[str, object]) -> str:
+    """Options as their header has them; NumPy's numbers and arrays are numbers and lists.
+
+    Raises:
+        WrongUse: they are no JSON, or too long.
+    """
+    try:
+        text = json.dumps(options, separators=(",", ":"), allow_nan=False, default=lambda value: value.tolist())
+    except (TypeError, ValueError, AttributeError) as error:
+        msg = f"options are numbers, texts and lists of them, none infinite: {ascii(dict(options))[:200]}"
+        raise WrongUse(msg) from error
+    if len(text) > MOST_OPTIONS_BYTES:
+        msg = f"the options take {len(text)} bytes; a server takes at most {MOST_OPTIONS_BYTES}"
+        raise WrongUse(msg)
+    return text
+
+
+def _tracing(line: Line) -> Callable[[str, Mapping[str, Any]], None]:
+    """Tells the line of its connection, as httpcore makes it."""
+
+    def trace(name: str, info: Mapping[str, Any]) -> None:
+        if name.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            line.connected(info["return_value"].get_extra_info("socket"))
+
+    return trace
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _redirected(target: httpx.URL, response: httpx.Response) -> httpx.URL:
+    status = response.status_code
+    try:
+        where = target.join(response.headers["location"])
+    except (httpx.InvalidURL, ValueError, KeyError) as error:
+        msg = f"HTTP {status} redirects to nowhere"
+        raise BadAnswer(msg, status=status) from error
+    host = f"{where.scheme}://{where.netloc.decode('ascii', 'replace').rpartition('@')[2]}"
+    if status not in _KEPT:
+        msg = f"HTTP {status} redirects to {host} and drops the image; give that address as the server's"
+        raise BadAnswer(msg, status=status)
+    if where.scheme not in ("http", "https") or (target.scheme == "https" and where.scheme == "http"):
+        msg = f"HTTP {status} redirects to {host}, where nothing is encrypted; an image is not sent there"
+        raise NotServed(msg, status=status)
+    return where.copy_with(userinfo=b"", fragment=None)
+
+
+def _read_some(response: httpx.Response) -> bytes:
+    """The body of an error, or its beginning."""
+    content = b""
+    for part in response.iter_bytes():
+        content += part
+        if len(content) > _MOST_PROBLEM_BYTES:
+            break
+    return content
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _problem(response: httpx.Response, body: bytes) -> ClientError:
+    return _problem_of(_parsed(body), _lower(response.headers), response.status_code)
+
+
+def _problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], status: int) -> ClientError:
+    """The error that an answer is.
+
+    Args:
+        document: its JSON: a problem document, TorchServe's own ``code``, ``type`` and ``message``, or nothing.
+        headers: names in lower case.
+        status: HTTP status.
+    """
+    said = document or {}
+    code = said.get("code")
+    request_id = said.get("request_id") or headers.get("x-nnunet-request-id") or headers.get("x-request-id")
+    known: dict[str, Any] = {
+        "status": status,
+        "request_id": request_id if isinstance(request_id, str) else None,
+        "retry_after_s": _retry_after_s(headers.get("retry-after")),
+    }
+    if isinstance(code, str):  # docs/http.md, "Errors made by the handler"
+        return error_class(status, code)(str(said.get("detail") or code), code=code, **known)
+    message = said.get("message")
+    if status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE) and message == WORKER_DIED:
+        return WorkerDied("the worker that had the case died", **known)
+    if status == HTTPStatus.INSUFFICIENT_STORAGE and said.get("type") == "OutOfMemoryError":
+        return Busy("more uploads at once than the server's memory holds", **known)
+    if said.get("type") == "InvalidKeyException":
+        return Unauthorized("TorchServe does not take this token: it is wrong, expired or missing", **known)
+    if isinstance(message, str) and "type" in said:
+        return error_class(status, None)(message[:500], **known)
+    return error_class(status, None)(_WITHOUT_REASON.get(status) or f"HTTP {status} without a reason", **known)
+
+
+_WITHOUT_REASON: Mapping[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "the server, or a proxy before it, wants credentials: a token or a header",
+    HTTPStatus.FORBIDDEN: "the server, or a proxy before it, does not take these credentials",
+    HTTPStatus.NOT_FOUND: "nothing is served at this address: is the path before /predictions right?",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is above the limit of the server, or of a proxy before it",
+    HTTPStatus.BAD_GATEWAY: "a proxy does not reach the server",
+    HTTPStatus.SERVICE_UNAVAILABLE: "the server, or a proxy before it, takes no requests now",
+    HTTPStatus.GATEWAY_TIMEOUT: "a proxy gave the request up; it should wait as long as a case may take",
+}
+"""Of what stands before the server, and of TorchServe where it says nothing."""
+
+
+def _lower(headers: object) -> dict[str, str]:
+    if not isinstance(headers, Mapping):
+        return {}
+    return {str(name).lower(): str(value) for name, value in headers.items()}
+
+
+def _retry_after_s(text: str | None) -> float | None:
+    """RFC 9110, 10.2.3: seconds, or a date."""
+    if not text:
+        return None
+    if text.strip().isdigit():
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    aware = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return max(0.0, (aware - datetime.now(UTC)).total_seconds())
+
+
+def _no_connection(error: httpx.TransportError, *, begun: bool) -> ClientError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Untrusted(f"the server's certificate is not to be trusted: {cause.verify_message}")
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
+        return WrongUse("the request could not be made as HTTP")
+    if isinstance(error, httpx.ConnectError | httpx.ProxyError):
+        return Unreachable("no connection to the server")
+    if begun:
+        return CutOff("the connection ended before the answer did")
+    return Unreachable("the connection ended before the answer began")

@@ -1,0 +1,26 @@
+"""What the package needs, and what it does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import nnunet_torchserve_client
+
+
+def test_neither_torch_nor_nnunet_is_loaded_by_any_module() -> None:
+    script = """
+import pkgutil, sys, importlib
+import nnunet_torchserve_client as package
+for module in pkgutil.iter_modules(package.__path__):
+    importlib.import_module(f"{package.__name__}.{module.name}")
+heavy = {"torch", "nnunetv2", "nibabel", "SimpleITK", "scipy", "pydantic", "nnunet_torchserve"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[]\n"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in nnunet_torchserve_client.__all__:
+        assert getattr(nnunet_torchserve_client, name).__doc__

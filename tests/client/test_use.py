@@ -1,0 +1,90 @@
+"""What cannot be meant is refused before anything is sent."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nnunet_torchserve_client import Case, Client, errors
+from nnunet_torchserve_client.client import URL_VARIABLE
+from support import peer
+from support.peer import Peer
+
+URL = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def server() -> Iterator[Peer]:
+    with Peer().listening() as listening:
+        yield listening
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (("127.0.0.1:8080", "m"), {}),
+        (("ftp://host", "m"), {}),
+        (("http://", "m"), {}),
+        (("http://host/?a=b", "m"), {}),
+        (([], "m"), {}),
+        ((URL, ""), {}),
+        ((URL, "a/b"), {}),
+        ((URL, "m", ""), {}),
+        ((URL, "m"), {"deadline_s": 0}),
+        ((URL, "m"), {"deadline_s": float("inf")}),
+        ((URL, "m"), {"silence_s": float("nan")}),
+        ((URL, "m"), {"headers": {"Content-Length": "3"}}),
+    ],
+)
+def test_a_client_that_cannot_be_meant(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+    with pytest.raises(errors.WrongUse):
+        Client(*arguments, **settings)
+
+
+def test_the_environment_says_where_the_servers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL_VARIABLE, "http://a:8080, https://b/path/ http://a:8080/")
+    assert Client(None, "m").urls == ["http://a:8080", "https://b/path"]
+    monkeypatch.delenv(URL_VARIABLE)
+    with pytest.raises(errors.WrongUse, match=URL_VARIABLE):
+        Client(None, "m")
+
+
+@pytest.mark.parametrize("options", [{"spacing": [float("nan")]}, {"folds": {1}}, {"spacing": [1.0] * 2000}])
+def test_options_that_no_header_can_hold(options: dict[str, object], server: Peer) -> None:
+    with Client(server.url, "blobs") as client, pytest.raises(errors.WrongUse, match="options"):
+        client.predict(Case("head", b"image"), options)
+    assert not server.received
+
+
+def test_numbers_of_numpy_are_numbers(server: Peer) -> None:
+    with Client(server.url, "blobs") as client:
+        client.predict(Case("head", b"image"), {"folds": [np.int64(1)], "spacing": np.array([1.5, 2.0])})
+    assert server.received[0].options["folds"] == [1]
+    assert server.received[0].options["spacing"] == [1.5, 2.0]
+
+
+def test_a_version_is_part_of_the_path_and_a_proxys_path_comes_first(server: Peer) -> None:
+    with Client(f"{server.url}/behind/a/proxy/", "blobs", "2.0") as client:
+        client.predict(Case("head", b"image"))
+    assert server.paths == ["/behind/a/proxy/predictions/blobs/2.0"] * 2
+
+
+def test_errors_come_whole_from_another_process(server: Peer) -> None:
+    server.replies = [peer.problem(422, "too_thin")]
+    with Client(server.url, "blobs") as client, pytest.raises(errors.TooThin) as caught:
+        client.predict(Case("head", b"image"))
+    copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 (our own)
+    assert (str(copy), copy.case, copy.status) == (str(caught.value), "head", 422)
+    several = pickle.loads(pickle.dumps(errors.CasesFailed([caught.value], [None, 1])))  # noqa: S301
+    assert (str(several.failures[0]), several.results) == (str(caught.value), [None, 1])
+
+
+def test_an_answer_that_is_no_description(server: Peer) -> None:
+    for description in ({}, {"served": [1]}):
+        server.description = description
+        with Client(server.url, "blobs") as client, pytest.raises(errors.BadAnswer, match="no description"):
+            client.describe()

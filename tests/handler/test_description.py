@@ -1,0 +1,109 @@
+"""What a model says of itself to whoever may predict: nnU-Net's own files, whole, and without any image."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from batchgenerators.utilities.file_and_folder_operations import save_json
+
+from nnunet_torchserve.errors import Draining
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
+from nnunet_torchserve.served import SERVED_FILE, read_served, served_model, write_served
+from nnunet_torchserve.telemetry import Counts
+from support import stock
+from support.bad_requests import GOOD
+
+Load = Callable[[str], Pipeline]
+DESCRIBE = {"X-Nnunet-Options": '{"describe": true}'}
+
+
+def described(pipeline: Pipeline, parts: Mapping[str, object] | None = None) -> dict[str, Any]:
+    response = pipeline.answer(Request(parts or {}, DESCRIBE))
+    assert (int(response.status), response.content_type) == (200, "application/json"), response.body
+    description: dict[str, Any] = json.loads(response.body)
+    return description
+
+
+@pytest.mark.parametrize("model", ["five_folds", "regions", "flat"])
+def test_nnunets_files_come_whole_as_stock_writes_them_beside_predictions(
+    model: str, pipeline: Load, models: dict[str, Path], tmp_path: Path
+) -> None:
+    stocks = stock.loaded(models[model], folds=[0])
+    description = described(pipeline(model))
+    for ours, theirs in (("dataset_json", stocks.dataset_json), ("plans_json", stocks.plans_manager.plans)):
+        save_json(theirs, tmp_path / "stock.json", sort_keys=False)
+        save_json(description[ours], tmp_path / "ours.json", sort_keys=False)
+        assert (tmp_path / "ours.json").read_bytes() == (tmp_path / "stock.json").read_bytes()
+    assert description["plans"] == stocks.plans_manager.plans_name
+    assert description["dataset"] == stocks.plans_manager.dataset_name
+    assert description["trainer"] == stocks.trainer_name
+    assert description["checkpoint"] == "checkpoint_final.pth"
+
+
+def test_an_image_that_comes_along_is_not_looked_at(pipeline: Load) -> None:
+    model = pipeline("flat")
+    expected = described(model)
+    for parts in ({"body": b""}, {"body": b"no image"}, {"body": {"parsed": "by TorchServe"}}, {"mask": b"x"}):
+        assert described(model, parts) == expected
+    response = model.answer(Request({"options": b'{"describe": true, "timeout_s": 5}', "image": GOOD}, {}))
+    assert json.loads(response.body) == expected
+
+
+def test_a_description_is_given_while_draining_and_costs_nothing(
+    pipeline: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        msg = "come again"
+        raise Draining(msg, 1)
+
+    counts = Counts()
+    drained = replace(pipeline("flat"), refuse=refuse, counts=counts, engine=None)  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO):
+        assert described(drained)["name"] == "flat"
+    assert counts.take() == {}
+    assert drained.answer(Request({"body": GOOD}, {})).status == 503
+    assert counts.take() != {}
+    assert "Blobs" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "others", [{"folds": 0}, {"stream": True}, {"output_format": "json"}, {"save_probabilities": True}]
+)
+def test_an_option_that_needs_a_case_is_refused_beside_it(others: dict[str, object], pipeline: Load) -> None:
+    text = json.dumps({"describe": True} | others)
+    response = pipeline("flat").answer(Request({"body": GOOD}, {"X-Nnunet-Options": text}))
+    problem = json.loads(response.body)
+    assert (int(response.status), problem["code"]) == (400, "bad_option")
+    assert next(iter(others)) in problem["detail"]
+
+
+def test_what_serve_wrote_down_is_told(pipeline: Load, unpacked: Callable[[str], Path], tmp_path: Path) -> None:
+    model = pipeline("regions")
+    assert described(model)["served"] is None
+    written = served_model("brain", "2.0", (unpacked("regions") / "bundle.json").read_bytes())
+    write_served(tmp_path, [written])
+    [entry] = described(replace(model, served=lambda: read_served(tmp_path)))["served"]
+    description = described(model)
+    assert (entry.pop("name"), entry.pop("version")) == ("brain", "2.0")
+    assert entry == {key: description[key] for key in asdict(written) if key not in ("name", "version")}
+
+
+@pytest.mark.parametrize("content", [None, "", "["])
+def test_a_list_that_cannot_be_read_is_none(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / SERVED_FILE).write_text(content)
+    assert read_served(tmp_path) is None
+    assert read_served(None) is None
+
+
+def test_an_archive_of_another_schema_is_listed_as_far_as_it_says() -> None:
+    model = served_model("brain", "1.0", b'{"schema_version": 2, "dataset": "Dataset900_X", "members": {"a": {}}}')
+    assert (model.dataset, model.folds, model.checkpoint) == ("Dataset900_X", (), None)
+    assert model.digest.startswith("sha256:")
