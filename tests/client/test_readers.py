@@ -78,6 +78,7 @@ MORE_KINDS = [  # tests/parity compares the files of each reader too
     Kind("five_folds", "NibabelIO"),
     Kind("flat", "SimpleITKIO"),
     Kind("flat", "NaturalImage2DIO", ".png"),
+    Kind("flat", "NaturalImage2DIO", ".bmp"),
 ]
 Predictors = tuple[nnUNetPredictor, RemotePredictor]
 

@@ -61,6 +61,7 @@ def _images() -> dict[str, bytes]:
         "npy": _npy,
         "npz": _npz,
         "png": _png,
+        "bmp": _bmp,
         "tiff": _tiff,
         "other": _other,
     }
@@ -393,9 +394,15 @@ def _png() -> Iterator[tuple[str, bytes]]:
     yield "tRNS", _with_chunk(_picture(picture), b"tRNS", b"\0\3")
 
 
-def _picture(image: Image.Image, **settings: Any) -> bytes:
+def _bmp() -> Iterator[tuple[str, bytes]]:
+    for mode in ("1", "L", "P", "RGB", "RGBA"):
+        yield mode, _picture(Image.fromarray(_voxels((4, 5, 4), "uint8")).convert(mode), "BMP")
+    yield "larger", _picture(Image.fromarray(_voxels((80, 90, 3), "uint8")), "BMP")
+
+
+def _picture(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", **settings)
+    image.save(file, kind, **settings)
     return file.getvalue()
 
 

@@ -25,6 +25,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from PIL import Image
 
 from nnunet_torchserve import codecs
+from nnunet_torchserve.codecs.bmp import is_bmp, open_bmp
 from nnunet_torchserve.codecs.pictures import PictureSource
 from nnunet_torchserve.codecs.png import encode_png, is_png, open_png
 from nnunet_torchserve.codecs.tiff import encode_tiff, is_tiff, open_tiff
@@ -49,9 +50,12 @@ RNG = np.random.default_rng(11)
 Array = npt.NDArray[Any]
 
 
+KINDS = {is_png: open_png, is_tiff: open_tiff, is_bmp: open_bmp}
+
+
 def open_picture(body: bytes, placement: Placement | None = PLANE, limits: Limits = LIMITS) -> PictureSource:
-    assert is_png(body) != is_tiff(body)
-    return (open_png if is_png(body) else open_tiff)(memoryview(body), limits, placement)
+    [open_it] = [how for is_it, how in KINDS.items() if is_it(body)]
+    return open_it(memoryview(body), limits, placement)
 
 
 def some(shape: tuple[int, ...], dtype: str = "uint8") -> Array:
@@ -196,6 +200,88 @@ def test_labels_written_as_png_are_read_back_by_nnunet(dtype: str, tmp_path: Pat
     np.testing.assert_array_equal(read, labels[None])
     np.testing.assert_array_equal(open_picture(content).read(), labels[None])
     assert encode_png(labels.copy()) == content
+
+
+# --- BMP -------------------------------------------------------------------------------------------------------------
+
+
+def bmp(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "BMP")
+    return file.getvalue()
+
+
+def made_bmp(bits: int, rows: bytes, *, masks: tuple[int, ...] = (), old: bool = False, height: int = 4) -> bytes:
+    """Five columns; with ``masks`` of the colours, the header of Windows 95; ``old`` is that of OS/2."""
+    header = struct.pack("<IHHHH", 12, 5, height, 1, bits) if old else b""
+    if not old:
+        header = struct.pack("<IiiHHIIiiII", 108 if masks else 40, 5, height, 1, bits, 3 if masks else 0, 0, 0, 0, 0, 0)
+        header += struct.pack("<4I", *masks) + bytes(108 - 40 - 16) if masks else b""
+    colours = {1: 2, 4: 16, 8: 256}.get(bits, 0)
+    entry = 3 if old else 4
+    palette = b"".join(bytes([n % 7 * 30, n % 5 * 50, n % 3 * 90, 0])[:entry] for n in range(colours))
+    offset = 14 + len(header) + len(palette)
+    return struct.pack("<2sIHHI", b"BM", offset + len(rows), 0, 0, offset) + header + palette + rows
+
+
+BMPS: dict[str, bytes] = {
+    "grey": bmp(Image.fromarray(GREY)),
+    "RGB": bmp(Image.fromarray(COLOUR)),
+    "RGBA": bmp(Image.fromarray(some((9, 7, 4)))),
+    "1 bit": bmp(Image.fromarray(some((9, 7), "bool"))),
+    "palette": bmp(Image.fromarray(COLOUR).quantize(8)),
+    "2 colours": made_bmp(1, some((4, 4)).tobytes()),
+    "16 colours": made_bmp(4, some((4, 4)).tobytes()),
+    "15 bits": made_bmp(16, some((4, 12)).tobytes()),
+    "16 bits": made_bmp(16, some((4, 12)).tobytes(), masks=(0xF800, 0x7E0, 0x1F, 0)),
+    "32 bits": made_bmp(32, some((4, 20)).tobytes()),
+    "alpha": made_bmp(32, some((4, 20)).tobytes(), masks=(0xFF0000, 0xFF00, 0xFF, 0xFF000000)),
+    "from above": made_bmp(24, some((4, 16)).tobytes(), height=-4),
+    "of OS/2": made_bmp(24, some((4, 16)).tobytes(), old=True),
+    "by imageio": iio.imwrite("<bytes>", COLOUR, extension=".bmp"),
+}
+
+
+@pytest.mark.parametrize("name", BMPS)
+def test_a_bmp_is_read_as_nnunet_reads_it(name: str, tmp_path: Path) -> None:
+    expected, properties = NaturalImage2DIO().read_images([str(volumes.write(tmp_path, "a.bmp", BMPS[name]))])
+    image = open_picture(BMPS[name])
+    np.testing.assert_array_equal(image.read(), expected, strict=True)
+    assert image.geometry.spacing_zyx == properties["spacing"]
+    assert (image.channels, *image.geometry.shape) == expected.shape
+    assert image.native_format is OutputFormat.PNG
+
+
+@pytest.mark.parametrize("name", BMPS)
+def test_a_bmp_that_is_cut_off_is_refused(name: str) -> None:
+    content = BMPS[name]
+    for end in (20, 30, len(content) // 2, len(content) - 1):
+        with pytest.raises((Malformed, UnknownFormat)):
+            open_picture(content[:end])
+
+
+def test_a_bmp_that_claims_more_than_it_holds_or_than_is_allowed_is_refused() -> None:
+    content = bytearray(BMPS["RGB"])
+    content[18:26] = struct.pack("<ii", 500, 500)
+    with pytest.raises(Malformed, match="cut off"):
+        open_picture(bytes(content))
+    content[18:26] = struct.pack("<ii", 2**31 - 1, 2**31 - 1)
+    with pytest.raises(TooLarge):
+        open_picture(bytes(content))
+    for nothing in ((0, 5), (5, 0)):
+        content[18:26] = struct.pack("<ii", *nothing)
+        with pytest.raises(Malformed):
+            open_picture(bytes(content))
+
+
+def test_a_packed_bmp_is_refused_with_what_would_be_right() -> None:
+    content = bytearray(BMPS["grey"])
+    content[30:34] = struct.pack("<I", 1)
+    with pytest.raises(UnknownFormat, match="without compression"):
+        open_picture(bytes(content))
+
+
+# --- hostile PNGs ----------------------------------------------------------------------------------------------------
 
 
 IHDR = png(GREY)[8:33]

@@ -11,6 +11,7 @@ from ..limits import Limits
 from ..volume import Placement
 from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
 from .arrays import is_npy, is_npz, open_npy, open_npz
+from .bmp import is_bmp, open_bmp
 from .channels import check_channels
 from .foreign import name_of
 from .inflate import ByteSource, Payload
@@ -59,6 +60,8 @@ def open_image(body: Payload, limits: Limits, reader: str, placement: Placement 
             return open_png(source.body, limits, default)
         if is_tiff(head):
             return open_tiff(source.body, limits, default)
+        if is_bmp(head):
+            return open_bmp(source.body, limits, default)
     image = _open_volume(source, head, limits, reader)
     if placement is not None:
         msg = "options spacing, origin and direction are for arrays and pictures; this file says itself where it lies"
@@ -75,7 +78,7 @@ def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -
     if is_metaimage(head):
         return MetaImageSource(source, limits)
     msg = (
-        f"{name_of(head, packed=source.compressed)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG or TIFF "
+        f"{name_of(head, packed=source.compressed)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG, TIFF or BMP "
         "as the raw body or as multipart field image"
     )
     raise UnknownFormat(msg)

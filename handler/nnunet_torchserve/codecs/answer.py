@@ -19,11 +19,12 @@ from ..options import Options, OutputFormat, ProbabilityFormat
 from ..painting import Painting
 from ..volume import Geometry, LabelMap
 from .arrays import encode_npz
+from .bmp import encode_bmp
 from .inflate import gzipped
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
 from .nrrd import encode_nrrd
-from .pictures import MOST_OF_8_BITS, encode_bmp
+from .pictures import MOST_OF_8_BITS
 from .png import encode_png
 from .report import encode_report
 from .source import ImageSource

@@ -18,7 +18,7 @@ _STARTS = {
     b"\xff\x4f\xff\x51": "a JPEG 2000",
     b"\0\0\0\x0cjP  ": "a JPEG 2000",
     b"GIF8": "a GIF",
-    b"BM": "a BMP",
+    b"BM": "a BMP of a kind that is not read; save it as PNG",
     b"RIFF": "a WebP picture or another RIFF file",
     b"%PDF": "a PDF",
     b"\x1f\x8b": "a file that was packed by gzip twice",

@@ -1,13 +1,11 @@
-"""What PNG, TIFF and BMP have in common: files that say nothing of where they lie. BMP only goes out."""
+"""What PNG, TIFF and BMP have in common: files that say nothing of where they lie."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ..errors import BadSpacing
 from ..options import OutputFormat
@@ -72,14 +70,3 @@ def in_stocks_type(labels: LabelArray) -> LabelArray:
     if labels.max() <= MOST_OF_8_BITS:
         return labels.astype(np.uint8, copy=False)
     return labels.astype(np.uint16, copy=False)
-
-
-def encode_bmp(labels: LabelArray) -> bytes:
-    """A label map as a grey BMP of 8 bits, as ``NaturalImage2DIO`` writes it.
-
-    Args:
-        labels: (1, Y, X), values up to ``MOST_OF_8_BITS``.
-    """
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(in_stocks_type(labels)[0])).save(file, "BMP")
-    return file.getvalue()
