@@ -18,8 +18,8 @@ import numpy.typing as npt
 from .arrays import npy_header, smallest
 from .errors import UnreadableFile, WrongUse
 
-CHUNK_BYTES = 1024 * 1024
-"""What is handed to the connection at a time."""
+CHUNK_BYTES = 64 * 1024
+"""What is handed to the connection at a time: below what malloc maps apart, so that memory does not grow with cases."""
 
 Image = str | os.PathLike[str] | bytes | npt.NDArray[Any]
 """A file, its content, or an array (C, Z, Y, X), (Z, Y, X) or (Y, X)."""

@@ -29,8 +29,9 @@ LONGEST_ABSENCE_S = 30.0
 
 _MOST_DOUBLINGS = 16
 
-_PROBE_EVERY = 8
-"""Answers for each place before one more is tried: a refused request costs its upload."""
+_FIRST_PROBE, _RAREST_PROBE = 8, 1024
+"""Answers for each place before one more is tried, at first and at most: a refused request costs its upload, so twice
+as many after each."""
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class Server:
         losses: how often in a row it could not be reached.
         refusals: how often in a row it had enough to do.
         answers: since its places last changed.
+        probe_after: answers for each place before one more is tried.
     """
 
     url: str
@@ -58,6 +60,7 @@ class Server:
     losses: int = 0
     refusals: int = 0
     answers: int = 0
+    probe_after: int = _FIRST_PROBE
 
     def has_place(self, now: float) -> bool:
         """Whether it may be asked now."""
@@ -71,29 +74,38 @@ class Server:
             now: ``time.monotonic()``.
             among_others: whether there are other servers, to which its cases go meanwhile.
         """
+        if isinstance(error, CutOff | Cancelled | TooLate):  # says nothing of the server
+            return
         if isinstance(error, Unreachable | Silent):
-            if now >= self.not_before:  # those that were in flight together are one loss
-                self.losses += 1
-                self.not_before = now + self._absence(self.losses)
-            return
-        if isinstance(error, CutOff):
-            return
-        if isinstance(error, Cancelled | TooLate):  # says nothing of the server
+            self._lost(now)
             return
         self.losses = 0
         if isinstance(error, Busy):
-            self.refusals += 1
-            self.answers = 0
-            if self.in_flight > 1:
-                self.places = min(self.places, self.in_flight - 1)
-            if among_others:
-                self.not_before = now + max(error.retry_after_s or 0.0, self._absence(self.refusals))
+            self._refused(now, error.retry_after_s or 0.0, among_others=among_others)
         elif error is None:
-            self.refusals = 0
-            self.answers += 1
-            if self.answers >= _PROBE_EVERY * self.places:
-                self.places += 1
-                self.answers = 0
+            self._answered()
+
+    def _lost(self, now: float) -> None:
+        if now >= self.not_before:  # those that were in flight together are one loss
+            self.losses += 1
+            self.not_before = now + self._absence(self.losses)
+
+    def _refused(self, now: float, retry_after_s: float, *, among_others: bool) -> None:
+        self.refusals += 1
+        self.answers = 0
+        if self.in_flight > 1:
+            if self.in_flight <= self.places < math.inf:  # one more than before was tried
+                self.probe_after = min(2 * self.probe_after, _RAREST_PROBE)
+            self.places = min(self.places, self.in_flight - 1)
+        if among_others:
+            self.not_before = now + max(retry_after_s, self._absence(self.refusals))
+
+    def _answered(self) -> None:
+        self.refusals = 0
+        self.answers += 1
+        if self.answers >= self.probe_after * self.places:
+            self.places += 1
+            self.answers = 0
 
     def _absence(self, times: int) -> float:
         """Seconds to leave it alone after so many bad answers in a row; with jitter, for other clients do the same."""

@@ -38,6 +38,7 @@ from .errors import (
     NotServed,
     Silent,
     TooLate,
+    Unauthorized,
     Unreachable,
     Untrusted,
     WorkerDied,
@@ -63,6 +64,9 @@ SILENCE_S = 60.0
 MOST_REDIRECTS = 5
 
 _LONGEST_LINE = 1024**2
+_MOST_ANSWER_BYTES = 2**31
+"""TorchServe's own bound."""
+
 _MOST_PROBLEM_BYTES = 256 * 1024
 _TELL_BYTES = 1024**2
 """Bytes between two events of sending or receiving."""
@@ -289,8 +293,8 @@ class Exchange:
                 raise _problem_of(document, _lower(document.get("headers")), status if isinstance(status, int) else 500)
             if document.get("event") == "result":
                 length = document.get("length")
-                if not isinstance(length, int) or length < 0:
-                    msg = "a result without its length"
+                if not isinstance(length, int) or not 0 <= length <= _MOST_ANSWER_BYTES:
+                    msg = "a result without its length, or with one that no answer has"
                     raise BadAnswer(msg)
                 content = self._receive(parts, unread, length)
                 headers = {**head, **_lower(document.get("headers"))}
@@ -302,7 +306,7 @@ class Exchange:
 
     def _receive(self, parts: Iterator[bytes], first: bytes, length: int | None) -> bytes:
         """The rest of an answer: ``length`` bytes, or all that comes."""
-        content = io.BytesIO()
+        content = io.BytesIO(bytes(length or 0))  # in one piece from the start: growing leaves holes in the memory
         content.write(first)
         told = 0
         for part in parts:
@@ -450,6 +454,8 @@ def _problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], 
         return WorkerDied("the worker that had the case died", **known)
     if status == HTTPStatus.INSUFFICIENT_STORAGE and said.get("type") == "OutOfMemoryError":
         return Busy("more uploads at once than the server's memory holds", **known)
+    if said.get("type") == "InvalidKeyException":
+        return Unauthorized("TorchServe does not take this token: it is wrong, expired or missing", **known)
     if isinstance(message, str) and "type" in said:
         return error_class(status, None)(message[:500], **known)
     return error_class(status, None)(_WITHOUT_REASON.get(status) or f"HTTP {status} without a reason", **known)

@@ -181,7 +181,7 @@ class ModelBundle:
     def largest_value(self) -> int:
         """The largest value that a segmentation may have."""
         if self.labels.has_regions:
-            return max(int(value) for value in self.dataset["regions_class_order"])
+            return max((int(value) for value in self.dataset.get("regions_class_order") or ()), default=0)
         return self.classes - 1
 
     @property

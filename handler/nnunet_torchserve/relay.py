@@ -23,7 +23,10 @@ import torch
 
 from .engine.channel import ChannelError
 from .engine.tally import Level, TallyReader, Total
+from .options import Priority
 from .telemetry import (
+    ANSWER_SECONDS,
+    ANSWERS,
     BATCH_SLOTS,
     BATCHES,
     CACHE_LOOKUPS,
@@ -137,6 +140,9 @@ class Relay:
         self._counts.add(SHARED_ANSWERS, 0)
         for result in (HIT, MISS):
             self._counts.add(CACHE_LOOKUPS, 0, result)
+        for priority in Priority:
+            self._counts.add(ANSWERS, 0, priority)
+            self._counts.add(ANSWER_SECONDS, 0, priority)
         for stage in Stage:
             self._counts.add(STAGE_SECONDS, 0, stage)
             self._counts.add(STAGE_REQUESTS, 0, stage)

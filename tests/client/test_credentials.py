@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,9 @@ def test_no_log_message_or_name_holds_a_credential(server: Peer, caplog: pytest.
     caplog.set_level(logging.DEBUG)
     server.replies = [peer.reset, peer.plain(401)]
     told: list[object] = []
-    with RemotePredictor(server.url, "blobs", token=SECRET, headers={"X-Api-Key": OTHER_SECRET}) as predictor:
-        client = predictor.client
+    secrets: dict[str, Any] = {"token": SECRET, "headers": {"X-Api-Key": OTHER_SECRET}}
+    predictor = RemotePredictor(server.url, "blobs", **secrets)
+    with Client(server.url, "blobs", pause_s=0.01, **secrets) as client:
         with pytest.raises(errors.Unauthorized) as caught:
             client.predict(CASE, on_event=told.append)
         shown = [repr(predictor), repr(client), repr(client.__dict__), str(caught.value), repr(caught.value)]

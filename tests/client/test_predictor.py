@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,20 +157,21 @@ def test_options_of_the_server_are_keywords(server: LiveServer, theirs: nnUNetPr
 
 
 @pytest.mark.long  # the tests above compare with what runs in this process
-def test_what_stock_does_in_processes(both: Predictors, images: Path, array: Any, tmp_path: Path) -> None:
-    image, properties = array
-    results = []
-    for each, name in zip(both, ("theirs", "ours"), strict=True):
-        assert each.predict_from_files(
-            str(images), str(tmp_path / name), True, num_processes_preprocessing=1, num_processes_segmentation_export=1
-        ) == [None, None]
-        half = tmp_path / f"{name} half"
-        each.predict_from_files(str(images), str(half), False, True, 1, 1, None, 2, 1)
-        each.predict_from_files(str(images), str(half), False, False, 1, 1)
-        results.append(each.predict_from_list_of_npy_arrays([image], None, [dict(properties)], None, 1, True, 1))
-    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
-    assert_same_files(tmp_path / "theirs half", tmp_path / "ours half")
-    assert_same(*results)
+def test_what_stock_does_in_processes(
+    ours: RemotePredictor, models: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, "-m", "support.stock_script", str(models["five_folds"]), str(images), str(tmp_path)]
+    folder = Path(__file__).parents[1]
+    subprocess.run(script, cwd=folder, check=True, timeout=800, env=os.environ | {"PYTHONPATH": str(folder)})
+    assert ours.predict_from_files(images, tmp_path / "our all", True, True, 1, 1) == [None, None]
+    assert ours.predict_from_files(images, tmp_path / "our parts", False, True, 1, 1, None, 2, 1) == [None]
+    assert ours.predict_from_files(images, tmp_path / "our parts", False, False, 1, 1) == [None]
+    for name in ("all", "parts"):
+        assert_same_files(tmp_path / name, tmp_path / f"our {name}")
+    image, properties = SimpleITKIO().read_images([str(max(images.iterdir()))])
+    [results] = ours.predict_from_list_of_npy_arrays([image], None, [properties], None, 1, save_probabilities=True)
+    with np.load(tmp_path / "arrays.npz") as expected:
+        assert_same((expected["labels"], expected["probabilities"]), results)
 
 
 def test_parts_share_no_case_and_leave_out_what_is_there(ours: RemotePredictor, images: Path, tmp_path: Path) -> None:

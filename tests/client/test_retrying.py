@@ -70,6 +70,7 @@ def test_what_a_second_try_mends_is_tried_again(failure: Reply, server: Peer) ->
         (peer.problem(400, "bad_option"), errors.BadOption),
         (peer.plain(401), errors.Unauthorized),
         (peer.plain(403), errors.Unauthorized),
+        (peer.plain(400, b'{"code": 400, "type": "InvalidKeyException", "message": "x"}'), errors.Unauthorized),
         (peer.plain(404, b'{"code": 404, "type": "ModelNotFoundException", "message": "x"}'), errors.UnknownModel),
         (peer.plain(408), errors.Refused),
         (peer.plain(413), errors.TooLarge),

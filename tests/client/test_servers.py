@@ -6,10 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import httpx
 import pytest
 
 from nnunet_torchserve_client import Case, Client, errors
 from nnunet_torchserve_client.events import Event, Kind
+from nnunet_torchserve_client.servers import Server
 from support import peer
 from support.peer import Peer, Received, Wire
 
@@ -101,3 +103,21 @@ def test_no_server_at_all(servers: tuple[Peer, Peer]) -> None:
     with client_of(*servers, deadline_s=1.0) as client, pytest.raises(errors.Unreachable) as caught:
         client.predict(cases(1)[0])
     assert 2 < caught.value.tries < 40
+
+
+def test_what_a_server_takes_is_tried_again_less_often_each_time() -> None:
+    """It takes three. Each refused fourth doubles the number of answers before the next."""
+    answered = []
+    with httpx.Client() as connections:
+        server = Server("http://a", connections, 1.0)
+        for _ in range(5):
+            count = 0
+            while server.places < 4:
+                server.in_flight = 3
+                server.note(None, 0.0, among_others=False)
+                count += 1
+            answered.append(count)
+            server.in_flight = 4
+            server.note(errors.Busy("busy"), 0.0, among_others=False)
+            assert server.places == 3
+    assert answered == [0, 24, 48, 96, 192]

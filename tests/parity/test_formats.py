@@ -18,6 +18,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 import tifffile
 import torch
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from skimage.io import imread, imsave
 
 from nnunet_torchserve.bundle import ModelBundle
@@ -184,6 +186,11 @@ def test_pictures_give_stocks_labels(
     assert response.headers["X-Nnunet-Warning"] == "spacing_assumed"
     written = volumes.write(tmp_path, "answer.png", response.body)
     np.testing.assert_array_equal(imread(written), expected[0])
+    for output in ("tif", "bmp"):
+        options = {"X-Nnunet-Options": json.dumps(FAST | {"output_format": output})}
+        response = pipeline.answer(Request({"body": (tmp_path / name).read_bytes()}, options))
+        written = volumes.write(tmp_path, f"answer.{output}", response.body)
+        np.testing.assert_array_equal(NaturalImage2DIO().read_seg(str(written))[0][0], expected)
 
 
 def test_a_stack_of_pictures_gives_stocks_labels(
@@ -196,6 +203,19 @@ def test_a_stack_of_pictures_gives_stocks_labels(
     expected = stock.predict(folder, [tmp_path / "case_0000.tif"], folds=[0], use_mirroring=False).labels
     body = (tmp_path / "case_0000.tif").read_bytes()
     np.testing.assert_array_equal(answer(pipeline, body, spacing=[1.3, 1.6, 1.9]), expected)
+    Tiff3DIO().write_seg(expected, str(tmp_path / "stock.tif"), {"spacing": [1.9, 1.6, 1.3]})
+    asked = json.dumps(FAST | {"output_format": "tif", "spacing": [1.3, 1.6, 1.9]})
+    response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": asked}))
+    assert (response.status, response.content_type) == (HTTPStatus.OK, "image/tiff"), response.body
+    ours = tifffile.imread(io.BytesIO(response.body))
+    np.testing.assert_array_equal(ours, tifffile.imread(tmp_path / "stock.tif"), strict=True)
+
+
+def test_a_volume_is_no_bmp(pipeline: Callable[[str], Pipeline]) -> None:
+    asked = json.dumps(FAST | {"output_format": ["nii", "bmp"]})
+    body = volumes.nifti_gz(volumes.blobs((28, 30, 22), seed=5)[0], OBLIQUE)
+    response = pipeline("five_folds").answer(Request({"body": body}, {"X-Nnunet-Options": asked}))
+    assert (response.status, json.loads(response.body)["code"]) == (HTTPStatus.BAD_REQUEST, "bad_option")
 
 
 def test_a_slice_for_a_model_of_volumes_is_answered_as_stock_does_with_a_warning(
