@@ -58,10 +58,12 @@ class NnunetHandler:
         """
         try:
             _end_with_the_front_end()
+            model_dir = Path(context.system_properties["model_dir"]).resolve()
+            _check_core(model_dir)
             from nnunet_torchserve.startup import loading
 
             with loading():
-                self._pipeline = _load(context)
+                self._pipeline = _load(context, model_dir)
         except Exception as error:
             reason = " ".join(str(error).split())
             logger.exception("%s %s: %s", LOAD_FAILED, type(error).__name__, reason)
@@ -119,12 +121,20 @@ def _is_grpc(headers: dict[str, str]) -> bool:
     return all(name.startswith(_SEQUENCE_HEADER) for name in headers)
 
 
-def _load(context: Any) -> Any:
-    model_dir = Path(context.system_properties["model_dir"]).resolve()
+def _check_core(model_dir: Path) -> None:
+    """Refuse another serving core than the archive's."""
+    import nnunet_torchserve
+
+    core = Path(nnunet_torchserve.__file__).resolve()
+    if model_dir not in core.parents:
+        msg = f"the serving core was imported from {core.parent}, not from the archive; unset PYTHONPATH"
+        raise RuntimeError(msg)
+
+
+def _load(context: Any, model_dir: Path) -> Any:
     try:
         import torch
 
-        import nnunet_torchserve
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.remote import RemoteEngine
@@ -140,10 +150,6 @@ def _load(context: Any) -> Any:
         msg = f"{error}; install the server's packages: pip install 'nnunet-torchserve[server]'"
         raise RuntimeError(msg) from error
 
-    core = Path(nnunet_torchserve.__file__).resolve()
-    if model_dir not in core.parents:
-        msg = f"the serving core was imported from {core.parent}, not from the archive; unset PYTHONPATH"
-        raise RuntimeError(msg)
     config = context.model_yaml_config or {}
     batch_size = int(context.system_properties.get("batch_size") or 1)
     if batch_size != 1:

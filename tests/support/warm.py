@@ -11,8 +11,13 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+
+import pytest
+
+from nnunet_torchserve.engine import starter
 
 _PRELOADED = ["nnunet_torchserve.engine.switchboard", "nnunet_torchserve.engine.network", "setproctitle"]
 
@@ -28,6 +33,10 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in starter.MALLOC.items():  # which counts when a process starts
+            environment.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 

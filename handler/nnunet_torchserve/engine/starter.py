@@ -48,7 +48,7 @@ HOLD_BACK_S = 2.0
 """Before a request is refused during an outage: a worker that refused at once would empty TorchServe's queue, of
 requests that workers of other devices could take."""
 
-_MALLOC = {
+MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": str(64 * 1024**2),
@@ -285,7 +285,7 @@ class Starter:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_alive(folder):
                 return
-            environment = _MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+            environment = MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
             command = [sys.executable, "-m", f"{__package__}.process", str(folder), *self._arguments]
             self._outage.note_start()
             run(command, environment)
