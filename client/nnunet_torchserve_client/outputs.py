@@ -109,18 +109,19 @@ def write_side_files(folder: Path_, dataset_json: Json, plans_json: Json, argume
     write_json(Path(folder, PLANS_FILE), plans_json, sort_keys=False)
 
 
-def write_json(path: Path_, document: Mapping[str, object], *, sort_keys: bool = True) -> None:
-    """As batchgenerators' ``save_json``, which nnU-Net uses."""
+def write_json(path: Path_, document: Mapping[str, object], *, sort_keys: bool = True, replace: bool = True) -> None:
+    """As batchgenerators' ``save_json``, which nnU-Net uses; see :func:`write_aside`."""
     text = json.dumps(document, sort_keys=sort_keys, indent=4, default=_plain)
-    write_aside(path, lambda file: file.write(text.encode()))
+    write_aside(path, lambda file: file.write(text.encode()), replace=replace)
 
 
-def write_aside(path: Path_, write: Callable[[BinaryIO], object]) -> None:
+def write_aside(path: Path_, write: Callable[[BinaryIO], object], *, replace: bool = True) -> None:
     """Write a file that is there whole, or not at all.
 
     Args:
-        path: where it goes; what is there is replaced.
+        path: where it goes.
         write: writes its content.
+        replace: whether what is there is replaced; else it stays, if it came meanwhile.
 
     Raises:
         UnwritableFile: it cannot be written: a full disk, a folder that is read-only or not there.
@@ -133,13 +134,25 @@ def write_aside(path: Path_, write: Callable[[BinaryIO], object]) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(place)
+            if replace or not _link(aside, place):
+                aside.replace(place)
         finally:
             aside.unlink(missing_ok=True)
         _sync_folder(place.parent)
     except OSError as error:
         msg = f"{place} cannot be written: {error.strerror or type(error).__name__}"
         raise UnwritableFile(msg) from error
+
+
+def _link(file: Path, place: Path) -> bool:
+    """Give a file a second name, unless one has it; ``False`` where the file system cannot do that."""
+    try:
+        place.hardlink_to(file)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -44,6 +43,7 @@ from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
+from nnunet_torchserve_client.choosing import archive_name
 
 from .checkpoint import Checkpoint, without_aliases
 from .errors import ModelWarning, ToolError, UsageError
@@ -130,7 +130,7 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
     patch = PlansManager(plans).get_configuration(first.configuration).patch_size
     for checkpoint in checkpoints.values():
         check_mirroring(checkpoint.mirroring_axes, len(patch))
-    name = request.name or _default_name(plans, first.configuration)
+    name = request.name or archive_name(str(plans["dataset_name"]), first.configuration)
     if not MODEL_NAME.fullmatch(name):
         msg = f"the model name {name!r} may hold only letters, digits, '_' and '-'; choose one with --name"
         raise UsageError(msg)
@@ -279,10 +279,6 @@ def _check_orientation(letters: str | None, reader: str) -> None:
     if (own := REORIENTING_READERS.get(reader, letters)) != letters:
         msg = f"--input-orientation {letters}: the plan's reader {reader} brings every image into {own} itself"
         raise UsageError(msg)
-
-
-def _default_name(plans: Mapping[str, Any], configuration: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", f"{plans['dataset_name']}_{configuration}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

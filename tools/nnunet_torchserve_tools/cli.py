@@ -1,4 +1,4 @@
-"""``nnunet-torchserve``: archive, serve, stop, drain, resume. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""``nnunet-torchserve``: the verbs, wired. Exit codes: 0 done, 1 failed, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -300,6 +300,15 @@ def resume(
         names = " and ".join("every model" if name == EVERY_MODEL else name for name in others)
         msg = f"{target.name} takes no requests still: {names} was drained; resume that"
         raise ToolError(msg)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_reports_errors
+def predict(context: typer.Context) -> None:
+    """Predict a folder on a server, with the arguments of nnUNetv2_predict (predict -h lists them)."""
+    from . import predict as predicting
+
+    predicting.run(context.args)
 
 
 def _warn(text: str) -> None:

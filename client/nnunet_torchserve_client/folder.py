@@ -1,0 +1,408 @@
+"""A folder of images in, a folder of label maps out: what nnU-Net's commands do, with the network on a server.
+
+Every case stands for itself: one that fails is noted, and the others go on. What would fail for each further case ends
+the call: wrong credentials, a full disk. Files appear whole (:mod:`.outputs`), so that a call that was interrupted is
+continued by another one.
+
+Several calls may share a folder, each with a part of the cases. No two of them write the same file: parts have no case
+in common, their lists of failures have names of their own, and of the files beside the predictions the first one stays.
+
+Threads: answers are written by the threads of their cases; one lock guards what is noted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .answers import Answer
+from .cases import (
+    ImageFiles,
+    case_name,
+    files_in,
+    is_there,
+    output_format,
+    part,
+    placement,
+    tiff_spacing,
+)
+from .client import Case, Client
+from .description import Description
+from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongModel, WrongUse
+from .events import Event, Kind
+from .flight import Outcome
+from .outputs import (
+    ARGUMENTS_FILE,
+    DATASET_FILE,
+    PLANS_FILE,
+    options_for,
+    write_json,
+    write_prediction,
+    write_side_files,
+)
+from .progress import Watcher
+
+_OF_THE_FOLDER = frozenset({
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT,
+    errno.ENOTDIR, errno.ESTALE,
+})  # fmt: skip
+"""Errors of writing that the next case would meet too."""
+
+TRANSFER, WAIT, PAUSE, WRITE = "transfer", "worker", "pause", "write"
+"""Where a case's time goes, beside the server's own stages: to and from the server; in TorchServe's queue until a
+worker took it; between two tries; into files."""
+
+
+_NO_ENDING = "without an ending"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderCall:
+    """What is asked for, in the words of nnU-Net's ``predict_from_files``.
+
+    Attributes:
+        source: folder of the images.
+        output: folder of the predictions.
+        save_probabilities: also write ``.npz`` and ``.pkl``.
+        overwrite: ``False`` leaves out what is there already.
+        num_parts: only every so many-th case is predicted,
+        part_id: from this one on.
+    """
+
+    source: str
+    output: str
+    save_probabilities: bool = False
+    overwrite: bool = True
+    num_parts: int = 1
+    part_id: int = 0
+
+    @property
+    def failed_file(self) -> Path:
+        """Where the failures of this part are listed."""
+        name = "failed.json" if self.num_parts == 1 else f"failed_{self.part_id}_of_{self.num_parts}.json"
+        return Path(self.output, name)
+
+    def arguments(self, processes: tuple[int, int]) -> dict[str, object]:
+        """As nnU-Net writes them beside its predictions.
+
+        Args:
+            processes: for preprocessing and for export; they mean nothing here.
+        """
+        return {
+            "list_of_lists_or_source_folder": self.source,
+            "output_folder_or_list_of_truncated_output_files": self.output,
+            "save_probabilities": self.save_probabilities,
+            "overwrite": self.overwrite,
+            "num_processes_preprocessing": processes[0],
+            "num_processes_segmentation_export": processes[1],
+            "folder_with_segs_from_prev_stage": None,
+            "num_parts": self.num_parts,
+            "part_id": self.part_id,
+        }
+
+
+@dataclass(slots=True)
+class Summary:
+    """What became of a call.
+
+    Attributes:
+        cases: of this part, those that were there already among them.
+        there: cases that were left out, because they were there.
+        done: names of those that were predicted and written.
+        failed: the error of each that failed.
+        left: names of those that were not tried, or given up.
+        interrupted: whether the caller ended it.
+        seconds: in all.
+        stages: where the cases' time went, seconds summed over cases: those that were in flight together count each.
+        warnings: the server's, by case.
+    """
+
+    cases: int
+    there: int = 0
+    done: list[str] = field(default_factory=list)
+    failed: list[ClientError] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    interrupted: bool = False
+    seconds: float = 0.0
+    stages: Counter[str] = field(default_factory=Counter)
+    warnings: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every case is there."""
+        return not self.failed and not self.left
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "cases": self.cases,
+            "already_there": self.there,
+            "done": len(self.done),
+            "failed": [error.as_json() for error in self.failed],
+            "not_predicted": self.left,
+            "interrupted": self.interrupted,
+            "seconds": round(self.seconds, 3),
+            "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
+            "warnings": self.warnings,
+        }
+
+
+def cases_of(call: FolderCall, description: Description) -> list[ImageFiles]:
+    """The cases of this part, in the order of their names.
+
+    Raises:
+        MissingFolder: there is no such folder.
+        UnreadableFile: it cannot be read.
+        WrongUse: there is no image in it, or one without a channel in its name, or no such part.
+    """
+    part([], call.num_parts, call.part_id)
+    ending = description.file_ending
+    output_format(ending)
+    lists = files_in(call.source, ending)
+    if not lists:
+        msg = f"{call.source} has no file that ends in {ending}, as the images of {description.model.dataset} do"
+        others = Counter("".join(file.suffixes[-2:]) for file in Path(call.source).iterdir() if file.is_file())
+        if others:
+            msg += f"; it has {', '.join(f'{count} {name or _NO_ENDING}' for name, count in others.items())}"
+        raise WrongUse(msg)
+    names = [case_name(files, ending) for files in lists]
+    cases = [
+        ImageFiles(name, tuple(files), str(Path(call.output, name))) for name, files in zip(names, lists, strict=True)
+    ]
+    return part(cases, call.num_parts, call.part_id)
+
+
+def predict_folder(
+    client: Client,
+    call: FolderCall,
+    options: Mapping[str, object],
+    watcher: Watcher,
+    cases: Sequence[ImageFiles],
+    processes: tuple[int, int] = (3, 3),
+) -> Summary:
+    """Predict the cases of a folder, several at a time.
+
+    Args:
+        client: of the server.
+        call: what is asked for.
+        options: of docs/http.md, for every case.
+        watcher: is told what happens.
+        cases: see :func:`cases_of`.
+        processes: that nnU-Net would have used; written beside the predictions.
+
+    Returns:
+        What became of them; also when the caller interrupted it.
+
+    Raises:
+        UnwritableFile: the folder for the predictions cannot be made or written.
+    """
+    return _Run(client, call, options, watcher).run(cases, processes)
+
+
+class _Run:
+    """One call."""
+
+    def __init__(self, client: Client, call: FolderCall, options: Mapping[str, object], watcher: Watcher) -> None:
+        self._client, self._call, self._options, self._watcher = client, call, options, watcher
+        self._description = client.describe()
+        self._options_of_files = options_for(self._description.file_ending, with_probabilities=call.save_probabilities)
+        self._lock = threading.Lock()
+        self._waits = _Waits()
+
+    def run(self, cases: Sequence[ImageFiles], processes: tuple[int, int]) -> Summary:
+        started = time.monotonic()
+        self._write_side_files(processes)
+        wanted = [each for each in cases if self._call.overwrite or not self._is_there(each)]
+        self._summary = Summary(len(cases), len(cases) - len(wanted))
+        try:
+            outcomes = self._client.predict_many(
+                self._cases(wanted), self._options, finish=self._finish, ordered=False, on_event=self._event
+            )
+            with closing(outcomes):
+                for outcome in outcomes:
+                    if not self._note(outcome):
+                        break
+        except KeyboardInterrupt:
+            self._summary.interrupted = True
+        return self._ended(wanted, started)
+
+    def _ended(self, wanted: Sequence[ImageFiles], started: float) -> Summary:
+        with self._lock:
+            summary = self._summary
+            known = {*summary.done, *(error.case for error in summary.failed)}
+            summary.left = [each.name for each in wanted if each.name not in known]
+            summary.seconds = time.monotonic() - started
+        self._list_failures(summary)
+        return summary
+
+    def _cases(self, wanted: Sequence[ImageFiles]) -> Iterator[Case]:
+        """What is sent; what cannot be is noted."""
+        for files in wanted:
+            try:
+                self._check_channels(files)
+                options = placement(self._description.reader, files.files) | self._options_of_files
+            except ClientError as error:
+                error.case = files.name
+                self._fail(error)
+                continue
+            yield Case(files.name, list(files.files), options, note=files)
+
+    def _check_channels(self, files: ImageFiles) -> None:
+        """One file may hold all channels; any other number of files is that of the channels."""
+        channels = len(self._description.channels)
+        if channels and len(files.files) not in (1, channels):
+            raise UnreadableFile(self._channels_missing(files))
+
+    def _channels_missing(self, files: ImageFiles) -> str:
+        there = [Path(file).name for file in files.files]
+        ending = self._description.file_ending
+        missing = [
+            f"{name} ({channel})"
+            for number, channel in self._description.channels.items()
+            if (name := f"{files.name}_{int(number):04d}{ending}") not in there
+        ]
+        msg = (
+            f"the model takes {len(self._description.channels)} channels, and the folder has {len(there)} of this case"
+        )
+        return msg + (f"; missing: {', '.join(missing)}" if missing else f": {', '.join(there)}")
+
+    def _finish(self, case: Case, answer: Answer) -> None:
+        """Write the files of a case; called in its own thread."""
+        answered = answer.model.get("digest")
+        if answered not in (None, self._description.digest):
+            msg = "another version of the model answered than the one that was described: the server has changed"
+            raise WrongModel(msg, case=case.name, request_id=answer.request_id, server=answer.server)
+        files: ImageFiles = case.note
+        started = time.monotonic()
+        try:
+            write_prediction(
+                answer,
+                str(files.target),
+                self._description.file_ending,
+                with_probabilities=self._call.save_probabilities,
+                reader=self._description.reader,
+                spacing=tiff_spacing(files.files) if "spacing" in case.options else None,
+            )
+        except ClientError as error:
+            error.case, error.request_id = error.case or case.name, error.request_id or answer.request_id
+            raise
+        with self._lock:
+            self._summary.done.append(case.name)
+            self._summary.stages.update(self._waits.stages(case.name, answer))
+            self._summary.stages[WRITE] += time.monotonic() - started
+            if answer.warnings:
+                self._summary.warnings[case.name] = list(answer.warnings)
+
+    def _event(self, event: Event) -> None:
+        self._waits.event(event)
+        self._watcher.event(event)
+
+    def _note(self, outcome: Outcome[Case, None]) -> bool:
+        """Note what became of a case; whether the others are worth trying."""
+        error = outcome.error
+        if error is None:
+            self._watcher.one_done()
+            if outcome.answer is not None:
+                told = f", the server warns of {', '.join(outcome.answer.warnings)}" if outcome.answer.warnings else ""
+                self._watcher.line(f"{outcome.case.name}: done after {outcome.answer.seconds:.1f} s{told}")
+            return True
+        files: ImageFiles = outcome.case.note
+        if isinstance(error, WrongChannels) and len(files.files) < len(self._description.channels):
+            error.reason = f"{error.reason} ({self._channels_missing(files)})"
+        self._fail(error)
+        cause = error.__cause__
+        of_the_folder = isinstance(cause, OSError) and cause.errno in _OF_THE_FOLDER
+        return not error.of_all_cases and not (isinstance(error, UnwritableFile) and of_the_folder)
+
+    def _fail(self, error: ClientError) -> None:
+        with self._lock:
+            self._summary.failed.append(error)
+        self._watcher.one_done()
+        self._watcher.line(f"FAILED {error}")
+
+    def _is_there(self, files: ImageFiles) -> bool:
+        ending, with_probabilities = self._description.file_ending, self._call.save_probabilities
+        return is_there(str(files.target), ending, with_probabilities=with_probabilities)
+
+    def _list_failures(self, summary: Summary) -> None:
+        """Leave a list of what is missing, or take an earlier one away."""
+        try:
+            if summary.is_whole:
+                self._call.failed_file.unlink(missing_ok=True)
+            else:
+                write_json(self._call.failed_file, summary.as_json(), sort_keys=False)
+        except (OSError, UnwritableFile) as error:
+            self._watcher.line(f"{self._call.failed_file.name} cannot be written: {error}")
+
+    def _write_side_files(self, processes: tuple[int, int]) -> None:
+        """What nnU-Net puts beside its predictions; another part's are left as they are."""
+        description, arguments = self._description, self._call.arguments(processes)
+        folder = Path(self._call.output)
+        if self._call.num_parts == 1:
+            write_side_files(folder, description.dataset_json, description.plans_json, arguments)
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"the folder {folder} cannot be made: {error.strerror}"
+            raise UnwritableFile(msg) from error
+        documents: dict[str, Mapping[str, object]] = {
+            ARGUMENTS_FILE: arguments,
+            DATASET_FILE: description.dataset_json,
+            PLANS_FILE: description.plans_json,
+        }
+        for name, document in documents.items():
+            _write_unless_there(folder / name, document, sort_keys=name == ARGUMENTS_FILE)
+
+
+def _write_unless_there(path: Path, document: Mapping[str, object], *, sort_keys: bool) -> None:
+    """Write a JSON file that several parts have in common; one that says the same is left.
+
+    The first of several parts that begin at once wins; what another call left there, with other arguments, is replaced.
+    """
+    try:
+        there = json.loads(path.read_text())
+    except FileNotFoundError:
+        write_json(path, document, sort_keys=sort_keys, replace=False)
+        return
+    except (OSError, ValueError):
+        there = None
+    ours = json.loads(json.dumps(document))
+    if not isinstance(there, dict) or {**there, "part_id": 0} != {**ours, "part_id": 0}:
+        write_json(path, document, sort_keys=sort_keys)
+
+
+class _Waits:
+    """How long cases waited where their server does not see it: told by events, which come one at a time."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._waited: dict[str, float] = {}
+        self._paused: dict[str, float] = {}
+
+    def event(self, event: Event) -> None:
+        """Note the time."""
+        now, case = time.monotonic(), event.case
+        if event.kind is Kind.SENDING:
+            self._since.pop(case, None)
+        elif event.kind is Kind.WAITING:
+            self._since[case] = now
+        elif (since := self._since.pop(case, None)) is not None:
+            self._waited[case] = self._waited.get(case, 0.0) + now - since
+        if event.kind is Kind.RETRY:
+            self._paused[case] = self._paused.get(case, 0.0) + event.pause_s
+
+    def stages(self, case: str, answer: Answer) -> Counter[str]:
+        """Where the time of a case went, until its answer was there; the case is forgotten."""
+        waited, paused = self._waited.pop(case, 0.0), self._paused.pop(case, 0.0)
+        stages = Counter({PAUSE: paused, WAIT: waited}) + Counter(answer.timing)
+        stages[TRANSFER] = max(0.0, answer.seconds - stages.total())
+        return stages
