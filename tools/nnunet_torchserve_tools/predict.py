@@ -232,7 +232,7 @@ def _find(asked: argparse.Namespace, folds: Folds | None, notes: Console) -> tup
 
 
 def _client(asked: argparse.Namespace, name: str, version: str | None) -> Client:
-    urls = None if asked.server is None else [url for each in asked.server for url in each.replace(",", " ").split()]
+    urls = None if asked.server is None else " ".join(asked.server)
     verify = True if asked.verify is None else asked.verify
     return Client(urls, name, version, verify=verify, deadline_s=asked.deadline, first_contact_s=asked.first_contact)
 
