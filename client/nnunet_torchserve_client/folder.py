@@ -61,6 +61,8 @@ TRANSFER, WAIT, PAUSE, WRITE = "transfer", "worker", "pause", "write"
 worker took it; between two tries; into files."""
 
 
+_LEAST_S = 0.05
+
 _NO_ENDING = "without an ending"
 
 
@@ -75,6 +77,7 @@ class FolderCall:
         overwrite: ``False`` leaves out what is there already.
         num_parts: only every so many-th case is predicted,
         part_id: from this one on.
+        verbose: tell of each case where its time went.
     """
 
     source: str
@@ -83,6 +86,7 @@ class FolderCall:
     overwrite: bool = True
     num_parts: int = 1
     part_id: int = 0
+    verbose: bool = False
 
     @property
     def failed_file(self) -> Path:
@@ -153,6 +157,11 @@ class Summary:
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "warnings": self.warnings,
         }
+
+
+def listed_stages(stages: Counter[str]) -> str:
+    """For people: the longest first, without what is not worth a word."""
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.most_common() if seconds >= _LEAST_S)
 
 
 def cases_of(call: FolderCall, description: Description) -> list[ImageFiles]:
@@ -274,8 +283,8 @@ class _Run:
         )
         return msg + (f"; missing: {', '.join(missing)}" if missing else f": {', '.join(there)}")
 
-    def _finish(self, case: Case, answer: Answer) -> None:
-        """Write the files of a case; called in its own thread."""
+    def _finish(self, case: Case, answer: Answer) -> Counter[str]:
+        """Write the files of a case; where its time went. Called in its own thread."""
         answered = answer.model.get("digest")
         if answered not in (None, self._description.digest):
             msg = "another version of the model answered than the one that was described: the server has changed"
@@ -294,24 +303,27 @@ class _Run:
         except ClientError as error:
             error.case, error.request_id = error.case or case.name, error.request_id or answer.request_id
             raise
+        stages = self._waits.stages(case.name, answer)
+        stages[WRITE] = time.monotonic() - started
         with self._lock:
             self._summary.done.append(case.name)
-            self._summary.stages.update(self._waits.stages(case.name, answer))
-            self._summary.stages[WRITE] += time.monotonic() - started
+            self._summary.stages.update(stages)
             if answer.warnings:
                 self._summary.warnings[case.name] = list(answer.warnings)
+        return stages
 
     def _event(self, event: Event) -> None:
         self._waits.event(event)
         self._watcher.event(event)
 
-    def _note(self, outcome: Outcome[Case, None]) -> bool:
+    def _note(self, outcome: Outcome[Case, Counter[str]]) -> bool:
         """Note what became of a case; whether the others are worth trying."""
         error = outcome.error
         if error is None:
             self._watcher.one_done()
-            if outcome.answer is not None:
-                told = f", the server warns of {', '.join(outcome.answer.warnings)}" if outcome.answer.warnings else ""
+            if outcome.answer is not None and outcome.value is not None:
+                told = f" ({listed_stages(outcome.value)})" if self._call.verbose else ""
+                told += f", the server warns of {', '.join(outcome.answer.warnings)}" if outcome.answer.warnings else ""
                 self._watcher.line(f"{outcome.case.name}: done after {outcome.answer.seconds:.1f} s{told}")
             return True
         files: ImageFiles = outcome.case.note

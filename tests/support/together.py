@@ -15,6 +15,7 @@ SHARE_A_SERVER = frozenset(
         "test_attacks.py",
         "test_devices.py",
         "test_docs.py",
+        "test_folder_live.py",
         "test_grpc.py",
         "test_live.py",
         "test_live_reuse.py",

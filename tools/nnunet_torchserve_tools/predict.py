@@ -31,7 +31,7 @@ from nnunet_torchserve_client.client import URL_VARIABLE, Client
 from nnunet_torchserve_client.credentials import TOKEN_VARIABLE
 from nnunet_torchserve_client.description import Description
 from nnunet_torchserve_client.events import Event, Kind
-from nnunet_torchserve_client.folder import FolderCall, Summary, cases_of, predict_folder
+from nnunet_torchserve_client.folder import FolderCall, Summary, cases_of, listed_stages, predict_folder
 from nnunet_torchserve_client.progress import Nothing, Watcher, printable, watched
 
 from .errors import ToolError, UsageError
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 DEFAULT_FOLDS = (0, 1, 2, 3, 4)
 DEFAULT_CHECKPOINT, DEFAULT_PLANS, DEFAULT_TRAINER = "checkpoint_final.pth", "nnUNetPlans", "nnUNetTrainer"
 DEFAULT_PROCESSES = 3
-
-_LEAST_S = 0.05
-"""Less is not worth a word."""
 
 _STEP_SIZES = (0.05, 1.0)
 """The server's limits of ``tile_step_size``."""
@@ -119,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("-f", nargs="+", metavar="FOLD", help="folds that are averaged; default: 0 1 2 3 4, or all that are served")
     add("-step_size", type=float, default=0.5, help="step of the sliding window as a share of the patch; default: 0.5")
     add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-    add("--verbose", action="store_true", help="say where the time of the cases went")
+    add("--verbose", action="store_true", help="say of each case where its time went")
     add("--save_probabilities", action="store_true", help="also .npz and .pkl, for nnUNetv2_ensemble")
     add("--continue_prediction", "--c", action="store_true", help="leave out what is there already")
     add("-chk", metavar="NAME", help=f"checkpoint that the model was made of; default: {DEFAULT_CHECKPOINT}")
@@ -144,6 +141,7 @@ def _predict(asked: argparse.Namespace, notes: Console) -> Summary:
         overwrite=not asked.continue_prediction,
         num_parts=asked.num_parts,
         part_id=asked.part_id,
+        verbose=asked.verbose,
     )
     if ignored := [name for field, name in _MEANINGLESS.items() if getattr(asked, field) not in (None, False)]:
         _tell(notes, f"note: {', '.join(ignored)}: the server decides; without meaning here")
@@ -303,9 +301,7 @@ def _summed_up(summary: Summary) -> Iterator[str]:
     each = f", {summary.seconds / len(summary.done):.1f} s a case" if summary.done else ""
     yield f"{len(summary.done)} of {summary.cases} cases predicted in {summary.seconds:.1f} s{each}{already}"
     if summary.stages:
-        parts = ", ".join(
-            f"{name} {seconds:.1f} s" for name, seconds in summary.stages.most_common() if seconds >= _LEAST_S
-        )
+        parts = listed_stages(summary.stages)
         yield f"Where the time of the cases went, which were in flight together: {parts}"
     for case, warnings in summary.warnings.items():
         yield f"{case}: the server warns of {', '.join(warnings)}"
