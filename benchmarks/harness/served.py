@@ -105,6 +105,7 @@ def serving(
     workers: int | None = None,
     settings: ServingSettings | None = None,
     config: Path | None = None,
+    body_limit: int | None = None,
 ) -> Iterator[Client]:
     """A live server of a model, made from the working tree, whose engines share nothing with other servers.
 
@@ -115,6 +116,7 @@ def serving(
         workers: ``None`` takes the launcher's own number.
         settings: what the archive says of serving.
         config: another config.properties to start from.
+        body_limit: bytes of a request; ``None`` takes the launcher's own number.
     """
     folder = model.model_folder if isinstance(model, Material) else model
     store, state_dir, runtime = scratch / "model_store", scratch / "server", scratch / "engines"
@@ -126,6 +128,7 @@ def serving(
         device=launcher.DeviceKind.CPU,
         workers=workers,
         config=config,
+        body_limit=body_limit,
     )
     with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(runtime)}):
         server = launcher.start(request)

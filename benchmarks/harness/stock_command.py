@@ -1,4 +1,4 @@
-"""Stock's command ``nnUNetv2_predict``, run as its users run it."""
+"""Stock's commands ``nnUNetv2_predict`` and ``nnUNetv2_predict_from_modelfolder``, run as their users run them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def run_command(material: Material, inputs: Path, outputs: Path, scratch: Path) 
         msg = f"nnUNetv2_predict ended with {ended.returncode}:\n{ended.stderr[-2000:]}"
         raise RuntimeError(msg)
     return seconds
+
+
+def modelfolder_command(material: Material, inputs: Path, outputs: Path) -> list[str | Path]:
+    """Stock's command for a folder of images, with its defaults but for fold, mirroring and device."""
+    command: list[str | Path] = [Path(sys.executable).parent / "nnUNetv2_predict_from_modelfolder"]
+    command += ["-i", inputs, "-o", outputs, "-m", material.model_folder, "-f", str(FOLD)]
+    return [*command, "--disable_tta", "-device", "cpu"]
 
 
 def copy_to(file: Path, folder: Path, name: str) -> Path:

@@ -22,12 +22,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 
 from benchmarks.harness.label_maps import digest_of, labels_of
-from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, crop_at_random, find_material, small_shape
+from benchmarks.harness.material import FOLD, USUAL_OPTIONS, Material, find_material
+from benchmarks.harness.mixture import Size, cut, sizes_of
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import Client, serving
@@ -40,16 +40,7 @@ LEAST_RATIO = 1.3
 CLIENTS = 8
 WORKERS = 4
 BATCH = 4
-SEED = 20261123
 WITH_PROBABILITIES = {**USUAL_OPTIONS, "save_probabilities": True}
-
-
-class Size(StrEnum):
-    """What a request is cut from, and how much of it."""
-
-    SMALL = "2 mm, 1 to 1.5 patches along each axis"
-    WHOLE = "2 mm, 90 to 99 % of each axis"
-    FINE = "1 mm, 55 to 75 % of each axis"
 
 
 class Side(StrEnum):
@@ -61,32 +52,18 @@ class Side(StrEnum):
     BATCHED = "server with batches of 4, 8 clients"
 
 
-_S, _W, _F = Size.SMALL, Size.WHOLE, Size.FINE
-MIX = (_S, _W, _S, _F, _S, _W, _S, _W, _S, _S, _W, _S, _F, _S, _W, _S)
-"""The sizes of consecutive requests, again and again."""
-
-
 class Requests:
     """The images, and every side's answers to them."""
 
     def __init__(self, material: Material, count: int, scratch: Path) -> None:
         """Cut ``count`` images, no two alike."""
-        generator = np.random.default_rng(SEED)
-        fine, coarse = nib.load(material.fine), nib.load(material.coarse)
         folder = scratch / "images"
         folder.mkdir()
-        self.sizes = [MIX[number % len(MIX)] for number in range(count)]
+        self.sizes = sizes_of(count)
         self.files = [folder / f"{number:03}.nii.gz" for number in range(count)]
-        for size, file in zip(self.sizes, self.files, strict=True):
-            if size is Size.SMALL:
-                image, shape = coarse, small_shape(material, generator.uniform(1, 1.5))
-            else:
-                image, low, high = (coarse, 0.9, 0.99) if size is Size.WHOLE else (fine, 0.55, 0.75)
-                shape = tuple(int(n * generator.uniform(low, high)) for n in image.shape)
-            nib.save(crop_at_random(image, shape, generator), file)
+        cut(material, self.files)
         self.answers = {side: dict[int, bytes]() for side in Side}
         self.lost = dict.fromkeys(Side, 0)
-        assert len({sha256(file.read_bytes()).digest() for file in self.files}) == count
 
     def ask_server(self, client: Client, side: Side, part: Sequence[int], clients: int) -> float:
         """Send the requests of a part by so many clients; the seconds until the last answer is written."""

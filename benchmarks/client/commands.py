@@ -1,0 +1,78 @@
+"""The folder command as its users run it, in a process of its own: its time, its first result, its memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness.material import FOLD
+from benchmarks.harness.served import MODEL
+
+ENDING = ".nii.gz"
+_LOOK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Commands that ran at the same time.
+
+    Attributes:
+        seconds: until the last one ended.
+        first_s: until the first label map was there; ``None`` if none came.
+        peak_bytes: resident memory of the largest of them, at most.
+        exit_codes: of each.
+        said: what they printed, stdout and stderr together.
+    """
+
+    seconds: float
+    first_s: float | None
+    peak_bytes: int
+    exit_codes: list[int]
+    said: str
+
+
+def predict_command(url: str, inputs: Path, outputs: Path, *more: str) -> list[str | Path]:
+    """Ours, with the same arguments as stock's."""
+    command: list[str | Path] = [Path(sys.executable).parent / "nnunet-torchserve", "predict", "--server", url]
+    command += ["--model", MODEL, "-i", inputs, "-o", outputs, "-f", str(FOLD), "--disable_tta"]
+    return [*command, *more]
+
+
+def run(commands: Sequence[Sequence[str | Path]], outputs: Path) -> Run:
+    """Run commands at once that write their label maps to ``outputs``.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    found = run_whatever(commands, outputs)
+    if any(found.exit_codes):
+        msg = f"{commands[0][0]} ended with {found.exit_codes}:\n{found.said[-2000:]}"
+        raise RuntimeError(msg)
+    return found
+
+
+def run_whatever(commands: Sequence[Sequence[str | Path]], outputs: Path) -> Run:
+    """As :func:`run`, however they end."""
+    with tempfile.TemporaryFile("w+") as said:
+        started = time.perf_counter()
+        processes = [subprocess.Popen([*map(str, each)], stdout=said, stderr=said) for each in commands]
+        waiting, codes, peak, first_s = {each.pid: each for each in processes}, dict[int, int](), 0, None
+        while waiting:
+            if first_s is None and any(outputs.glob(f"[!.]*{ENDING}")):
+                first_s = time.perf_counter() - started
+            for pid in list(waiting):
+                ended, status, usage = os.wait4(pid, os.WNOHANG)
+                if ended:
+                    waiting.pop(pid).returncode = codes[pid] = os.waitstatus_to_exitcode(status)
+                    peak = max(peak, usage.ru_maxrss * 1024)
+            if waiting:
+                time.sleep(_LOOK_S)
+        seconds = time.perf_counter() - started
+        said.seek(0)
+        return Run(seconds, first_s, peak, [codes[each.pid] for each in processes], said.read())
