@@ -343,7 +343,7 @@ def test_more_than_one_that_fits_is_not_guessed(call: Callable[..., Path], serve
 def test_a_dataset_that_nobody_can_name(call: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UsageError, match=r"901 is not known here.*--model"):
+    with pytest.raises(UsageError, match=r"nobody here knows the name of dataset 901.*--model"):
         call(*BLOBS, model=None)
     with pytest.raises(UsageError, match="which model"):
         call(model=None)

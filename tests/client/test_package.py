@@ -21,6 +21,21 @@ print(sorted(heavy & sys.modules.keys()))
     assert done.stdout == "[]\n"
 
 
+def test_the_clients_verbs_need_what_the_base_install_has() -> None:
+    script = """
+import sys
+from nnunet_torchserve_tools.cli import app
+codes = [
+    app(["list"], standalone_mode=False),
+    app(["predict", "-i", "in", "-o", "out", "--model", "m", "--server", "nowhere"], standalone_mode=False),
+]
+heavy = {"torch", "nnunetv2", "nibabel", "SimpleITK", "scipy", "psutil", "yaml"}  # typer may bring pydantic
+print(codes, sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[2, 2] []\n"
+
+
 def test_every_public_name_is_there() -> None:
     for name in nnunet_torchserve_client.__all__:
         assert getattr(nnunet_torchserve_client, name).__doc__

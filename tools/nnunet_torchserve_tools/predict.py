@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> None:
         kind = UsageError if isinstance(error, _WRONG_USE) else ToolError
         raise kind(printable(str(error))) from error
     except KeyboardInterrupt:
-        msg = "interrupted; nothing was predicted"
+        msg = "interrupted"
         raise ToolError(msg) from None
     if not summary.is_whole:
         raise ToolError(_what_is_missing(summary, asked))
@@ -146,13 +146,15 @@ def _predict(asked: argparse.Namespace, notes: Console) -> Summary:
     if ignored := [name for field, name in _MEANINGLESS.items() if getattr(asked, field) not in (None, False)]:
         _tell(notes, f"note: {', '.join(ignored)}: the server decides; without meaning here")
     folds = _folds(asked.f)
-    name, version = _find(asked, folds, notes)
-    with _client(asked, name, version) as client:
+    with _find(asked, folds, notes) as client:
         description = client.describe(_Contact(notes))
         options = _options(asked, folds, description, notes)
         cases = cases_of(call, description)
         where = "Predicting" if asked.num_parts == 1 else f"Predicting part {asked.part_id} of {asked.num_parts},"
-        _tell(notes, f"{where} {len(cases)} cases with {name} {description.model.version} at {' '.join(client.urls)}")
+        _tell(
+            notes,
+            f"{where} {len(cases)} cases with {client.model} {description.model.version} at {' '.join(client.urls)}",
+        )
         with _watched(asked, len(cases), notes) as watcher:
             summary = predict_folder(client, call, options, watcher, cases, _processes(asked))
     out = Console(soft_wrap=True, highlight=False, markup=False)
@@ -205,27 +207,30 @@ def _wanted(asked: argparse.Namespace) -> Wanted:
     return Wanted(None, asked.tr, asked.p, asked.c, asked.chk)
 
 
-def _find(asked: argparse.Namespace, folds: Folds | None, notes: Console) -> tuple[str, str | None]:
-    """Name and version on the server of the model that is meant."""
-    wanted = _wanted(asked)
-    if asked.model is not None:
-        with _client(asked, asked.model, asked.version) as client:
-            check(wanted, folds, client.describe(_Contact(notes)))
-        return asked.model, asked.version
-    names = list(likely_names(wanted))
+@contextmanager
+def _find(asked: argparse.Namespace, folds: Folds | None, notes: Console) -> Iterator[Client]:
+    """A client of the model that is meant."""
+    wanted, refusals = _wanted(asked), []
+    names = [asked.model] if asked.model is not None else list(likely_names(wanted))
     for name in names:
-        with _client(asked, name, None) as client:
+        with _client(asked, name, asked.version) as client:
             try:
                 description = client.describe(_Contact(notes))
-            except errors.UnknownModel:
+            except errors.UnknownModel as error:
+                if asked.model is not None:
+                    raise
+                refusals.append(error.reason)
                 continue
-        if description.served is None:  # it knows of no other
-            check(wanted, folds, description)
-            return name, asked.version
+            if asked.model is not None or description.served is None:  # chosen already, or it knows of no other
+                check(wanted, folds, description)
+                yield client
+                return
         chosen = choose(wanted, folds, asked.version, description)
-        return chosen.name, chosen.version
-    tried = f"it has none called {' or '.join(names)}" if names else f"the name of dataset {asked.d} is not known here"
-    msg = f"the server was not found to have a model of {wanted}: {tried}. Give the model's name there with --model"
+        with _client(asked, chosen.name, chosen.version) as client:
+            yield client
+        return
+    tried = "; ".join(refusals) or f"nobody here knows the name of dataset {asked.d}"
+    msg = f"no model of {wanted} was found ({tried}): give its name on the server with --model"
     raise errors.WrongModel(msg)
 
 
