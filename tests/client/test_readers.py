@@ -25,9 +25,13 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_client import RemotePredictor
+from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import core_peer, stock, volumes
 from support.predictions import assert_same, assert_same_files
+
+LAST_BITS = 1e-3
+"""How far probabilities may be from stock's where the server preprocesses in its own way (docs/parity.md)."""
 
 SHAPE = (20, 24, 18)
 TURNED = volumes.oblique((1.3, 1.6, 1.9)) @ np.array([[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
@@ -122,6 +126,15 @@ def test_files_into_a_folder(both: Predictors, kind: Kind, case: Path, tmp_path:
         (tmp_path / name).mkdir()
         each.predict_from_files_sequential(str(case.parent), str(tmp_path / name), True)
     assert_same_files(tmp_path / "theirs", tmp_path / "ours", kind.atol)
+
+
+def test_a_folder_by_the_command(both: Predictors, kind: Kind, case: Path, tmp_path: Path) -> None:
+    theirs, ours = both
+    (tmp_path / "theirs").mkdir()
+    theirs.predict_from_files_sequential(str(case.parent), str(tmp_path / "theirs"), True)
+    server = ["--server", ours.client.urls[0], "--model", "m", "-f", "0", "--disable_tta"]
+    predict.run(["-i", str(case.parent), "-o", str(tmp_path / "ours"), *server, "--save_probabilities"])
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours", LAST_BITS)
 
 
 def test_files_whose_results_are_returned(both: Predictors, kind: Kind, case: Path) -> None:
