@@ -36,7 +36,7 @@ def kill_and_start_again(client: Client, store: Path, workers: int) -> float:
     wait_for(lambda: has_ended(jvm))
     ports = [int(url.rpartition(":")[2]) for url in (server.inference_url, server.management_url, server.metrics_url)]
     free = launcher.free_ports()
-    asked = launcher.AskedPorts(*ports, free.grpc_inference, free.grpc_management)
+    asked = launcher.AskedPorts(ports[0], ports[1], ports[2], free.grpc_inference, free.grpc_management)
     request = launcher.ServeRequest(
         store, state_dir=client.live.state_dir, ports=asked, device=launcher.DeviceKind.CPU, workers=workers
     )

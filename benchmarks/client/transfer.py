@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -79,7 +80,10 @@ def main() -> int:
                 answers["client"].write_bytes(client.predict(Case("large", image), _OPTIONS).content)
                 return time.perf_counter() - started
 
-            sides = {"client": by_client, "curl": lambda: curl_seconds(url, image, answers["curl"])}
+            def by_curl() -> float:
+                return curl_seconds(url, image, answers["curl"])
+
+            sides: dict[str, Callable[[], float]] = {"client": by_client, "curl": by_curl}
             by_client()
             for number in range(arguments.rounds):
                 for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:

@@ -86,7 +86,8 @@ def wanted_of_folder(folder: Path_, checkpoint: str | None) -> Wanted:
     if dataset is None:
         msg = f"{folder} is not there, and its name does not say which dataset it is of; give --model"
         raise WrongUse(msg)
-    return Wanted(dataset, *parts, checkpoint)
+    trainer, plans, configuration = parts
+    return Wanted(dataset, trainer, plans, configuration, checkpoint)
 
 
 def archive_name(dataset: str, configuration: str) -> str:

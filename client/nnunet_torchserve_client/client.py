@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -220,7 +220,7 @@ class Client:
         ordered: bool = True,
         on_event: Listener | None = None,
         stop: Stop | None = None,
-    ) -> Iterator[Outcome[Case, Answer]]: ...
+    ) -> Generator[Outcome[Case, Answer], None, None]: ...
 
     @overload
     def predict_many(
@@ -232,7 +232,7 @@ class Client:
         ordered: bool = True,
         on_event: Listener | None = None,
         stop: Stop | None = None,
-    ) -> Iterator[Outcome[Case, Given]]: ...
+    ) -> Generator[Outcome[Case, Given], None, None]: ...
 
     def predict_many(
         self,
@@ -243,7 +243,7 @@ class Client:
         ordered: bool = True,
         on_event: Listener | None = None,
         stop: Stop | None = None,
-    ) -> Iterator[Outcome[Case, Any]]:
+    ) -> Generator[Outcome[Case, Any], None, None]:
         """The answers to many cases, several of which are in flight.
 
         As many are in flight as the servers take: one more is sent as soon as a worker has taken up the last one

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -195,7 +195,7 @@ def fly(
     may_wait: Callable[[], int],
     ordered: bool,
     stop: Stop,
-) -> Iterator[Outcome[Thing, Given]]:
+) -> Generator[Outcome[Thing, Given], None, None]:
     """Send cases, several at a time.
 
     Args:

@@ -136,7 +136,7 @@ class Summary:
     left: list[str] = field(default_factory=list)
     interrupted: bool = False
     seconds: float = 0.0
-    stages: Counter[str] = field(default_factory=Counter)
+    stages: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -159,9 +159,10 @@ class Summary:
         }
 
 
-def listed_stages(stages: Counter[str]) -> str:
+def listed_stages(stages: Mapping[str, float]) -> str:
     """For people: the longest first, without what is not worth a word."""
-    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in stages.most_common() if seconds >= _LEAST_S)
+    longest_first = sorted(stages.items(), key=lambda stage: -stage[1])
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest_first if seconds >= _LEAST_S)
 
 
 def cases_of(call: FolderCall, description: Description) -> list[ImageFiles]:
@@ -235,7 +236,7 @@ class _Run:
             outcomes = self._client.predict_many(
                 self._cases(wanted), self._options, finish=self._finish, ordered=False, on_event=self._event
             )
-            with closing(outcomes):
+            with closing(outcomes):  # which waits for those in flight: some may be writing
                 for outcome in outcomes:
                     if not self._note(outcome):
                         break
@@ -283,7 +284,7 @@ class _Run:
         )
         return msg + (f"; missing: {', '.join(missing)}" if missing else f": {', '.join(there)}")
 
-    def _finish(self, case: Case, answer: Answer) -> Counter[str]:
+    def _finish(self, case: Case, answer: Answer) -> dict[str, float]:
         """Write the files of a case; where its time went. Called in its own thread."""
         answered = answer.model.get("digest")
         if answered not in (None, self._description.digest):
@@ -307,7 +308,8 @@ class _Run:
         stages[WRITE] = time.monotonic() - started
         with self._lock:
             self._summary.done.append(case.name)
-            self._summary.stages.update(stages)
+            for name, seconds in stages.items():
+                self._summary.stages[name] = self._summary.stages.get(name, 0.0) + seconds
             if answer.warnings:
                 self._summary.warnings[case.name] = list(answer.warnings)
         return stages
@@ -316,7 +318,7 @@ class _Run:
         self._waits.event(event)
         self._watcher.event(event)
 
-    def _note(self, outcome: Outcome[Case, Counter[str]]) -> bool:
+    def _note(self, outcome: Outcome[Case, dict[str, float]]) -> bool:
         """Note what became of a case; whether the others are worth trying."""
         error = outcome.error
         if error is None:
@@ -412,9 +414,9 @@ class _Waits:
         if event.kind is Kind.RETRY:
             self._paused[case] = self._paused.get(case, 0.0) + event.pause_s
 
-    def stages(self, case: str, answer: Answer) -> Counter[str]:
+    def stages(self, case: str, answer: Answer) -> dict[str, float]:
         """Where the time of a case went, until its answer was there; the case is forgotten."""
         waited, paused = self._waited.pop(case, 0.0), self._paused.pop(case, 0.0)
-        stages = Counter({PAUSE: paused, WAIT: waited}) + Counter(answer.timing)
-        stages[TRANSFER] = max(0.0, answer.seconds - stages.total())
+        stages = {WAIT: waited, PAUSE: paused, **answer.timing}
+        stages[TRANSFER] = max(0.0, answer.seconds - sum(stages.values()))
         return stages

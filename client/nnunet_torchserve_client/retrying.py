@@ -7,6 +7,7 @@ and a first contact, without which the address is more likely wrong than the ser
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,7 +137,9 @@ class Retries:
     def _pause(self, error: ClientError, backoff: float) -> float:
         if not isinstance(error, WorkerDied | CutOff) and self.elsewhere(error.server):
             return 0.0
-        return max(error.retry_after_s or 0.0, backoff)
+        if error.retry_after_s is not None:
+            return error.retry_after_s + random.uniform(0, self.patience.pause_s)  # noqa: S311 (no secret)
+        return backoff
 
     def _is_over(self, error: ClientError, trial: Trial, pause: float) -> bool:
         if self.stop.is_set or time.monotonic() + pause >= trial.deadline:

@@ -9,7 +9,6 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def test_nnunets_commands_make_the_same_of_our_folder_and_of_stocks(
 ) -> None:
     """Both folders come from the command line: nnU-Net's is that of nnUNetv2_predict_from_modelfolder."""
     theirs = tmp_path / "theirs"
-    arguments = ["-i", images, "-o", theirs, "-f", "0", "1", "--disable_tta", "--save_probabilities"]
+    arguments: list[str | Path] = ["-i", images, "-o", theirs, "-f", "0", "1", "--disable_tta", "--save_probabilities"]
     run(BIN / "nnUNetv2_predict_from_modelfolder", *arguments, "-m", models["five_folds"], "-device", "cpu")
     assert_same_files(theirs, ours)
     stocks = json.loads((theirs / "predict_from_raw_data_args.json").read_text())
@@ -118,7 +117,7 @@ def test_nnunets_commands_make_the_same_of_our_folder_and_of_stocks(
             "1",
         )
         summary = tmp_path / f"{name}.json"
-        files = ["-djfile", folder / "dataset.json", "-pfile", folder / "plans.json"]
+        files: list[str | Path] = ["-djfile", folder / "dataset.json", "-pfile", folder / "plans.json"]
         run(BIN / "nnUNetv2_evaluate_folder", reference, folder, *files, "-o", summary, "-np", "1")
         made[name] = (ensemble, processed, without_paths(summary.read_text(), folder))
     for place in range(2):
@@ -195,7 +194,7 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(images: Path, tmp_path: Path) -> Iterator[Path]:
+def folder(images: Path, tmp_path: Path) -> Path:
     """Where the pages' commands are run."""
     (tmp_path / "imagesTs").symlink_to(images)
     return tmp_path

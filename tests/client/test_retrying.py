@@ -11,6 +11,8 @@ import pytest
 
 from nnunet_torchserve_client import Case, Client, errors
 from nnunet_torchserve_client.events import Event, Kind
+from nnunet_torchserve_client.retrying import Patience, Retries
+from nnunet_torchserve_client.stopping import Stop
 from support import peer
 from support.peer import Peer, Received, Reply, Wire
 
@@ -106,6 +108,14 @@ def test_retry_after_is_honoured(server: Peer) -> None:
         client.predict(CASE)
     first, second = server.received
     assert second.at - first.at >= 1.0
+
+
+def test_where_the_server_says_when_it_is_asked_then_however_often_it_refused_before() -> None:
+    """A client whose pauses grew would stay away while places are free, and others take them."""
+    rules = Retries(Patience(pause_s=0.5), lambda: True, lambda _: False, lambda _, __: None, Stop())
+    pauses = [rules._pause(errors.Busy("busy", retry_after_s=4.0), 30.0) for _ in range(50)]
+    assert 4.0 <= min(pauses) < max(pauses) <= 4.5
+    assert rules._pause(errors.Busy("busy"), 30.0) == 30.0
 
 
 def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(server: Peer) -> None:
