@@ -165,8 +165,11 @@ def listed_stages(stages: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest_first if seconds >= _LEAST_S)
 
 
-def cases_of(call: FolderCall, description: Description) -> list[ImageFiles]:
-    """The cases of this part, in the order of their names.
+def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFiles], int]:
+    """The cases of this part that are to be predicted, in the order of their names.
+
+    Returns:
+        The cases; and how many besides are left out, because they are there already.
 
     Raises:
         MissingFolder: there is no such folder.
@@ -187,7 +190,13 @@ def cases_of(call: FolderCall, description: Description) -> list[ImageFiles]:
     cases = [
         ImageFiles(name, tuple(files), str(Path(call.output, name))) for name, files in zip(names, lists, strict=True)
     ]
-    return part(cases, call.num_parts, call.part_id)
+    ours = part(cases, call.num_parts, call.part_id)
+    wanted = [
+        case
+        for case in ours
+        if call.overwrite or not is_there(str(case.target), ending, with_probabilities=call.save_probabilities)
+    ]
+    return wanted, len(ours) - len(wanted)
 
 
 def predict_folder(
@@ -196,6 +205,7 @@ def predict_folder(
     options: Mapping[str, object],
     watcher: Watcher,
     cases: Sequence[ImageFiles],
+    there: int = 0,
     processes: tuple[int, int] = (3, 3),
 ) -> Summary:
     """Predict the cases of a folder, several at a time.
@@ -205,7 +215,8 @@ def predict_folder(
         call: what is asked for.
         options: of docs/http.md, for every case.
         watcher: is told what happens.
-        cases: see :func:`cases_of`.
+        cases: to be predicted; see :func:`cases_of`.
+        there: how many are left out.
         processes: that nnU-Net would have used; written beside the predictions.
 
     Returns:
@@ -214,7 +225,7 @@ def predict_folder(
     Raises:
         UnwritableFile: the folder for the predictions cannot be made or written.
     """
-    return _Run(client, call, options, watcher).run(cases, processes)
+    return _Run(client, call, options, watcher).run(cases, there, processes)
 
 
 class _Run:
@@ -227,14 +238,13 @@ class _Run:
         self._lock = threading.Lock()
         self._waits = _Waits()
 
-    def run(self, cases: Sequence[ImageFiles], processes: tuple[int, int]) -> Summary:
+    def run(self, cases: Sequence[ImageFiles], there: int, processes: tuple[int, int]) -> Summary:
         started = time.monotonic()
         self._write_side_files(processes)
-        wanted = [each for each in cases if self._call.overwrite or not self._is_there(each)]
-        self._summary = Summary(len(cases), len(cases) - len(wanted))
+        self._summary = Summary(len(cases) + there, there)
         try:
             outcomes = self._client.predict_many(
-                self._cases(wanted), self._options, finish=self._finish, ordered=False, on_event=self._event
+                self._cases(cases), self._options, finish=self._finish, ordered=False, on_event=self._event
             )
             with closing(outcomes):  # which waits for those in flight: some may be writing
                 for outcome in outcomes:
@@ -242,20 +252,20 @@ class _Run:
                         break
         except KeyboardInterrupt:
             self._summary.interrupted = True
-        return self._ended(wanted, started)
+        return self._ended(cases, started)
 
-    def _ended(self, wanted: Sequence[ImageFiles], started: float) -> Summary:
+    def _ended(self, cases: Sequence[ImageFiles], started: float) -> Summary:
         with self._lock:
             summary = self._summary
             known = {*summary.done, *(error.case for error in summary.failed)}
-            summary.left = [each.name for each in wanted if each.name not in known]
+            summary.left = [each.name for each in cases if each.name not in known]
             summary.seconds = time.monotonic() - started
         self._list_failures(summary)
         return summary
 
-    def _cases(self, wanted: Sequence[ImageFiles]) -> Iterator[Case]:
+    def _cases(self, cases: Sequence[ImageFiles]) -> Iterator[Case]:
         """What is sent; what cannot be is noted."""
-        for files in wanted:
+        for files in cases:
             try:
                 self._check_channels(files)
                 options = placement(self._description.reader, files.files) | self._options_of_files
@@ -341,10 +351,6 @@ class _Run:
             self._summary.failed.append(error)
         self._watcher.one_done()
         self._watcher.line(f"FAILED {error}")
-
-    def _is_there(self, files: ImageFiles) -> bool:
-        ending, with_probabilities = self._description.file_ending, self._call.save_probabilities
-        return is_there(str(files.target), ending, with_probabilities=with_probabilities)
 
     def _list_failures(self, summary: Summary) -> None:
         """Leave a list of what is missing, or take an earlier one away."""

@@ -143,20 +143,20 @@ def _predict(asked: argparse.Namespace, notes: Console) -> Summary:
         part_id=asked.part_id,
         verbose=asked.verbose,
     )
-    if ignored := [name for field, name in _MEANINGLESS.items() if getattr(asked, field) not in (None, False)]:
+    given = {field: getattr(asked, field) for field in _MEANINGLESS}
+    if ignored := [_MEANINGLESS[field] for field, value in given.items() if value is not None and value is not False]:
         _tell(notes, f"note: {', '.join(ignored)}: the server decides; without meaning here")
     folds = _folds(asked.f)
     with _find(asked, folds, notes) as client:
         description = client.describe(_Contact(notes))
         options = _options(asked, folds, description, notes)
-        cases = cases_of(call, description)
+        cases, there = cases_of(call, description)
         where = "Predicting" if asked.num_parts == 1 else f"Predicting part {asked.part_id} of {asked.num_parts},"
-        _tell(
-            notes,
-            f"{where} {len(cases)} cases with {client.model} {description.model.version} at {' '.join(client.urls)}",
-        )
+        left_out = f" ({there} are there already)" if there else ""
+        model = f"{client.model} {description.model.version} at {' '.join(client.urls)}"
+        _tell(notes, f"{where} {len(cases)} cases{left_out} with {model}")
         with _watched(asked, len(cases), notes) as watcher:
-            summary = predict_folder(client, call, options, watcher, cases, _processes(asked))
+            summary = predict_folder(client, call, options, watcher, cases, there, _processes(asked))
     out = Console(soft_wrap=True, highlight=False, markup=False)
     if asked.json:
         out.print(json.dumps(summary.as_json(), indent=2))
@@ -250,7 +250,8 @@ def _options(
     }
     if folds is None:
         served = description.model.folds
-        folds = DEFAULT_FOLDS if set(DEFAULT_FOLDS) <= set(served) else served
+        numbered = tuple(fold for fold in served if fold != "all")
+        folds = DEFAULT_FOLDS if set(DEFAULT_FOLDS) <= set(served) else numbered or served
         if folds != DEFAULT_FOLDS:
             _tell(notes, f"note: without -f, all folds that are served: {listed_folds(folds)}")
     options["folds"] = list(folds)
