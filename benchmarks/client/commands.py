@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,17 @@ def run(commands: Sequence[Sequence[str | Path]], outputs: Path) -> Run:
     return found
 
 
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has had resident since it is this program; 0 if it has ended.
+
+    Not wait4's number: that is the parent's own where it was larger when it forked.
+    """
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 0
+
+
 def run_whatever(commands: Sequence[Sequence[str | Path]], outputs: Path) -> Run:
     """As :func:`run`, however they end."""
     with tempfile.TemporaryFile("w+") as said:
@@ -66,11 +77,10 @@ def run_whatever(commands: Sequence[Sequence[str | Path]], outputs: Path) -> Run
         while waiting:
             if first_s is None and any(outputs.glob(f"[!.]*{ENDING}")):
                 first_s = time.perf_counter() - started
-            for pid in list(waiting):
-                ended, status, usage = os.wait4(pid, os.WNOHANG)
-                if ended:
-                    waiting.pop(pid).returncode = codes[pid] = os.waitstatus_to_exitcode(status)
-                    peak = max(peak, usage.ru_maxrss * 1024)
+            for pid, process in list(waiting.items()):
+                peak = max(peak, _peak_bytes(pid))
+                if process.poll() is not None:
+                    codes[pid] = waiting.pop(pid).returncode
             if waiting:
                 time.sleep(_LOOK_S)
         seconds = time.perf_counter() - started

@@ -1,7 +1,7 @@
 """What the client itself takes: memory of a long folder beside a short one, and the time to import it.
 
 The same small image under many names: what differs is how many there are. The peak of a process is the kernel's own
-account of its resident memory (wait4).
+account of its resident memory (VmHWM), looked at to its end.
 """
 
 from __future__ import annotations
