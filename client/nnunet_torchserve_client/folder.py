@@ -423,6 +423,7 @@ class _Waits:
     def stages(self, case: str, answer: Answer) -> dict[str, float]:
         """Where the time of a case went, until its answer was there; the case is forgotten."""
         waited, paused = self._waited.pop(case, 0.0), self._paused.pop(case, 0.0)
-        stages = {WAIT: waited, PAUSE: paused, **answer.timing}
+        waited -= answer.timing.get("decode", 0.0)  # the first event comes when the image has been read
+        stages = {WAIT: max(0.0, waited), PAUSE: paused, **answer.timing}
         stages[TRANSFER] = max(0.0, answer.seconds - sum(stages.values()))
         return stages
