@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import numpy.typing as npt
 
@@ -92,7 +92,8 @@ class RemotePredictor:
             verbose: likewise.
             verbose_preprocessing: likewise.
             allow_tqdm: show progress on stderr, if that is a terminal.
-            use_folds: as in ``initialize_from_trained_model_folder``; ``None`` is all that are served.
+            use_folds: as in ``initialize_from_trained_model_folder``; ``None`` is all that are served. The server's own
+                name for them, ``folds``, is taken too.
             version: of the model.
             token: bearer token.
             headers: of every request.
@@ -109,6 +110,11 @@ class RemotePredictor:
             if name in options:
                 msg = f"option {name} is not for the predictor: {reason}"
                 raise WrongUse(msg)
+        if "folds" in options:
+            if use_folds is not None:
+                msg = "use_folds and folds are one option with two names: give one of them"
+                raise WrongUse(msg)
+            use_folds = cast("int | str | Sequence[int | str] | None", options.pop("folds"))
         self.tile_step_size = tile_step_size
         self.use_gaussian = use_gaussian
         self.use_mirroring = use_mirroring

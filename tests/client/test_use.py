@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_torchserve_client import Case, Client, errors
+from nnunet_torchserve_client import Case, Client, RemotePredictor, errors
 from nnunet_torchserve_client.client import URL_VARIABLE
 from support import peer
 from support.peer import Peer
@@ -65,6 +65,18 @@ def test_numbers_of_numpy_are_numbers(server: Peer) -> None:
         client.predict(Case("head", b"image"), {"folds": [np.int64(1)], "spacing": np.array([1.5, 2.0])})
     assert server.received[0].options["folds"] == [1]
     assert server.received[0].options["spacing"] == [1.5, 2.0]
+
+
+def test_folds_and_use_folds_are_one_option_and_the_last_choice_holds(server: Peer) -> None:
+    image, properties = np.zeros((1, 2, 2, 2), np.uint8), {"spacing": [1.0, 1.0, 1.0]}
+    with pytest.raises(errors.WrongUse, match="folds"):
+        RemotePredictor(server.url, "blobs", use_folds=0, folds=[1])
+    with RemotePredictor(server.url, "blobs", folds=[1]) as predictor:
+        assert predictor.use_folds == (1,)
+        predictor.use_folds = (0,)  # as initialize_from_trained_model_folder does
+        with pytest.raises(errors.BadAnswer):  # an echo is no npz
+            predictor.predict_single_npy_array(image, properties)
+    assert [request.options["folds"] for request in server.received] == [[0]]
 
 
 def test_a_version_is_part_of_the_path_and_a_proxys_path_comes_first(server: Peer) -> None:
