@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -104,8 +105,11 @@ class Client:
             WrongUse: something of this cannot be meant so.
         """
         urls = list(dict.fromkeys(checked_url(each) for each in _given_urls(url)))
-        if not model or "/" in model or not (version is None or (version and "/" not in version)):
-            msg = f"a model is given by its name on the server and a version, not as {model!r} and {version!r}"
+        if not _is_name(model) or not (version is None or _is_name(version)):
+            msg = (
+                f"a model is given by its name on the server and a version, not as {model!r} and {version!r}: "
+                "letters without accents, digits, and _ - ."
+            )
             raise WrongUse(msg)
         if not all(0 < each <= _LONGEST_S for each in (deadline_s, first_contact_s, pause_s, silence_s)):
             msg = f"deadline_s, first_contact_s, pause_s and silence_s are seconds, above 0 and at most {_LONGEST_S}"
@@ -347,6 +351,11 @@ class Client:
                     on_event(event)
 
         return tell
+
+
+def _is_name(text: str) -> bool:
+    """Whether it may be a part of a path as it is, and no other path: the letters that TorchServe's archiver takes."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]+", text) is not None and text not in (".", "..")
 
 
 def _nothing() -> None:
