@@ -78,11 +78,16 @@ def array_case(number: int, item: Mapping[str, Any], description: Description, *
     name = f"image {number}" if target is None else Path(target).name
     array = _image(item["data"])
     spacing = _spacing(properties)
-    by_server = description.reader in _PLACED_BY_SERVER and description.input_orientation is None
+    placed = {} if target is None else _placement(description.reader, properties)
+    by_server = (
+        description.reader in _PLACED_BY_SERVER
+        and description.input_orientation is None
+        and _lies_as_it_is_spaced(spacing, placed)
+    )
     options: dict[str, object] = {"spacing": spacing[::-1]}
     if target is not None and by_server:
         ending = description.file_ending
-        options |= {"output_format": output_format(ending)} | _placement(description.reader, properties)
+        options |= {"output_format": output_format(ending)} | placed
         if with_probabilities:
             options |= {"save_probabilities": True, "properties": True}
     else:
@@ -199,6 +204,19 @@ def _placement(reader: str, properties: Mapping[str, Any]) -> dict[str, object]:
     except (KeyError, TypeError, ValueError) as error:
         msg = "the properties of an array that becomes a file have what SimpleITKIO's read_images puts in sitk_stuff"
         raise MissingProperty(msg) from error
+
+
+def _lies_as_it_is_spaced(spacing: list[float], placed: Mapping[str, Any]) -> bool:
+    """Whether the file will have the spacing that the array has.
+
+    nnU-Net predicts with the array's and writes with that of ``sitk_stuff``; one request has one.
+
+    Args:
+        spacing: of the array, mm along z, y, x.
+        placed: of the file; of a plane its spacing has x and y only.
+    """
+    along = placed.get("spacing")
+    return along is None or spacing[-len(along) :] == along[::-1]
 
 
 def _write_by_nnunet(answer: Answer, note: ArrayNote, description: Description, *, with_probabilities: bool) -> None:

@@ -9,6 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,16 +105,23 @@ def both(kind: Kind, models: dict[str, Path], tmp_path_factory: pytest.TempPathF
     for name, change in (("plans", {"image_reader_writer": kind.reader}), ("dataset", {"file_ending": kind.ending})):
         document = json.loads((folder / f"{name}.json").read_text())
         (folder / f"{name}.json").write_text(json.dumps(document | change))
-    request = ArchiveRequest(folder, folder.parent / "store", name="m", folds=(0,))
+    with served(ArchiveRequest(folder, folder.parent / "store", name="m", folds=(0,))) as ours:
+        yield stock.loaded(folder, folds=[0], use_mirroring=False), ours
+
+
+@contextmanager
+def served(request: ArchiveRequest) -> Iterator[RemotePredictor]:
+    """A predictor before the core of a server that has this archive."""
     [archive] = make_archives(request)
-    zipfile.ZipFile(archive).extractall(folder.parent / "unpacked")
-    bundle = ModelBundle(folder.parent / "unpacked")
+    unpacked = archive.parent.parent / "unpacked"
+    zipfile.ZipFile(archive).extractall(unpacked)
+    bundle = ModelBundle(unpacked)
     pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
     with (
         core_peer.serving(pipeline) as peer,
         RemotePredictor(peer.url, "m", use_mirroring=False, preprocess="stock") as ours,
     ):
-        yield stock.loaded(folder, folds=[0], use_mirroring=False), ours
+        yield ours
 
 
 @pytest.fixture
@@ -153,3 +161,16 @@ def test_arrays_as_its_reader_gives_them(both: Predictors, kind: Kind, case: Pat
     assert_same_files(tmp_path / "theirs", tmp_path / "ours", kind.atol)
     stocks, ours = (each.predict_single_npy_array(image, dict(properties), None, None, True) for each in both)
     assert_same(stocks, ours, kind.atol)
+
+
+def test_an_array_that_was_resampled_is_predicted_with_its_own_spacing(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its properties still say where the image lay: nnU-Net writes there, and predicts with the new spacing."""
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(volumes.blobs(SHAPE, 5)[0], TURNED))
+    theirs = stock.loaded(models["five_folds"], folds=[0], use_mirroring=False)
+    image, properties = theirs.plans_manager.image_reader_writer_class().read_images([str(file)])
+    properties = {**properties, "spacing": [0.7 * size for size in properties["spacing"]]}
+    with served(ArchiveRequest(models["five_folds"], tmp_path / "store", name="m", folds=(0,))) as ours:
+        for each, name in ((theirs, "theirs"), (ours, "ours")):
+            (tmp_path / name).mkdir()
+            each.predict_single_npy_array(image, dict(properties), None, str(tmp_path / name / "case"), True)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
