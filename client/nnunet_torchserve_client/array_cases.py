@@ -94,8 +94,7 @@ def array_case(number: int, item: Mapping[str, Any], description: Description, *
         options |= {"output_format": "npz", "save_probabilities": with_probabilities}
         if target is not None and with_probabilities:
             options["properties"] = True
-        if description.input_orientation is not None:
-            options["direction"] = direction_towards(description.input_orientation)
+        options |= _orientation(description, properties)
     return Case(name, array, options, ArrayNote(properties, None if target is None else os.fspath(target), by_server))
 
 
@@ -204,6 +203,45 @@ def _placement(reader: str, properties: Mapping[str, Any]) -> dict[str, object]:
     except (KeyError, TypeError, ValueError) as error:
         msg = "the properties of an array that becomes a file have what SimpleITKIO's read_images puts in sitk_stuff"
         raise MissingProperty(msg) from error
+
+
+def _orientation(description: Description, properties: Mapping[str, Any]) -> dict[str, object]:
+    """What a server that turns images must know of an array: how it lies.
+
+    Readers that reorient have turned it already, and a plane is not turned. Of the others, those of NIfTI files say how
+    it lies. A stack of pictures is taken as a server takes its file, along the patient's axes.
+
+    Raises:
+        MissingProperty: the properties do not say it.
+    """
+    letters, reader = description.input_orientation, description.reader
+    if letters is None:
+        return {}
+    as_it_is: dict[str, object] = {"direction": direction_towards(letters)}
+    if reader.endswith("WithReorient") or reader == "NaturalImage2DIO":
+        return as_it_is
+    try:
+        if "sitk_stuff" in properties:
+            direction = [float(number) for number in properties["sitk_stuff"]["direction"]]
+            return {"direction": direction} if len(direction) == _SPACE_AXES**2 else as_it_is
+        if "nibabel_stuff" in properties:
+            return {"direction": _direction_of(properties["nibabel_stuff"]["original_affine"])}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        msg = f"the properties of an array do not say how it lies as those of nnU-Net's {reader} do"
+        raise MissingProperty(msg) from error
+    if reader == TIFF_READER:
+        return {}
+    msg = (
+        f"this model takes images that run towards {letters}, and is told how an array lies by what nnU-Net's {reader} "
+        "puts in its properties (sitk_stuff, nibabel_stuff): it is not there"
+    )
+    raise MissingProperty(msg)
+
+
+def _direction_of(affine: Any) -> list[float]:
+    """ITK's direction, row by row, of an affine of NIfTI's (RAS)."""
+    axes = np.diag([-1.0, -1.0, 1.0]) @ np.asarray(affine, np.float64)[:3, :3]
+    return [float(number) for number in (axes / np.linalg.norm(axes, axis=0)).ravel()]
 
 
 def _lies_as_it_is_spaced(spacing: list[float], placed: Mapping[str, Any]) -> bool:

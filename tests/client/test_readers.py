@@ -18,6 +18,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 import tifffile
 import torch
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage.io import imsave
 
@@ -25,7 +27,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
-from nnunet_torchserve_client import RemotePredictor
+from nnunet_torchserve_client import RemotePredictor, errors
 from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import core_peer, stock, volumes
@@ -174,3 +176,23 @@ def test_an_array_that_was_resampled_is_predicted_with_its_own_spacing(models: d
             (tmp_path / name).mkdir()
             each.predict_single_npy_array(image, dict(properties), None, str(tmp_path / name / "case"), True)
     assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_an_array_is_turned_as_its_file_is_where_the_model_wants_one_orientation(
+    reader: type[SimpleITKIO | NibabelIO], models: dict[str, Path], tmp_path: Path
+) -> None:
+    image = volumes.blobs(SHAPE, 5)[0].astype(np.int16)
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(image, TURNED))
+    array, properties = reader().read_images([str(file)])
+    shutil.copytree(models["five_folds"], folder := tmp_path / models["five_folds"].name)
+    plans = json.loads((folder / "plans.json").read_text())
+    (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader.__name__}))
+    request = ArchiveRequest(folder, tmp_path / "store", name="m", folds=(0,), input_orientation="RAS")
+    with served(request) as ours:
+        of_file = ours.predict_from_files([[str(file)]], None)
+        labels = ours.predict_single_npy_array(array, properties)
+        assert_same(of_file, [labels])
+        assert np.ptp(labels) > 0
+        with pytest.raises(errors.MissingProperty, match="RAS"):
+            ours.predict_single_npy_array(array, {"spacing": properties["spacing"]})
