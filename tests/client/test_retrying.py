@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -207,9 +208,27 @@ def test_a_case_whose_answers_are_cut_off_is_tried_as_often_as_one_that_kills_wo
 
 
 def test_an_answer_that_was_cut_off_because_the_whole_server_went_is_no_worker_that_died(server: Peer) -> None:
-    server.replies = [peer.truncated, peer.reset] * 3 + [peer.echo]
+    server.replies = [peer.truncated, peer.reset, peer.truncated, peer.truncated, peer.echo]
     with client_of(server) as client:
-        assert client.predict(CASE).tries == 7
+        assert client.predict(CASE).tries == 5
+
+
+def test_a_case_that_kills_whole_servers_is_stopped_too(server: Peer) -> None:
+    """Each time it is cut off, and then nothing is there for a while."""
+    server.replies = [peer.truncated, peer.reset] * 10
+    with client_of(server) as client, pytest.raises(errors.CutOff):
+        client.predict(CASE)
+    assert len(server.received) == 7, "four deaths, the first of which may have been the server's own"
+
+
+def test_a_server_that_is_away_does_not_excuse_deaths_at_another_one(server: Peer) -> None:
+    with Peer().listening() as away:
+        pass
+    server.replies = [peer.truncated] * 20
+    settings: dict[str, Any] = {"pause_s": 0.01, "deadline_s": 60.0}
+    with Client([server.url, away.url], "blobs", **settings) as client, pytest.raises(errors.CutOff):
+        client.predict(CASE)
+    assert len(server.received) == 3
 
 
 def test_a_server_that_falls_silent_is_given_up(server: Peer) -> None:
