@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -561,7 +562,7 @@ class RemotePredictor:
         results: dict[int, Prediction] = {}
         failures: dict[int, ClientError] = {}
         with shown("predicting", total, wanted=self.allow_tqdm) as progress:
-            outcomes: Iterator[Outcome[Case, Prediction]] = self.client.predict_many(
+            outcomes: Generator[Outcome[Case, Prediction], None, None] = self.client.predict_many(
                 cases,
                 self._options(),
                 finish=self._checked(finish),
@@ -569,13 +570,14 @@ class RemotePredictor:
                 on_event=progress.event,
                 stop=self._stop,
             )
-            for outcome in outcomes:
-                progress.one_done()
-                results[outcome.index] = outcome.value
-                if outcome.error is not None:
-                    if outcome.error.of_all_cases:
-                        raise outcome.error
-                    failures[outcome.index] = outcome.error
+            with closing(outcomes):  # else cases would go on, and write files, after an error was raised
+                for outcome in outcomes:
+                    progress.one_done()
+                    results[outcome.index] = outcome.value
+                    if outcome.error is not None:
+                        if outcome.error.of_all_cases:
+                            raise outcome.error
+                        failures[outcome.index] = outcome.error
         in_order = [results[index] for index in range(len(results))]
         if failures and len(results) == 1:
             raise failures[0]

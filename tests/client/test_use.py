@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from nnunet_torchserve_client import Case, Client, RemotePredictor, errors
 from nnunet_torchserve_client.client import URL_VARIABLE
 from support import peer
-from support.peer import Peer
+from support.peer import Peer, Received, Wire
 
 URL = "http://127.0.0.1:1"
 
@@ -85,6 +86,29 @@ def test_folds_and_use_folds_are_one_option_and_the_last_choice_holds(server: Pe
         with pytest.raises(errors.BadAnswer):  # an echo is no npz
             predictor.predict_single_npy_array(image, properties)
     assert [request.options["folds"] for request in server.received] == [[0]]
+
+
+def test_nothing_goes_on_once_a_call_has_raised(server: Peer) -> None:
+    """One case is held; the other one's error is of all cases."""
+    held, never = threading.Event(), threading.Event()
+
+    def hold(wire: Wire, _: Received) -> None:
+        wire.head()
+        wire.event(event="heartbeat")
+        held.set()
+        never.wait(60)
+
+    def refuse(wire: Wire, received: Received) -> None:
+        held.wait(60)
+        peer.plain(404)(wire, received)
+
+    server.replies = [hold, refuse]
+    item = {"data": np.zeros((1, 2, 2, 2), np.uint8), "data_properties": {"spacing": [1.0, 1.0, 1.0]}, "ofile": None}
+    with RemotePredictor(server.url, "blobs") as predictor:
+        with pytest.raises(errors.UnknownModel):
+            predictor.predict_from_data_iterator([item, item])
+        assert not [each for each in threading.enumerate() if each.name.startswith("case-")]
+    never.set()
 
 
 def test_a_version_is_part_of_the_path_and_a_proxys_path_comes_first(server: Peer) -> None:
