@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nnunet_torchserve_client import Case, Client, errors
+from nnunet_torchserve_client import Case, Client, errors, transport
 from nnunet_torchserve_client.events import Event, Kind
 from nnunet_torchserve_client.retrying import Patience, Retries
 from nnunet_torchserve_client.stopping import Stop
@@ -88,6 +88,25 @@ def test_what_no_try_mends_is_asked_once(failure: Reply, error: type[errors.Clie
     with client_of(server) as client, pytest.raises(error) as caught:
         client.predict(CASE)
     assert type(caught.value) is error
+    assert len(server.received) == 1
+
+
+def more_than_it_said(wire: Wire, received: Received) -> None:
+    wire.head()
+    wire.result(received.body + b"!", promised=len(received.body))
+    wire.chunk(b"")
+
+
+@pytest.mark.parametrize("reply", [more_than_it_said, peer.plain(200, bytes(11))], ids=["its own length", "any length"])
+def test_an_answer_without_an_end_does_not_fill_the_memory(
+    reply: Reply, server: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.replies = [reply]
+    with client_of(server) as client:
+        client.describe()
+        monkeypatch.setattr(transport, "_MOST_ANSWER_BYTES", 10)
+        with pytest.raises(errors.BadAnswer, match="more than"):
+            client.predict(CASE)
     assert len(server.received) == 1
 
 
