@@ -140,9 +140,9 @@ def test_where_the_server_says_when_it_is_asked_then_however_often_it_refused_be
 
 def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(server: Peer) -> None:
     server.replies = [peer.problem(429, "busy")]
-    with client_of(server, deadline_s=1.0) as client, pytest.raises(errors.Busy) as caught:
+    with client_of(server, deadline_s=2.0) as client, pytest.raises(errors.Busy) as caught:
         client.predict(CASE)
-    assert 2 < caught.value.tries == len(server.received) < 20, "each pause is twice as long"
+    assert 1 < caught.value.tries == len(server.received) < 20, "each pause is twice as long"
     server.replies = [peer.problem(429, "busy", Retry_After="3600")]
     with client_of(server, deadline_s=60.0) as client, pytest.raises(errors.Busy):
         client.predict(CASE)
@@ -161,7 +161,7 @@ def test_every_request_says_when_nobody_waits_any_more(server: Peer) -> None:
 def test_an_address_where_nothing_ever_answered_is_given_up_soon() -> None:
     with Peer().listening() as gone:
         pass
-    with client_of(gone, first_contact_s=0.3) as client, pytest.raises(errors.Unreachable) as caught:
+    with client_of(gone, first_contact_s=1.5) as client, pytest.raises(errors.Unreachable) as caught:
         client.predict(CASE)
     assert caught.value.of_all_cases
     assert caught.value.tries > 1
