@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from nnunet_torchserve_client import Case, Client, errors
 from nnunet_torchserve_client.events import Event, Kind
 from nnunet_torchserve_client.flight import WAITING_CASES
-from nnunet_torchserve_client.servers import Server
+from nnunet_torchserve_client.servers import Server, Servers
+from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
 from support.peer import Peer, Received, Wire
 
@@ -118,3 +120,27 @@ def test_what_a_server_takes_is_tried_again_less_often_each_time() -> None:
             server.note(errors.Busy("busy"), 0.0, among_others=False)
             assert server.places == 3
     assert answered == [0, 24, 48, 96, 192]
+
+
+@pytest.mark.parametrize(
+    ("error", "reached"),
+    [
+        (errors.UnreadableFile("gone"), False),
+        (errors.WrongUse("no"), False),
+        (errors.Untrusted("no"), False),
+        (errors.TooLate("late"), False),
+        (errors.Unreachable("502 of a proxy", status=502), False),
+        (errors.CutOff("ended"), True),
+        (errors.BadAnswer("no event"), True),
+        (errors.TooThin("thin", status=422), True),
+        (None, True),
+    ],
+)
+def test_a_server_is_reached_once_it_has_answered(error: errors.ClientError | None, reached: bool) -> None:
+    """And not where this machine could not read the image, or did not trust it."""
+    with httpx.Client() as connections:
+        known = Servers([Server("http://a", connections, 1.0)])
+        with suppress(errors.ClientError), known.place(Stop(), time.monotonic() + PATIENCE_S):
+            if error is not None:
+                raise error
+    assert known.reached is reached
