@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -273,16 +273,16 @@ def _write_by_nnunet(answer: Answer, note: ArrayNote, description: Description, 
         write_aside(f"{target}.npz", lambda file: np.savez_compressed(file, probabilities=probabilities))
         write_aside(f"{target}.pkl", lambda file: pickle.dump(properties, file))
     place = Path(target + description.file_ending)
-    aside = place.with_name(f".{secrets.token_hex(4)}.part{description.file_ending}")
     try:
-        try:
+        # a folder of its own: nobody takes an unfinished file for the dataset's, and writers may put more beside it
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=place.parent) as aside:
             writer = recursive_find_reader_writer_by_name(description.reader)()
-            writer.write_seg(labels, str(aside), dict(note.properties))
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(place)
-        finally:
-            aside.unlink(missing_ok=True)
+            writer.write_seg(labels, os.path.join(aside, place.name), dict(note.properties))  # noqa: PTH118
+            written = sorted(Path(aside).iterdir(), key=lambda file: file.name == place.name)  # the labels last
+            for file in written:
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+                file.replace(place.with_name(file.name))
     except KeyError as error:
         msg = f"the properties of an array that becomes a file have what {description.reader} puts in them"
         raise MissingProperty(msg) from error

@@ -42,6 +42,9 @@ _SHORTEST_TIMEOUT_S = 0.001
 _PATIENT_S = 5.0
 """After which a person is told that the description waits in the server's queue."""
 
+_LOOK_S = 0.1
+"""Between two looks at whether a caller that waits for another one's description still wants it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -170,12 +173,23 @@ class Client:
         return self._describe(self._teller(on_event), stop or Stop())
 
     def _describe(self, tell: Listener, stop: Stop) -> Description:
-        with self._describing:
+        with self._describing_alone(stop):
             if self._description is None:
                 with self._saying_if_it_waits(tell) as told:
                     answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
                 self._description = read_description(answer)
             return self._description
+
+    @contextmanager
+    def _describing_alone(self, stop: Stop) -> Iterator[None]:
+        """One caller asks; others wait for that, each for as long as it wants to."""
+        stop.check()
+        while not self._describing.acquire(timeout=_LOOK_S):
+            stop.check()
+        try:
+            yield
+        finally:
+            self._describing.release()
 
     @contextmanager
     def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:

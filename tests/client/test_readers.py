@@ -196,3 +196,25 @@ def test_an_array_is_turned_as_its_file_is_where_the_model_wants_one_orientation
         assert np.ptp(labels) > 0
         with pytest.raises(errors.MissingProperty, match="RAS"):
             ours.predict_single_npy_array(array, {"spacing": properties["spacing"]})
+
+
+def test_an_unfinished_file_has_no_name_of_the_datasets(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nnU-Net's own writer is used: whoever lists the folder meanwhile sees no image."""
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(volumes.blobs(SHAPE, 5)[0], TURNED))
+    image, properties = SimpleITKIO().read_images([str(file)])
+    (tmp_path / "out").mkdir()
+    seen: list[list[str]] = []
+    write_seg = SimpleITKIO.write_seg
+
+    def write(self: SimpleITKIO, *arguments: object) -> None:
+        write_seg(self, *arguments)
+        seen.append([each.name for each in (tmp_path / "out").iterdir() if each.name.endswith(".nii.gz")])
+
+    monkeypatch.setattr(SimpleITKIO, "write_seg", write)
+    known = {**properties, "spacing": [0.7 * size for size in properties["spacing"]]}
+    with served(ArchiveRequest(models["five_folds"], tmp_path / "store", name="m", folds=(0,))) as ours:
+        ours.predict_single_npy_array(image, known, None, str(tmp_path / "out" / "case"))
+    assert seen == [[]]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["case.nii.gz"]

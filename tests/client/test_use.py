@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
 import threading
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 
 from nnunet_torchserve_client import Case, Client, RemotePredictor, errors
+from nnunet_torchserve_client.answers import Answer
 from nnunet_torchserve_client.client import URL_VARIABLE
+from nnunet_torchserve_client.stopping import Stop
 from support import peer
 from support.peer import Peer, Received, Wire
 
@@ -132,3 +137,52 @@ def test_an_answer_that_is_no_description(server: Peer) -> None:
         server.description = description
         with Client(server.url, "blobs") as client, pytest.raises(errors.BadAnswer, match="no description"):
             client.describe()
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [(30 + len("labels.nii"), b"\xff\xff"), (8, b"\x01"), (10, b"\x63")],
+    ids=["the stream", "encrypted", "packed in an unknown way"],
+)
+def test_a_damaged_zip_is_a_bad_answer(place: int, values: bytes) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.nii", bytes(range(256)) * 9)
+    damaged = bytearray(file.getvalue())
+    start = 0 if place > 10 else damaged.index(b"PK\x01\x02")  # the file's own head, or the directory
+    damaged[start + place : start + place + len(values)] = values
+    answer = Answer("head", bytes(damaged), "application/zip", {}, "id", URL)
+    with pytest.raises(errors.BadAnswer, match="damaged"):
+        answer.parts()
+    with pytest.raises(errors.BadAnswer, match="damaged"):
+        answer.arrays()
+
+
+def test_a_caller_that_waits_for_anothers_description_may_give_up(server: Peer) -> None:
+    asked, never, stop = threading.Event(), threading.Event(), Stop()
+
+    def describe(wire: Wire, _: Received) -> None:
+        asked.set()
+        never.wait(60)
+        wire.whole(200, json.dumps(peer.DESCRIPTION).encode(), {"Content-Type": "application/json"})
+
+    server.description, server.replies = None, [describe]
+    caught: list[BaseException] = []
+
+    def wait(client: Client) -> None:
+        try:
+            client.describe(stop=stop)
+        except errors.ClientError as error:
+            caught.append(error)
+
+    with Client(server.url, "blobs") as client:
+        first = threading.Thread(target=client.describe)
+        first.start()
+        assert asked.wait(60)
+        second = threading.Thread(target=wait, args=(client,))
+        second.start()
+        stop.set()
+        second.join(20)
+        assert [type(error) for error in caught] == [errors.Cancelled]
+        never.set()
+        first.join(60)
