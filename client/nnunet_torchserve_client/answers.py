@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import lzma
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +16,13 @@ from .arrays import Array
 from .errors import BadAnswer
 
 ZIP = "application/zip"
+
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(RuntimeError, OSError, ValueError, KeyError, AttributeError),
+)
+"""What zipfile and NumPy raise of bytes that are not what they should be; RuntimeError also of encryption and of
+unknown ways to pack."""
 
 _TIMING = re.compile(r"([\w-]+);dur=([\d.]+)")
 
@@ -69,7 +78,7 @@ class Answer:
         try:
             with zipfile.ZipFile(io.BytesIO(self.content)) as archive:
                 return {name: archive.read(name) for name in archive.namelist()}
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except _DAMAGED as error:
             msg = "the zip of the answer is damaged"
             raise BadAnswer(msg, case=self.case, request_id=self.request_id, server=self.server) from error
 
@@ -91,6 +100,6 @@ def arrays_of(content: bytes, answer: Answer) -> dict[str, Array]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, AttributeError, EOFError) as error:
+    except _DAMAGED as error:
         msg = "the arrays of the answer are damaged"
         raise BadAnswer(msg, case=answer.case, request_id=answer.request_id, server=answer.server) from error

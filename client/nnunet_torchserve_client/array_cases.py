@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -78,19 +78,23 @@ def array_case(number: int, item: Mapping[str, Any], description: Description, *
     name = f"image {number}" if target is None else Path(target).name
     array = _image(item["data"])
     spacing = _spacing(properties)
-    by_server = description.reader in _PLACED_BY_SERVER and description.input_orientation is None
+    placed = {} if target is None else _placement(description.reader, properties)
+    by_server = (
+        description.reader in _PLACED_BY_SERVER
+        and description.input_orientation is None
+        and _lies_as_it_is_spaced(spacing, placed)
+    )
     options: dict[str, object] = {"spacing": spacing[::-1]}
     if target is not None and by_server:
         ending = description.file_ending
-        options |= {"output_format": output_format(ending)} | _placement(description.reader, properties)
+        options |= {"output_format": output_format(ending)} | placed
         if with_probabilities:
             options |= {"save_probabilities": True, "properties": True}
     else:
         options |= {"output_format": "npz", "save_probabilities": with_probabilities}
         if target is not None and with_probabilities:
             options["properties"] = True
-        if description.input_orientation is not None:
-            options["direction"] = direction_towards(description.input_orientation)
+        options |= _orientation(description, properties)
     return Case(name, array, options, ArrayNote(properties, None if target is None else os.fspath(target), by_server))
 
 
@@ -201,6 +205,58 @@ def _placement(reader: str, properties: Mapping[str, Any]) -> dict[str, object]:
         raise MissingProperty(msg) from error
 
 
+def _orientation(description: Description, properties: Mapping[str, Any]) -> dict[str, object]:
+    """What a server that turns images must know of an array: how it lies.
+
+    Readers that reorient have turned it already, and a plane is not turned. Of the others, those of NIfTI files say how
+    it lies. A stack of pictures is taken as a server takes its file, along the patient's axes.
+
+    Raises:
+        MissingProperty: the properties do not say it.
+    """
+    letters, reader = description.input_orientation, description.reader
+    if letters is None:
+        return {}
+    as_it_is: dict[str, object] = {"direction": direction_towards(letters)}
+    if reader.endswith("WithReorient") or reader == "NaturalImage2DIO":
+        return as_it_is
+    try:
+        if "sitk_stuff" in properties:
+            direction = [float(number) for number in properties["sitk_stuff"]["direction"]]
+            return {"direction": direction} if len(direction) == _SPACE_AXES**2 else as_it_is
+        if "nibabel_stuff" in properties:
+            return {"direction": _direction_of(properties["nibabel_stuff"]["original_affine"])}
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        msg = f"the properties of an array do not say how it lies as those of nnU-Net's {reader} do"
+        raise MissingProperty(msg) from error
+    if reader == TIFF_READER:
+        return {}
+    msg = (
+        f"this model takes images that run towards {letters}, and is told how an array lies by what nnU-Net's {reader} "
+        "puts in its properties (sitk_stuff, nibabel_stuff): it is not there"
+    )
+    raise MissingProperty(msg)
+
+
+def _direction_of(affine: Any) -> list[float]:
+    """ITK's direction, row by row, of an affine of NIfTI's (RAS)."""
+    axes = np.diag([-1.0, -1.0, 1.0]) @ np.asarray(affine, np.float64)[:3, :3]
+    return [float(number) for number in (axes / np.linalg.norm(axes, axis=0)).ravel()]
+
+
+def _lies_as_it_is_spaced(spacing: list[float], placed: Mapping[str, Any]) -> bool:
+    """Whether the file will have the spacing that the array has.
+
+    nnU-Net predicts with the array's and writes with that of ``sitk_stuff``; one request has one.
+
+    Args:
+        spacing: of the array, mm along z, y, x.
+        placed: of the file; of a plane its spacing has x and y only.
+    """
+    along = placed.get("spacing")
+    return along is None or spacing[-len(along) :] == along[::-1]
+
+
 def _write_by_nnunet(answer: Answer, note: ArrayNote, description: Description, *, with_probabilities: bool) -> None:
     """Write the files of a case with nnU-Net's own writer."""
     try:
@@ -217,16 +273,16 @@ def _write_by_nnunet(answer: Answer, note: ArrayNote, description: Description, 
         write_aside(f"{target}.npz", lambda file: np.savez_compressed(file, probabilities=probabilities))
         write_aside(f"{target}.pkl", lambda file: pickle.dump(properties, file))
     place = Path(target + description.file_ending)
-    aside = place.with_name(f".{secrets.token_hex(4)}.part{description.file_ending}")
     try:
-        try:
+        # a folder of its own: nobody takes an unfinished file for the dataset's, and writers may put more beside it
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=place.parent) as aside:
             writer = recursive_find_reader_writer_by_name(description.reader)()
-            writer.write_seg(labels, str(aside), dict(note.properties))
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.replace(place)
-        finally:
-            aside.unlink(missing_ok=True)
+            writer.write_seg(labels, os.path.join(aside, place.name), dict(note.properties))  # noqa: PTH118
+            written = sorted(Path(aside).iterdir(), key=lambda file: file.name == place.name)  # the labels last
+            for file in written:
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+                file.replace(place.with_name(file.name))
     except KeyError as error:
         msg = f"the properties of an array that becomes a file have what {description.reader} puts in them"
         raise MissingProperty(msg) from error

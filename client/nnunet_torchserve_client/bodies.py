@@ -96,7 +96,7 @@ class BytesBody:
     content_type = _BINARY
 
     def __init__(self, *pieces: bytes | memoryview) -> None:
-        self._pieces = [memoryview(piece) for piece in pieces]
+        self._pieces = [_as_bytes(piece) for piece in pieces]
         self.length = self.image_bytes = sum(piece.nbytes for piece in self._pieces)
 
     def chunks(self) -> Iterator[memoryview]:
@@ -104,6 +104,13 @@ class BytesBody:
         for piece in self._pieces:
             for start in range(0, piece.nbytes, CHUNK_BYTES):
                 yield piece[start : start + CHUNK_BYTES]
+
+
+def _as_bytes(piece: bytes | bytearray | memoryview) -> memoryview:
+    """A view whose items are the bytes; a copy where the caller's own has other items, or gaps."""
+    view = memoryview(piece)
+    plain = view.ndim == 1 and view.itemsize == 1 and view.c_contiguous
+    return view if plain else memoryview(view.tobytes())
 
 
 class MultipartBody:

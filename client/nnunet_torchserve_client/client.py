@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,9 @@ _SHORTEST_TIMEOUT_S = 0.001
 
 _PATIENT_S = 5.0
 """After which a person is told that the description waits in the server's queue."""
+
+_LOOK_S = 0.1
+"""Between two looks at whether a caller that waits for another one's description still wants it."""
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +108,11 @@ class Client:
             WrongUse: something of this cannot be meant so.
         """
         urls = list(dict.fromkeys(checked_url(each) for each in _given_urls(url)))
-        if not model or "/" in model or not (version is None or (version and "/" not in version)):
-            msg = f"a model is given by its name on the server and a version, not as {model!r} and {version!r}"
+        if not _is_name(model) or not (version is None or _is_name(version)):
+            msg = (
+                f"a model is given by its name on the server and a version, not as {model!r} and {version!r}: "
+                "letters without accents, digits, and _ - ."
+            )
             raise WrongUse(msg)
         if not all(0 < each <= _LONGEST_S for each in (deadline_s, first_contact_s, pause_s, silence_s)):
             msg = f"deadline_s, first_contact_s, pause_s and silence_s are seconds, above 0 and at most {_LONGEST_S}"
@@ -166,12 +173,23 @@ class Client:
         return self._describe(self._teller(on_event), stop or Stop())
 
     def _describe(self, tell: Listener, stop: Stop) -> Description:
-        with self._describing:
+        with self._describing_alone(stop):
             if self._description is None:
                 with self._saying_if_it_waits(tell) as told:
                     answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
                 self._description = read_description(answer)
             return self._description
+
+    @contextmanager
+    def _describing_alone(self, stop: Stop) -> Iterator[None]:
+        """One caller asks; others wait for that, each for as long as it wants to."""
+        stop.check()
+        while not self._describing.acquire(timeout=_LOOK_S):
+            stop.check()
+        try:
+            yield
+        finally:
+            self._describing.release()
 
     @contextmanager
     def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:
@@ -347,6 +365,11 @@ class Client:
                     on_event(event)
 
         return tell
+
+
+def _is_name(text: str) -> bool:
+    """Whether it may be a part of a path as it is, and no other path: the letters that TorchServe's archiver takes."""
+    return re.fullmatch(r"[A-Za-z0-9_.-]+", text) is not None and text not in (".", "..")
 
 
 def _nothing() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import numpy.typing as npt
 
@@ -92,7 +93,8 @@ class RemotePredictor:
             verbose: likewise.
             verbose_preprocessing: likewise.
             allow_tqdm: show progress on stderr, if that is a terminal.
-            use_folds: as in ``initialize_from_trained_model_folder``; ``None`` is all that are served.
+            use_folds: as in ``initialize_from_trained_model_folder``; ``None`` is all that are served. The server's own
+                name for them, ``folds``, is taken too.
             version: of the model.
             token: bearer token.
             headers: of every request.
@@ -109,6 +111,11 @@ class RemotePredictor:
             if name in options:
                 msg = f"option {name} is not for the predictor: {reason}"
                 raise WrongUse(msg)
+        if "folds" in options:
+            if use_folds is not None:
+                msg = "use_folds and folds are one option with two names: give one of them"
+                raise WrongUse(msg)
+            use_folds = cast("int | str | Sequence[int | str] | None", options.pop("folds"))
         self.tile_step_size = tile_step_size
         self.use_gaussian = use_gaussian
         self.use_mirroring = use_mirroring
@@ -555,7 +562,7 @@ class RemotePredictor:
         results: dict[int, Prediction] = {}
         failures: dict[int, ClientError] = {}
         with shown("predicting", total, wanted=self.allow_tqdm) as progress:
-            outcomes: Iterator[Outcome[Case, Prediction]] = self.client.predict_many(
+            outcomes: Generator[Outcome[Case, Prediction], None, None] = self.client.predict_many(
                 cases,
                 self._options(),
                 finish=self._checked(finish),
@@ -563,13 +570,14 @@ class RemotePredictor:
                 on_event=progress.event,
                 stop=self._stop,
             )
-            for outcome in outcomes:
-                progress.one_done()
-                results[outcome.index] = outcome.value
-                if outcome.error is not None:
-                    if outcome.error.of_all_cases:
-                        raise outcome.error
-                    failures[outcome.index] = outcome.error
+            with closing(outcomes):  # else cases would go on, and write files, after an error was raised
+                for outcome in outcomes:
+                    progress.one_done()
+                    results[outcome.index] = outcome.value
+                    if outcome.error is not None:
+                        if outcome.error.of_all_cases:
+                            raise outcome.error
+                        failures[outcome.index] = outcome.error
         in_order = [results[index] for index in range(len(results))]
         if failures and len(results) == 1:
             raise failures[0]

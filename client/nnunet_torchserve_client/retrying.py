@@ -50,6 +50,7 @@ class Trial:
         tries: requests so far.
         deaths: workers that died with it, as it seems.
         trouble: why the last try failed.
+        forgiven: whether one of those deaths was taken for that of the whole server.
     """
 
     deadline: float
@@ -57,11 +58,18 @@ class Trial:
     tries: int = 0
     deaths: int = 0
     trouble: ClientError | None = None
+    forgiven: bool = False
 
     def count(self, error: ClientError) -> None:
-        """Count a death; an answer that was cut off is none if it was the whole server that went."""
+        """Count a death; an answer that was cut off is none if it was the whole server that went.
+
+        That is so where the same server cannot be reached next, and once only: a case may kill whole containers.
+        """
         self.deaths += isinstance(error, WorkerDied | CutOff)
-        self.deaths -= isinstance(error, Unreachable) and isinstance(self.trouble, CutOff)
+        whole = isinstance(self.trouble, CutOff) and self.trouble.server == error.server
+        if isinstance(error, Unreachable) and whole and not self.forgiven:
+            self.deaths -= 1
+            self.forgiven = True
 
     @property
     def must_be_alone(self) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from .errors import Busy, Cancelled, ClientError, CutOff, Silent, TooLate, Unreachable
+from .errors import BadAnswer, Busy, Cancelled, ClientError, CutOff, Silent, TooLate, Unreachable
 from .stopping import Stop
 
 LONGEST_ABSENCE_S = 30.0
@@ -113,6 +113,13 @@ class Server:
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
 
 
+def _answered(error: ClientError | None) -> bool:
+    """Whether a server has answered; what this machine cannot do says nothing of that."""
+    if error is None or isinstance(error, CutOff | BadAnswer):
+        return True
+    return error.status is not None and not isinstance(error, Unreachable)
+
+
 class Servers:
     """All of them."""
 
@@ -180,7 +187,7 @@ class Servers:
     def _note(self, server: Server, error: ClientError | None) -> None:
         with self._changed:
             server.note(error, time.monotonic(), among_others=len(self) > 1)
-            self.reached = self.reached or not isinstance(error, Unreachable | Silent | Cancelled)
+            self.reached = self.reached or _answered(error)
 
     def _wait(self, stop: Stop, deadline: float, *, alone: bool) -> Server:
         with self._changed:

@@ -10,6 +10,7 @@ and can be cut (:mod:`.stopping`).
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import socket
@@ -305,11 +306,14 @@ class Exchange:
             self._check()
 
     def _receive(self, parts: Iterator[bytes], first: bytes, length: int | None) -> bytes:
-        """The rest of an answer: ``length`` bytes, or all that comes."""
+        """The rest of an answer: ``length`` bytes, or all that comes up to TorchServe's bound."""
+        most = _MOST_ANSWER_BYTES if length is None else length
         content = io.BytesIO(bytes(length or 0))  # in one piece from the start: growing leaves holes in the memory
-        content.write(first)
         told = 0
-        for part in parts:
+        for part in itertools.chain([first], parts):
+            if content.tell() + len(part) > most:
+                msg = f"the answer has more than the {most} bytes that it said, or that any answer has"
+                raise BadAnswer(msg)
             content.write(part)
             self._check()
             if content.tell() - told >= _TELL_BYTES:

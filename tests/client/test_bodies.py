@@ -29,6 +29,13 @@ def content(image: Any) -> bytes:
     return sent
 
 
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<f8"])
+def test_a_view_of_any_items_is_its_bytes(dtype: str) -> None:
+    array = np.arange(CHUNK_BYTES // 4, dtype=dtype)
+    for view in (array.data, array.reshape(2, -1).data, array[::2].data):
+        assert content(view) == view.tobytes()
+
+
 @given(
     st.sampled_from(DTYPES).flatmap(lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=2, max_dims=4))),
     st.booleans(),

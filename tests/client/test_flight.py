@@ -192,7 +192,7 @@ def test_an_iteration_that_ends_early_gives_up_what_is_in_flight(server: Peer) -
     with client_of(server) as client:
         outcomes = client.predict_many(cases(50), finish=lambda case, _: case.name)
         assert next(outcomes).value == "case 0"
-        outcomes.close()  # a generator's
+        outcomes.close()
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("case-")]
     never.set()
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 import tifffile
 import torch
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from skimage.io import imsave
 
@@ -24,7 +27,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
-from nnunet_torchserve_client import RemotePredictor
+from nnunet_torchserve_client import RemotePredictor, errors
 from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import core_peer, stock, volumes
@@ -104,16 +107,23 @@ def both(kind: Kind, models: dict[str, Path], tmp_path_factory: pytest.TempPathF
     for name, change in (("plans", {"image_reader_writer": kind.reader}), ("dataset", {"file_ending": kind.ending})):
         document = json.loads((folder / f"{name}.json").read_text())
         (folder / f"{name}.json").write_text(json.dumps(document | change))
-    request = ArchiveRequest(folder, folder.parent / "store", name="m", folds=(0,))
+    with served(ArchiveRequest(folder, folder.parent / "store", name="m", folds=(0,))) as ours:
+        yield stock.loaded(folder, folds=[0], use_mirroring=False), ours
+
+
+@contextmanager
+def served(request: ArchiveRequest) -> Iterator[RemotePredictor]:
+    """A predictor before the core of a server that has this archive."""
     [archive] = make_archives(request)
-    zipfile.ZipFile(archive).extractall(folder.parent / "unpacked")
-    bundle = ModelBundle(folder.parent / "unpacked")
+    unpacked = archive.parent.parent / "unpacked"
+    zipfile.ZipFile(archive).extractall(unpacked)
+    bundle = ModelBundle(unpacked)
     pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
     with (
         core_peer.serving(pipeline) as peer,
         RemotePredictor(peer.url, "m", use_mirroring=False, preprocess="stock") as ours,
     ):
-        yield stock.loaded(folder, folds=[0], use_mirroring=False), ours
+        yield ours
 
 
 @pytest.fixture
@@ -153,3 +163,58 @@ def test_arrays_as_its_reader_gives_them(both: Predictors, kind: Kind, case: Pat
     assert_same_files(tmp_path / "theirs", tmp_path / "ours", kind.atol)
     stocks, ours = (each.predict_single_npy_array(image, dict(properties), None, None, True) for each in both)
     assert_same(stocks, ours, kind.atol)
+
+
+def test_an_array_that_was_resampled_is_predicted_with_its_own_spacing(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its properties still say where the image lay: nnU-Net writes there, and predicts with the new spacing."""
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(volumes.blobs(SHAPE, 5)[0], TURNED))
+    theirs = stock.loaded(models["five_folds"], folds=[0], use_mirroring=False)
+    image, properties = theirs.plans_manager.image_reader_writer_class().read_images([str(file)])
+    properties = {**properties, "spacing": [0.7 * size for size in properties["spacing"]]}
+    with served(ArchiveRequest(models["five_folds"], tmp_path / "store", name="m", folds=(0,))) as ours:
+        for each, name in ((theirs, "theirs"), (ours, "ours")):
+            (tmp_path / name).mkdir()
+            each.predict_single_npy_array(image, dict(properties), None, str(tmp_path / name / "case"), True)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_an_array_is_turned_as_its_file_is_where_the_model_wants_one_orientation(
+    reader: type[SimpleITKIO | NibabelIO], models: dict[str, Path], tmp_path: Path
+) -> None:
+    image = volumes.blobs(SHAPE, 5)[0].astype(np.int16)
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(image, TURNED))
+    array, properties = reader().read_images([str(file)])
+    shutil.copytree(models["five_folds"], folder := tmp_path / models["five_folds"].name)
+    plans = json.loads((folder / "plans.json").read_text())
+    (folder / "plans.json").write_text(json.dumps(plans | {"image_reader_writer": reader.__name__}))
+    request = ArchiveRequest(folder, tmp_path / "store", name="m", folds=(0,), input_orientation="RAS")
+    with served(request) as ours:
+        of_file = ours.predict_from_files([[str(file)]], None)
+        labels = ours.predict_single_npy_array(array, properties)
+        assert_same(of_file, [labels])
+        assert np.ptp(labels) > 0
+        with pytest.raises(errors.MissingProperty, match="RAS"):
+            ours.predict_single_npy_array(array, {"spacing": properties["spacing"]})
+
+
+def test_an_unfinished_file_has_no_name_of_the_datasets(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nnU-Net's own writer is used: whoever lists the folder meanwhile sees no image."""
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(volumes.blobs(SHAPE, 5)[0], TURNED))
+    image, properties = SimpleITKIO().read_images([str(file)])
+    (tmp_path / "out").mkdir()
+    seen: list[list[str]] = []
+    write_seg = SimpleITKIO.write_seg
+
+    def write(self: SimpleITKIO, *arguments: object) -> None:
+        write_seg(self, *arguments)
+        seen.append([each.name for each in (tmp_path / "out").iterdir() if each.name.endswith(".nii.gz")])
+
+    monkeypatch.setattr(SimpleITKIO, "write_seg", write)
+    known = {**properties, "spacing": [0.7 * size for size in properties["spacing"]]}
+    with served(ArchiveRequest(models["five_folds"], tmp_path / "store", name="m", folds=(0,))) as ours:
+        ours.predict_single_npy_array(image, known, None, str(tmp_path / "out" / "case"))
+    assert seen == [[]]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["case.nii.gz"]

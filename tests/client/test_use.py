@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import pickle
+import threading
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nnunet_torchserve_client import Case, Client, errors
+from nnunet_torchserve_client import Case, Client, RemotePredictor, errors
+from nnunet_torchserve_client.answers import Answer
 from nnunet_torchserve_client.client import URL_VARIABLE
+from nnunet_torchserve_client.stopping import Stop
 from support import peer
-from support.peer import Peer
+from support.peer import Peer, Received, Wire
 
 URL = "http://127.0.0.1:1"
 
@@ -33,7 +39,15 @@ def server() -> Iterator[Peer]:
         (([], "m"), {}),
         ((URL, ""), {}),
         ((URL, "a/b"), {}),
+        ((URL, "a#b"), {}),
+        ((URL, "a?b"), {}),
+        ((URL, ".."), {}),
+        ((URL, "a%2Fb"), {}),
+        ((URL, "köpfe"), {}),
+        ((URL, "m\n"), {}),
         ((URL, "m", ""), {}),
+        ((URL, "m", "."), {}),
+        ((URL, "m", "1 0"), {}),
         ((URL, "m"), {"deadline_s": 0}),
         ((URL, "m"), {"deadline_s": float("inf")}),
         ((URL, "m"), {"silence_s": float("nan")}),
@@ -67,6 +81,41 @@ def test_numbers_of_numpy_are_numbers(server: Peer) -> None:
     assert server.received[0].options["spacing"] == [1.5, 2.0]
 
 
+def test_folds_and_use_folds_are_one_option_and_the_last_choice_holds(server: Peer) -> None:
+    image, properties = np.zeros((1, 2, 2, 2), np.uint8), {"spacing": [1.0, 1.0, 1.0]}
+    with pytest.raises(errors.WrongUse, match="folds"):
+        RemotePredictor(server.url, "blobs", use_folds=0, folds=[1])
+    with RemotePredictor(server.url, "blobs", folds=[1]) as predictor:
+        assert predictor.use_folds == (1,)
+        predictor.use_folds = (0,)  # as initialize_from_trained_model_folder does
+        with pytest.raises(errors.BadAnswer):  # an echo is no npz
+            predictor.predict_single_npy_array(image, properties)
+    assert [request.options["folds"] for request in server.received] == [[0]]
+
+
+def test_nothing_goes_on_once_a_call_has_raised(server: Peer) -> None:
+    """One case is held; the other one's error is of all cases."""
+    held, never = threading.Event(), threading.Event()
+
+    def hold(wire: Wire, _: Received) -> None:
+        wire.head()
+        wire.event(event="heartbeat")
+        held.set()
+        never.wait(60)
+
+    def refuse(wire: Wire, received: Received) -> None:
+        held.wait(60)
+        peer.plain(404)(wire, received)
+
+    server.replies = [hold, refuse]
+    item = {"data": np.zeros((1, 2, 2, 2), np.uint8), "data_properties": {"spacing": [1.0, 1.0, 1.0]}, "ofile": None}
+    with RemotePredictor(server.url, "blobs") as predictor:
+        with pytest.raises(errors.UnknownModel):
+            predictor.predict_from_data_iterator([item, item])
+        assert not [each for each in threading.enumerate() if each.name.startswith("case-")]
+    never.set()
+
+
 def test_a_version_is_part_of_the_path_and_a_proxys_path_comes_first(server: Peer) -> None:
     with Client(f"{server.url}/behind/a/proxy/", "blobs", "2.0") as client:
         client.predict(Case("head", b"image"))
@@ -88,3 +137,52 @@ def test_an_answer_that_is_no_description(server: Peer) -> None:
         server.description = description
         with Client(server.url, "blobs") as client, pytest.raises(errors.BadAnswer, match="no description"):
             client.describe()
+
+
+@pytest.mark.parametrize(
+    ("place", "values"),
+    [(30 + len("labels.nii"), b"\xff\xff"), (8, b"\x01"), (10, b"\x63")],
+    ids=["the stream", "encrypted", "packed in an unknown way"],
+)
+def test_a_damaged_zip_is_a_bad_answer(place: int, values: bytes) -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.nii", bytes(range(256)) * 9)
+    damaged = bytearray(file.getvalue())
+    start = 0 if place > 10 else damaged.index(b"PK\x01\x02")  # the file's own head, or the directory
+    damaged[start + place : start + place + len(values)] = values
+    answer = Answer("head", bytes(damaged), "application/zip", {}, "id", URL)
+    with pytest.raises(errors.BadAnswer, match="damaged"):
+        answer.parts()
+    with pytest.raises(errors.BadAnswer, match="damaged"):
+        answer.arrays()
+
+
+def test_a_caller_that_waits_for_anothers_description_may_give_up(server: Peer) -> None:
+    asked, never, stop = threading.Event(), threading.Event(), Stop()
+
+    def describe(wire: Wire, _: Received) -> None:
+        asked.set()
+        never.wait(60)
+        wire.whole(200, json.dumps(peer.DESCRIPTION).encode(), {"Content-Type": "application/json"})
+
+    server.description, server.replies = None, [describe]
+    caught: list[BaseException] = []
+
+    def wait(client: Client) -> None:
+        try:
+            client.describe(stop=stop)
+        except errors.ClientError as error:
+            caught.append(error)
+
+    with Client(server.url, "blobs") as client:
+        first = threading.Thread(target=client.describe)
+        first.start()
+        assert asked.wait(60)
+        second = threading.Thread(target=wait, args=(client,))
+        second.start()
+        stop.set()
+        second.join(20)
+        assert [type(error) for error in caught] == [errors.Cancelled]
+        never.set()
+        first.join(60)
