@@ -276,6 +276,7 @@ DICOM = bytes(128) + b"DICM" + bytes(1000)
         (zipped(("head.nii", nifti(4, 4, 4))), "unpack it and send the image"),
         (zipped(*((f"IM{k}", b"") for k in range(300))), "a series of DICOM files converted to NIfTI"),
         (gzip.compress(png("L")), "a PNG packed by gzip"),
+        (gzip.compress(b"BM" + bytes(100)), "a BMP packed by gzip"),
         (gzip.compress(tiff(20, 30)), "a TIFF packed by gzip"),
         (gzip.compress(zipped(("image.npy", npy(4, 4)))), "a zip or npz packed by gzip"),
         (gzip.compress(gzip.compress(nifti(4, 4, 4))), "packed by gzip twice"),

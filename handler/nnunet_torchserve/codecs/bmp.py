@@ -7,7 +7,6 @@ them are there. Run lengths are refused: Pillow unpacks them in Python, byte by 
 from __future__ import annotations
 
 import io
-import struct
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..errors import Malformed, UnknownFormat
 from ..limits import Limits
 from ..volume import LabelArray, Placement
 from .geometry import check_size
-from .pictures import PLANE, PictureSource, in_stocks_type
+from .pictures import PILLOW_ERRORS, PictureSource, as_channels, in_stocks_type
 
 _HEADER_SIZES = {12, 16, 40, 52, 56, 64, 108, 124}
 """Of the header behind the first 14 bytes."""
@@ -31,9 +30,6 @@ _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3, "RGBA": 4}
 
 _PLAIN = {0, 3}
 """Compression: none, and none with masks of the colours."""
-
-_PILLOW_ERRORS = (SyntaxError, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
-"""What Pillow raises for damaged pictures."""
 
 
 def is_bmp(head: bytes) -> bool:
@@ -66,13 +62,7 @@ def open_bmp(body: memoryview, limits: Limits, placement: Placement | None) -> P
         msg = f"the BMP's voxels end after {max(0, len(body) - tile.offset)} of {stored} bytes; it seems cut off"
         raise Malformed(msg)
 
-    def decode() -> npt.NDArray[np.float32]:
-        pixels = _pixels(body)
-        if pixels.ndim == PLANE:
-            return pixels.astype(np.float32)[None, None]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[:, None], np.float32)
-
-    return PictureSource((1, height, width), channels, placement, decode)
+    return PictureSource((1, height, width), channels, placement, lambda: _voxels(body))
 
 
 def encode_bmp(labels: LabelArray) -> bytes:
@@ -90,16 +80,15 @@ def _opened(body: memoryview) -> BmpImagePlugin.BmpImageFile:
     """Pillow's picture, with header and palette read. Not ``Image.open``: its limit of pixels is the process's."""
     try:
         return BmpImagePlugin.BmpImageFile(io.BytesIO(body))
-    except _PILLOW_ERRORS:
+    except PILLOW_ERRORS:
         msg = "the BMP's header is damaged, cut off, or names a kind of picture that the format does not have"
         raise Malformed(msg) from None
 
 
-def _pixels(body: memoryview) -> npt.NDArray[np.uint8 | np.bool_]:
-    """(Y, X) or (Y, X, C), as imageio, through which scikit-image reads, has them from Pillow."""
+def _voxels(body: memoryview) -> npt.NDArray[np.float32]:
     with _opened(body) as picture:
         try:
-            return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-        except _PILLOW_ERRORS:
+            return as_channels(picture)
+        except PILLOW_ERRORS:
             msg = "the BMP's voxels are damaged or cut off"
             raise Malformed(msg) from None

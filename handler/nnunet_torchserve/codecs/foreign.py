@@ -42,6 +42,7 @@ _STARTS = {
 
 _IN_GZIP = {
     b"\x89PNG": "a PNG packed by gzip; send it as it is",
+    b"BM": "a BMP packed by gzip; send it as it is",
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "a TIFF packed by gzip; send it as it is"),
     b"PK\x03\x04": "a zip or npz packed by gzip; send it as it is",
 }
@@ -66,7 +67,7 @@ def name_of(head: bytes, *, packed: bool) -> str:
         return "a DICOM file; convert its series first, with dcm2niix for example"
     if head[_TAR_AT:].startswith(b"ustar"):
         return f"a tar archive; {_UNPACK}"
-    for magic, name in (_IN_GZIP | _STARTS if packed else _STARTS).items():
+    for magic, name in (*(_IN_GZIP.items() if packed else ()), *_STARTS.items()):
         if head.startswith(magic):
             return name
     return "bytes of no format that is served"

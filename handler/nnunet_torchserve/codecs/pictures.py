@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ..errors import BadSpacing
 from ..options import OutputFormat
@@ -21,6 +24,10 @@ MOST_RATIO = 1032
 
 MOST_OF_8_BITS = 254
 """nnU-Net writes label maps with larger values in 16 bits."""
+
+
+PILLOW_ERRORS = (SyntaxError, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+"""What Pillow raises for damaged pictures."""
 
 
 class PictureSource:
@@ -63,6 +70,14 @@ class PictureSource:
             Malformed: the packed voxels are damaged or end early.
         """
         return self._decode()
+
+
+def as_channels(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """The voxels that imageio, through which scikit-image reads, has from Pillow: float32 (C, 1, Y, X)."""
+    pixels = np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
+    if pixels.ndim == PLANE:
+        return pixels.astype(np.float32)[None, None]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[:, None], np.float32)
 
 
 def in_stocks_type(labels: LabelArray) -> LabelArray:

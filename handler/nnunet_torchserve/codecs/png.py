@@ -24,7 +24,7 @@ from ..limits import Limits
 from ..volume import LabelArray, Placement
 from .geometry import check_size
 from .inflate import SLACK_BYTES
-from .pictures import MOST_RATIO, PLANE, PictureSource
+from .pictures import MOST_RATIO, PILLOW_ERRORS, PictureSource, as_channels
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -51,8 +51,6 @@ _MEAN_CHUNK_BYTES = 256
 _LONGEST_PALETTE = 3 * 256
 _VOXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 _ANIMATION = {b"acTL", b"fcTL", b"fdAT"}
-_PILLOW_ERRORS = (SyntaxError, OSError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-"""What Pillow raises for damaged pictures."""
 
 
 def is_png(head: bytes) -> bool:
@@ -92,10 +90,7 @@ def open_png(body: memoryview, limits: Limits, placement: Placement | None) -> P
 
     def decode() -> npt.NDArray[np.float32]:
         _check_rows(contents, stored_bytes)
-        pixels = _pixels(b"".join((_PNG_MAGIC, *pieces)))
-        if pixels.ndim == PLANE:
-            return pixels.astype(np.float32)[None, None]
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[:, None], np.float32)
+        return _voxels(b"".join((_PNG_MAGIC, *pieces)))
 
     return PictureSource((1, height, width), channels, placement, decode)
 
@@ -139,13 +134,12 @@ def _check_rows(contents: list[memoryview], stored_bytes: int) -> None:
         raise Malformed(msg)
 
 
-def _pixels(png: bytes) -> npt.NDArray[Any]:
-    """(Y, X) or (Y, X, C), as imageio, through which scikit-image reads, has them from Pillow."""
+def _voxels(png: bytes) -> npt.NDArray[np.float32]:
     try:
         # Not Image.open: its limit of pixels is the process's, and ours has been checked.
         with PngImagePlugin.PngImageFile(io.BytesIO(png)) as picture:
-            return np.asarray(picture.convert("RGB") if picture.mode == "P" else picture)
-    except _PILLOW_ERRORS:
+            return as_channels(picture)
+    except PILLOW_ERRORS:
         msg = "the PNG's voxels are damaged or cut off"
         raise Malformed(msg) from None
 
