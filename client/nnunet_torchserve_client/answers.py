@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arrays import Array
-from .errors import BadAnswer
+from .errors import BadAnswer, WrongModel
 
 ZIP = "application/zip"
 
@@ -66,6 +66,19 @@ class Answer:
         """``name``, ``version`` and ``digest`` of the model that answered."""
         pairs = (each.partition("=") for each in self.headers.get("x-nnunet-model", "").split(";"))
         return {name.strip(): value.strip() for name, _, value in pairs if name.strip()}
+
+    def check_model(self, digest: str) -> None:
+        """Raise unless the model that was described has answered.
+
+        Args:
+            digest: of its archive.
+
+        Raises:
+            WrongModel: another one did. An answer that does not say which is taken.
+        """
+        if self.model.get("digest") not in (None, digest):
+            msg = "another version of the model answered than the one that was described: the server has changed"
+            raise WrongModel(msg, case=self.case, request_id=self.request_id, server=self.server)
 
     def parts(self) -> dict[str, bytes]:
         """The files of a zip by name; of any other answer the body, without a name.

@@ -36,7 +36,7 @@ from .cases import (
 )
 from .client import Case, Client
 from .description import Description
-from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongModel, WrongUse
+from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongUse
 from .events import Event, Kind
 from .flight import Outcome
 from .outputs import (
@@ -296,10 +296,7 @@ class _Run:
 
     def _finish(self, case: Case, answer: Answer) -> dict[str, float]:
         """Write the files of a case; where its time went. Called in its own thread."""
-        answered = answer.model.get("digest")
-        if answered not in (None, self._description.digest):
-            msg = "another version of the model answered than the one that was described: the server has changed"
-            raise WrongModel(msg, case=case.name, request_id=answer.request_id, server=answer.server)
+        answer.check_model(self._description.digest)
         files: ImageFiles = case.note
         started = time.monotonic()
         try:

@@ -23,7 +23,7 @@ from .array_cases import array_case, finish_array, result_arrays
 from .cases import ImageFiles, Path_, case_name, files_in, is_there, part, placement, tiff_spacing
 from .client import Case, Client
 from .description import Description, Json
-from .errors import CasesFailed, ClientError, NotServed, WrongModel, WrongUse
+from .errors import CasesFailed, ClientError, NotServed, WrongUse
 from .flight import Outcome
 from .model_folder import Folds, ModelFolder
 from .outputs import PREPROCESSED, options_for, write_prediction, write_side_files
@@ -590,10 +590,7 @@ class RemotePredictor:
         digest = self.description.digest
 
         def checked(case: Case, answer: Answer) -> Prediction:
-            answered = answer.model.get("digest")
-            if answered not in (None, digest):
-                msg = "another version of the model answered than the one that was described: the server has changed"
-                raise WrongModel(msg, case=case.name, request_id=answer.request_id, server=answer.server)
+            answer.check_model(digest)
             for warning in answer.warnings:
                 logger.warning("%s: the server warns of %s", case.name, warning)
             return finish(case, answer)
