@@ -12,15 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from nnunetv2.ensembling.ensemble import merge_files
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 
 from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.cli import app
-from support import stock, volumes
-from support.predictions import assert_same_files, read
+from support import stock
+from support.predictions import assert_same_files, read, write_heads
 from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
@@ -28,17 +27,11 @@ pytestmark = pytest.mark.serve
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 ENDING = ".nii.gz"
-SHAPE = (30, 28, 24)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images with ümlauts")
-    for seed, name in enumerate(("Kopf groß 1", "b")):
-        image, _ = volumes.blobs(SHAPE, seed)
-        content = volumes.nifti_gz(image.astype(np.int16), volumes.oblique((1.5, 1.4, 1.6)))
-        volumes.write(folder, f"{name}_0000{ENDING}", content)
-    return folder
+    return write_heads(tmp_path_factory.mktemp("images with ümlauts"))
 
 
 @pytest.fixture(scope="module")

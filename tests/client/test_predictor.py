@@ -18,25 +18,18 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunet_torchserve_client import RemotePredictor, errors
 from support import stock, volumes
-from support.predictions import assert_same, assert_same_files
+from support.predictions import assert_same, assert_same_files, write_heads
 from support.server import LiveServer
 
 pytestmark = pytest.mark.serve
 
 TOKEN = "s3cret-t0ken"  # noqa: S105 (a test's)
-SHAPE = (30, 28, 24)
 ENDING = ".nii.gz"
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two cases, one of them with a name as people give them."""
-    folder = tmp_path_factory.mktemp("images with ümlauts")
-    for seed, name in enumerate(("Kopf groß 1", "b")):
-        image, _ = volumes.blobs(SHAPE, seed)
-        content = volumes.nifti_gz(image.astype(np.int16), volumes.oblique((1.5, 1.4, 1.6)))
-        volumes.write(folder, f"{name}_0000{ENDING}", content)
-    return folder
+    return write_heads(tmp_path_factory.mktemp("images with ümlauts"))
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,17 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from skimage.io import imread
 
+from . import volumes
+
+
+def write_heads(folder: Path) -> Path:
+    """A folder with two cases of one channel, one of them with a name as people give them."""
+    for seed, name in enumerate(("Kopf groß 1", "b")):
+        image, _ = volumes.blobs((30, 28, 24), seed)
+        content = volumes.nifti_gz(image.astype(np.int16), volumes.oblique((1.5, 1.4, 1.6)))
+        volumes.write(folder, f"{name}_0000.nii.gz", content)
+    return folder
+
 
 def read(path: Path) -> tuple[Any, ...]:
     """Voxels, and where they lie."""
