@@ -67,7 +67,8 @@ def name_of(head: bytes, *, packed: bool) -> str:
         return "a DICOM file; convert its series first, with dcm2niix for example"
     if head[_TAR_AT:].startswith(b"ustar"):
         return f"a tar archive; {_UNPACK}"
-    for magic, name in (*(_IN_GZIP.items() if packed else ()), *_STARTS.items()):
-        if head.startswith(magic):
-            return name
+    for names in (_IN_GZIP, _STARTS) if packed else (_STARTS,):
+        for magic, name in names.items():
+            if head.startswith(magic):
+                return name
     return "bytes of no format that is served"
