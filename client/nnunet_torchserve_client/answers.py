@@ -7,13 +7,14 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .arrays import Array
-from .errors import BadAnswer, WrongModel
+from .errors import BadAnswer, ClientError, WrongModel
 
 ZIP = "application/zip"
 
@@ -77,8 +78,21 @@ class Answer:
             WrongModel: another one did. An answer that does not say which is taken.
         """
         if self.model.get("digest") not in (None, digest):
-            msg = "another version of the model answered than the one that was described: the server has changed"
+            msg = (
+                "another version of the model answered than the one that was described: the server has changed. "
+                "The next call asks it anew what it is"
+            )
             raise WrongModel(msg, case=self.case, request_id=self.request_id, server=self.server)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within the block errors get what is known of this answer: its case, request and server."""
+        try:
+            yield
+        except ClientError as error:
+            for name in ("case", "request_id", "server"):
+                setattr(error, name, getattr(error, name) or getattr(self, name))
+            raise
 
     def parts(self) -> dict[str, bytes]:
         """The files of a zip by name; of any other answer the body, without a name.

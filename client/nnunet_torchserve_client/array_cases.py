@@ -23,7 +23,16 @@ from .answers import Answer, arrays_of
 from .cases import TIFF_READER, output_format
 from .client import Case
 from .description import Description, Json
-from .errors import BadAnswer, MissingProperty, NotServed, PreprocessedInput, UnreadableFile, UnwritableFile, WrongUse
+from .errors import (
+    BadAnswer,
+    ClientError,
+    MissingProperty,
+    NotServed,
+    PreprocessedInput,
+    UnreadableFile,
+    UnwritableFile,
+    WrongUse,
+)
 from .outputs import PREPROCESSED, PROPERTIES, stock_properties, turn, write_aside, write_prediction
 
 Array = npt.NDArray[Any]
@@ -51,7 +60,7 @@ class ArrayNote:
 
 
 def array_case(number: int, item: Mapping[str, Any], description: Description, *, with_probabilities: bool) -> Case:
-    """A case from an item of a data iterator.
+    """A case from an item of a data iterator; what is wrong with this item alone is the case's fault.
 
     Args:
         number: of the item, by which it is called where it has no output file.
@@ -60,22 +69,41 @@ def array_case(number: int, item: Mapping[str, Any], description: Description, *
         with_probabilities: whether they are wanted too.
 
     Raises:
-        PreprocessedInput: nnU-Net has preprocessed it.
-        MissingProperty: it lacks something.
+        PreprocessedInput: nnU-Net has preprocessed it, and the others most likely too.
+        NotServed: a server does not write the dataset's files.
+    """
+    target = item.get("ofile")
+    name = Path(target).name if isinstance(target, str | os.PathLike) else f"image {number}"
+    try:
+        return _case(name, item, description, with_probabilities=with_probabilities)
+    except (PreprocessedInput, NotServed):
+        raise
+    except ClientError as error:
+        return Case(name, b"", fault=error)
+
+
+def _case(name: str, item: Mapping[str, Any], description: Description, *, with_probabilities: bool) -> Case:
+    """See :func:`array_case`.
+
+    Raises:
+        MissingProperty: the item lacks something.
         WrongUse: it is no such image.
+        UnreadableFile: it is the path of a file that holds none.
     """
     missing = [name for name in ("data", "data_properties", "ofile") if name not in item]
     if missing:
         msg = f"an item of the iterator has no {' and no '.join(missing)}"
         raise MissingProperty(msg)
     properties, target = item["data_properties"], item["ofile"]
+    if not isinstance(properties, Mapping) or not isinstance(target, str | os.PathLike | None):
+        msg = "data_properties is a dict, and ofile a path without ending, or None"
+        raise WrongUse(msg)
     if any(name in properties for name in PREPROCESSED):
         msg = (
             "this case was preprocessed by nnU-Net: a server takes images as they were read, and preprocesses them. "
             "Give it those, with get_data_iterator_from_raw_npy_data or predict_from_files"
         )
         raise PreprocessedInput(msg)
-    name = f"image {number}" if target is None else Path(target).name
     array = _image(item["data"])
     spacing = _spacing(properties)
     placed = {} if target is None else _placement(description.reader, properties)

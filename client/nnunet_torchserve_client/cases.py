@@ -96,15 +96,25 @@ def case_name(files: Sequence[Path_], file_ending: str) -> str:
 
 
 def part(items: Sequence[Item], num_parts: int, part_id: int) -> list[Item]:
-    """One of ``num_parts`` parts, as nnU-Net cuts them; no two have an item in common.
+    """One of ``num_parts`` parts, cut as nnU-Net's ``_manage_input_and_output_lists`` does; see :func:`check_part`."""
+    return list(items[part_id::num_parts])
+
+
+def check_part(num_parts: int, part_id: int, *, one_more: bool = False) -> None:
+    """Raise unless there is such a part; no two have an item in common.
+
+    Args:
+        num_parts: how many there are.
+        part_id: its number, from 0.
+        one_more: whether it may be ``num_parts``, as in nnU-Net's ``predict_from_files``, though not in its commands:
+            what is the first part's but for its first item.
 
     Raises:
-        WrongPart: there is no such part.
+        WrongPart: there is none.
     """
-    if not 0 <= part_id < num_parts:
+    if num_parts < 1 or not 0 <= part_id < num_parts + one_more:
         msg = f"part_id {part_id} of {num_parts} parts: they are numbered from 0 to {num_parts - 1}"
         raise WrongPart(msg)
-    return list(items[part_id::num_parts])
 
 
 def is_there(target: str, file_ending: str, *, with_probabilities: bool) -> bool:

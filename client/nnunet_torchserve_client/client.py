@@ -21,7 +21,7 @@ from .answers import Answer
 from .bodies import EMPTY, Body, Image, body_of
 from .credentials import credentials
 from .description import Description, read_description
-from .errors import BodyTooLarge, ClientError, WrongUse
+from .errors import BodyTooLarge, ClientError, WrongModel, WrongUse
 from .events import Event, Kind, Listener
 from .flight import WAITING_BATCH_CASES, WAITING_CASES, Finish, Given, Outcome, Seat, fly
 from .retrying import Patience, Retries, Trial
@@ -58,12 +58,14 @@ class Case:
             files or contents, one for each channel.
         options: of docs/http.md, for this case only.
         note: for the caller; it is not sent.
+        fault: why it cannot be sent. It fails with that in its turn, and others are predicted.
     """
 
     name: str
     image: Image | Sequence[Image] = field(repr=False)
     options: Options = field(default_factory=dict)
     note: Any = field(default=None, repr=False)
+    fault: ClientError | None = field(default=None, repr=False)
 
 
 def _as_it_is(_: Case, answer: Answer) -> Any:
@@ -143,7 +145,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End all connections; cases in flight fail."""
+        """End all connections; cases in flight fail, and no answer is given to ``finish`` any more."""
         self._closed.set()
         self._servers.close()
 
@@ -158,7 +160,7 @@ class Client:
         return self._patience.deadline_s
 
     def describe(self, on_event: Listener | None = None, stop: Stop | None = None) -> Description:
-        """What the model is; asked for once.
+        """What the model is; asked for once, until it is forgotten (:meth:`check`).
 
         The question may wait in TorchServe's queue behind cases, for every request does. If it waits for longer than a
         few seconds, a warning is logged.
@@ -174,11 +176,31 @@ class Client:
 
     def _describe(self, tell: Listener, stop: Stop) -> Description:
         with self._describing_alone(stop):
-            if self._description is None:
+            description = self._description
+            if description is None:
                 with self._saying_if_it_waits(tell) as told:
                     answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
-                self._description = read_description(answer)
-            return self._description
+                self._description = description = read_description(answer)
+            return description
+
+    def check(self, answer: Answer, description: Description) -> None:
+        """Raise unless the model that was described has answered; if it has not, the description is forgotten.
+
+        So what ends one call does not end the next one, which asks anew what the model is.
+
+        Args:
+            answer: of a prediction.
+            description: that the prediction relied on.
+
+        Raises:
+            WrongModel: another model has answered.
+        """
+        try:
+            answer.check_model(description.digest)
+        except WrongModel:
+            if self._description is description:  # else somebody has asked anew already
+                self._description = None
+            raise
 
     @contextmanager
     def _describing_alone(self, stop: Stop) -> Iterator[None]:
@@ -271,7 +293,8 @@ class Client:
             cases: are taken one after the other, when they are needed.
             options: for all of them; a case's own come on top.
             finish: what is to become of a case and its answer, called in the case's own thread: writes or unpacks it.
-                What it returns is the outcome's ``value``; by default the answer itself.
+                What it returns is the outcome's ``value``; by default the answer itself. It is not called once the
+                call is given up or the client closed.
             ordered: outcomes come in the order of the cases; else as they are completed.
             on_event: is told what happens to all of them.
             stop: gives all of them up.
@@ -290,13 +313,21 @@ class Client:
         def ask(case: Case, stop: Stop, seat: Seat) -> Answer:
             return self._predict(case, common, tell, stop, seat)
 
+        def finished(case: Case, answer: Answer) -> Any:
+            whole.check()
+            self._closed.check()
+            with answer.naming():
+                return finish(case, answer)
+
         def may_wait() -> int:
             return (WAITING_BATCH_CASES if batch else WAITING_CASES) * self._servers.present()
 
-        return fly(ask, cases, finish, may_wait=may_wait, ordered=ordered, stop=whole)
+        return fly(ask, cases, finished, may_wait=may_wait, ordered=ordered, stop=whole)
 
     def _predict(self, case: Case, options: Options, tell: Listener, stop: Stop, seat: Seat | None) -> Answer:
         try:
+            if case.fault is not None:
+                raise case.fault
             body = self._body(case, tell, stop)
             answer = self._ask(case.name, body, {**options, **case.options}, tell, stop, seat)
         except ClientError as error:

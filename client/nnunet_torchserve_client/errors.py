@@ -43,12 +43,18 @@ message never holds a credential.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any
 
 _NAMED = 3
 """Failures that a message has in full."""
+
+_OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ESTALE,
+}  # fmt: skip
+"""What the next file that is written would meet too."""
 
 
 class ClientError(RuntimeError):
@@ -63,10 +69,14 @@ class ClientError(RuntimeError):
         code: the server's code of the problem, as ``"wrong_channels"``.
         retry_after_s: seconds after which the server wants to be asked again.
         tries: requests that were sent for the case.
+        results: where it ended a call of several cases, what the call had by then, ``None`` for each case that it had
+            not.
     """
 
-    of_all_cases: ClassVar[bool] = False
-    """Whether another case would fail too, so that there is no use in going on with the others."""
+    @property
+    def of_all_cases(self) -> bool:
+        """Whether another case would fail too, so that there is no use in going on with the others."""
+        return False
 
     def __init__(
         self,
@@ -88,6 +98,7 @@ class ClientError(RuntimeError):
         self.code = code
         self.retry_after_s = retry_after_s
         self.tries = 0
+        self.results: list[Any] = []
 
     def __str__(self) -> str:
         """The reason, with the case before it and the request id after it, as far as they are known."""
@@ -134,6 +145,11 @@ class UnreadableFile(ClientError, OSError):
 
 class UnwritableFile(ClientError, OSError):
     """A result that cannot be written on this machine."""
+
+    @property
+    def of_all_cases(self) -> bool:
+        """Whether it is the disk, and not this file or its folder alone."""
+        return isinstance(self.__cause__, OSError) and self.__cause__.errno in _OF_THE_DISK
 
 
 class WrongModel(ClientError):

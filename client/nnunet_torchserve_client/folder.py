@@ -27,6 +27,7 @@ from .answers import Answer
 from .cases import (
     ImageFiles,
     case_name,
+    check_part,
     files_in,
     is_there,
     output_format,
@@ -50,11 +51,8 @@ from .outputs import (
 )
 from .progress import Watcher
 
-_OF_THE_FOLDER = frozenset({
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.ENOENT,
-    errno.ENOTDIR, errno.ESTALE,
-})  # fmt: skip
-"""Errors of writing that the next case would meet too."""
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR)
+"""The folder has gone, which is that of all cases here."""
 
 TRANSFER, WAIT, PAUSE, WRITE = "transfer", "worker", "pause", "write"
 """Where a case's time goes, beside the server's own stages: to and from the server; until a worker took it, here and in
@@ -176,7 +174,7 @@ def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFile
         UnreadableFile: it cannot be read.
         WrongUse: there is no image in it, or one without a channel in its name, or no such part.
     """
-    part([], call.num_parts, call.part_id)
+    check_part(call.num_parts, call.part_id)
     ending = description.file_ending
     output_format(ending)
     lists = files_in(call.source, ending)
@@ -264,16 +262,15 @@ class _Run:
         return summary
 
     def _cases(self, cases: Sequence[ImageFiles]) -> Iterator[Case]:
-        """What is sent; what cannot be is noted."""
+        """What is sent, and what cannot be."""
         for files in cases:
             try:
                 self._check_channels(files)
                 options = placement(self._description.reader, files.files) | self._options_of_files
             except ClientError as error:
-                error.case = files.name
-                self._fail(error)
-                continue
-            yield Case(files.name, list(files.files), options, note=files)
+                yield Case(files.name, list(files.files), note=files, fault=error)
+            else:
+                yield Case(files.name, list(files.files), options, note=files)
 
     def _check_channels(self, files: ImageFiles) -> None:
         """One file may hold all channels; any other number of files is that of the channels."""
@@ -296,21 +293,17 @@ class _Run:
 
     def _finish(self, case: Case, answer: Answer) -> dict[str, float]:
         """Write the files of a case; where its time went. Called in its own thread."""
-        answer.check_model(self._description.digest)
+        self._client.check(answer, self._description)
         files: ImageFiles = case.note
         started = time.monotonic()
-        try:
-            write_prediction(
-                answer,
-                str(files.target),
-                self._description.file_ending,
-                with_probabilities=self._call.save_probabilities,
-                reader=self._description.reader,
-                spacing=tiff_spacing(files.files) if "spacing" in case.options else None,
-            )
-        except ClientError as error:
-            error.case, error.request_id = error.case or case.name, error.request_id or answer.request_id
-            raise
+        write_prediction(
+            answer,
+            str(files.target),
+            self._description.file_ending,
+            with_probabilities=self._call.save_probabilities,
+            reader=self._description.reader,
+            spacing=tiff_spacing(files.files) if "spacing" in case.options else None,
+        )
         stages = self._waits.stages(case.name, answer)
         stages[WRITE] = time.monotonic() - started
         with self._lock:
@@ -340,8 +333,8 @@ class _Run:
             error.reason = f"{error.reason} ({self._channels_missing(files)})"
         self._fail(error)
         cause = error.__cause__
-        of_the_folder = isinstance(cause, OSError) and cause.errno in _OF_THE_FOLDER
-        return not error.of_all_cases and not (isinstance(error, UnwritableFile) and of_the_folder)
+        is_gone = isinstance(error, UnwritableFile) and isinstance(cause, OSError) and cause.errno in _NO_FOLDER
+        return not error.of_all_cases and not is_gone
 
     def _fail(self, error: ClientError) -> None:
         with self._lock:

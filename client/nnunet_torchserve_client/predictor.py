@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .answers import Answer
 from .array_cases import array_case, finish_array, result_arrays
-from .cases import ImageFiles, Path_, case_name, files_in, is_there, part, placement, tiff_spacing
+from .cases import ImageFiles, Path_, case_name, check_part, files_in, is_there, part, placement, tiff_spacing
 from .client import Case, Client
 from .description import Description, Json
 from .errors import CasesFailed, ClientError, NotServed, WrongUse
@@ -129,6 +129,7 @@ class RemotePredictor:
         self._of_probabilities = {name: value for name, value in options.items() if name.startswith("probability_")}
         self.use_folds = as_folds(use_folds)
         self._stop: Stop | None = None
+        self._folder: tuple[ModelFolder, str] | None = None
         self.client = Client(
             url,
             model,
@@ -160,8 +161,17 @@ class RemotePredictor:
 
     @property
     def description(self) -> Description:
-        """What the server says of the model; asked for once."""
-        return self.client.describe(stop=self._stop)
+        """What the server says of the model; asked for once, and anew after a call in which another one answered.
+
+        Raises:
+            WrongModel: it is not that of the folder that was given (:meth:`initialize_from_trained_model_folder`).
+            ClientError: the server does not say it.
+        """
+        description = self.client.describe(stop=self._stop)
+        if self._folder is not None:
+            folder, checkpoint_name = self._folder
+            folder.check(description, checkpoint_name, self.use_folds)
+        return description
 
     @property
     def dataset_json(self) -> Json:
@@ -214,7 +224,7 @@ class RemotePredictor:
         use_folds: int | str | Sequence[int | str] | None,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """Check that the server has this model, and choose folds.
+        """Check that the server has this model, now and whenever it has another one, and choose folds.
 
         Args:
             model_training_output_dir: nnU-Net's trained model folder on this machine. Its names are read, and no
@@ -227,22 +237,20 @@ class RemotePredictor:
             MissingFolder: also a FileNotFoundError: no dataset.json or plans.json there.
             WrongModel: the server has another model under this name, or lacks a fold.
         """
-        self.use_folds = self.folds_of_folder(model_training_output_dir, use_folds, checkpoint_name)
-
-    def folds_of_folder(
-        self, folder: Path_, use_folds: int | str | Sequence[int | str] | None, checkpoint_name: str
-    ) -> Folds | None:
-        """What :meth:`initialize_from_trained_model_folder` chooses; its arguments and errors."""
-        found = ModelFolder.read(folder, checkpoint_name)
+        found = ModelFolder.read(model_training_output_dir, checkpoint_name)
         folds = as_folds(use_folds) or found.folds or None
-        found.check(self.description, checkpoint_name, folds)
-        return folds
+        found.check(self.client.describe(stop=self._stop), checkpoint_name, folds)
+        self.use_folds, self._folder = folds, (found, checkpoint_name)
 
     def stopped_by(self, stop: Stop) -> Self:
         """A view of this predictor, with the same connections, whose calls ``stop`` gives up."""
         view = copy.copy(self)
         view._stop = stop  # noqa: SLF001 (its own class)
         return view
+
+    def agrees_with(self, other: Self) -> None:
+        """Choose what another one, as of :meth:`stopped_by`, has chosen by a folder."""
+        self.use_folds, self._folder = other.use_folds, other._folder
 
     @staticmethod
     def auto_detect_available_folds(model_training_output_dir: Path_, checkpoint_name: str) -> list[int | str]:
@@ -303,7 +311,8 @@ class RemotePredictor:
             ``None`` if there is no case.
 
         Raises:
-            ClientError: nothing could be predicted, or the only case failed.
+            ClientError: nothing could be predicted, the only case failed, or further ones would (a full disk, a model
+                that is another one now): ``results`` is what there was by then.
             CasesFailed: some of several cases failed; the others were predicted.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
@@ -324,13 +333,22 @@ class RemotePredictor:
 
         Returns:
             The results that were not written.
+
+        Raises:
+            ClientError: the first case that failed; ``results`` is what there was by then.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         cases = self._file_cases(arguments, 1, 0)
         if not cases:
             return None
         finish = self._file_finish(save_probabilities)
-        results = [self._one(case, finish) for case in cases]
+        results: list[Prediction] = []
+        for case in cases:
+            try:
+                results.append(self._one(case, finish))
+            except ClientError as error:
+                error.results = results
+                raise
         return [result for case, result in zip(cases, results, strict=True) if case.note.target is None]
 
     def _file_cases(self, arguments: Mapping[str, Any], num_parts: int, part_id: int) -> list[Case]:
@@ -338,7 +356,14 @@ class RemotePredictor:
         source = arguments["list_of_lists_or_source_folder"]
         output = arguments["output_folder_or_list_of_truncated_output_files"]
         _refuse_previous_stage(arguments["folder_with_segs_from_prev_stage"])
-        part([], num_parts, part_id)
+        check_part(num_parts, part_id, one_more=True)
+        if part_id == num_parts:
+            logger.warning(
+                "part_id %d of %d parts: nnU-Net counts them from 0, and takes this number as well, for the cases of "
+                "part 0 without its first",
+                part_id,
+                num_parts,
+            )
         description = self.description
         ending = description.file_ending
         is_folder = isinstance(source, str | os.PathLike)
@@ -365,7 +390,10 @@ class RemotePredictor:
 
     def _file_case(self, files: ImageFiles, *, with_probabilities: bool) -> Case:
         description = self.description
-        options = placement(description.reader, files.files)
+        try:
+            options = placement(description.reader, files.files)
+        except ClientError as error:
+            return Case(files.name, list(files.files), note=files, fault=error)
         if files.target is not None:
             options |= options_for(description.file_ending, with_probabilities=with_probabilities)
         else:
@@ -576,6 +604,7 @@ class RemotePredictor:
                     results[outcome.index] = outcome.value
                     if outcome.error is not None:
                         if outcome.error.of_all_cases:
+                            outcome.error.results = [results.get(index) for index in range(max(results) + 1)]
                             raise outcome.error
                         failures[outcome.index] = outcome.error
         in_order = [results[index] for index in range(len(results))]
@@ -586,14 +615,17 @@ class RemotePredictor:
         return in_order
 
     def _checked(self, finish: Callable[[Case, Answer], Prediction]) -> Callable[[Case, Answer], Prediction]:
-        """``finish``, for answers of the model that was described and of no other."""
-        digest = self.description.digest
+        """``finish``, for answers of the model that was described and of no other, unless the call is given up."""
+        description = self.description
 
         def checked(case: Case, answer: Answer) -> Prediction:
-            answer.check_model(digest)
-            for warning in answer.warnings:
-                logger.warning("%s: the server warns of %s", case.name, warning)
-            return finish(case, answer)
+            if self._stop is not None:
+                self._stop.check()
+            with answer.naming():
+                self.client.check(answer, description)
+                for warning in answer.warnings:
+                    logger.warning("%s: the server warns of %s", case.name, warning)
+                return finish(case, answer)
 
         return checked
 

@@ -13,7 +13,7 @@ import pytest
 
 from nnunet_torchserve_client import errors
 from nnunet_torchserve_client.array_cases import direction_towards
-from nnunet_torchserve_client.cases import case_name, files_in, output_format, part, placement
+from nnunet_torchserve_client.cases import case_name, check_part, files_in, output_format, part, placement
 from nnunet_torchserve_client.outputs import stock_properties, turn, write_aside, write_side_files
 
 
@@ -73,9 +73,9 @@ def test_parts_are_disjoint_and_whole() -> None:
     parts = [part(items, 4, number) for number in range(4)]
     assert sorted(item for each in parts for item in each) == items
     assert parts[1] == items[1::4]
-    for wrong in ((4, 4), (4, -1), (0, 0)):
+    for count, number in ((4, 4), (4, -1), (0, 0)):
         with pytest.raises(errors.WrongPart, match="numbered from 0"):
-            part(items, *wrong)
+            check_part(count, number)
 
 
 def test_what_a_server_does_not_write_is_refused_by_name() -> None:
