@@ -1,14 +1,17 @@
 """The same predictor for code that runs in an event loop.
 
 Each call runs in a thread of its own beside the loop, so that the loop is free while a server works. Cancelling a call
-ends its connections at once.
+ends its connections at once, and waits until its thread has ended: what was being written is there then, and nothing
+is written afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,6 +22,11 @@ from .predictor import PROCESSES, Array, Prediction, RemotePredictor
 from .stopping import Stop
 
 Returned = TypeVar("Returned")
+
+_LONGEST_END_S = 60.0
+"""For a call that was given up, some cases of which may be writing a file."""
+
+logger = logging.getLogger(__name__)
 
 
 class AsyncRemotePredictor:
@@ -34,6 +42,7 @@ class AsyncRemotePredictor:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Take the arguments of :class:`~.predictor.RemotePredictor`."""
         self.predictor = RemotePredictor(*arguments, **options)
+        self._calls: dict[asyncio.Future[Any], Stop] = {}
         self.get_data_iterator_from_raw_npy_data = self.predictor.get_data_iterator_from_raw_npy_data
 
     def __repr__(self) -> str:
@@ -48,8 +57,12 @@ class AsyncRemotePredictor:
         await self.close()
 
     async def close(self) -> None:
-        """End all connections; other calls fail."""
+        """End all connections; other calls fail. They have ended when this returns, and write nothing any more."""
         self.predictor.close()
+        for stop in self._calls.values():
+            stop.set()
+        if self._calls:
+            await _ended(*self._calls)
 
     async def describe(self) -> Description:
         """See :attr:`~.predictor.RemotePredictor.description`."""
@@ -62,9 +75,12 @@ class AsyncRemotePredictor:
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
         """See :meth:`~.predictor.RemotePredictor.initialize_from_trained_model_folder`."""
-        self.predictor.use_folds = await self._run(
-            lambda predictor: predictor.folds_of_folder(model_training_output_dir, use_folds, checkpoint_name)
-        )
+
+        def initialize(predictor: RemotePredictor) -> RemotePredictor:
+            predictor.initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
+            return predictor
+
+        self.predictor.agrees_with(await self._run(initialize))
 
     async def predict_from_files(
         self,
@@ -142,11 +158,13 @@ class AsyncRemotePredictor:
         num_processes_segmentation_export: int = PROCESSES,
     ) -> list[Prediction]:
         """See :meth:`~.predictor.RemotePredictor.predict_from_data_iterator`; the iterator may be asynchronous too."""
-        items = _drawn(data_iterator) if isinstance(data_iterator, AsyncIterable) else data_iterator
+        stop = Stop()
+        items = _drawn(data_iterator, stop) if isinstance(data_iterator, AsyncIterable) else data_iterator
         return await self._run(
             lambda predictor: predictor.predict_from_data_iterator(
                 items, save_probabilities, num_processes_segmentation_export
-            )
+            ),
+            stop,
         )
 
     async def predict_single_npy_array(
@@ -168,15 +186,13 @@ class AsyncRemotePredictor:
             )
         )
 
-    async def _run(self, call: Callable[[RemotePredictor], Returned]) -> Returned:
-        """Run a call in a thread of its own; if this is cancelled, give the call up."""
-        loop, stop = asyncio.get_running_loop(), Stop()
+    async def _run(self, call: Callable[[RemotePredictor], Returned], stop: Stop | None = None) -> Returned:
+        """Run a call in a thread of its own; if this is cancelled, give the call up, and wait for its end."""
+        loop, stop = asyncio.get_running_loop(), stop or Stop()
         done: asyncio.Future[Returned] = loop.create_future()
         predictor = self.predictor.stopped_by(stop)
 
         def settle(result: Returned | None, error: BaseException | None) -> None:
-            if done.cancelled():
-                return
             if error is None:
                 done.set_result(result)  # type: ignore[arg-type]  # there is one where there is no error
             else:
@@ -191,16 +207,29 @@ class AsyncRemotePredictor:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, result, error)
 
+        self._calls[done] = stop
+        done.add_done_callback(self._calls.pop)
         threading.Thread(target=run, name="remote-predictor", daemon=True).start()
         try:
-            return await done
+            await asyncio.wait({done})
         except asyncio.CancelledError:
             stop.set()
+            await _ended(done)
             raise
+        return done.result()
 
 
-def _drawn(items: AsyncIterable[Json]) -> Iterator[Json]:
-    """The items of an asynchronous iterator, for a thread beside the loop."""
+async def _ended(*calls: asyncio.Future[Any]) -> None:
+    """Wait for calls that were given up, but not for good: a caller's iterator, or a disk, may hang."""
+    ended, hang = await asyncio.wait(calls, timeout=_LONGEST_END_S)
+    for call in ended:
+        call.exception()  # nobody else asks for it
+    if hang:
+        logger.warning("%d calls that were given up have not ended after %d s", len(hang), _LONGEST_END_S)
+
+
+def _drawn(items: AsyncIterable[Json], stop: Stop) -> Iterator[Json]:
+    """The items of an asynchronous iterator, for a thread beside the loop; ``stop`` cancels it."""
     loop, source = asyncio.get_running_loop(), aiter(items)
 
     async def draw() -> tuple[bool, Json]:
@@ -211,7 +240,14 @@ def _drawn(items: AsyncIterable[Json]) -> Iterator[Json]:
 
     def taken() -> Iterator[Json]:
         while True:
-            there, item = asyncio.run_coroutine_threadsafe(draw(), loop).result()
+            stop.check()
+            drawn = asyncio.run_coroutine_threadsafe(draw(), loop)
+            with stop.telling(drawn.cancel):
+                try:
+                    there, item = drawn.result()
+                except CancelledError:
+                    stop.check()
+                    raise
             if not there:
                 return
             yield item

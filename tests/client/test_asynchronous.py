@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nnunet_torchserve_client import AsyncRemotePredictor, RemotePredictor, errors
+from support import peer
 from support.peer import Peer, Received, Wire
 
 SPACING = {"spacing": [1.0, 1.0, 1.0]}
@@ -85,6 +88,87 @@ def test_items_may_come_from_an_asynchronous_iterator(server: Peer) -> None:
     assert [each.max() for each in asyncio.run(ask())] == list(range(5))
 
 
+def ours() -> list[str]:
+    """Threads of calls, if they do not end now, and of cases."""
+    for thread in threading.enumerate():
+        if thread.name == "remote-predictor":
+            thread.join(PATIENCE_S)
+    names = ("remote-predictor", "case-")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+def test_a_call_that_is_given_up_ends_before_its_last_file_could_be_missed(
+    how: str, server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first file is being written when the call is given up; the second answer comes after that."""
+    writes, go_on = threading.Event(), threading.Event()
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        if "/.a.nii.gz" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            writes.set()
+            assert go_on.wait(PATIENCE_S)
+        fsync(descriptor)
+
+    for name in "ab":
+        (tmp_path / f"{name}_0000.nii.gz").write_bytes(b"image")
+    targets = [str(tmp_path / "out" / name) for name in "ab"]
+    (tmp_path / "out").mkdir()
+
+    def second(wire: Wire, received: Received) -> None:
+        go_on.wait(PATIENCE_S)
+        peer.echo(wire, received)
+
+    server.replies = [peer.echo, second]
+
+    async def ask() -> None:
+        async with AsyncRemotePredictor(server.url, "blobs") as predictor:
+            await predictor.describe()
+            monkeypatch.setattr(os, "fsync", sync)
+            files = [[str(tmp_path / f"{name}_0000.nii.gz")] for name in "ab"]
+            call = asyncio.create_task(predictor.predict_from_files_sequential(files, targets))
+            await asyncio.to_thread(writes.wait, PATIENCE_S)
+            giving_up = asyncio.create_task(predictor.close()) if how == "close" else call
+            if how == "cancel":
+                call.cancel()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not giving_up.done(), "it waits for the file"
+            go_on.set()
+            await asyncio.wait({giving_up})
+            assert not ours()
+            with pytest.raises((asyncio.CancelledError, errors.Cancelled)):
+                await call
+
+    asyncio.run(ask())
+    assert not (tmp_path / "out" / "b.nii.gz").exists()
+
+
+def test_a_cancelled_call_gives_its_asynchronous_iterator_up(server: Peer) -> None:
+    async def ask() -> None:
+        asked, given_up = asyncio.Event(), asyncio.Event()
+
+        async def items() -> AsyncIterator[dict[str, Any]]:
+            asked.set()
+            try:
+                await asyncio.Event().wait()
+                yield {}
+            finally:
+                given_up.set()
+
+        async with AsyncRemotePredictor(server.url, "blobs") as predictor:
+            call = asyncio.create_task(predictor.predict_from_data_iterator(items()))
+            await asked.wait()
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert not ours()
+            assert given_up.is_set()
+
+    asyncio.run(ask())
+
+
 def test_a_cancelled_call_ends_its_connection_and_no_other(server: Peer) -> None:
     asked, never = threading.Event(), threading.Event()
 
@@ -106,10 +190,7 @@ def test_a_cancelled_call_ends_its_connection_and_no_other(server: Peer) -> None
             assert (await predictor.predict_single_npy_array(image(2), SPACING)).max() == 2
             with pytest.raises(errors.MissingProperty):
                 await predictor.predict_single_npy_array(image(2), {})
-        for thread in threading.enumerate():
-            if thread.name == "remote-predictor":
-                await asyncio.to_thread(thread.join, PATIENCE_S)
-                assert not thread.is_alive()
+        assert not ours()
 
     asyncio.run(ask())
     never.set()

@@ -422,6 +422,32 @@ def test_batch_cases_leave_a_worker_to_interactive_ones(keeper: RemoteEngine, on
         assert wait_until(lambda: refusal() is None, PATIENCE_S)
 
 
+def test_batch_cases_keep_their_workers_when_the_engine_has_died(
+    bundle: ModelBundle, runtime: Path, connect: Connect
+) -> None:
+    """Workers come back with their next case; until then they are there all the same."""
+    engine = connect(bundle)
+    [running] = engines(runtime)
+    idle = [raw_link(runtime) for _ in range(2)]
+    for link in idle:
+        channel.send(link, channel.Reserve(bytes=2**60, passes=1))
+        assert isinstance((channel.receive(link) or ("",))[0], channel.Failed)
+    running.send_signal(signal.SIGKILL)
+    psutil.wait_procs([running], PATIENCE_S)
+    for link in idle:
+        link.close()
+    cost = Price(grid=(1, 1, 1), patches=1, passes=1, bytes=1, preprocess_s=0, export_s=0)
+    with engine.reserve(cost, None, priority=Priority.BATCH), raw_link(runtime) as second:
+        channel.send(second, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+        assert isinstance((channel.receive(second) or ("",))[0], channel.Granted), "two of three workers"
+        with raw_link(runtime) as third:
+            channel.send(third, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+            assert isinstance((channel.receive(third) or ("",))[0], channel.Failed), "the last one is kept"
+    engine.disconnect()
+    [home] = {path.parent for path in runtime.glob(f"*/{folder.SOCKET}")}
+    assert wait_until(lambda: folder.workers_of(home) == 0, PATIENCE_S), "one that leaves has none"
+
+
 def test_descriptors_do_not_pile_up(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     engine = connect(bundle)
     [running] = engines(one_engine)

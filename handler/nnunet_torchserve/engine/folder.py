@@ -17,7 +17,11 @@ LOCK = "lock"
 ALIVE = "alive"
 """Held by an engine for as long as it lives; the kernel frees it however the engine dies."""
 
+WORKERS = "workers"
+"""How many an engine has, for the one that takes its place when it dies."""
+
 _BACKLOG = 128
+_WORKERS_BYTES = 8
 _MAX_LOG_BYTES = 4 * 1024**2
 
 
@@ -42,6 +46,27 @@ def bound_log() -> None:
     with suppress(OSError):
         if os.fstat(2).st_size > _MAX_LOG_BYTES:
             os.ftruncate(2, 0)
+
+
+def note_workers(folder: Path, count: int) -> None:
+    """Say how many workers an engine has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = os.open(folder / WORKERS, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.pwrite(file, f"{count:<{_WORKERS_BYTES}}".encode(), 0)  # in place: it is never seen empty
+    finally:
+        os.close(file)
+
+
+def workers_of(folder: Path) -> int:
+    """How many workers an engine has or, killed, had; one that left by itself had none."""
+    try:
+        return int((folder / WORKERS).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def take_life_lock(folder: Path) -> int | None:

@@ -57,7 +57,7 @@ from .channel import (
 from .compute import Admit, Compute, Drop, Expect
 from .connection import HOLDING, Connection, State
 from .flights import Flights
-from .folder import SOCKET, bound_log, listen, still_ours
+from .folder import SOCKET, bound_log, listen, note_workers, still_ours, workers_of
 from .ledger import Ledger
 from .tally import Level, Tally, Total
 
@@ -73,6 +73,9 @@ on busy cores."""
 
 _INHERITANCE_S = 2.0
 """After a death: cases that hold their memory already come first."""
+
+_ROLL_CALL_S = 600.0
+"""After a death: until all workers have come back, which each does with its next case."""
 
 _LOOK_AGAIN_S = 0.1
 """While cases wait: another engine may have released memory."""
@@ -125,6 +128,7 @@ class Switchboard:
         budget = Budget(settings.memory_bytes, settings.passes, settings.waiting_cases, settings.machine_bytes)
         self._admission = Admission(budget)
         self._cache, self._flights = VolumeCache(settings.cache_bytes), Flights()
+        self._workers_before, self._roll_call_until = workers_of(folder), time.monotonic() + _ROLL_CALL_S
         self._host = Ledger(folder, "host")
         self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
         self._waits_since = math.inf
@@ -181,6 +185,7 @@ class Switchboard:
         if connection.answer(Hello(protocol=channel.PROTOCOL), (self._record_fd, self._tally.descriptor)):
             self._connections[endpoint.fileno()] = connection
             self._selector.register(endpoint, selectors.EVENT_READ)
+            self._note_workers()
         else:
             connection.close()
 
@@ -250,8 +255,16 @@ class Switchboard:
         return sum(owner.claim.priority is Priority.BATCH for owner in self._owners.values())
 
     def _for_batch(self) -> int:
-        """How many workers batch cases may hold: all but one, or interactive cases would wait in TorchServe's queue."""
-        return max(1, len(self._connections) - 1)
+        """How many workers batch cases may hold: all but one, or interactive cases would wait in TorchServe's queue.
+
+        After an engine's death those count that it had: they are there, and come back one after the other.
+        """
+        before = self._workers_before if time.monotonic() < self._roll_call_until else 0
+        return max(1, max(before, len(self._connections)) - 1)
+
+    def _note_workers(self) -> None:
+        with suppress(OSError):  # a cleaned-up directory or a full disk: after a death batch cases wait for a roll call
+            note_workers(self._folder, len(self._connections))
 
     def _ask(self, connection: Connection) -> None:
         """Let a case wait for memory, or refuse it."""
@@ -371,6 +384,7 @@ class Switchboard:
         descriptor = connection.endpoint.fileno()
         if self._connections.pop(descriptor, None) is not None:
             self._selector.unregister(connection.endpoint)
+            self._note_workers()
         connection.close()
         if connection.state is not State.IDLE:
             self._release(connection)
