@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .answers import Answer, arrays_of
+from .answers import Answer
 from .cases import TIFF_READER, output_format
 from .client import Case
 from .description import Description, Json
 from .errors import (
-    BadAnswer,
     ClientError,
     MissingProperty,
     NotServed,
@@ -33,7 +32,8 @@ from .errors import (
     UnwritableFile,
     WrongUse,
 )
-from .outputs import PREPROCESSED, PROPERTIES, stock_properties, turn, write_aside, write_prediction
+from .outputs import write_aside, write_prediction
+from .results import PREPROCESSED, PROPERTIES, result_arrays, stock_properties
 
 Array = npt.NDArray[Any]
 
@@ -57,6 +57,37 @@ class ArrayNote:
     properties: Mapping[str, Any] = field(repr=False)
     target: str | None
     server_writes: bool
+
+
+def raw_items(images: Any, properties: Any, names: Any) -> Iterator[Json]:
+    """What ``predict_from_data_iterator`` takes, of one image or of lists.
+
+    Args:
+        images: (C, Z, Y, X).
+        properties: of each.
+        names: path of each result without its ending; ``None`` returns the results.
+
+    Raises:
+        WrongUse: lists of different lengths.
+    """
+    images, properties = _listed(images), _listed(properties)
+    names = [None] * len(images) if names is None else _listed(names)
+    if not len(images) == len(properties) == len(names):
+        msg = f"{len(images)} images, {len(properties)} properties and {len(names)} output files: one for each image"
+        raise WrongUse(msg)
+    items = zip(images, properties, names, strict=True)
+    return ({"data": image, "data_properties": _as_read(known), "ofile": name} for image, known, name in items)
+
+
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _as_read(properties: Any) -> Any:
+    """Properties without what nnU-Net's preprocessing has put into the caller's own dict, in an earlier call of it."""
+    if not isinstance(properties, Mapping):
+        return properties
+    return {name: value for name, value in properties.items() if name not in PREPROCESSED}
 
 
 def array_case(number: int, item: Mapping[str, Any], description: Description, *, with_probabilities: bool) -> Case:
@@ -153,25 +184,6 @@ def finish_array(case: Case, answer: Answer, description: Description, *, with_p
     else:
         _write_by_nnunet(answer, note, description, with_probabilities=with_probabilities)
     return None
-
-
-def result_arrays(answer: Answer, *, with_probabilities: bool) -> Any:
-    """Labels (Z, Y, X), or those and probabilities (C, Z, Y, X), on the grid that nnU-Net's reader sees.
-
-    Raises:
-        BadAnswer: something is missing in the answer.
-    """
-    parts = answer.parts()
-    how: Mapping[str, list[int]] | None = None
-    try:
-        if PROPERTIES in parts:
-            how = json.loads(parts.pop(PROPERTIES)).get("turn")
-        arrays = {name: array for content in parts.values() for name, array in arrays_of(content, answer).items()}
-        labels = turn(arrays["labels"], how)
-        return (labels, turn(arrays["probabilities"], how)) if with_probabilities else labels
-    except (KeyError, ValueError, TypeError) as error:
-        msg = "the answer lacks an array that was asked for"
-        raise BadAnswer(msg, case=answer.case, request_id=answer.request_id, server=answer.server) from error
 
 
 def direction_towards(letters: str) -> list[float]:

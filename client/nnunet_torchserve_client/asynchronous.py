@@ -10,23 +10,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from functools import wraps
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
+from .calls import Prediction
 from .cases import Path_
 from .description import Description, Json
-from .predictor import PROCESSES, Array, Prediction, RemotePredictor
+from .predictor import PROCESSES, RemotePredictor
 from .stopping import Stop
 
+Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
 
 _LONGEST_END_S = 60.0
 """For a call that was given up, some cases of which may be writing a file."""
 
 logger = logging.getLogger(__name__)
+
+
+def _awaitable(
+    method: Callable[Concatenate[RemotePredictor, Given], Returned],
+) -> Callable[Concatenate[AsyncRemotePredictor, Given], Coroutine[Any, Any, Returned]]:
+    """A method of the predictor with the same arguments and result, to be awaited."""
+
+    @wraps(method)
+    async def awaited(self: AsyncRemotePredictor, *arguments: Given.args, **named: Given.kwargs) -> Returned:
+        return await self._run(lambda predictor: method(predictor, *arguments, **named))
+
+    return awaited
 
 
 class AsyncRemotePredictor:
@@ -68,88 +83,24 @@ class AsyncRemotePredictor:
         """See :attr:`~.predictor.RemotePredictor.description`."""
         return await self._run(lambda predictor: predictor.description)
 
+    predict_from_files = _awaitable(RemotePredictor.predict_from_files)
+    predict_from_files_sequential = _awaitable(RemotePredictor.predict_from_files_sequential)
+    predict_from_list_of_npy_arrays = _awaitable(RemotePredictor.predict_from_list_of_npy_arrays)
+    predict_single_npy_array = _awaitable(RemotePredictor.predict_single_npy_array)
+
     async def initialize_from_trained_model_folder(
         self,
         model_training_output_dir: Path_,
         use_folds: int | str | Sequence[int | str] | None,
         checkpoint_name: str = "checkpoint_final.pth",
     ) -> None:
-        """See :meth:`~.predictor.RemotePredictor.initialize_from_trained_model_folder`."""
+        """See :meth:`~.remote_model.RemoteModel.initialize_from_trained_model_folder`."""
 
         def initialize(predictor: RemotePredictor) -> RemotePredictor:
             predictor.initialize_from_trained_model_folder(model_training_output_dir, use_folds, checkpoint_name)
             return predictor
 
         self.predictor.agrees_with(await self._run(initialize))
-
-    async def predict_from_files(
-        self,
-        list_of_lists_or_source_folder: Path_ | list[list[str]],
-        output_folder_or_list_of_truncated_output_files: Path_ | list[str] | None,
-        save_probabilities: bool = False,
-        overwrite: bool = True,
-        num_processes_preprocessing: int = PROCESSES,
-        num_processes_segmentation_export: int = PROCESSES,
-        folder_with_segs_from_prev_stage: str | None = None,
-        num_parts: int = 1,
-        part_id: int = 0,
-    ) -> list[Prediction] | None:
-        """See :meth:`~.predictor.RemotePredictor.predict_from_files`."""
-        return await self._run(
-            lambda predictor: predictor.predict_from_files(
-                list_of_lists_or_source_folder,
-                output_folder_or_list_of_truncated_output_files,
-                save_probabilities,
-                overwrite,
-                num_processes_preprocessing,
-                num_processes_segmentation_export,
-                folder_with_segs_from_prev_stage,
-                num_parts,
-                part_id,
-            )
-        )
-
-    async def predict_from_files_sequential(
-        self,
-        list_of_lists_or_source_folder: Path_ | list[list[str]],
-        output_folder_or_list_of_truncated_output_files: Path_ | list[str] | None,
-        save_probabilities: bool = False,
-        overwrite: bool = True,
-        folder_with_segs_from_prev_stage: str | None = None,
-    ) -> list[Prediction] | None:
-        """See :meth:`~.predictor.RemotePredictor.predict_from_files_sequential`."""
-        return await self._run(
-            lambda predictor: predictor.predict_from_files_sequential(
-                list_of_lists_or_source_folder,
-                output_folder_or_list_of_truncated_output_files,
-                save_probabilities,
-                overwrite,
-                folder_with_segs_from_prev_stage,
-            )
-        )
-
-    async def predict_from_list_of_npy_arrays(
-        self,
-        image_or_list_of_images: Array | list[Array],
-        segs_from_prev_stage_or_list_of_segs_from_prev_stage: Array | list[Array] | None,
-        properties_or_list_of_properties: Json | list[Json],
-        truncated_ofname: str | list[str] | None,
-        num_processes: int = 3,
-        save_probabilities: bool = False,
-        num_processes_segmentation_export: int = PROCESSES,
-    ) -> list[Prediction]:
-        """See :meth:`~.predictor.RemotePredictor.predict_from_list_of_npy_arrays`."""
-        return await self._run(
-            lambda predictor: predictor.predict_from_list_of_npy_arrays(
-                image_or_list_of_images,
-                segs_from_prev_stage_or_list_of_segs_from_prev_stage,
-                properties_or_list_of_properties,
-                truncated_ofname,
-                num_processes,
-                save_probabilities,
-                num_processes_segmentation_export,
-            )
-        )
 
     async def predict_from_data_iterator(
         self,
@@ -165,25 +116,6 @@ class AsyncRemotePredictor:
                 items, save_probabilities, num_processes_segmentation_export
             ),
             stop,
-        )
-
-    async def predict_single_npy_array(
-        self,
-        input_image: Array,
-        image_properties: Json,
-        segmentation_previous_stage: Array | None = None,
-        output_file_truncated: str | None = None,
-        save_or_return_probabilities: bool = False,
-    ) -> Prediction:
-        """See :meth:`~.predictor.RemotePredictor.predict_single_npy_array`."""
-        return await self._run(
-            lambda predictor: predictor.predict_single_npy_array(
-                input_image,
-                image_properties,
-                segmentation_previous_stage,
-                output_file_truncated,
-                save_or_return_probabilities,
-            )
         )
 
     async def _run(self, call: Callable[[RemotePredictor], Returned], stop: Stop | None = None) -> Returned:

@@ -24,31 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Answer
-from .cases import (
-    ImageFiles,
-    case_name,
-    check_part,
-    files_in,
-    is_there,
-    output_format,
-    part,
-    placement,
-    tiff_spacing,
-)
+from .cases import ImageFiles, check_part, output_format
 from .client import Case, Client
 from .description import Description
 from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongUse
 from .events import Event, Kind
+from .file_cases import file_case, finish_files, image_files, wanted_of
 from .flight import Outcome
-from .outputs import (
-    ARGUMENTS_FILE,
-    DATASET_FILE,
-    PLANS_FILE,
-    options_for,
-    write_json,
-    write_prediction,
-    write_side_files,
-)
+from .outputs import ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE, write_json, write_side_files
 from .progress import Watcher
 
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR)
@@ -177,24 +160,21 @@ def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFile
     check_part(call.num_parts, call.part_id)
     ending = description.file_ending
     output_format(ending)
-    lists = files_in(call.source, ending)
-    if not lists:
+    _, files = image_files(call.source, call.output, ending)
+    if not files:
         msg = f"{call.source} has no file that ends in {ending}, as the images of {description.model.dataset} do"
         others = Counter("".join(file.suffixes[-2:]) for file in Path(call.source).iterdir() if file.is_file())
         if others:
             msg += f"; it has {', '.join(f'{count} {name or _NO_ENDING}' for name, count in others.items())}"
         raise WrongUse(msg)
-    names = [case_name(files, ending) for files in lists]
-    cases = [
-        ImageFiles(name, tuple(files), str(Path(call.output, name))) for name, files in zip(names, lists, strict=True)
-    ]
-    ours = part(cases, call.num_parts, call.part_id)
-    wanted = [
-        case
-        for case in ours
-        if call.overwrite or not is_there(str(case.target), ending, with_probabilities=call.save_probabilities)
-    ]
-    return wanted, len(ours) - len(wanted)
+    return wanted_of(
+        files,
+        call.num_parts,
+        call.part_id,
+        ending,
+        overwrite=call.overwrite,
+        with_probabilities=call.save_probabilities,
+    )
 
 
 def predict_folder(
@@ -232,7 +212,6 @@ class _Run:
     def __init__(self, client: Client, call: FolderCall, options: Mapping[str, object], watcher: Watcher) -> None:
         self._client, self._call, self._options, self._watcher = client, call, options, watcher
         self._description = client.describe()
-        self._options_of_files = options_for(self._description.file_ending, with_probabilities=call.save_probabilities)
         self._lock = threading.Lock()
         self._waits = _Waits()
 
@@ -266,11 +245,10 @@ class _Run:
         for files in cases:
             try:
                 self._check_channels(files)
-                options = placement(self._description.reader, files.files) | self._options_of_files
-            except ClientError as error:
+            except UnreadableFile as error:
                 yield Case(files.name, list(files.files), note=files, fault=error)
             else:
-                yield Case(files.name, list(files.files), options, note=files)
+                yield file_case(files, self._description, with_probabilities=self._call.save_probabilities)
 
     def _check_channels(self, files: ImageFiles) -> None:
         """One file may hold all channels; any other number of files is that of the channels."""
@@ -294,16 +272,8 @@ class _Run:
     def _finish(self, case: Case, answer: Answer) -> dict[str, float]:
         """Write the files of a case; where its time went. Called in its own thread."""
         self._client.check(answer, self._description)
-        files: ImageFiles = case.note
         started = time.monotonic()
-        write_prediction(
-            answer,
-            str(files.target),
-            self._description.file_ending,
-            with_probabilities=self._call.save_probabilities,
-            reader=self._description.reader,
-            spacing=tiff_spacing(files.files) if "spacing" in case.options else None,
-        )
+        finish_files(case, answer, self._description, with_probabilities=self._call.save_probabilities)
         stages = self._waits.stages(case.name, answer)
         stages[WRITE] = time.monotonic() - started
         with self._lock:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .cases import MissingFolder, Path_
 from .description import Description, ServedModel
-from .errors import UnreadableFile, WrongModel
+from .errors import UnreadableFile, WrongModel, WrongUse
 
 Folds = tuple[int | str, ...]
 
@@ -81,6 +82,19 @@ class ModelFolder:
             others = ", ".join(_named(each) for each in description.served or ())
             msg = f"the served model has {'; '.join(wrong)}" + (f". This server has {others}" if others else "")
             raise WrongModel(msg)
+
+
+def as_folds(given: int | str | Sequence[int | str] | None) -> Folds | None:
+    """As nnU-Net takes them: numbers, texts of numbers, ``"all"``, one of them or several."""
+    if given is None:
+        return None
+    several = [given] if isinstance(given, int | str) else list(given)
+    try:
+        folds = tuple(fold if fold == "all" else int(fold) for fold in several)
+    except (TypeError, ValueError) as error:
+        msg = f"use_folds is numbers or 'all', not {given!r}"
+        raise WrongUse(msg) from error
+    return folds or None
 
 
 def _listed(folds: Folds) -> str:

@@ -18,20 +18,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .answers import Answer, arrays_of
-from .arrays import Array
 from .cases import TIFF_READER, Path_, output_format
 from .errors import BadAnswer, UnwritableFile
+from .results import PREPROCESSED, PROBABILITIES, PROPERTIES, stock_properties, turn
 
 Json = dict[str, Any]
 
 ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE = "predict_from_raw_data_args.json", "dataset.json", "plans.json"
-
-PREPROCESSED = ("shape_before_cropping", "bbox_used_for_cropping", "shape_after_cropping_and_before_resampling")
-"""What nnU-Net's preprocessing adds to the properties of a case."""
-
-PROPERTIES = "properties.json"
-PROBABILITIES = "probabilities.npz"
-"""Of a server's zip."""
 
 
 def options_for(file_ending: str, *, with_probabilities: bool) -> dict[str, object]:
@@ -163,50 +156,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def stock_properties(document: Mapping[str, Any]) -> Json:
-    """``data_properties`` in the types that nnU-Net's readers and its preprocessing give them.
-
-    Args:
-        document: a server's ``properties.json``.
-    """
-    reader = str(document["reader"])
-    said = document["properties"]
-    found: Json = {}
-    for name, value in said.items():
-        if name == "sitk_stuff":
-            found[name] = {key: tuple(each) if isinstance(each, list) else each for key, each in value.items()}
-        elif name == "nibabel_stuff":
-            found[name] = {key: np.array(each, np.float64) for key, each in value.items()}
-        elif name == "spacing":
-            found[name] = _stock_spacing(reader, value)
-        elif name.startswith("shape_"):
-            found[name] = tuple(value)
-        else:
-            found[name] = value
-    return found
-
-
-def _stock_spacing(reader: str, spacing: list[Any]) -> object:
-    if reader.startswith("SimpleITKIO"):
-        return [np.float64(size) for size in spacing]
-    return tuple(spacing) if reader == "NaturalImage2DIO" else spacing
-
-
-def turn(array: Array, how: Mapping[str, list[int]] | None) -> Array:
-    """An array on the image's own grid as nnU-Net's reorienting readers see it.
-
-    Args:
-        array: (C, Z, Y, X) or (Z, Y, X).
-        how: a server's ``turn``; ``None`` leaves it as it is.
-    """
-    if how is None:
-        return array
-    first = array.ndim - len(how["axes"])
-    order = [*range(first), *(first + axis for axis in how["axes"])]
-    turned: Array = np.flip(array.transpose(order), tuple(first + axis for axis in how["flip"]))
-    return turned
 
 
 def _plain(value: object) -> object:

@@ -6,33 +6,24 @@ script changes the line that makes its predictor and no other.
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, cast
 
-import numpy.typing as npt
-
-from .answers import Answer
-from .array_cases import array_case, finish_array, result_arrays
-from .cases import ImageFiles, Path_, case_name, check_part, files_in, is_there, part, placement, tiff_spacing
+from .array_cases import array_case, finish_array, raw_items
+from .arrays import Array
+from .calls import Call, Prediction
+from .cases import Path_, check_part
 from .client import Case, Client
 from .description import Description, Json
-from .errors import CasesFailed, ClientError, NotServed, WrongUse
-from .flight import Outcome
-from .model_folder import Folds, ModelFolder
-from .outputs import PREPROCESSED, options_for, write_prediction, write_side_files
-from .progress import shown
-from .stopping import Stop
-
-Array = npt.NDArray[Any]
-Prediction = Any
-"""Labels (Z, Y, X), an array; or those and probabilities (C, Z, Y, X); or ``None``, because they were written."""
+from .errors import NotServed, WrongUse
+from .file_cases import file_case, finish_files, image_files, wanted_of
+from .model_folder import as_folds
+from .outputs import options_for, write_side_files
+from .remote_model import RemoteModel
 
 PROCESSES = 8
 """nnU-Net's ``default_num_processes``; it means nothing here."""
@@ -49,13 +40,8 @@ _DECIDED_HERE = {
 logger = logging.getLogger(__name__)
 
 
-class RemotePredictor:
-    """Predicts like ``nnUNetPredictor``, on a server.
-
-    Attributes:
-        client: the plain client below.
-        use_folds: the folds that are averaged; ``None`` is all that are served.
-    """
+class RemotePredictor(RemoteModel):
+    """Predicts like ``nnUNetPredictor``, on a server."""
 
     def __init__(
         self,
@@ -127,10 +113,8 @@ class RemotePredictor:
         self._with_probabilities = bool(options.pop("save_probabilities", False))
         self._given = {name: value for name, value in options.items() if not name.startswith("probability_")}
         self._of_probabilities = {name: value for name, value in options.items() if name.startswith("probability_")}
-        self.use_folds = as_folds(use_folds)
-        self._stop: Stop | None = None
-        self._folder: tuple[ModelFolder, str] | None = None
-        self.client = Client(
+        folds = as_folds(use_folds)
+        client = Client(
             url,
             model,
             version,
@@ -141,141 +125,7 @@ class RemotePredictor:
             first_contact_s=first_contact_s,
             use_proxies=use_proxies,
         )
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.client.urls!r}, {self.client.model!r})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End all connections; calls in other threads fail."""
-        self.client.close()
-
-    # --- What the model is -------------------------------------------------------------------------------------------
-
-    @property
-    def description(self) -> Description:
-        """What the server says of the model; asked for once, and anew after a call in which another one answered.
-
-        Raises:
-            WrongModel: it is not that of the folder that was given (:meth:`initialize_from_trained_model_folder`).
-            ClientError: the server does not say it.
-        """
-        description = self.client.describe(stop=self._stop)
-        if self._folder is not None:
-            folder, checkpoint_name = self._folder
-            folder.check(description, checkpoint_name, self.use_folds)
-        return description
-
-    @property
-    def dataset_json(self) -> Json:
-        """nnU-Net's dataset.json of the served model."""
-        return self.description.dataset_json
-
-    @property
-    def plans(self) -> Json:
-        """nnU-Net's plans.json of the served model."""
-        return self.description.plans_json
-
-    @property
-    def trainer_name(self) -> str:
-        """nnU-Net's name of the trainer."""
-        return self.description.model.trainer
-
-    @property
-    def configuration_name(self) -> str:
-        """nnU-Net's name of the configuration."""
-        return self.description.model.configuration
-
-    @property
-    def allowed_mirroring_axes(self) -> tuple[int, ...] | None:
-        """Axes along which the checkpoint allows mirroring."""
-        return self.description.mirroring_axes
-
-    @property
-    def plans_manager(self) -> Any:
-        """nnU-Net's own ``PlansManager`` of the served plans; needs nnunetv2 on this machine."""
-        try:
-            from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-        except ImportError as error:
-            msg = "plans_manager is nnU-Net's own class: install nnunetv2, or use plans and dataset_json"
-            raise NotServed(msg) from error
-        return PlansManager(copy.deepcopy(self.plans))
-
-    @property
-    def configuration_manager(self) -> Any:
-        """nnU-Net's own ``ConfigurationManager``; needs nnunetv2 on this machine."""
-        return self.plans_manager.get_configuration(self.configuration_name)
-
-    @property
-    def label_manager(self) -> Any:
-        """nnU-Net's own ``LabelManager``; needs nnunetv2 on this machine."""
-        return self.plans_manager.get_label_manager(self.dataset_json)
-
-    def initialize_from_trained_model_folder(
-        self,
-        model_training_output_dir: Path_,
-        use_folds: int | str | Sequence[int | str] | None,
-        checkpoint_name: str = "checkpoint_final.pth",
-    ) -> None:
-        """Check that the server has this model, now and whenever it has another one, and choose folds.
-
-        Args:
-            model_training_output_dir: nnU-Net's trained model folder on this machine. Its names are read, and no
-                checkpoint is. Its own name has trainer and configuration: they are not checked if it was renamed.
-            use_folds: which are averaged; ``None`` takes those of the folder that have the checkpoint, or all that are
-                served if none is there.
-            checkpoint_name: must be the one that the archive was made of.
-
-        Raises:
-            MissingFolder: also a FileNotFoundError: no dataset.json or plans.json there.
-            WrongModel: the server has another model under this name, or lacks a fold.
-        """
-        found = ModelFolder.read(model_training_output_dir, checkpoint_name)
-        folds = as_folds(use_folds) or found.folds or None
-        found.check(self.client.describe(stop=self._stop), checkpoint_name, folds)
-        self.use_folds, self._folder = folds, (found, checkpoint_name)
-
-    def stopped_by(self, stop: Stop) -> Self:
-        """A view of this predictor, with the same connections, whose calls ``stop`` gives up."""
-        view = copy.copy(self)
-        view._stop = stop  # noqa: SLF001 (its own class)
-        return view
-
-    def agrees_with(self, other: Self) -> None:
-        """Choose what another one, as of :meth:`stopped_by`, has chosen by a folder."""
-        self.use_folds, self._folder = other.use_folds, other._folder
-
-    @staticmethod
-    def auto_detect_available_folds(model_training_output_dir: Path_, checkpoint_name: str) -> list[int | str]:
-        """The numbered folds of a folder that have the checkpoint."""
-        return list(ModelFolder.read(model_training_output_dir, checkpoint_name).folds)
-
-    def manual_initialization(self, *_: object, **__: object) -> NoReturn:
-        """A server has its own network.
-
-        Raises:
-            NotServed: always.
-        """
-        msg = "a server predicts with its own network: package this one with nnunet-torchserve archive"
-        raise NotServed(msg)
-
-    def predict_logits_from_preprocessed_data(self, *_: object, **__: object) -> NoReturn:
-        """A server gives no logits.
-
-        Raises:
-            NotServed: always.
-        """
-        msg = "a server takes images and gives labels and probabilities: no preprocessed data, no logits"
-        raise NotServed(msg)
-
-    predict_sliding_window_return_logits = predict_logits_from_preprocessed_data
+        super().__init__(client, folds)
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
@@ -316,10 +166,8 @@ class RemotePredictor:
             CasesFailed: some of several cases failed; the others were predicted.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        cases = self._file_cases(arguments, num_parts, part_id)
-        if not cases:
-            return None
-        return self._predict(cases, self._file_finish(save_probabilities), total=len(cases))
+        call, cases = self._of_files(arguments, num_parts, part_id)
+        return call.several(cases, len(cases)) if cases else None
 
     def predict_from_files_sequential(
         self,
@@ -338,21 +186,14 @@ class RemotePredictor:
             ClientError: the first case that failed; ``results`` is what there was by then.
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        cases = self._file_cases(arguments, 1, 0)
+        call, cases = self._of_files(arguments, 1, 0)
         if not cases:
             return None
-        finish = self._file_finish(save_probabilities)
-        results: list[Prediction] = []
-        for case in cases:
-            try:
-                results.append(self._one(case, finish))
-            except ClientError as error:
-                error.results = results
-                raise
+        results = call.in_turn(cases)
         return [result for case, result in zip(cases, results, strict=True) if case.note.target is None]
 
-    def _file_cases(self, arguments: Mapping[str, Any], num_parts: int, part_id: int) -> list[Case]:
-        """The cases of a call with files; writes the files beside the predictions."""
+    def _of_files(self, arguments: Mapping[str, Any], num_parts: int, part_id: int) -> tuple[Call, list[Case]]:
+        """A call with files, and its cases; writes the files beside the predictions."""
         source = arguments["list_of_lists_or_source_folder"]
         output = arguments["output_folder_or_list_of_truncated_output_files"]
         _refuse_previous_stage(arguments["folder_with_segs_from_prev_stage"])
@@ -364,64 +205,19 @@ class RemotePredictor:
                 part_id,
                 num_parts,
             )
-        description = self.description
+        description, with_probabilities = self.description, self._probabilities(arguments["save_probabilities"])
         ending = description.file_ending
-        is_folder = isinstance(source, str | os.PathLike)
-        lists = files_in(source, ending) if is_folder else [[os.fspath(file) for file in files] for files in source]
-        if not all(lists):
-            msg = "a case without a file"
-            raise WrongUse(msg)
-        names = [case_name(files, ending) for files in lists]
-        folder, targets = _places(output, names)
-        with_probabilities = self._probabilities(arguments["save_probabilities"])
+        folder, files = image_files(source, output, ending)
         if folder is not None:
             options_for(ending, with_probabilities=with_probabilities)  # refuse before anything is written
             write_side_files(folder, description.dataset_json, description.plans_json, arguments)
-        files = part(
-            [ImageFiles(*each) for each in zip(names, map(tuple, lists), targets, strict=True)], num_parts, part_id
+        overwrite = arguments["overwrite"]
+        wanted, _ = wanted_of(
+            files, num_parts, part_id, ending, overwrite=overwrite, with_probabilities=with_probabilities
         )
-        if not arguments["overwrite"]:
-            files = [
-                each
-                for each in files
-                if each.target is None or not is_there(each.target, ending, with_probabilities=with_probabilities)
-            ]
-        return [self._file_case(each, with_probabilities=with_probabilities) for each in files]
-
-    def _file_case(self, files: ImageFiles, *, with_probabilities: bool) -> Case:
-        description = self.description
-        try:
-            options = placement(description.reader, files.files)
-        except ClientError as error:
-            return Case(files.name, list(files.files), note=files, fault=error)
-        if files.target is not None:
-            options |= options_for(description.file_ending, with_probabilities=with_probabilities)
-        else:
-            options |= {"output_format": "npz", "save_probabilities": with_probabilities}
-            if description.reader.endswith("WithReorient"):
-                options["properties"] = True
-        case = Case(files.name, list(files.files), options, note=files)
-        return self._asking(case, with_probabilities=with_probabilities)
-
-    def _file_finish(self, save_probabilities: bool) -> Callable[[Case, Answer], Prediction]:
-        description = self.description
-        with_probabilities = self._probabilities(save_probabilities)
-
-        def finish(case: Case, answer: Answer) -> Prediction:
-            files: ImageFiles = case.note
-            if files.target is None:
-                return result_arrays(answer, with_probabilities=with_probabilities)
-            write_prediction(
-                answer,
-                files.target,
-                description.file_ending,
-                with_probabilities=with_probabilities,
-                reader=description.reader,
-                spacing=tiff_spacing(files.files) if "spacing" in case.options else None,
-            )
-            return None
-
-        return finish
+        cases = (file_case(each, description, with_probabilities=with_probabilities) for each in wanted)
+        call = self._call(finish_files, description, with_probabilities=with_probabilities)
+        return call, [self._asking(case, with_probabilities=with_probabilities) for case in cases]
 
     # --- Arrays ------------------------------------------------------------------------------------------------------
 
@@ -451,16 +247,7 @@ class RemotePredictor:
             NotServed: a previous stage.
         """
         _refuse_previous_stage(segs_from_prev_stage_or_list_of_segs_from_prev_stage)
-        images = _listed(image_or_list_of_images)
-        properties = _listed(properties_or_list_of_properties)
-        names: list[Any] = [None] * len(images) if truncated_ofname is None else _listed(truncated_ofname)
-        if not len(images) == len(properties) == len(names):
-            msg = (
-                f"{len(images)} images, {len(properties)} properties and {len(names)} output files: one for each image"
-            )
-            raise WrongUse(msg)
-        items = zip(images, properties, names, strict=True)
-        return ({"data": image, "data_properties": _as_read(known), "ofile": name} for image, known, name in items)
+        return raw_items(image_or_list_of_images, properties_or_list_of_properties, truncated_ofname)
 
     def predict_from_list_of_npy_arrays(
         self,
@@ -513,13 +300,10 @@ class RemotePredictor:
         """
         with_probabilities, description = self._probabilities(save_probabilities), self.description
         cases = (
-            self._asking(
-                array_case(number, item, description, with_probabilities=with_probabilities),
-                with_probabilities=with_probabilities,
-            )
+            self._array_case(number, item, description, with_probabilities=with_probabilities)
             for number, item in enumerate(data_iterator)
         )
-        return self._predict(cases, self._array_finish(with_probabilities=with_probabilities), total=None)
+        return self._call(finish_array, description, with_probabilities=with_probabilities).several(cases, None)
 
     def predict_single_npy_array(
         self,
@@ -545,20 +329,16 @@ class RemotePredictor:
             ClientError: see :mod:`.errors`.
         """
         _refuse_previous_stage(segmentation_previous_stage)
-        with_probabilities = self._probabilities(save_or_return_probabilities)
-        properties = _as_read(image_properties)
-        item = {"data": input_image, "data_properties": properties, "ofile": output_file_truncated}
-        case = array_case(0, item, self.description, with_probabilities=with_probabilities)
-        asked = self._asking(case, with_probabilities=with_probabilities)
-        return self._one(asked, self._array_finish(with_probabilities=with_probabilities))
+        with_probabilities, description = self._probabilities(save_or_return_probabilities), self.description
+        [item] = raw_items([input_image], [image_properties], [output_file_truncated])
+        case = self._array_case(0, item, description, with_probabilities=with_probabilities)
+        return self._call(finish_array, description, with_probabilities=with_probabilities).one(case)
 
-    def _array_finish(self, *, with_probabilities: bool) -> Callable[[Case, Answer], Prediction]:
-        description = self.description
-
-        def finish(case: Case, answer: Answer) -> Prediction:
-            return finish_array(case, answer, description, with_probabilities=with_probabilities)
-
-        return finish
+    def _array_case(
+        self, number: int, item: Mapping[str, Any], description: Description, *, with_probabilities: bool
+    ) -> Case:
+        case = array_case(number, item, description, with_probabilities=with_probabilities)
+        return self._asking(case, with_probabilities=with_probabilities)
 
     # --- Both --------------------------------------------------------------------------------------------------------
 
@@ -579,96 +359,10 @@ class RemotePredictor:
     def _probabilities(self, asked: bool) -> bool:
         return bool(asked or self._with_probabilities)
 
-    def _one(self, case: Case, finish: Callable[[Case, Answer], Prediction]) -> Prediction:
-        with shown("predicting", 1, wanted=self.allow_tqdm) as progress:
-            answer = self.client.predict(case, self._options(), progress.event, self._stop)
-            return self._checked(finish)(case, answer)
-
-    def _predict(
-        self, cases: Iterable[Case], finish: Callable[[Case, Answer], Prediction], total: int | None
-    ) -> list[Prediction]:
-        results: dict[int, Prediction] = {}
-        failures: dict[int, ClientError] = {}
-        with shown("predicting", total, wanted=self.allow_tqdm) as progress:
-            outcomes: Generator[Outcome[Case, Prediction], None, None] = self.client.predict_many(
-                cases,
-                self._options(),
-                finish=self._checked(finish),
-                ordered=False,
-                on_event=progress.event,
-                stop=self._stop,
-            )
-            with closing(outcomes):  # else cases would go on, and write files, after an error was raised
-                for outcome in outcomes:
-                    progress.one_done()
-                    results[outcome.index] = outcome.value
-                    if outcome.error is not None:
-                        if outcome.error.of_all_cases:
-                            outcome.error.results = [results.get(index) for index in range(max(results) + 1)]
-                            raise outcome.error
-                        failures[outcome.index] = outcome.error
-        in_order = [results[index] for index in range(len(results))]
-        if failures and len(results) == 1:
-            raise failures[0]
-        if failures:
-            raise CasesFailed([failures[index] for index in sorted(failures)], in_order)
-        return in_order
-
-    def _checked(self, finish: Callable[[Case, Answer], Prediction]) -> Callable[[Case, Answer], Prediction]:
-        """``finish``, for answers of the model that was described and of no other, unless the call is given up."""
-        description = self.description
-
-        def checked(case: Case, answer: Answer) -> Prediction:
-            if self._stop is not None:
-                self._stop.check()
-            with answer.naming():
-                self.client.check(answer, description)
-                for warning in answer.warnings:
-                    logger.warning("%s: the server warns of %s", case.name, warning)
-                return finish(case, answer)
-
-        return checked
-
-
-def _places(output: Path_ | list[str] | None, names: Sequence[str]) -> tuple[str | None, list[str | None]]:
-    """The folder for the files beside the predictions, and each case's path without ending.
-
-    Args:
-        output: a folder, a path for each case, or nothing.
-        names: of the cases.
-    """
-    if output is None:
-        return None, [None] * len(names)
-    if isinstance(output, str | os.PathLike):
-        folder = os.fspath(output)
-        return folder, [os.path.join(folder, name) for name in names]  # noqa: PTH118 (strings, as nnU-Net's)
-    if len(output) != len(names):
-        msg = f"{len(output)} output files for {len(names)} cases"
-        raise WrongUse(msg)
-    paths = [os.fspath(each) for each in output]
-    return (os.path.dirname(paths[0]) or os.curdir if paths else None), [*paths]  # noqa: PTH120
-
-
-def as_folds(given: int | str | Sequence[int | str] | None) -> Folds | None:
-    """As nnU-Net takes them: numbers, texts of numbers, ``"all"``, one of them or several."""
-    if given is None:
-        return None
-    several = [given] if isinstance(given, int | str) else list(given)
-    try:
-        folds = tuple(fold if fold == "all" else int(fold) for fold in several)
-    except (TypeError, ValueError) as error:
-        msg = f"use_folds is numbers or 'all', not {given!r}"
-        raise WrongUse(msg) from error
-    return folds or None
-
-
-def _as_read(properties: Mapping[str, Any]) -> Json:
-    """Properties without what nnU-Net's preprocessing has put into the caller's own dict, in an earlier call of it."""
-    return {name: value for name, value in properties.items() if name not in PREPROCESSED}
-
-
-def _listed(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [given]
+    def _call(self, finish: Callable[..., Prediction], description: Description, *, with_probabilities: bool) -> Call:
+        """A call whose answers become files or arrays by ``finish``."""
+        finished = partial(finish, description=description, with_probabilities=with_probabilities)
+        return Call(self.client, description, self._options(), finished, self._stop, self.allow_tqdm)
 
 
 def _refuse_previous_stage(given: object) -> None:

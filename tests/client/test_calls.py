@@ -41,7 +41,7 @@ def labels_by(digest: str) -> peer.Reply:
         file = io.BytesIO()
         np.savez(file, labels=np.load(io.BytesIO(received.body))[0].astype(np.uint8))
         wire.head()
-        wire.result(file.getvalue(), **{"X-Nnunet-Model": f"name=blobs; version=1.0; digest={digest}"})
+        wire.result(file.getvalue(), None, **{"X-Nnunet-Model": f"name=blobs; version=1.0; digest={digest}"})
         wire.chunk(b"")
 
     return reply

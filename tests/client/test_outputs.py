@@ -14,7 +14,8 @@ import pytest
 from nnunet_torchserve_client import errors
 from nnunet_torchserve_client.array_cases import direction_towards
 from nnunet_torchserve_client.cases import case_name, check_part, files_in, output_format, part, placement
-from nnunet_torchserve_client.outputs import stock_properties, turn, write_aside, write_side_files
+from nnunet_torchserve_client.outputs import write_aside, write_side_files
+from nnunet_torchserve_client.results import stock_properties, turn
 
 
 def full(file: BinaryIO) -> None:
