@@ -38,7 +38,7 @@ def _awaitable(
     """A method of the predictor with the same arguments and result, to be awaited."""
 
     @wraps(method)
-    async def awaited(self: AsyncRemotePredictor, *arguments: Given.args, **named: Given.kwargs) -> Returned:
+    async def awaited(self: AsyncRemotePredictor, /, *arguments: Given.args, **named: Given.kwargs) -> Returned:
         return await self._run(lambda predictor: method(predictor, *arguments, **named))
 
     return awaited

@@ -94,6 +94,8 @@ class Call:
                     if outcome.error is not None:
                         if outcome.error.of_all_cases:
                             outcome.error.results = [results.get(index) for index in range(max(results) + 1)]
+                            for earlier in failures.values():
+                                outcome.error.add_note(f"before it: {earlier}")
                             raise outcome.error
                         failures[outcome.index] = outcome.error
         in_order = [results[index] for index in range(len(results))]

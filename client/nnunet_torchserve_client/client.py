@@ -160,7 +160,7 @@ class Client:
         return self._patience.deadline_s
 
     def describe(self, on_event: Listener | None = None, stop: Stop | None = None) -> Description:
-        """What the model is; asked for once, until it is forgotten (:meth:`check`).
+        """What the model is; asked for once, until it is forgotten.
 
         The question may wait in TorchServe's queue behind cases, for every request does. If it waits for longer than a
         few seconds, a warning is logged.
@@ -198,9 +198,13 @@ class Client:
         try:
             answer.check_model(description.digest)
         except WrongModel:
-            if self._description is description:  # else somebody has asked anew already
-                self._description = None
+            self.forget(description)
             raise
+
+    def forget(self, description: Description) -> None:
+        """Let whoever wants a description next ask the server anew, unless somebody has done so already."""
+        if self._description is description:
+            self._description = None
 
     @contextmanager
     def _describing_alone(self, stop: Stop) -> Iterator[None]:
@@ -340,8 +344,12 @@ class Client:
     def _body(self, case: Case, tell: Listener, stop: Stop) -> Body:
         """What is sent of a case, if the server takes that much."""
         body = body_of(case.image)
-        limit = self._describe(tell, stop).body_bytes
-        if limit is not None and body.image_bytes > limit:
+        description = self._describe(tell, stop)
+        if _is_above(description.body_bytes, body):
+            self.forget(description)  # it may have been started anew since, with more memory
+            description = self._describe(tell, stop)
+        if _is_above(description.body_bytes, body):
+            limit = description.body_bytes
             msg = f"the image has {body.image_bytes} bytes, the server takes at most {limit}; nothing was sent"
             raise BodyTooLarge(msg)
         return body
@@ -396,6 +404,10 @@ class Client:
                     on_event(event)
 
         return tell
+
+
+def _is_above(limit: int | None, body: Body) -> bool:
+    return limit is not None and body.image_bytes > limit
 
 
 def _is_name(text: str) -> bool:

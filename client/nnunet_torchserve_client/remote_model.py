@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 from .cases import Path_
 from .client import Client
 from .description import Description, Json
-from .errors import NotServed
+from .errors import NotServed, WrongModel
 from .model_folder import Folds, ModelFolder, as_folds
 from .stopping import Stop
 
@@ -57,9 +57,16 @@ class RemoteModel:
         """
         description = self.client.describe(stop=self._stop)
         if self._folder is not None:
-            folder, checkpoint_name = self._folder
-            folder.check(description, checkpoint_name, self.use_folds)
+            self._check(description, *self._folder, self.use_folds)
         return description
+
+    def _check(self, description: Description, folder: ModelFolder, checkpoint_name: str, folds: Folds | None) -> None:
+        """Raise unless the served model is that of a folder; if it is not, it may be so next time."""
+        try:
+            folder.check(description, checkpoint_name, folds)
+        except WrongModel:
+            self.client.forget(description)
+            raise
 
     @property
     def dataset_json(self) -> Json:
@@ -127,7 +134,7 @@ class RemoteModel:
         """
         found = ModelFolder.read(model_training_output_dir, checkpoint_name)
         folds = as_folds(use_folds) or found.folds or None
-        found.check(self.client.describe(stop=self._stop), checkpoint_name, folds)
+        self._check(self.client.describe(stop=self._stop), found, checkpoint_name, folds)
         self.use_folds, self._folder = folds, (found, checkpoint_name)
 
     def stopped_by(self, stop: Stop) -> Self:

@@ -128,6 +128,16 @@ def test_an_upgraded_model_is_held_against_the_folder_again(
     with pytest.raises(errors.WrongModel, match="dataset Dataset999_Other, not Dataset901_Blobs"):
         predictor.predict_from_data_iterator([item(1)])
     assert len(server.received) == 1
+    upgraded(server)
+    assert values(predictor.predict_from_data_iterator([item(1)])) == [1], "the folder's model is back"
+
+
+def test_a_server_that_takes_more_now_is_asked_how_much(server: Peer) -> None:
+    with Client(server.url, "blobs") as client:
+        with pytest.raises(errors.BodyTooLarge, match="at most 1000"):
+            client.predict(Case("head", bytes(2000)))
+        server.description = {**DESCRIPTION, "limits": {"body_bytes": 3000}}
+        assert len(client.predict(Case("head", bytes(2000))).content) == 2000
 
 
 def test_sequential_results_are_not_lost_either(server: Peer, predictor: RemotePredictor, tmp_path: Path) -> None:
