@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from nnunet_torchserve_tools import launcher
 
+from . import warm
 from .ports import free_ports
 
 SERVED = ("five_folds", "flat", "regions")
@@ -86,20 +89,21 @@ def running(
     testing: bool = False,
     device: launcher.DeviceKind = launcher.DeviceKind.CPU,
 ) -> Iterator[LiveServer]:
-    """Start a server, and stop it in the end."""
-    server = launcher.start(
-        launcher.ServeRequest(
-            model_store,
-            models,
-            state_dir,
-            free_ports(),
-            device=device,
-            workers=workers,
-            body_limit=body_limit,
-            heap=1024**3,
-            testing=testing,
-        )
+    """Start a server, whose engines are :mod:`.warm`, and stop it in the end."""
+    request = launcher.ServeRequest(
+        model_store,
+        models,
+        state_dir,
+        free_ports(),
+        device=device,
+        workers=workers,
+        body_limit=body_limit,
+        heap=1024**3,
+        testing=testing,
     )
+    with pytest.MonkeyPatch.context() as interpreter:
+        interpreter.setattr(sys, "executable", str(warm.python()))
+        server = launcher.start(request)
     try:
         yield LiveServer(server, state_dir)
     finally:

@@ -1,58 +1,80 @@
-"""Engines that tests in one process start, forked from a process that has imported all that an engine imports.
+"""Engines that tests start, forked from a process that has imported PyTorch and nnU-Net.
 
-A start takes some 4 s of a processor, and nearly all of it is importing PyTorch and nnU-Net. Nothing else is spared: a
-forked engine is a process of its own that goes through the same ``main``. Fresh interpreters are started by every live
-TorchServe, and where a test takes the fixture ``cold``.
+A start takes some 7 s of a processor, and nearly all of it is importing them. Nothing else is spared: a forked engine
+is a process of its own that goes through the same ``main``, and imports our own modules from where it would have.
+Fresh interpreters are started by the servers of tests that run the command line, and where a test takes the fixture
+``cold``.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import atexit
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-
-import pytest
 
 from nnunet_torchserve.engine import starter
 
-_PRELOADED = ["nnunet_torchserve.engine.switchboard", "nnunet_torchserve.engine.network", "setproctitle"]
+from . import ask_fork_server, fork_server
+
+_ENGINE = f"{fork_server.OURS}.engine.process"
+
+_PYTHON = """\
+#!/bin/bash
+if [[ $1 == -m && $2 == {engine} ]]; then
+    exec {real} -IS {ask} {socket} "$0" "$@"
+fi
+exec -a "$0" {real} "$@"
+"""
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Instead of ``starter.run``: an interpreter is not started but forked."""
-    engine = _context().Process(target=_engine, args=(list(command), dict(environment)))
-    engine.start()
-    engine.join()
+    ask_fork_server.ask(str(_fork_server()), list(command), dict(environment))
 
 
 @cache
-def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in starter.MALLOC.items():  # which counts when a process starts
-            environment.setenv(name, value)
-        forkserver.ensure_running()
-    return context
+def python() -> Path:
+    """The Python of a virtual environment like this one, which hands engines to the fork server.
+
+    For servers: their workers start engines with the interpreter that runs them.
+    """
+    folder = _folder()
+    (folder / "bin").mkdir()
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (folder / "pyvenv.cfg").write_bytes((Path(sys.prefix) / "pyvenv.cfg").read_bytes())
+    real, ask = Path(sys.executable).resolve(), ask_fork_server.__file__
+    script = folder / "bin" / "python"
+    script.write_text(_PYTHON.format(engine=_ENGINE, real=real, ask=ask, socket=_fork_server()))
+    script.chmod(0o755)
+    return script
 
 
-def _engine(command: list[str], environment: dict[str, str]) -> None:
-    """The engine, from its command to its end: what follows is not multiprocessing's."""
-    from setproctitle import setproctitle
+@cache
+def _fork_server() -> Path:
+    """Its socket; it ends with this process, which holds the other end of its standard input."""
+    path = _folder() / "socket"
+    command = [sys.executable, "-m", "support.fork_server"]
+    environment = os.environ | starter.MALLOC | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        command.append(str(listener.fileno()))
+        server = subprocess.Popen(  # with MALLOC, which counts when a process starts
+            command, env=environment, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]
+        )
+    atexit.register(server.communicate)
+    return path
 
-    from nnunet_torchserve.engine.process import main
 
-    setproctitle(" ".join(command))  # while its environment is where it was: it finds its title beside it
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir("/")
-    folder, model_dir, settings = command[3:]
-    status = 1
-    try:
-        status = main(Path(folder), Path(model_dir), settings)
-    finally:
-        os._exit(status)
+@cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
