@@ -109,6 +109,7 @@ def test_needs_neither_nnunet_nor_the_handler() -> None:
     assert answer.stdout.split() == ["transcription", "2", "20", "16", "12"]
 
 
+@pytest.mark.long  # the parts of a run are tested above
 def test_a_result_lists_every_point_as_measured_or_skipped(tmp_path: Path) -> None:
     output = tmp_path / "gpu_engine.json"
     options = ["--smoke", "--device", "cpu", "--output", str(output), "--parts", "forward", "end-to-end"]

@@ -257,6 +257,7 @@ def test_whenever_the_engine_is_killed(in_engine: int, clients: Clients, server:
     server.engine(BLOBS)
 
 
+@pytest.mark.long  # tests/handler/test_outage.py has a pass that never ends, on an engine without a server
 def test_a_stopped_engine_is_noticed_and_replaced(clients: Clients, server: ChaosServer) -> None:
     with in_flight(clients, server, CASES) as pending:
         stopped = server.engine(BLOBS)
@@ -368,6 +369,7 @@ def test_a_worker_killed_with_its_engine_costs_one_request(when: str, clients: C
     assert server.engine(BLOBS) != engine
 
 
+@pytest.mark.long  # tests/serve/test_drain.py scales under load
 def test_scaling_under_load(clients: Clients, server: ChaosServer) -> None:
     server.scale(BLOBS, 1)
     engine = server.engine(BLOBS)
@@ -400,7 +402,8 @@ def test_a_case_that_fails_in_the_network_fails_alone(
     assert server.engine(BLOBS) == engine
 
 
-@pytest.mark.parametrize("kind", [Kind.KILL, pytest.param(Kind.DEVICE_LOST, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/handler/test_engine_process.py has it with workers that are threads
+@pytest.mark.parametrize("kind", [Kind.KILL, Kind.DEVICE_LOST])
 def test_a_case_that_kills_every_engine_fails_alone(kind: Kind, clients: Clients, server: ChaosServer) -> None:
     """It shares its first batch with another case, and dies with the second engine, alone."""
     first, then = CASES[: WORKERS - 1], CASES[WORKERS - 1 :]

@@ -37,6 +37,7 @@ from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.volume import LabelArray, LabelMap, Placement
 from support import volumes
 from support.bad_requests import header as with_fields
+from support.examples import thin
 
 LIMITS = Limits(expanded_bytes=10_000_000, voxels=1_000_000)
 RNG = np.random.default_rng(5)
@@ -133,7 +134,7 @@ def test_wherever_itk_reads_a_nifti_it_lies_where_itk_says(tmp_path: Path) -> No
     """Random forms and codes; shears of about what ITK lets pass; turns of about half a circle."""
     random = np.random.default_rng(20)
     refused = 0
-    for number in range(1500):
+    for number in range(tries := thin(1500)):
         qform, sform = (int(code) for code in random.integers(0, 6, 2))
         spacing, near = random.uniform(0.5, 4, 3).astype(np.float32), random.random() < 0.5
         turn = Rotation.from_rotvec(random.normal(0, 10.0 ** random.uniform(-5, 0), 3))
@@ -157,7 +158,7 @@ def test_wherever_itk_reads_a_nifti_it_lies_where_itk_says(tmp_path: Path) -> No
         np.testing.assert_allclose(geometry.origin, itk.GetOrigin(), atol=1e-4)
         corner = np.reshape(itk.GetDirection(), (3, 3)) @ (300, 300, 300)
         np.testing.assert_allclose(geometry.direction @ (300, 300, 300), corner, atol=0.05)
-    assert refused < 300, "ITK must read most of them"
+    assert refused < tries / 5, "ITK must read most of them"
 
 
 @pytest.mark.parametrize("qfac", [0, 2, -1, 1, -2, np.nan])

@@ -113,6 +113,7 @@ def test_the_live_answer_is_stocks_file(
     np.testing.assert_allclose(got.GetDirection(), expected.GetDirection(), atol=1e-5)
 
 
+@pytest.mark.threads
 def test_the_demo_model_gives_stocks_answer_for_a_real_image(tmp_path: Path) -> None:
     """Every second voxel of the template that ``make demo`` segments."""
     from train_model import RECIPE, load_template
@@ -185,6 +186,7 @@ def test_real_models_and_images_give_stocks_answer(
     np.testing.assert_array_equal(answer["probabilities"], expected.probabilities, strict=True)
 
 
+@pytest.mark.threads
 @pytest.mark.material
 def test_recorded_answers_of_the_stock_command_are_met(
     material: Path, material_pipeline: Callable[[str, str], Pipeline]

@@ -18,6 +18,7 @@ from support.server import running
 pytestmark = pytest.mark.serve
 
 
+@pytest.mark.long  # tests/handler/test_idle_engine.py has it without a server
 def test_an_idle_model_is_unloaded_and_answers_as_before(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ LARGE = Finely(
 
 LARGE_BYTES = 50 * 1024**2
 
-IGNORES_S = [5.0, pytest.param(15.0, marks=pytest.mark.long)]
+IGNORES_S = [1.0, pytest.param(15.0, marks=pytest.mark.long)]
 """For so long the slow reader reads nothing."""
 
 REFUSED = ["not an image", "a NaN voxel", "zero spacing", "too thin", "unknown option", "unknown fold", "no time"]

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from nnunet_torchserve.engine import starter
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 
 from . import ask_fork_server, fork_server
 
@@ -62,6 +63,7 @@ def _fork_server() -> Path:
     path = _folder() / "socket"
     command = [sys.executable, "-m", "support.fork_server"]
     environment = os.environ | starter.MALLOC | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment.pop(RUNTIME_DIR_VARIABLE, None)  # each engine has its own; this process belongs to none
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen()
