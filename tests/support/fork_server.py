@@ -1,8 +1,9 @@
 """The process that engines of tests are forked from: it has imported what is not ours, and forks when it is asked to.
 
-``python -m support.fork_server LISTENER`` (a socket's descriptor) answers until its standard input ends. A request is JSON, the arguments and
-environment of a command ``python -m nnunet_torchserve.engine.process ...``; the answer is one byte, when the command
-would have returned. Our own modules are imported after the fork, from where the command's PYTHONPATH says.
+``python -m support.fork_server LISTENER`` (a socket's descriptor) answers until its standard input ends. A request is
+JSON, the arguments and environment of a command ``python -m nnunet_torchserve.engine.process ...``; the answer is one
+byte, when the command would have returned. Our own modules are imported after the fork, from where the command's
+PYTHONPATH says.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def serve(listener: socket.socket) -> None:
         selector.register(sys.stdin, selectors.EVENT_READ)
         while all(key.fileobj is listener for key, _ in selector.select()):
             connection, _ = listener.accept()
-            request = json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b"")))
+            with connection.makefile("rb") as sent:
+                request = json.load(sent)
             child = os.fork()
             if child == 0:
                 selector.close()
