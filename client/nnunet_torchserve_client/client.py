@@ -23,11 +23,13 @@ from .credentials import credentials
 from .description import Description, read_description
 from .errors import BodyTooLarge, ClientError, WrongModel, WrongUse
 from .events import Event, Kind, Listener
-from .flight import WAITING_BATCH_CASES, WAITING_CASES, Finish, Given, Outcome, Seat, fly
+from .flight import Finish, Given, Outcome, Seat, fly
 from .retrying import Patience, Retries, Trial
-from .servers import Server, Servers
+from .servers import Server, Servers, Wish
 from .stopping import Stop
-from .transport import SILENCE_S, Asked, Exchange, checked_url, connections
+
+SILENCE_S = 60.0
+"""Seconds without a byte after which a server that has begun to answer is taken for dead: its heart beats every 5."""
 
 URL_VARIABLE = "NNUNET_TORCHSERVE_URL"
 
@@ -109,6 +111,8 @@ class Client:
         Raises:
             WrongUse: something of this cannot be meant so.
         """
+        from .transport import checked_url, connections  # brings httpx, half of what the package takes to be imported
+
         urls = list(dict.fromkeys(checked_url(each) for each in _given_urls(url)))
         if not _is_name(model) or not (version is None or _is_name(version)):
             msg = (
@@ -290,11 +294,11 @@ class Client:
     ) -> Generator[Outcome[Case, Any], None, None]:
         """The answers to many cases, several of which are in flight.
 
-        As many are in flight as the servers take: one more is sent as soon as a worker has taken up the last one
-        (:mod:`.flight`). What is kept at any time is what is in flight, and a few answers that wait to be taken.
+        As many are in flight as the servers take (:mod:`.servers`). What is kept at any time is what is in flight, one
+        case more, and a few answers that wait to be taken.
 
         Args:
-            cases: are taken one after the other, when they are needed.
+            cases: are taken one after the other, when they are needed, by a thread of their own.
             options: for all of them; a case's own come on top.
             finish: what is to become of a case and its answer, called in the case's own thread: writes or unpacks it.
                 What it returns is the outcome's ``value``; by default the answer itself. It is not called once the
@@ -312,7 +316,6 @@ class Client:
         whole, tell = stop or Stop(), self._teller(on_event)
         self.describe(on_event, whole)
         common = dict(options or {})
-        batch = common.get("priority") == "batch"
 
         def ask(case: Case, stop: Stop, seat: Seat) -> Answer:
             return self._predict(case, common, tell, stop, seat)
@@ -323,10 +326,7 @@ class Client:
             with answer.naming():
                 return finish(case, answer)
 
-        def may_wait() -> int:
-            return (WAITING_BATCH_CASES if batch else WAITING_CASES) * self._servers.present()
-
-        return fly(ask, cases, finished, may_wait=may_wait, ordered=ordered, stop=whole)
+        return fly(ask, cases, finished, ordered=ordered, stop=whole)
 
     def _predict(self, case: Case, options: Options, tell: Listener, stop: Stop, seat: Seat | None) -> Answer:
         try:
@@ -366,34 +366,42 @@ class Client:
         streams: bool = True,
     ) -> Answer:
         """Ask until there is an answer, or no use in asking again."""
+        from .transport import Asked, Exchange
+
+        batch = options.get("priority") == "batch"
 
         def once(trial: Trial) -> Answer:
-            with self._servers.place(stop, trial.deadline, alone=trial.must_be_alone) as server:
+            is_first = trial.tries == 1
+            wish = Wish(trial.started, trial.deadline, batch, trial.must_be_alone, trial.beside, is_first)
+            with self._servers.place(wish, stop) as place:
+                if is_first:
+                    trial.deadline = time.monotonic() + self._patience.deadline_s
+                if seat is not None:
+                    seat.placed()
                 exchange = Exchange(
-                    server.http,
-                    server.url,
+                    place.server.http,
+                    place.server.url,
                     self._credentials,
                     tell,
                     stop,
                     trial.deadline,
                     self._silence_s,
-                    _nothing if seat is None else seat.taken_up,
+                    place.taken_up,
                 )
                 asked = Asked(case, self._path, body, _with_timeout(options, trial.deadline), streams)
                 answer = exchange.answer(asked)
             return replace(answer, seconds=trial.seconds, tries=trial.tries)
 
-        def again(error: ClientError, pause_s: float) -> None:
+        def again(error: ClientError, rest_s: float, pause_s: float) -> None:
             if seat is not None:
-                seat.put_back()
-            tell(Event(case, Kind.RETRY, error.server, reason=error.reason, pause_s=pause_s))
+                seat.put_back(rests=rest_s > 0)
+            tell(Event(case, Kind.RETRY, error.server, reason=error.reason, pause_s=max(rest_s, pause_s)))
 
         if self._closed.is_set:
             msg = "this client is closed"
             raise WrongUse(msg)
         with self._closed.telling(stop.set):
-            rules = Retries(self._patience, lambda: self._servers.reached, self._servers.has_place_beside, again, stop)
-            return rules.run(once)
+            return Retries(self._patience, self._servers, again, stop).run(once)
 
     def _teller(self, on_event: Listener | None) -> Listener:
         """Tells one event at a time."""
@@ -413,10 +421,6 @@ def _is_above(limit: int | None, body: Body) -> bool:
 def _is_name(text: str) -> bool:
     """Whether it may be a part of a path as it is, and no other path: the letters that TorchServe's archiver takes."""
     return re.fullmatch(r"[A-Za-z0-9_.-]+", text) is not None and text not in (".", "..")
-
-
-def _nothing() -> None:
-    pass
 
 
 def _given_urls(url: str | Sequence[str] | None) -> list[str]:

@@ -365,3 +365,7 @@ def error_class(status: int, code: str | None) -> type[ClientError]:
     if known is not None:
         return known
     return Refused if status < HTTPStatus.INTERNAL_SERVER_ERROR else ServerError
+
+
+OF_ONE_SERVER = (Unauthorized, UnknownModel, Untrusted, BadAnswer, ServerError)
+"""What may be the fault of one server among several, and is tried once at each of them."""

@@ -1,32 +1,27 @@
 """Several cases at once, as many as the servers take.
 
-Nobody tells a client how many workers a server has, or how many other clients. But a request whose answer has begun has
-a worker, and one whose answer has not begun waits in TorchServe's queue, first come, first served. So one more case is
-sent whenever fewer than a few wait there: the workers never run dry, and the queue stays free for others. What a server
-refuses lowers the number for a while (:mod:`.servers`).
+How many that is, is a matter of the servers (:mod:`.servers`), where all requests of a client wait for a place. A
+flight only sees to it that one of its cases is always there to take the next one, and no more: a case holds memory.
 
-Threads: each case has one of its own, from the first byte that is sent to the end of ``finish``. Whoever iterates takes
-cases from the caller, starts threads and hands outcomes on; it alone touches the caller's iterable. One condition
-guards what they share. When the iteration ends early, the cases in flight are given up, and it waits until they are.
+Threads: each case has one of its own, from the first byte that is sent to the end of ``finish``. One more takes cases
+from the caller's iterable, and starts those threads: so outcomes that are ready are handed on while the iterable makes
+up its mind, and cases go on while whoever takes the outcomes is busy. One condition guards what they share. When the
+iteration ends early, the cases in flight are given up, and it waits until they are.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Generic, TypeVar
 
 from .answers import Answer
 from .errors import ClientError
 from .stopping import Stop
-
-WAITING_CASES = 2
-"""Cases for each server that no worker has taken up yet: while one is sent, another may wait."""
-
-WAITING_BATCH_CASES = 1
-"""The same of cases with ``priority: batch``."""
 
 MOST_KEPT = 16
 """Outcomes that wait for an earlier case's or for whoever takes them."""
@@ -34,11 +29,17 @@ MOST_KEPT = 16
 MOST_FINISHING = 4
 """Cases whose answers are being written or unpacked: where that is slower than the servers, they would pile up."""
 
+MOST_RESTING = 4
+"""Cases that pause after the death of their worker."""
+
 _LOOK_S = 1.0
-"""Between two looks at what changes with time only: a server that is back."""
+"""For which Ctrl-C may have to wait on some systems."""
 
 _LONGEST_END_S = 60.0
 """For cases that are given up, some of which may be writing a file."""
+
+_LONGEST_TAKE_S = 1.0
+"""For an iterable that is asked for its next case just then; nothing can wake it."""
 
 Given = TypeVar("Given")
 Thing = TypeVar("Thing")
@@ -66,25 +67,44 @@ class Outcome(Generic[Thing, Given]):
     answer: Answer | None = None
 
 
+class Stage(Enum):
+    """Where a case is."""
+
+    QUEUES = auto()
+    """It has no place at a server yet, or none again."""
+
+    RESTS = auto()
+    """Its worker died, and it pauses."""
+
+    FLIES = auto()
+    """A server has it."""
+
+    FINISHES = auto()
+    """Its answer is being written or unpacked."""
+
+
 class Seat:
     """What the thread of a case tells the flight."""
 
     def __init__(self, changed: threading.Condition) -> None:
         self._changed = changed
-        self.waits = True
-        self.finishes = False
+        self.stage = Stage.QUEUES
 
-    def taken_up(self) -> None:
-        """A worker has the case."""
-        self._set(waits=False)
+    def placed(self) -> None:
+        """A server has room for it."""
+        self._enter(Stage.FLIES)
 
-    def put_back(self) -> None:
-        """It is to be sent again."""
-        self._set(waits=True)
+    def put_back(self, *, rests: bool) -> None:
+        """It is to be sent again, after a pause of its own if it ``rests``."""
+        self._enter(Stage.RESTS if rests else Stage.QUEUES)
 
-    def _set(self, *, waits: bool) -> None:
+    def finishes(self) -> None:
+        """It is answered."""
+        self._enter(Stage.FINISHES)
+
+    def _enter(self, stage: Stage) -> None:
         with self._changed:
-            self.waits = waits
+            self.stage = stage
             self._changed.notify_all()
 
 
@@ -95,57 +115,89 @@ Ask = Callable[[Thing, Stop, Seat], Answer]
 class _Flight(Generic[Thing, Given]):
     """The cases of one call."""
 
-    def __init__(
-        self, ask: Ask[Thing], finish: Finish[Thing, Given], may_wait: Callable[[], int], stop: Stop, *, ordered: bool
-    ) -> None:
-        self._ask, self._finish, self._may_wait = ask, finish, may_wait
+    def __init__(self, ask: Ask[Thing], finish: Finish[Thing, Given], stop: Stop, *, ordered: bool) -> None:
+        self._ask, self._finish = ask, finish
         self._given_up, self._stop, self._ordered = stop, Stop(), ordered
         self._changed = threading.Condition()
         self._seats: dict[int, Seat] = {}
         self._threads: dict[int, threading.Thread] = {}
         self._done: dict[int, Outcome[Thing, Given]] = {}
         self._crash: BaseException | None = None
+        self._taker: threading.Thread | None = None
         self._begun = self._handed_on = 0
         self._no_more = False
 
     def run(self, cases: Iterator[Thing]) -> Iterator[Outcome[Thing, Given]]:
         """Send them all, hand on what becomes of them."""
         with self._given_up.telling(self._stop.set), self._stop.telling(self._wake):
-            while not self._no_more or self._handed_on < self._begun:
-                with self._changed:
-                    self._changed.wait_for(self._stirs, _LOOK_S)
-                    if self._crash is not None:
-                        raise self._crash
-                    begins = self._may_begin()
-                    outcome = None if begins else self._done.pop(self._ready(), None)
-                self._stop.check()
-                if begins:
-                    self._begin(cases)
-                elif outcome is not None:
-                    self._handed_on += 1
-                    yield outcome
+            self._taker = threading.Thread(target=self._take, args=(cases,), name="cases", daemon=True)
+            self._taker.start()
+            while (outcome := self._next()) is not None:
+                yield outcome
 
     def end(self) -> None:
         """Give up what is in flight, and wait for it."""
         self._stop.set()
         latest = time.monotonic() + _LONGEST_END_S
+        if self._taker is not None:
+            self._taker.join(_LONGEST_TAKE_S)
         with self._changed:
             threads = list(self._threads.values())
         for thread in threads:
             thread.join(max(0.0, latest - time.monotonic()))
 
-    def _begin(self, cases: Iterator[Thing]) -> None:
-        """Give the next case a thread, if there is one."""
-        try:
-            case = next(cases)
-        except StopIteration:
-            self._no_more = True
-            return
-        index, seat = self._begun, Seat(self._changed)
-        thread = threading.Thread(target=self._fly, args=(index, case, seat), name=f"case-{index}", daemon=True)
+    def _next(self) -> Outcome[Thing, Given] | None:
+        """The next outcome; ``None`` after the last."""
         with self._changed:
+            while not self._changed.wait_for(self._stirs, _LOOK_S):
+                pass
+            if self._crash is not None:
+                raise self._crash
+            self._stop.check()
+            if self._ready() not in self._done:
+                return None
+            outcome = self._done.pop(self._ready())
+            self._handed_on += 1
+            self._changed.notify_all()
+            return outcome
+
+    def _stirs(self) -> bool:
+        """Whether there is something for who takes the outcomes."""
+        over = self._no_more and self._handed_on == self._begun
+        return over or self._crash is not None or self._stop.is_set or self._ready() in self._done
+
+    def _take(self, cases: Iterator[Thing]) -> None:
+        """Give each case a thread, when there is room for it."""
+        crash: BaseException | None = None
+        try:
+            while self._waits_for_room():
+                self._begin(next(cases))
+        except StopIteration:
+            pass
+        except BaseException as error:  # noqa: BLE001 (raised again where the outcomes are iterated)
+            crash = error
+        with self._changed:
+            self._no_more = True
+            self._crash = self._crash or crash
+            self._changed.notify_all()
+
+    def _waits_for_room(self) -> bool:
+        """Return when one more case may be taken; ``False`` if none is wanted any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over() or self._may_begin())
+            return not self._is_over()
+
+    def _is_over(self) -> bool:
+        return self._stop.is_set or self._crash is not None
+
+    def _begin(self, case: Thing) -> None:
+        with self._changed:
+            if self._is_over():
+                return
+            index, seat = self._begun, Seat(self._changed)
+            thread = threading.Thread(target=self._fly, args=(index, case, seat), name=f"case-{index}", daemon=True)
             self._seats[index], self._threads[index] = seat, thread
-        self._begun += 1
+            self._begun += 1
         thread.start()
 
     def _fly(self, index: int, case: Thing, seat: Seat) -> None:
@@ -153,7 +205,7 @@ class _Flight(Generic[Thing, Given]):
         crash: BaseException | None = None
         try:
             answer = self._ask(case, self._stop, seat)
-            seat.finishes = True
+            seat.finishes()
             value = self._finish(case, answer)
             outcome = Outcome(case, index, value, None, replace(answer, content=b""))
         except ClientError as error:
@@ -171,20 +223,19 @@ class _Flight(Generic[Thing, Given]):
         with self._changed:
             self._changed.notify_all()
 
-    def _stirs(self) -> bool:
-        """Whether there is something to do."""
-        return self._crash is not None or self._stop.is_set or self._ready() in self._done or self._may_begin()
-
     def _ready(self) -> int:
         """The outcome that is to be handed on next, if it is there."""
         return self._handed_on if self._ordered else next(iter(self._done), -1)
 
     def _may_begin(self) -> bool:
-        """Whether there is a place for one more case."""
-        waiting = sum(seat.waits for seat in self._seats.values())
-        finishing = sum(seat.finishes for seat in self._seats.values())
-        is_full = len(self._done) >= MOST_KEPT or finishing >= MOST_FINISHING
-        return not self._no_more and not is_full and waiting < self._may_wait()
+        """Whether one more case is to be there."""
+        stages = Counter(seat.stage for seat in self._seats.values())
+        return (
+            not stages[Stage.QUEUES]
+            and stages[Stage.RESTS] < MOST_RESTING
+            and stages[Stage.FINISHES] < MOST_FINISHING
+            and len(self._done) < MOST_KEPT
+        )
 
 
 def fly(
@@ -192,7 +243,6 @@ def fly(
     cases: Iterable[Thing],
     finish: Finish[Thing, Given],
     *,
-    may_wait: Callable[[], int],
     ordered: bool,
     stop: Stop,
 ) -> Generator[Outcome[Thing, Given], None, None]:
@@ -200,16 +250,16 @@ def fly(
 
     Args:
         ask: sends one.
-        cases: taken when there is a place for one.
+        cases: are taken when there is room for one, by a thread of their own. To wait for an outcome there is no use:
+            one more case is taken before it is sent.
         finish: called with each answer, in the case's own thread.
-        may_wait: how many cases may wait for a worker now.
         ordered: whether outcomes come in the order of the cases.
         stop: gives everything up.
 
     Yields:
         The outcome of each case.
     """
-    flight = _Flight(ask, finish, may_wait, stop, ordered=ordered)
+    flight = _Flight(ask, finish, stop, ordered=ordered)
     try:
         yield from flight.run(iter(cases))
     finally:

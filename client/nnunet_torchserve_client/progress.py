@@ -1,7 +1,9 @@
 """How far a call is: bars on a terminal, lines elsewhere.
 
-Threads: events come from the threads of the cases, one at a time; the rest from whoever waits for them. Rich's own lock
-guards the bars; :class:`Lines` has one.
+Threads: events come from the threads of the cases, one at a time; the rest from whoever waits for them, and from the
+thread that takes cases. Rich's own lock guards the bars; a lock of each watcher guards what it counts.
+
+Rich is loaded when something is to be shown, for a program's own start should not wait for it.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing import TYPE_CHECKING, Protocol
 
 from .events import Event, Kind
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 LINE_EVERY_S = 30.0
 """Where there are no bars, silence is broken so often."""
@@ -46,7 +49,8 @@ def state_of(event: Event) -> str | None:
     if event.kind is Kind.PROGRESS:
         return _STAGES.get(event.stage or "", event.stage)
     if event.kind is Kind.RETRY:
-        return f"{event.reason}; again in {event.pause_s:.0f} s"
+        when = f"in {event.pause_s:.0f} s" if event.pause_s else "when a server has room"
+        return f"{event.reason}; again {when}"
     return _STATES.get(event.kind)
 
 
@@ -55,6 +59,7 @@ class Bars:
 
     def __init__(self, progress: Progress, what: str, total: int | None) -> None:
         self._progress = progress
+        self._lock = threading.Lock()
         self._total = total
         self._done = 0
         self._all = progress.add_task(what, total=total, state=self._count())
@@ -81,7 +86,8 @@ class Bars:
 
     def one_done(self) -> None:
         """See :class:`Watcher`."""
-        self._done += 1
+        with self._lock:
+            self._done += 1
         self._progress.update(self._all, completed=self._done, state=self._count())
 
     def line(self, text: str) -> None:
@@ -154,6 +160,8 @@ def shown(what: str, total: int | None, *, wanted: bool) -> Iterator[Watcher]:
         total: cases, ``None`` if nobody knows.
         wanted: ``False`` shows nothing.
     """
+    from rich.console import Console
+
     console = Console(stderr=True)
     if wanted and console.is_terminal:
         with watched(what, total, console) as watcher:
@@ -174,6 +182,8 @@ def watched(what: str, total: int | None, console: Console) -> Iterator[Watcher]
     if not console.is_terminal:
         yield Lines(console, total)
         return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -5,6 +5,14 @@ is taken as docs/http.md says, and whatever goes wrong comes out as an error of 
 
 Each request has a connection of its own: it costs nothing beside a case, is never one that the server has just closed,
 and can be cut (:mod:`.stopping`).
+
+Before an answer begins, its request waits in TorchServe's queue, maybe for long, and nothing tells one that waits from
+one that is lost there: where a model is unregistered, the connections of those that waited stay open. But the queue is
+first come, first served. So after half of its time the server is asked what the model is; once that is answered, the
+answer to the request should have begun, and if it has not, the request is lost. One that still waits is not given up,
+for it would be computed all the same, and once more for the next try.
+
+Threads: a request has one more, which asks that question.
 """
 
 from __future__ import annotations
@@ -15,9 +23,11 @@ import json
 import math
 import socket
 import ssl
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -29,17 +39,19 @@ from urllib.request import getproxies
 import httpx
 
 from .answers import Answer
-from .bodies import Body
+from .bodies import EMPTY, Body
 from .credentials import Credentials
 from .errors import (
     BadAnswer,
     Busy,
+    Cancelled,
     ClientError,
     CutOff,
     NotServed,
     Silent,
     TooLate,
     Unauthorized,
+    UnknownModel,
     Unreachable,
     Untrusted,
     WorkerDied,
@@ -59,8 +71,9 @@ WORKER_DIED = "Worker died."
 
 CONNECT_S = 10.0
 SEND_S = 60.0
-SILENCE_S = 60.0
-"""Seconds without a byte after which a server that has begun to answer is taken for dead: its heart beats every 5."""
+QUEUE_LOOK_SHARE = 0.5
+"""Of the time that is left, after which it is asked whether a request still is in the queue. Not sooner, for a proxy
+may keep the beginning of an answer until its end."""
 
 MOST_REDIRECTS = 5
 
@@ -168,7 +181,7 @@ class Exchange:
         tell: is told events.
         stop: gives it up.
         deadline: ``time.monotonic()`` at which it is given up.
-        silence_s: see :data:`SILENCE_S`.
+        silence_s: without a byte, after which a server that has begun to answer is taken for dead.
         taken_up: is called once a worker has the request.
     """
 
@@ -183,6 +196,7 @@ class Exchange:
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _case: str = ""
     _begun: bool = False
+    _lost: bool = False
 
     def answer(self, asked: Asked) -> Answer:
         """Ask, and take the answer.
@@ -204,6 +218,9 @@ class Exchange:
             raise self._named(BadAnswer(msg)) from error
         except httpx.TransportError as error:
             self.stop.check()
+            if self._lost and not self._begun:
+                msg = "the request was lost in the server's queue: it answered a later one"
+                raise self._named(Silent(msg)) from error
             raise self._named(_no_connection(error, begun=self._begun)) from error
 
     def _follow(self, asked: Asked, line: Line) -> Answer:
@@ -212,7 +229,7 @@ class Exchange:
         home = _origin(target)
         for _ in range(MOST_REDIRECTS + 1):
             secret = self.credentials.headers if _origin(target) == home else {}
-            timeout = {"connect": self._left(CONNECT_S), "write": SEND_S, "read": self._patience(), "pool": None}
+            timeout = {"connect": self._left(CONNECT_S), "write": SEND_S, "read": self._left(), "pool": None}
             extensions = {"timeout": timeout, "trace": _tracing(line)}
             request = self.http.build_request(
                 "POST",
@@ -221,7 +238,8 @@ class Exchange:
                 content=self._sending(asked),
                 extensions=extensions,
             )
-            response = self.http.send(request, stream=True)
+            with self._watched(asked, line):
+                response = self.http.send(request, stream=True)
             try:
                 timeout["read"] = self.silence_s
                 if not response.is_redirect:
@@ -339,14 +357,46 @@ class Exchange:
             raise self._too_late()
         return min(left, most)
 
-    def _patience(self) -> float:
-        """Seconds to wait for the answer to begin.
+    @contextmanager
+    def _watched(self, asked: Asked, line: Line) -> Iterator[None]:
+        """End a wait for the beginning of an answer that is lost."""
+        if not asked.streams:
+            yield  # the question itself, or one like it
+            return
+        over = Stop()
 
-        Half of what is left: a request that is lost in TorchServe's queue, whose connection stays open where a model is
-        unregistered, is asked for once more at least.
+        def watch() -> None:
+            with suppress(ClientError), self.stop.telling(over.set):
+                over.wait(self._left() * QUEUE_LOOK_SHARE)
+                while not self._overtaken(asked, over):
+                    over.wait(self._left() * QUEUE_LOOK_SHARE)
+                over.wait(self.silence_s)  # its worker may still read it
+                over.check()
+                self._lost = True
+                line.cut()
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _overtaken(self, asked: Asked, over: Stop) -> bool:
+        """Whether a question that is put now is answered; waits for that as long again.
+
+        Raises:
+            Cancelled: the wait is over.
         """
-        left = self._left()
-        return left if left <= 2 * self.silence_s else left / 2
+        over.check()
+        deadline = time.monotonic() + self._left() * QUEUE_LOOK_SHARE
+        exchange = Exchange(self.http, self.url, self.credentials, _ignore, over, deadline, self.silence_s, _ignore)
+        try:
+            exchange.answer(Asked(asked.case, asked.path, EMPTY, {"describe": True}, streams=False))
+        except Cancelled:
+            raise
+        except ClientError as error:
+            return isinstance(error, UnknownModel)
+        return True
 
     def _too_late(self) -> TooLate:
         return TooLate("the client's deadline passed before the server had answered")
@@ -356,6 +406,8 @@ class Exchange:
             return Unreachable(f"no connection within {CONNECT_S:.0f} s")
         if time.monotonic() >= self.deadline:
             return self._too_late()
+        if isinstance(error, httpx.WriteTimeout):
+            return Unreachable(f"the server took nothing of the image for {SEND_S:.0f} s")
         return Silent("the server said nothing for too long")
 
     def _named(self, error: ClientError) -> ClientError:
@@ -363,6 +415,10 @@ class Exchange:
         error.server = error.server or self.url
         error.request_id = error.request_id or self._id
         return error
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 def _as_text(options: Mapping[str, object]) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
 
 from nnunet_torchserve_client import Answer, Case, Client, errors
 from nnunet_torchserve_client import client as client_module
-from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT, WAITING_BATCH_CASES, WAITING_CASES
+from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT
+from nnunet_torchserve_client.servers import WAITING_BATCH_CASES, WAITING_CASES
+from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
 from support.peer import Peer, Received, Wire
 
@@ -231,11 +234,96 @@ def test_a_server_that_refuses_gets_fewer_cases_at_once(server: Peer) -> None:
         wire.chunk(b"")
 
     server.replies = [reply]
-    with client_of(server) as client:
+    with Client(server.url, "blobs", pause_s=60.0, deadline_s=PATIENCE_S) as client:
         outcomes = list(client.predict_many(cases(24)))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     assert most == 3
-    assert len(server.received) - 24 <= 4, "what it takes is learnt, not tried again with each case"
+    assert len(server.received) - 24 <= 2, "what it takes is learnt, not tried again with each case"
+
+
+def test_a_refused_case_holds_up_no_other_and_does_not_wait_while_ours_leave_places(server: Peer) -> None:
+    """It takes two, and says to come again in an hour, whereupon the client's deadline would be over."""
+
+    def reply(wire: Wire, received: Received) -> None:
+        if received.beside >= 2:
+            refused.set()
+            peer.problem(429, "busy", Retry_After="3600")(wire, received)
+            return
+        wire.head()
+        wire.event(event="heartbeat")
+        refused.wait(PATIENCE_S)
+        wire.result(received.body)
+        wire.chunk(b"")
+
+    refused = threading.Event()
+    server.replies = [reply]
+    with Client(server.url, "blobs", pause_s=60.0, deadline_s=PATIENCE_S) as client:
+        outcomes = list(client.predict_many(cases(20), {"priority": "batch"}))
+    assert not [outcome.error for outcome in outcomes if outcome.error]
+    assert len(server.received) == 21
+
+
+def test_an_outcome_is_handed_on_while_the_callers_iterator_blocks(server: Peer) -> None:
+    """It gives its third case only when the first two outcomes are there."""
+    seen = threading.Semaphore(0)
+
+    def waiting() -> Iterator[Case]:
+        for number, case in enumerate(cases(5)):
+            if number == 2:
+                assert seen.acquire(timeout=PATIENCE_S)
+                assert seen.acquire(timeout=PATIENCE_S)
+            yield case
+
+    with client_of(server) as client:
+        for outcome in client.predict_many(waiting()):
+            assert outcome.error is None
+            seen.release()
+
+
+def test_cases_go_on_while_an_outcome_is_looked_at(server: Peer) -> None:
+    with client_of(server) as client:
+        outcomes = client.predict_many(cases(5))
+        next(outcomes)
+        chaos.wait_for(lambda: len(server.received) == 5)
+        assert len(list(outcomes)) == 4
+
+
+def test_a_flight_is_given_up_while_the_callers_iterator_blocks(server: Peer) -> None:
+    never, asked, stop = threading.Event(), threading.Event(), Stop()
+
+    def blocked() -> Iterator[Case]:
+        asked.set()
+        never.wait(PATIENCE_S)
+        yield from cases(1)
+
+    def give_up() -> None:
+        asked.wait(PATIENCE_S)
+        stop.set()
+
+    giving_up = threading.Thread(target=give_up)
+    giving_up.start()
+    with client_of(server) as client, pytest.raises(errors.Cancelled):
+        list(client.predict_many(blocked(), stop=stop))
+    never.set()
+    giving_up.join()
+    assert not server.received
+
+
+def test_single_calls_do_not_fill_the_servers_queue_either(server: Peer) -> None:
+    """As an event loop's gather makes them: 30 at once, and two workers."""
+    workers = Workers(2)
+    release = threading.Event()
+    workers.hold = {case.image: release for case in cases(30) if isinstance(case.image, bytes)}
+    server.replies = [workers]
+    with client_of(server) as client, ThreadPoolExecutor(30) as pool:
+        client.describe()
+        calls = [pool.submit(client.predict, case) for case in cases(30)]
+        with workers.changed:
+            full = workers.changed.wait_for(lambda: len(workers.working) == 2 and len(workers.queue) == 2, PATIENCE_S)
+        assert full
+        release.set()
+        assert [call.result(PATIENCE_S).content for call in calls] == [case.image for case in cases(30)]
+    assert workers.most_waiting <= WAITING_CASES
 
 
 def test_the_model_is_described_once_and_a_long_wait_for_that_is_said(

@@ -21,6 +21,19 @@ print(sorted(heavy & sys.modules.keys()))
     assert done.stdout == "[]\n"
 
 
+def test_what_takes_long_to_load_is_loaded_when_it_is_used() -> None:
+    script = """
+import sys
+from nnunet_torchserve_client import AsyncRemotePredictor, Client, RemotePredictor
+late = {"httpx", "rich", "click"}
+before = sorted(late & sys.modules.keys())
+RemotePredictor("http://127.0.0.1:1", "brain").close()
+print(before, "httpx" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "[] True\n"
+
+
 def test_the_clients_verbs_need_what_the_base_install_has() -> None:
     script = """
 import sys

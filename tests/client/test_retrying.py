@@ -12,8 +12,6 @@ import pytest
 
 from nnunet_torchserve_client import Case, Client, errors, transport
 from nnunet_torchserve_client.events import Event, Kind
-from nnunet_torchserve_client.retrying import Patience, Retries
-from nnunet_torchserve_client.stopping import Stop
 from support import peer
 from support.peer import Peer, Received, Reply, Wire
 
@@ -128,14 +126,6 @@ def test_retry_after_is_honoured(server: Peer) -> None:
         client.predict(CASE)
     first, second = server.received
     assert second.at - first.at >= 1.0
-
-
-def test_where_the_server_says_when_it_is_asked_then_however_often_it_refused_before() -> None:
-    """A client whose pauses grew would stay away while places are free, and others take them."""
-    rules = Retries(Patience(pause_s=0.5), lambda: True, lambda _: False, lambda _, __: None, Stop())
-    pauses = [rules._pause(errors.Busy("busy", retry_after_s=4.0), 30.0) for _ in range(50)]
-    assert 4.0 <= min(pauses) < max(pauses) <= 4.5
-    assert rules._pause(errors.Busy("busy"), 30.0) == 30.0
 
 
 def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(server: Peer) -> None:
@@ -262,6 +252,44 @@ def test_a_server_that_falls_silent_is_given_up(server: Peer) -> None:
     with client_of(server, silence_s=0.3) as client:
         assert client.predict(CASE).tries > 1
     silent.set()
+
+
+@pytest.mark.parametrize("model_is_there", [True, False])
+def test_a_request_that_is_lost_in_the_servers_queue_is_asked_for_again(
+    model_is_there: bool, server: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a model is unregistered, and registered anew: the connection stays open."""
+    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.1)
+    over = threading.Event()
+
+    def lose(_: Wire, __: Received) -> None:
+        if not model_is_there:
+            server.description = None  # the question comes to the replies
+        over.wait(60)
+
+    server.replies = [lose, peer.echo] if model_is_there else [lose, peer.plain(404, b"{}"), peer.echo]
+    with client_of(server, silence_s=0.3, deadline_s=10.0) as client:
+        answer = client.predict(CASE)
+    over.set()
+    assert (answer.content, answer.tries) == (CASE.image, 2)
+
+
+def test_a_request_that_waits_in_a_long_queue_is_not_sent_twice(server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.001)
+    asked = threading.Event()
+
+    def reply(wire: Wire, received: Received) -> None:
+        if received.options.get("describe"):
+            asked.set()
+            return
+        server.description = None  # the question comes to the replies
+        assert asked.wait(60)
+        peer.echo(wire, received)
+
+    server.replies = [reply]
+    with client_of(server, silence_s=0.3) as client:
+        assert client.predict(CASE).tries == 1
+    assert [request.body for request in server.received].count(CASE.image) == 1
 
 
 def test_the_deadline_holds_while_a_server_talks(server: Peer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import httpx
@@ -11,8 +12,15 @@ import pytest
 
 from nnunet_torchserve_client import Case, Client, errors
 from nnunet_torchserve_client.events import Event, Kind
-from nnunet_torchserve_client.flight import WAITING_CASES
-from nnunet_torchserve_client.servers import Server, Servers
+from nnunet_torchserve_client.servers import (
+    LONGEST_ABSENCE_S,
+    MOST_FAULTS,
+    RAREST_PROBE_S,
+    WAITING_CASES,
+    Server,
+    Servers,
+    Wish,
+)
 from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
 from support.peer import Peer, Received, Wire
@@ -96,6 +104,72 @@ def test_a_busy_servers_cases_go_elsewhere_at_once(servers: tuple[Peer, Peer]) -
     assert [event.pause_s for event in told if event.kind is Kind.RETRY] == [0.0]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(peer.problem(500, "internal"), id="500 to everything"),
+        pytest.param(peer.error_event(500, "internal"), id="500 to everything, told by an event"),
+        pytest.param(peer.plain(404, b"{}"), id="it lacks the model"),
+        pytest.param(peer.plain(401), id="it wants another token"),
+        pytest.param(peer.plain(200, b"", Transfer_Encoding="x"), id="no HTTP that anyone knows"),
+        pytest.param(peer.plain(204), id="no answer of a server"),
+    ],
+)
+def test_a_broken_server_fails_no_case_while_another_is_whole(broken: peer.Reply, servers: tuple[Peer, Peer]) -> None:
+    """It answers faster than the other one, and has always the least to do."""
+    bad, good = servers
+    bad.replies = [broken]
+    with client_of(bad, good, pause_s=60.0) as client:
+        outcomes = list(client.predict_many(cases(20), ordered=False))
+        assert client.predict(Case("single", b"x")).content == b"x"
+    assert not [outcome.error for outcome in outcomes if outcome.error]
+    assert 1 <= len(bad.received) <= MOST_FAULTS + WAITING_CASES, "then it is left out"
+    assert len(good.received) == 21
+
+
+def test_a_broken_server_that_is_mended_is_asked_again(servers: tuple[Peer, Peer]) -> None:
+    bad, good = servers
+    bad.replies = [peer.plain(404), peer.plain(404), peer.echo]
+    with client_of(bad, good) as client:
+        more = 0
+        while len(bad.received) < 6:
+            client.predict(Case(f"case {more}", b"x"))
+            more += 1
+            assert more < 10_000
+
+
+def test_what_every_server_says_is_the_answer_and_holds_for_all_cases(servers: tuple[Peer, Peer]) -> None:
+    for server in servers:
+        server.replies = [peer.plain(404)]
+    with client_of(*servers) as client, pytest.raises(errors.UnknownModel) as caught:
+        client.predict(cases(1)[0])
+    assert caught.value.of_all_cases
+    assert caught.value.tries == 2
+
+
+def test_a_case_that_fails_at_one_server_and_is_unknown_to_the_other_stops_no_other_case(
+    servers: tuple[Peer, Peer],
+) -> None:
+    for first, second in (servers, servers[::-1]):
+        first.replies, second.replies = [peer.problem(500, "internal")], [peer.plain(404)]
+        with client_of(first, second) as client, pytest.raises(errors.ServerError) as caught:
+            client.predict(cases(1)[0])
+        assert not caught.value.of_all_cases
+
+
+def test_what_one_server_said_is_told_where_the_other_was_never_there(servers: tuple[Peer, Peer]) -> None:
+    bad, _ = servers
+    bad.replies = [peer.plain(404)]
+    with Peer().listening() as away:
+        pass
+    urls = [bad.url, away.url]
+    with (
+        Client(urls, "blobs", pause_s=0.01, first_contact_s=0.2) as client,
+        pytest.raises(errors.Unreachable, match=f"no connection.*{bad.url} said: nothing is served"),
+    ):
+        client.predict(cases(1)[0])
+
+
 def test_no_server_at_all(servers: tuple[Peer, Peer]) -> None:
     for server in servers:
         server.replies = [peer.reset]
@@ -104,22 +178,123 @@ def test_no_server_at_all(servers: tuple[Peer, Peer]) -> None:
     assert 1 < caught.value.tries < 40
 
 
-def test_what_a_server_takes_is_tried_again_less_often_each_time() -> None:
-    """It takes three. Each refused fourth doubles the number of answers before the next."""
-    answered = []
+@pytest.fixture
+def server() -> Iterator[Server]:
     with httpx.Client() as connections:
-        server = Server("http://a", connections, 1.0)
-        for _ in range(5):
-            count = 0
-            while server.places < 4:
-                server.in_flight = 3
-                server.note(None, 0.0, among_others=False)
-                count += 1
-            answered.append(count)
-            server.in_flight = 4
-            server.note(errors.Busy("busy"), 0.0, among_others=False)
-            assert server.places == 3
-    assert answered == [0, 24, 48, 96, 192]
+        yield Server("http://a", connections, 1.0)
+
+
+def refuse(server: Server, now: float, *, in_flight: int, retry_after_s: float | None = None) -> None:
+    server.in_flight = in_flight
+    error = errors.Busy("busy", status=429, retry_after_s=retry_after_s)
+    server.note(error, now, waited=True, among_others=False)
+    server.in_flight -= 1
+
+
+def test_what_a_server_takes_is_tried_again_less_often_each_time_but_once_a_minute(server: Server) -> None:
+    """It takes three. Each refused fourth doubles the time before the next."""
+    now, pauses = 0.0, []
+    for _ in range(9):
+        refuse(server, now, in_flight=4)
+        assert server.places == 3
+        assert not server.has_room(now, batch=False)
+        pauses.append(server.next_change(now) - now)
+        now = server.next_change(now)
+        assert server.has_room(now, batch=False)
+    assert pauses == [1, 2, 4, 8, 16, 32, RAREST_PROBE_S, RAREST_PROBE_S, RAREST_PROBE_S]
+
+
+def test_a_server_that_takes_more_again_is_soon_given_more(server: Server) -> None:
+    """Other clients had kept it busy for an hour; now they are gone."""
+    now = 0.0
+    while now < 3600:
+        refuse(server, now, in_flight=2)
+        now = server.next_change(now)
+    started = now
+    while server.places < 8:
+        server.in_flight = int(server.places) + 1
+        server.taken_up(now, probes=True)
+        now = server.next_change(now)
+    assert now - started <= 8 * server.pause_s
+
+
+def test_a_place_that_a_case_of_ours_leaves_is_taken_without_a_pause(server: Server) -> None:
+    refuse(server, 0.0, in_flight=3, retry_after_s=3000.0)
+    assert not server.has_room(1.0, batch=False)
+    server.in_flight -= 1
+    assert server.has_room(1.0, batch=False)
+
+
+def test_where_a_server_says_when_it_is_asked_then_however_often_it_refused_before(server: Server) -> None:
+    """A client whose pauses grew would stay away while places are free, and others take them."""
+    now = 0.0
+    for _ in range(20):
+        refuse(server, now, in_flight=1, retry_after_s=4.0)
+        assert 4.0 <= server.next_change(now) - now <= 5.0
+        now = server.next_change(now)
+    refuse(server, now, in_flight=1)
+    assert LONGEST_ABSENCE_S / 2 <= server.next_change(now) - now <= LONGEST_ABSENCE_S
+
+
+def test_a_server_that_drains_is_left_alone_whatever_of_ours_it_has(server: Server) -> None:
+    server.in_flight = 3
+    error = errors.Draining("draining", status=503, retry_after_s=10.0)
+    server.note(error, 0.0, waited=True, among_others=False)
+    server.in_flight = 0
+    assert not server.has_room(9.9, batch=False)
+    assert server.places > 3
+
+
+def test_a_request_that_hears_nothing_in_a_queue_says_nothing_of_the_server(server: Server) -> None:
+    server.note(errors.Silent("nothing"), 0.0, waited=True, among_others=True)
+    assert server.has_room(0.0, batch=False)
+    server.note(errors.Silent("nothing any more"), 0.0, waited=False, among_others=True)
+    assert not server.has_room(0.0, batch=False)
+
+
+def take(servers: Servers, wish: Wish) -> Server:
+    with servers.place(wish, Stop()) as place:
+        return place.server
+
+
+def test_a_call_that_was_never_sent_is_not_too_late_while_others_of_its_client_get_on(server: Server) -> None:
+    """Its deadline is over, but a worker has just taken up another one, which leaves its place."""
+    server.places = 1
+    known, now = Servers([server]), time.monotonic()
+    waits = Wish(now - 100.0, now - 1.0, is_first=True)
+    server.probe_at = now + PATIENCE_S
+    with ExitStack() as running, known.place(Wish(now, now + PATIENCE_S), Stop()) as place:
+        with pytest.raises(errors.TooLate), known.place(waits, Stop()):
+            pass
+        place.taken_up()
+        pool = running.enter_context(ThreadPoolExecutor(1))
+        later = pool.submit(take, known, waits)
+        chaos.wait_for(lambda: bool(known._queue))
+    assert later.result(PATIENCE_S) is server
+
+
+def test_who_waited_longest_is_next_and_interactive_cases_before_batch_cases(server: Server) -> None:
+    server.places = 1
+    known, now = Servers([server]), time.monotonic()
+    order: list[str] = []
+    wishes = {
+        "batch, and old": Wish(now - 100.0, now + PATIENCE_S, batch=True),
+        "interactive, later": Wish(now, now + PATIENCE_S),
+        "batch": Wish(now - 1.0, now + PATIENCE_S, batch=True),
+        "interactive": Wish(now - 0.5, now + PATIENCE_S),
+    }
+
+    def ask(name: str, wish: Wish) -> None:
+        with known.place(wish, Stop()):
+            order.append(name)
+
+    with ThreadPoolExecutor(len(wishes)) as pool, known.place(Wish(now, now + PATIENCE_S), Stop()) as place:
+        server.probe_at = now + PATIENCE_S
+        place.taken_up()
+        for name, wish in wishes.items():
+            pool.submit(ask, name, wish)
+        chaos.wait_for(lambda: len(known._queue) == len(wishes))
+    assert order == ["batch, and old", "interactive", "interactive, later", "batch"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +315,8 @@ def test_a_server_is_reached_once_it_has_answered(error: errors.ClientError | No
     """And not where this machine could not read the image, or did not trust it."""
     with httpx.Client() as connections:
         known = Servers([Server("http://a", connections, 1.0)])
-        with suppress(errors.ClientError), known.place(Stop(), time.monotonic() + PATIENCE_S):
+        wish = Wish(time.monotonic(), time.monotonic() + PATIENCE_S)
+        with suppress(errors.ClientError), known.place(wish, Stop()):
             if error is not None:
                 raise error
-    assert known.reached is reached
+    assert known.reached() is reached
