@@ -308,11 +308,7 @@ class Servers:
         else:
             self._note(place, None)
         finally:
-            with self._lock:
-                place.server.in_flight -= 1
-                place.server.waiting -= place.waits
-                self._alone = self._alone and not wish.alone
-                self._grant()
+            self._give_back(place.server, wish, waits=place.waits)
 
     def taken_up(self, place: Place) -> None:
         """See :meth:`Place.taken_up`."""
@@ -324,6 +320,13 @@ class Servers:
                 place.server.taken_up(now, probes=place.probes)
                 self._moved = now
                 self._grant()
+
+    def _give_back(self, server: Server, wish: Wish, *, waits: bool) -> None:
+        with self._lock:
+            server.in_flight -= 1
+            server.waiting -= waits
+            self._alone = self._alone and not wish.alone
+            self._grant()
 
     def _note(self, place: Place, error: ClientError | None) -> None:
         with self._lock:
@@ -339,19 +342,22 @@ class Servers:
                         return ticket.server
                     stop.check()
                     ticket.granted.wait(self._pause(ticket.wish))
-            finally:
+            except BaseException:  # Ctrl-C too
                 if ticket.server is None:
                     self._queue.remove(ticket)
                     self._grant()  # it may have kept others waiting
+                else:
+                    self._give_back(ticket.server, ticket.wish, waits=True)
+                raise
 
     def _grant(self) -> None:
         """Hand out what places there are, in turn."""
         now = time.monotonic()
-        someone_alone = any(ticket.wish.alone for ticket in self._queue)
+        someone_alone = any(ticket.wish.alone and self._may_ask_one(ticket.wish, now) for ticket in self._queue)
         for ticket in list(self._queue):
             if self._alone or not any(server.has_room(now, batch=False) for server in self._servers):
                 return
-            if someone_alone and (not ticket.wish.alone or self._in_flight()):
+            if (someone_alone and not ticket.wish.alone) or (ticket.wish.alone and self._in_flight()):
                 continue
             server = self._choose(ticket.wish, now)
             if server is not None:
@@ -362,6 +368,10 @@ class Servers:
                 ticket.server = server
                 self._queue.remove(ticket)
                 ticket.granted.notify()
+
+    def _may_ask_one(self, wish: Wish, now: float) -> bool:
+        """Whether there is a server for it that is not left alone."""
+        return any(server.url not in wish.beside and now >= server.not_before for server in self._servers)
 
     def _in_flight(self) -> int:
         return sum(server.in_flight for server in self._servers)

@@ -259,7 +259,7 @@ def test_a_request_that_is_lost_in_the_servers_queue_is_asked_for_again(
     model_is_there: bool, server: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a model is unregistered, and registered anew: the connection stays open."""
-    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.1)
+    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.02)
     over = threading.Event()
 
     def lose(_: Wire, __: Received) -> None:
@@ -268,7 +268,7 @@ def test_a_request_that_is_lost_in_the_servers_queue_is_asked_for_again(
         over.wait(60)
 
     server.replies = [lose, peer.echo] if model_is_there else [lose, peer.plain(404, b"{}"), peer.echo]
-    with client_of(server, silence_s=0.3, deadline_s=10.0) as client:
+    with client_of(server, silence_s=0.3, deadline_s=20.0) as client:
         answer = client.predict(CASE)
     over.set()
     assert (answer.content, answer.tries) == (CASE.image, 2)
