@@ -289,7 +289,7 @@ def test_a_request_that_waits_in_a_long_queue_is_not_sent_twice(server: Peer, mo
     server.replies = [reply]
     with client_of(server, silence_s=0.3) as client:
         assert client.predict(CASE).tries == 1
-    assert [request.body for request in server.received].count(CASE.image) == 1
+    assert len([request for request in server.received if request.body]) == 1
 
 
 def test_the_deadline_holds_while_a_server_talks(server: Peer) -> None:
