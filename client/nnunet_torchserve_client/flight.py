@@ -139,7 +139,7 @@ class _Flight(Generic[Thing, Given]):
         """Give up what is in flight, and wait for it."""
         self._stop.set()
         latest = time.monotonic() + _LONGEST_END_S
-        if self._taker is not None:
+        if self._taker is not None and self._taker.is_alive():  # an interrupt may have come before it was
             self._taker.join(_LONGEST_TAKE_S)
         with self._changed:
             threads = list(self._threads.values())
