@@ -109,14 +109,18 @@ class AsyncRemotePredictor:
         num_processes_segmentation_export: int = PROCESSES,
     ) -> list[Prediction]:
         """See :meth:`~.predictor.RemotePredictor.predict_from_data_iterator`; the iterator may be asynchronous too."""
-        stop = Stop()
-        items = _drawn(data_iterator, stop) if isinstance(data_iterator, AsyncIterable) else data_iterator
-        return await self._run(
-            lambda predictor: predictor.predict_from_data_iterator(
-                items, save_probabilities, num_processes_segmentation_export
-            ),
-            stop,
-        )
+        stop, drawing = Stop(), set[asyncio.Task[Any]]()
+        items = _drawn(data_iterator, stop, drawing) if isinstance(data_iterator, AsyncIterable) else data_iterator
+        try:
+            return await self._run(
+                lambda predictor: predictor.predict_from_data_iterator(
+                    items, save_probabilities, num_processes_segmentation_export
+                ),
+                stop,
+            )
+        finally:
+            if drawing:  # cancelled, but not yet at its end
+                await asyncio.wait(drawing, timeout=_LONGEST_END_S)
 
     async def _run(self, call: Callable[[RemotePredictor], Returned], stop: Stop | None = None) -> Returned:
         """Run a call in a thread of its own; if this is cancelled, give the call up, and wait for its end."""
@@ -160,11 +164,14 @@ async def _ended(*calls: asyncio.Future[Any]) -> None:
         logger.warning("%d calls that were given up have not ended after %d s", len(hang), _LONGEST_END_S)
 
 
-def _drawn(items: AsyncIterable[Json], stop: Stop) -> Iterator[Json]:
-    """The items of an asynchronous iterator, for a thread beside the loop; ``stop`` cancels it."""
+def _drawn(items: AsyncIterable[Json], stop: Stop, drawing: set[asyncio.Task[Any]]) -> Iterator[Json]:
+    """The items of an asynchronous iterator, for a thread beside the loop; ``stop`` cancels who is ``drawing`` one."""
     loop, source = asyncio.get_running_loop(), aiter(items)
 
     async def draw() -> tuple[bool, Json]:
+        if (task := asyncio.current_task()) is not None:
+            drawing.add(task)
+            task.add_done_callback(drawing.discard)
         try:
             return True, await anext(source)
         except StopAsyncIteration:

@@ -81,6 +81,7 @@ class Server:
         pause_s: for which it is left alone at first, and until one place more is tried.
         in_flight: requests that have a place.
         waiting: those of them that no worker has taken up.
+        begun: how many have ever had a place.
         places: how many it has, as far as is known.
         probe_at: ``time.monotonic()`` from which one more may be tried.
         probe_pause_s: before that, when it was last refused.
@@ -95,6 +96,7 @@ class Server:
     pause_s: float
     in_flight: int = 0
     waiting: int = 0
+    begun: int = 0
     places: float = math.inf
     probe_at: float = 0.0
     probe_pause_s: float = 0.0
@@ -129,13 +131,16 @@ class Server:
             self.probe_pause_s = 0.0
             self.probe_at = now + self.pause_s
 
-    def note(self, error: ClientError | None, now: float, *, waited: bool, among_others: bool) -> None:
+    def note(
+        self, error: ClientError | None, now: float, *, waited: bool, company: Company, among_others: bool
+    ) -> None:
         """Learn from how a request ended, while it still has its place.
 
         Args:
             error: ``None`` if it was answered.
             now: ``time.monotonic()``.
             waited: whether no worker had taken it up.
+            company: what it was sent beside.
             among_others: whether there are other servers, to which its cases go meanwhile.
         """
         self.reached = self.reached or _answered(error)
@@ -144,7 +149,7 @@ class Server:
         if isinstance(error, Unreachable | Silent):
             self._leave_alone(now, None)
         elif isinstance(error, Busy):
-            self._refused(error, now)
+            self._refused(error, now, company)
         elif isinstance(error, OF_ONE_SERVER):
             self.faults += 1
             if among_others and (not isinstance(error, ServerError) or self.faults >= MOST_FAULTS):
@@ -152,11 +157,12 @@ class Server:
         elif error is None or error.status is not None:
             self.setbacks = self.faults = 0
 
-    def _refused(self, error: Busy, now: float) -> None:
-        if self.in_flight == 1 or isinstance(error, Draining):
+    def _refused(self, error: Busy, now: float, company: Company) -> None:
+        others = max(company.others, self.in_flight - 1)  # those that it was sent beside may have ended meanwhile
+        if isinstance(error, Draining) or (not others and self.begun == company.begun):
             self._leave_alone(now, error.retry_after_s)
             return
-        self.places = min(self.places, self.in_flight - 1)
+        self.places = min(self.places, max(1, others))
         if now >= self.probe_at:  # those that were in flight together are one refusal
             self.probe_pause_s = min(2 * self.probe_pause_s or self.pause_s, RAREST_PROBE_S)
             self.probe_at = now + max(error.retry_after_s or 0.0, self.probe_pause_s)
@@ -172,6 +178,19 @@ class Server:
             until = now + longest * random.uniform(0.5, 1.0)  # noqa: S311 (no secret)
         self.setbacks += now >= self.not_before
         self.not_before = max(self.not_before, until)
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """What a request was sent beside.
+
+    Attributes:
+        others: requests of ours that were in flight at its server.
+        begun: :attr:`Server.begun`, itself included.
+    """
+
+    others: int
+    begun: int
 
 
 def _answered(error: ClientError | None) -> bool:
@@ -209,6 +228,7 @@ class _Ticket:
     wish: Wish
     granted: threading.Condition
     server: Server | None = None
+    company: Company = Company(0, 0)
     probes: bool = False
 
     @property
@@ -223,11 +243,13 @@ class Place:
 
     Attributes:
         server: at which.
+        company: what it was sent beside.
         probes: whether it is one more than the server had.
         waits: whether no worker has taken the request up yet.
     """
 
     server: Server
+    company: Company
     probes: bool
     _servers: Servers = field(repr=False)
     waits: bool = True
@@ -299,7 +321,7 @@ class Servers:
                 ticket.granted.notify()
 
         with stop.telling(wake):
-            place = Place(self._wait(ticket, stop), ticket.probes, self)
+            place = Place(self._wait(ticket, stop), ticket.company, ticket.probes, self)
         try:
             yield place
         except ClientError as error:
@@ -330,7 +352,9 @@ class Servers:
 
     def _note(self, place: Place, error: ClientError | None) -> None:
         with self._lock:
-            place.server.note(error, time.monotonic(), waited=place.waits, among_others=len(self) > 1)
+            place.server.note(
+                error, time.monotonic(), waited=place.waits, company=place.company, among_others=len(self) > 1
+            )
 
     def _wait(self, ticket: _Ticket, stop: Stop) -> Server:
         with self._lock:
@@ -362,6 +386,8 @@ class Servers:
             server = self._choose(ticket.wish, now)
             if server is not None:
                 ticket.probes = server.in_flight >= server.places
+                server.begun += 1
+                ticket.company = Company(server.in_flight, server.begun)
                 server.in_flight += 1
                 server.waiting += 1
                 self._alone = ticket.wish.alone

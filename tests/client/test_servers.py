@@ -17,6 +17,7 @@ from nnunet_torchserve_client.servers import (
     MOST_FAULTS,
     RAREST_PROBE_S,
     WAITING_CASES,
+    Company,
     Server,
     Servers,
     Wish,
@@ -186,7 +187,8 @@ def server() -> Iterator[Server]:
 def refuse(server: Server, now: float, *, in_flight: int, retry_after_s: float | None = None) -> None:
     server.in_flight = in_flight
     error = errors.Busy("busy", status=429, retry_after_s=retry_after_s)
-    server.note(error, now, waited=True, among_others=False)
+    company = Company(in_flight - 1, server.begun)
+    server.note(error, now, waited=True, company=company, among_others=False)
     server.in_flight -= 1
 
 
@@ -224,6 +226,19 @@ def test_a_place_that_a_case_of_ours_leaves_is_taken_without_a_pause(server: Ser
     assert server.has_room(1.0, batch=False)
 
 
+@pytest.mark.parametrize("company", [Company(others=2, begun=3), Company(others=0, begun=1)])
+def test_a_case_that_was_refused_beside_others_which_have_ended_meanwhile_goes_at_once(
+    company: Company, server: Server
+) -> None:
+    """It was sent after them, or before them."""
+    server.begun, server.in_flight = 3, 1
+    error = errors.Busy("busy", status=429, retry_after_s=3600.0)
+    server.note(error, 0.0, waited=True, company=company, among_others=False)
+    assert server.places == max(1, company.others)
+    server.in_flight = 0
+    assert server.has_room(0.0, batch=False)
+
+
 def test_where_a_server_says_when_it_is_asked_then_however_often_it_refused_before(server: Server) -> None:
     """A client whose pauses grew would stay away while places are free, and others take them."""
     now = 0.0
@@ -238,16 +253,16 @@ def test_where_a_server_says_when_it_is_asked_then_however_often_it_refused_befo
 def test_a_server_that_drains_is_left_alone_whatever_of_ours_it_has(server: Server) -> None:
     server.in_flight = 3
     error = errors.Draining("draining", status=503, retry_after_s=10.0)
-    server.note(error, 0.0, waited=True, among_others=False)
+    server.note(error, 0.0, waited=True, company=Company(2, 0), among_others=False)
     server.in_flight = 0
     assert not server.has_room(9.9, batch=False)
     assert server.places > 3
 
 
 def test_a_request_that_hears_nothing_in_a_queue_says_nothing_of_the_server(server: Server) -> None:
-    server.note(errors.Silent("nothing"), 0.0, waited=True, among_others=True)
+    server.note(errors.Silent("nothing"), 0.0, waited=True, company=Company(0, 0), among_others=True)
     assert server.has_room(0.0, batch=False)
-    server.note(errors.Silent("nothing any more"), 0.0, waited=False, among_others=True)
+    server.note(errors.Silent("nothing any more"), 0.0, waited=False, company=Company(0, 0), among_others=True)
     assert not server.has_room(0.0, batch=False)
 
 
