@@ -271,6 +271,7 @@ def test_a_worker_that_loads_tries_whatever_is_noted(
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(worker.predict, volume(), PLAIN)  # held back, as the note stands
         broken.unlink()
+        wait_for(lambda: not engine_processes(runtime))  # the one that could not serve says so for a moment
         loaded = connect()
         assert torch.equal(waiting.result().logits, loaded.predict(volume(), PLAIN).logits)
 
