@@ -178,7 +178,7 @@ class Starter:
     def _find_or_start(self, deadline: float | None) -> Link | None:
         began = self._waiting_since()
         pause = _FIRST_PAUSE_S
-        deaths = 0
+        deaths = starts = 0
         while not (self._has_served and self._outage.stands()):
             self._waited_until = time.monotonic()
             if deadline is not None and time.monotonic() > deadline:
@@ -193,12 +193,13 @@ class Starter:
                     return link
                 if time.monotonic() > self._limit(began):  # it had its time
                     kill_engine(folder)
-                self._start_engine(folder)
+                starts += self._start_engine(folder)
             except FileNotFoundError:  # somebody cleans the directory up at this moment
                 pass
             except _DiedLoading:
                 deaths += 1
-            if time.monotonic() > self._limit(began) or deaths >= MAX_LOADING_DEATHS:
+            # one that dies before it can be asked is noticed by the start of the next
+            if time.monotonic() > self._limit(began) or max(deaths, starts - 1) >= MAX_LOADING_DEATHS:
                 msg = "no engine could be started in time; try again later"
                 raise NoEngine(msg, RETRY_AFTER_S)
             time.sleep(pause)
@@ -278,21 +279,22 @@ class Starter:
             self._on_tally(tally, process)
         return channel.FlightRecord.map(record)
 
-    def _start_engine(self, folder: Path) -> None:
-        """Start an engine unless somebody else does or one lives."""
+    def _start_engine(self, folder: Path) -> bool:
+        """Start an engine unless somebody else does or one lives; whether that was done."""
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_alive(folder):
-                return
+                return False
             environment = MALLOC | dict(os.environ) | {"PYTHONPATH": str(Path(__file__).parents[2])}
             command = [sys.executable, "-m", f"{__package__}.process", str(folder), *self._arguments]
             self._outage.note_start()
             run(command, environment)
         except BlockingIOError:
-            return
+            return False
         finally:
             os.close(lock)
+        return True
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
