@@ -181,12 +181,14 @@ def _drawn(items: AsyncIterable[Json], stop: Stop, drawing: set[asyncio.Task[Any
         while True:
             stop.check()
             drawn = asyncio.run_coroutine_threadsafe(draw(), loop)
-            with stop.telling(drawn.cancel):
-                try:
+            try:
+                with stop.telling(drawn.cancel):
                     there, item = drawn.result()
-                except CancelledError:
-                    stop.check()
-                    raise
+            except CancelledError:
+                stop.check()
+                raise
+            finally:
+                drawn.cancel()  # the stop may have come before it was told; one that is done stays as it is
             if not there:
                 return
             yield item

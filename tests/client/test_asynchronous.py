@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nnunet_torchserve_client import AsyncRemotePredictor, RemotePredictor, errors
+from nnunet_torchserve_client import AsyncRemotePredictor, RemotePredictor, asynchronous, errors
+from nnunet_torchserve_client.stopping import Stop
 from support import peer
 from support.peer import Peer, Received, Wire
 
@@ -194,3 +195,28 @@ def test_a_cancelled_call_ends_its_connection_and_no_other(server: Peer) -> None
 
     asyncio.run(ask())
     never.set()
+
+
+def test_a_stop_that_comes_while_an_item_is_asked_for_gives_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, ask_in_thread = Stop(), asyncio.run_coroutine_threadsafe
+
+    def stopped_at_once(*arguments: Any) -> Any:
+        asked = ask_in_thread(*arguments)
+        stop.set()
+        return asked
+
+    async def ask() -> None:
+        async def items() -> AsyncIterator[dict[str, Any]]:
+            await asyncio.Event().wait()
+            yield {}
+
+        drawing: set[asyncio.Task[Any]] = set()
+        drawn = asynchronous._drawn(items(), stop, drawing)
+        with pytest.raises(errors.Cancelled):
+            await asyncio.to_thread(next, drawn)
+        if drawing:
+            await asyncio.wait(drawing, timeout=PATIENCE_S)
+        assert not drawing
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", stopped_at_once)
+    asyncio.run(ask())
