@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .errors import ToolError
-from .harmless import SAFE_GLOBALS, Array, Refused
+from .harmless import SAFE_GLOBALS, Array, Refused, printable
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file begins that ``torch.save`` wrote before version 1.6."""
@@ -45,7 +45,6 @@ and ten times its length is a trap."""
 
 _MOST_AXES = 3
 _CHUNK_BYTES = 2**20
-_LONGEST_NAME = 200
 
 _GLOBAL = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)|[Uu]nsupported class (\S+)", re.DOTALL)
 """How torch names what it refuses; what belongs to ``builtins`` without its module."""
@@ -196,13 +195,8 @@ def _name_of(text: str) -> str | None:
 
 def _refused(file: Path, name: str) -> str:
     return (
-        f"{file} holds {_printable(name)}, which no nnU-Net checkpoint needs, and opening it could run code; {_OPEN_IT}"
+        f"{file} holds {printable(name)}, which no nnU-Net checkpoint needs, and opening it could run code; {_OPEN_IT}"
     )
-
-
-def _printable(text: str) -> str:
-    """A text of the file's author, for a terminal."""
-    return ascii(" ".join(text.split()))[1:-1][:_LONGEST_NAME]
 
 
 def _load_trusted(file: Path) -> Any:
@@ -212,15 +206,15 @@ def _load_trusted(file: Path) -> Any:
     except (Exception, SystemExit) as error:
         if _CUT.search(f"{type(error).__name__} {error}"):
             raise ToolError(_damaged(file)) from error
-        reason = _printable(str(error))
+        reason = printable(str(error))
         if isinstance(error, ModuleNotFoundError) and error.name:
             msg = (
-                f"{file} holds an object that needs the module {_printable(error.name)}, which is not installed here; "
+                f"{file} holds an object that needs the module {printable(error.name)}, which is not installed here; "
                 "install it, or save the checkpoint again without that object"
             )
             raise ToolError(msg) from error
         if gone := _GONE.search(str(error)):
-            name = _printable(f"{gone[2]}.{gone[1]}")
+            name = printable(f"{gone[2]}.{gone[1]}")
             reason = f"it holds an object of {name}, which the installed module {gone[2]} does not have"
         else:
             reason = f"an object in it cannot be made here: {type(error).__name__}: {reason}"
@@ -301,7 +295,7 @@ class _Shown(reprlib.Repr):
 
 
 def _shown(value: Any) -> str:
-    return _printable(_Shown().repr(value))
+    return printable(_Shown().repr(value))
 
 
 def without_aliases(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -31,12 +31,19 @@ _LONGEST_VERSION = 100
 _MOST_MEMBERS = 100
 """Of a frozen set; no stock checkpoint has one."""
 
+_LONGEST_NAME = 200
+
 _PLAIN = ("bool", "int", "float", "str", "list", "tuple", "dict")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
 
 class Refused(Exception):
     """An object that is not harmless. The message names it."""
+
+
+def printable(text: str) -> str:
+    """A text of a file's author, for a terminal."""
+    return ascii(" ".join(text.split()))[1:-1][:_LONGEST_NAME]
 
 
 class Dtype:
@@ -187,14 +194,19 @@ class Name:
         raise Refused(msg)
 
 
+_PACKAGES = ("core", "_core")
+"""Of NumPy 1, of NumPy 2."""
+
+NUMBERS: dict[str, Any] = {
+    "numpy.dtype": Dtype,
+    **{f"numpy.{package}.multiarray.scalar": _scalar for package in _PACKAGES},
+}
+"""Full name -> what is called instead, of all that a pickled number of NumPy's names."""
+
 SAFE_GLOBALS: list[Any] = [
-    *(
-        (own, f"numpy.{package}.multiarray.{name}")
-        for package in ("core", "_core")  # of NumPy 1, of NumPy 2
-        for name, own in (("scalar", _scalar), ("_reconstruct", _reconstruct))
-    ),
+    *((own, name) for name, own in NUMBERS.items()),
+    *((_reconstruct, f"numpy.{package}.multiarray._reconstruct") for package in _PACKAGES),
     (Array, "numpy.ndarray"),
-    (Dtype, "numpy.dtype"),
     (_no_bytes, "builtins.bytes"),
     (_default_dict, "collections.defaultdict"),
     (_frozen_set, "builtins.frozenset"),
