@@ -161,7 +161,7 @@ def _load(context: Any, model_dir: Path) -> Any:
     bundle = ModelBundle(model_dir)
     device = _device(context.system_properties.get("gpu_id"), torch)
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
-    limits = Limits.from_settings(settings.limits).for_model(bundle.channels)
+    limits = Limits.from_settings(settings.limits).for_model(bundle.lead.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-from .bundle import ModelBundle
 from .errors import LONGEST_NAMES, BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold
 from .limits import Limits
 from .machine import torch_threads
+from .member import Member
 from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, Priority, ProbabilityFormat
 from .resampling import LONGEST_BY_MATRIX, Target, spline_arguments, target_of
 from .tiling import count_windows, padded_shape
@@ -60,11 +60,13 @@ class Settings:
     """How one case is predicted: the request's options, completed by the model.
 
     Attributes:
+        member: whose networks.
         folds: in the order of the request, else of the archive.
         mirroring_axes: spatial axes from 0, or empty.
         tile_step_size, use_gaussian, accumulate, priority: as in :class:`~.options.Options`.
     """
 
+    member: str
     folds: tuple[FoldName, ...]
     mirroring_axes: tuple[int, ...]
     tile_step_size: float
@@ -96,7 +98,7 @@ class Price:
     is_guess: bool = False
 
 
-def settings_for(bundle: ModelBundle, options: Options) -> Settings:
+def settings_for(member: Member, options: Options) -> Settings:
     """Complete the options by what the archive holds.
 
     Mirroring axes are those of the first fold, as in ``nnUNetPredictor``.
@@ -105,21 +107,22 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
         UnknownFold: the archive lacks one of the folds.
         BadOption: the model has no such channel, or knows no such export.
     """
-    folds = bundle.folds if options.folds is None else options.folds
+    folds = member.folds if options.folds is None else options.folds
     for fold in folds:
-        if fold not in bundle.folds:
+        if fold not in member.folds:
             hint = "; without the option all of them are averaged" if fold == "all" else ""
-            msg = f"this archive has no fold {fold}; it has {', '.join(map(str, bundle.folds))}{hint}"
+            msg = f"this archive has no fold {fold}; it has {', '.join(map(str, member.folds))}{hint}"
             raise UnknownFold(msg)
-    if options.probability_channels is not None and (last := max(options.probability_channels)) >= bundle.classes:
-        names = ", ".join(f"{number} {ascii(name)[1:-1]}" for number, name in enumerate(bundle.output_names))
+    if options.probability_channels is not None and (last := max(options.probability_channels)) >= member.classes:
+        names = ", ".join(f"{number} {ascii(name)[1:-1]}" for number, name in enumerate(member.output_names))
         msg = f"probability_channels: {last} is no channel of this model; they are {names[:LONGEST_NAMES]}"
         raise BadOption(msg)
-    if options.export is not ExportMethod.EXACT and bundle.has_own_label_manager:
+    if options.export is not ExportMethod.EXACT and member.has_own_label_manager:
         msg = "export: this model's own way from logits to labels allows exact only"
         raise BadOption(msg)
-    allowed = bundle.fold(folds[0]).mirroring_axes or ()
+    allowed = member.fold(folds[0]).mirroring_axes or ()
     return Settings(
+        member=member.name,
         folds=folds,
         mirroring_axes=() if options.use_mirroring is False else allowed,
         tile_step_size=options.tile_step_size,
@@ -130,7 +133,7 @@ def settings_for(bundle: ModelBundle, options: Options) -> Settings:
 
 
 def price(
-    bundle: ModelBundle,
+    member: Member,
     geometry: Geometry,
     channels: int,
     settings: Settings,
@@ -140,7 +143,7 @@ def price(
     """What a case will cost at most.
 
     Args:
-        bundle: the model.
+        member: the model.
         geometry: of the image, as the model sees it.
         channels: images that came, as many as the model takes.
         settings: how the case is predicted.
@@ -151,10 +154,10 @@ def price(
         TooThin: no voxel would be left on an axis of the network's grid.
         TooLarge: an axis is longer than any image's.
     """
-    order = bundle.plans.transpose_forward
+    order = member.plans.transpose_forward
     shape = [geometry.shape[axis] for axis in order]
-    is_guess = known_grid is None and not knows_grid(bundle)
-    grid = known_grid or network_grid(bundle, shape, [geometry.spacing_zyx[axis] for axis in order])
+    is_guess = known_grid is None and not knows_grid(member)
+    grid = known_grid or network_grid(member, shape, [geometry.spacing_zyx[axis] for axis in order])
     if min(grid) < 1:
         raise TooThin(too_thin_message(geometry.shape, geometry.spacing_zyx, geometry))
     if (longest := max(geometry.shape)) > MAX_AXIS:
@@ -166,46 +169,46 @@ def price(
             f"{_spacing_advice(geometry)}"
         )
         raise TooLarge(msg)
-    padded = padded_shape(grid, bundle.patch_size)
-    patches = count_windows(padded, bundle.patch_size, settings.tile_step_size)
+    padded = padded_shape(grid, member.patch_size)
+    patches = count_windows(padded, member.patch_size, settings.tile_step_size)
     grid_voxels, padded_voxels = math.prod(grid), math.prod(padded)
-    classes = bundle.classes
+    classes = member.classes
     volume = channels * geometry.voxels * _FLOAT32
     decode = channels * geometry.voxels * _DECODE_BYTES
-    resample = volume + channels * _preprocess_bytes(bundle, shape, grid, options)
+    resample = volume + channels * _preprocess_bytes(member, shape, grid, options)
     exact = settings.accumulate is Accumulate.HALF
     logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
     network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
-    export = logits + _export_bytes(bundle, shape, grid, options)
+    export = logits + _export_bytes(member, shape, grid, options)
     export_s = _PROBABILITIES_S if options.save_probabilities else _EXPORT_S
     return Price(
         grid=grid,
         patches=patches,
-        passes=forward_passes(bundle, grid, settings),
+        passes=forward_passes(member, grid, settings),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
-        preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(bundle) else 0),
-        export_s=classes * geometry.voxels * (export_s if _resamples_logits(bundle) else 0),
+        preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(member) else 0),
+        export_s=classes * geometry.voxels * (export_s if _resamples_logits(member) else 0),
         is_guess=is_guess,
     )
 
 
-def forward_passes(bundle: ModelBundle, grid: Sequence[int], settings: Settings) -> int:
+def forward_passes(member: Member, grid: Sequence[int], settings: Settings) -> int:
     """Forward passes that a case needs: patches x folds x mirrorings.
 
     Args:
-        bundle: the model.
+        member: the model.
         grid: (z, y, x) on the network's grid.
         settings: how it is predicted.
     """
-    padded = padded_shape(grid, bundle.patch_size)
-    patches = count_windows(padded, bundle.patch_size, settings.tile_step_size)
+    padded = padded_shape(grid, member.patch_size)
+    patches = count_windows(padded, member.patch_size, settings.tile_step_size)
     return patches * len(settings.folds) * (1 << len(settings.mirroring_axes))
 
 
-def _preprocess_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
+def _preprocess_bytes(member: Member, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
     """What preprocessing holds of a channel beside it; axes of the image and of the network's grid in one order."""
     voxels, grid_voxels = math.prod(shape), math.prod(grid)
-    separable = spline_arguments(bundle.configuration.resampling_fn_data) is not None
+    separable = spline_arguments(member.configuration.resampling_fn_data) is not None
     if options.preprocess is PreprocessMethod.EXACT and separable and max(*shape, *grid) <= LONGEST_BY_MATRIX:
         half_way = max(n * grid_voxels // m for n, m in zip(shape, grid, strict=True))  # one axis is yet to come
         return voxels * _EXACT_PREPROCESS_BYTES + half_way * _FLOAT64 + grid_voxels * _FLOAT32
@@ -217,19 +220,19 @@ def _padded(shape: Sequence[int]) -> int:
     return math.prod(n + _SPLINE_PADDING for n in shape)
 
 
-def _export_bytes(bundle: ModelBundle, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
+def _export_bytes(member: Member, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
     """What the export holds beside the logits; at most, whatever way the plan makes it take. Axes as above."""
-    classes, voxels, grid_voxels = bundle.classes, math.prod(shape), math.prod(grid)
+    classes, voxels, grid_voxels = member.classes, math.prod(shape), math.prod(grid)
     blocks = min(torch_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks
     if options.save_probabilities:
         whole = classes * _FLOAT32  # regions need all classes once
         copies = 3 if options.probability_format is ProbabilityFormat.NIFTI_GZ else 2  # and the answer is written
         export += voxels * (copies * options.probability_bytes(classes) + whole)
-    function = bundle.configuration.resampling_fn_probabilities
+    function = member.configuration.resampling_fn_probabilities
     arguments = spline_arguments(function)
     stays = target_of(function) is Target.UNCHANGED and list(grid) == list(shape)
-    if (stays or (arguments is not None and arguments.order == 1)) and not bundle.has_own_label_manager:
+    if (stays or (arguments is not None and arguments.order == 1)) and not member.has_own_label_manager:
         return export
     # nnU-Net's own function: slices by torch, other splines, or a whole export
     all_classes = classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32)
@@ -270,40 +273,40 @@ def affordable(case: Price, limits: Limits, geometry: Geometry) -> Price:
     return case
 
 
-def network_grid(bundle: ModelBundle, shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int, int]:
+def network_grid(member: Member, shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int, int]:
     """The grid on which the network will see an image.
 
     That of the network's spacing (nnU-Net's ``compute_new_shape``), or the image's own if the plan's function resamples
     nothing, or if only that function knows (:func:`knows_grid`).
 
     Args:
-        bundle: the model; a 2-D configuration keeps the first axis.
+        member: the model; a 2-D configuration keeps the first axis.
         shape: voxels of three axes in the plan's order.
         spacing: mm of three axes in the plan's order.
     """
     first, second, third = shape
-    if _resamples_image(bundle):
-        target = list(bundle.configuration.spacing)
+    if _resamples_image(member):
+        target = list(member.configuration.spacing)
         target = [*spacing[: 3 - len(target)], *target]
         resampled = zip(shape, spacing, target, strict=True)
         first, second, third = (int(round(have / want * n)) for n, have, want in resampled)
     return first, second, third
 
 
-def knows_grid(bundle: ModelBundle) -> bool:
+def knows_grid(member: Member) -> bool:
     """Whether :func:`network_grid` is sure: the preprocessor and its resampling function are nnU-Net's own."""
-    is_stock = bundle.configuration.preprocessor_class is DefaultPreprocessor
-    return is_stock and target_of(bundle.configuration.resampling_fn_data) is not Target.UNKNOWN
+    is_stock = member.configuration.preprocessor_class is DefaultPreprocessor
+    return is_stock and target_of(member.configuration.resampling_fn_data) is not Target.UNKNOWN
 
 
-def _resamples_image(bundle: ModelBundle) -> bool:
+def _resamples_image(member: Member) -> bool:
     """Whether the image surely gets the network's spacing."""
-    return knows_grid(bundle) and target_of(bundle.configuration.resampling_fn_data) is Target.NEW_SHAPE
+    return knows_grid(member) and target_of(member.configuration.resampling_fn_data) is Target.NEW_SHAPE
 
 
-def _resamples_logits(bundle: ModelBundle) -> bool:
+def _resamples_logits(member: Member) -> bool:
     """Whether the logits are surely resampled to the image's grid."""
-    return target_of(bundle.configuration.resampling_fn_probabilities) is Target.NEW_SHAPE
+    return target_of(member.configuration.resampling_fn_probabilities) is Target.NEW_SHAPE
 
 
 def too_thin_message(shape: Sequence[int], spacing: Sequence[float], geometry: Geometry) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from . import __version__
 from .bundle import ModelBundle
 from .limits import Limits
+from .member import Member
 from .options import Options
 from .settings import HandlerSettings
 
@@ -25,33 +26,43 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
     Returns:
         A JSON object.
     """
-    description = bundle.description
+    description, lead = bundle.description, bundle.lead
     return {
         "name": description.name,
         "version": description.version,
         "digest": f"sha256:{bundle.digest}",
-        "dataset": description.dataset,
-        "trainer": description.trainer,
-        "plans": description.plans,
-        "configuration": description.configuration,
-        "folds": list(bundle.folds),
-        "checkpoint": description.source.get("checkpoint"),
-        "mirroring_axes": {str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds},
-        "channels": bundle.channel_names,
-        "labels": bundle.dataset["labels"],
-        "regions_class_order": bundle.dataset.get("regions_class_order") if bundle.labels.has_regions else None,
-        "classes": bundle.classes,
-        "probability_channels": bundle.output_names,
-        "patch_size": list(bundle.patch_size),
-        "spacing": [float(size) for size in bundle.configuration.spacing],
-        "reader": bundle.reader,
-        "input_orientation": bundle.input_orientation,
+        **_trained(lead),
+        "channels": lead.channel_names,
+        "labels": lead.dataset["labels"],
+        "regions_class_order": lead.dataset.get("regions_class_order") if lead.labels.has_regions else None,
+        "classes": lead.classes,
+        "probability_channels": lead.output_names,
+        "reader": lead.reader,
+        "input_orientation": lead.input_orientation,
         "axis_order": "patch_size and spacing (mm) in the plan's axis order",
+        "members": {name: _trained(member) for name, member in bundle.members.items()},
+        "recipe": description.recipe.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
         "options": Options.model_json_schema(),
         "serving_core": __version__,
         "built_with": description.built_with,
+    }
+
+
+def _trained(member: Member) -> dict[str, object]:
+    """What one member is. Of a model of several members the last stage of the first stands for all."""
+    description = member.description
+    return {
+        "dataset": description.dataset,
+        "trainer": description.trainer,
+        "plans": description.plans,
+        "configuration": description.configuration,
+        "folds": list(member.folds),
+        "checkpoint": description.source.get("checkpoint"),
+        "mirroring_axes": {str(fold.fold): list(fold.mirroring_axes or ()) for fold in description.folds},
+        "patch_size": list(member.patch_size),
+        "spacing": [float(size) for size in member.configuration.spacing],
     }
 
 
@@ -70,7 +81,7 @@ def with_model_files(
     Returns:
         A JSON object. NaN in nnU-Net's files stays what Python makes of it.
     """
-    files = {"dataset_json": bundle.dataset, "plans_json": bundle.plans.plans}
+    files = {"dataset_json": bundle.lead.dataset, "plans_json": bundle.lead.plans.plans}
     return description | files | {"served": None if served is None else list(served)}
 
 

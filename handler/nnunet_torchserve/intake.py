@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import codecs
-from .bundle import REORIENTING_READERS, ModelBundle
+from .bundle import ModelBundle
 from .cases import Price, Settings, affordable, price
 from .codecs import ImageSource
 from .errors import ChannelsDisagree, NonFinite, ResponseTooLarge, TooLarge
 from .limits import Limits
+from .member import REORIENTING_READERS, Member
 from .options import Options
 from .orientation import Turn, turn_towards
 from .request import Request
@@ -75,21 +76,22 @@ def read_headers(
         RequestError: the images are none, or none that this model can take, or above a limit.
         OutOfMemory: within the limits, but above the memory for all cases together.
     """
-    images = _open_images(bundle, limits, request, options)
-    codecs.check_channels(images, list(bundle.channel_names.values()))
-    turns = [_turn(bundle, image) for image in images]
+    member = bundle.lead
+    images = _open_images(member, limits, request, options)
+    codecs.check_channels(images, list(member.channel_names.values()))
+    turns = [_turn(member, image) for image in images]
     geometry = _common_geometry([turn.after for turn in turns])
     record.shape = images[0].geometry.shape
-    warnings = _warnings([turn.after for turn in turns], len(bundle.patch_size))
-    cost = price(bundle, geometry, sum(image.channels for image in images), settings, options)
+    warnings = _warnings([turn.after for turn in turns], len(member.patch_size))
+    cost = price(member, geometry, sum(image.channels for image in images), settings, options)
     record.patches, record.passes = cost.patches, cost.passes
     cost = affordable(cost, limits, geometry)
-    form = codecs.answer_form(options, images[0].native_format, images[0].geometry, bundle.largest_value)
-    _check_answer_fits(bundle, limits, geometry, form, options)
+    form = codecs.answer_form(options, images[0].native_format, images[0].geometry, member.largest_value)
+    _check_answer_fits(member, limits, geometry, form, options)
     return Asked(images, turns, geometry, cost, form, warnings)
 
 
-def _open_images(bundle: ModelBundle, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:
+def _open_images(member: Member, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:
     if len(request.parts) > limits.parts:
         msg = f"the request has {len(request.parts)} fields, this server takes at most {limits.parts}"
         raise TooLarge(msg)
@@ -98,18 +100,18 @@ def _open_images(bundle: ModelBundle, limits: Limits, request: Request, options:
     if size > limits.body_bytes:
         msg = f"the images have {size} bytes, this server takes at most {limits.body_bytes}"
         raise TooLarge(msg)
-    return [codecs.open_image(body, limits, bundle.reader, options.placement) for body in bodies]
+    return [codecs.open_image(body, limits, member.reader, options.placement) for body in bodies]
 
 
-def _turn(bundle: ModelBundle, image: ImageSource) -> Turn:
-    as_itk = bundle.reader.startswith("SimpleITK") and bundle.reader in REORIENTING_READERS
-    return turn_towards(image.geometry, bundle.input_orientation, as_itk=as_itk)
+def _turn(member: Member, image: ImageSource) -> Turn:
+    as_itk = member.reader.startswith("SimpleITK") and member.reader in REORIENTING_READERS
+    return turn_towards(image.geometry, member.input_orientation, as_itk=as_itk)
 
 
 def _check_answer_fits(
-    bundle: ModelBundle, limits: Limits, geometry: Geometry, form: codecs.AnswerForm, options: Options
+    member: Member, limits: Limits, geometry: Geometry, form: codecs.AnswerForm, options: Options
 ) -> None:
-    size = codecs.smallest_answer(geometry, form, options.probability_bytes(bundle.classes))
+    size = codecs.smallest_answer(geometry, form, options.probability_bytes(member.classes))
     if size > limits.response_bytes:
         raise ResponseTooLarge(too_large_message(size, limits.response_bytes))
 

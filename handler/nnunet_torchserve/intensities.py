@@ -19,7 +19,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import R
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
-from .bundle import ModelBundle
+from .member import Member
 
 _PICTURE = (0.0, 255.0)
 _GREATEST = 1e30
@@ -49,18 +49,18 @@ def takes_pictures(scheme: Any) -> bool:
     return isinstance(scheme, type) and issubclass(scheme, RGBTo01Normalization)
 
 
-def value_range(bundle: ModelBundle, channel: int) -> tuple[float, float]:
+def value_range(member: Member, channel: int) -> tuple[float, float]:
     """The least and the greatest value that a trial of a channel should have.
 
     Pictures (by the plan's normalisation or the channel's name) have 0 to 255; else the fingerprint's percentiles of
     the training images' foreground decide, or its range; where that says nothing, it is 0 to 1.
     """
-    schemes = [normalization_class(bundle.configuration.normalization_schemes[channel])]
-    channels = list(bundle.channel_names.values())
+    schemes = [normalization_class(member.configuration.normalization_schemes[channel])]
+    channels = list(member.channel_names.values())
     schemes += [get_normalization_scheme(channels[channel])] if channel < len(channels) else []
     if any(takes_pictures(scheme) for scheme in schemes):
         return _PICTURE
-    seen = _fingerprint(bundle, channel)
+    seen = _fingerprint(member, channel)
     for names in (("percentile_00_5", "percentile_99_5"), ("min", "max")):
         low, high = (_number(seen.get(name)) for name in names)
         if -_GREATEST < low < high < _GREATEST:
@@ -68,20 +68,20 @@ def value_range(bundle: ModelBundle, channel: int) -> tuple[float, float]:
     return _UNIT
 
 
-def made_up_image(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
+def made_up_image(member: Member, shape: Sequence[int], seed: int) -> npt.NDArray[np.float32]:
     """Noise with the values of the model's images, not normalised.
 
     Args:
-        bundle: the model.
+        member: the model.
         shape: of one channel.
         seed: the same one gives the same image.
 
     Returns:
         float32 (C, *shape); whole numbers where a channel's range is wide, as scanners and cameras give them.
     """
-    noise = np.random.default_rng(seed).random((bundle.channels, *shape), dtype=np.float32)
+    noise = np.random.default_rng(seed).random((member.channels, *shape), dtype=np.float32)
     for channel in range(len(noise)):
-        low, high = value_range(bundle, channel)
+        low, high = value_range(member, channel)
         noise[channel] *= high - low
         noise[channel] += low
         if high - low >= _PICTURE[1]:
@@ -89,9 +89,9 @@ def made_up_image(bundle: ModelBundle, shape: Sequence[int], seed: int) -> npt.N
     return noise
 
 
-def _fingerprint(bundle: ModelBundle, channel: int) -> Mapping[str, Any]:
+def _fingerprint(member: Member, channel: int) -> Mapping[str, Any]:
     """What nnU-Net found of a channel in the training images' foreground; empty if the plans do not say."""
-    plans = bundle.plans.plans
+    plans = member.plans.plans
     found = plans.get("foreground_intensity_properties_per_channel") or plans.get(
         "foreground_intensity_properties_by_modality"
     )

@@ -143,7 +143,7 @@ class Pipeline:
         clock, record.priority = record.clock, options.priority
         started = time.monotonic()
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
-        settings = settings_for(self.bundle, options)
+        settings = settings_for(self.bundle.lead, options)
         progress = stream.watched(deadline) if options.stream else UNWATCHED
 
         with clock.stage(Stage.DECODE):
@@ -170,7 +170,7 @@ class Pipeline:
 
             _check(deadline - asked.price.export_s, "preprocessing")
             clock.begin(Stage.NETWORK)
-            with progress.stage(Stage.NETWORK, forward_passes(self.bundle, case.data.shape[1:], settings)):
+            with progress.stage(Stage.NETWORK, forward_passes(self.bundle.lead, case.data.shape[1:], settings)):
                 note = note_of(case, keys, constant=constant)
                 prediction = self.engine.predict(case.data, settings, deadline, progress.watcher, note)
             clock.add(Stage.QUEUE, prediction.queue_s)
@@ -180,15 +180,15 @@ class Pipeline:
 
             _check(deadline - asked.price.export_s, "the network")
             with clock.stage(Stage.EXPORT), progress.stage(Stage.EXPORT):
-                answer = export(self.bundle, prediction.logits, properties, asked.geometry, options, deadline)
+                answer = export(self.bundle.lead, prediction.logits, properties, asked.geometry, options, deadline)
                 del prediction
                 answer = asked.turns[0].turn_back(answer)
 
             _check(deadline, "the export")
             with clock.stage(Stage.ENCODE):
                 image, turn = asked.images[0], asked.turns[0]
-                also = properties_document(self.bundle, image, turn, properties) if options.properties else None
-                file = codecs.encode(answer, asked.form, image, self.bundle.painting, also)
+                also = properties_document(self.bundle.lead, image, turn, properties) if options.properties else None
+                file = codecs.encode(answer, asked.form, image, self.bundle.lead.painting, also)
                 del answer
 
             timing = clock.server_timing(record.reused)
@@ -220,7 +220,7 @@ class Pipeline:
 
             _check(deadline - asked.price.preprocess_s, "decoding the volume")
             with record.clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
-                case = preprocess(self.bundle, volume, options.preprocess)
+                case = preprocess(self.bundle.lead, volume, options.preprocess)
         if constant:
             asked.warnings.append(Warnings.CONSTANT_IMAGE)
         return case, constant
@@ -249,9 +249,9 @@ class Pipeline:
         Raises:
             BundleError: it could not be answered; then no request could. The message names the stage and the reason.
         """
-        options = {"folds": [self.bundle.folds[0]], "use_mirroring": False}
+        options = {"folds": [self.bundle.lead.folds[0]], "use_mirroring": False}
         headers = {HEADER: json.dumps(options)}
-        request = Request({RAW_BODY: trial_image(self.bundle)}, headers, "dry-run", is_trial=True)
+        request = Request({RAW_BODY: trial_image(self.bundle.lead)}, headers, "dry-run", is_trial=True)
         record, responses = self._record(request.id), self._responses()
         try:
             self._reply(request, record, responses, EventStream(None, responses.events(request.id)))
@@ -273,7 +273,7 @@ class Pipeline:
     ) -> None:
         """Refuse by the grid that there is what could not be refused by a guess."""
         channels, first, second, third = case.data.shape
-        true = price(self.bundle, asked.geometry, channels, settings, options, (first, second, third))
+        true = price(self.bundle.lead, asked.geometry, channels, settings, options, (first, second, third))
         record.patches, record.passes = true.patches, true.passes
         affordable(true, self.limits, asked.geometry)
 

@@ -26,10 +26,10 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-from .bundle import ModelBundle
 from .cases import network_grid, too_thin_message
 from .errors import TooThin, WrongRange
 from .intensities import normalization_class, takes_pictures
+from .member import Member
 from .options import PreprocessMethod
 from .resampling import Target, resample_image, target_of
 from .volume import Volume
@@ -54,13 +54,11 @@ class PreprocessedCase:
     properties: dict[str, Any]
 
 
-def preprocess(
-    bundle: ModelBundle, volume: Volume, method: PreprocessMethod = PreprocessMethod.EXACT
-) -> PreprocessedCase:
+def preprocess(member: Member, volume: Volume, method: PreprocessMethod = PreprocessMethod.EXACT) -> PreprocessedCase:
     """What the plan's preprocessor (``run_case_npy``) makes of a volume.
 
     Args:
-        bundle: the model.
+        member: the model.
         volume: the case; it is used up: ``exact`` normalises in its array where it can, and the result may be a view.
         method: who resamples.
 
@@ -68,15 +66,15 @@ def preprocess(
         TooThin: cropped to its nonzero region, the volume has no voxel left on an axis of the network's grid.
         WrongRange: a channel is normalised as an 8-bit picture and is none.
     """
-    _check_pictures(bundle, volume)
-    if method is PreprocessMethod.EXACT and bundle.configuration.preprocessor_class is DefaultPreprocessor:
-        return _exact(bundle, volume)
-    return _stock(bundle, volume)
+    _check_pictures(member, volume)
+    if method is PreprocessMethod.EXACT and member.configuration.preprocessor_class is DefaultPreprocessor:
+        return _exact(member, volume)
+    return _stock(member, volume)
 
 
-def _check_pictures(bundle: ModelBundle, volume: Volume) -> None:
+def _check_pictures(member: Member, volume: Volume) -> None:
     """nnU-Net asserts this when it normalises."""
-    for channel, name in enumerate(bundle.configuration.normalization_schemes[: len(volume.array)]):
+    for channel, name in enumerate(member.configuration.normalization_schemes[: len(volume.array)]):
         if not takes_pictures(normalization_class(name)):
             continue
         low, high = volume.array[channel].min(), volume.array[channel].max()
@@ -88,9 +86,9 @@ def _check_pictures(bundle: ModelBundle, volume: Volume) -> None:
             raise WrongRange(msg)
 
 
-def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
+def _exact(member: Member, volume: Volume) -> PreprocessedCase:
     """``DefaultPreprocessor.run_case_npy`` without a segmentation."""
-    configuration, order = bundle.configuration, bundle.plans.transpose_forward
+    configuration, order = member.configuration, member.plans.transpose_forward
     schemes = [normalization_class(name) for name in configuration.normalization_schemes]
     data = _own_array(volume.array).transpose(0, *(axis + 1 for axis in order))
     spacing = [volume.geometry.spacing_zyx[axis] for axis in order]
@@ -112,7 +110,7 @@ def _exact(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
     if min(new_shape) < 1 and target_of(configuration.resampling_fn_data) is Target.NEW_SHAPE:
         raise TooThin(too_thin_message(shape, spacing, volume.geometry))
 
-    intensities = bundle.plans.foreground_intensity_properties_per_channel
+    intensities = member.plans.foreground_intensity_properties_per_channel
     for channel in range(len(data)):
         normalization = schemes[channel](
             use_mask_for_norm=configuration.use_mask_for_norm[channel], intensityproperties=intensities[str(channel)]
@@ -142,18 +140,18 @@ def _nonzero_box(data: npt.NDArray[np.float32]) -> list[list[int]]:
     return box
 
 
-def _stock(bundle: ModelBundle, volume: Volume) -> PreprocessedCase:
+def _stock(member: Member, volume: Volume) -> PreprocessedCase:
     """The plan's own preprocessor, in memory."""
-    preprocessor = bundle.configuration.preprocessor_class(verbose=False)
+    preprocessor = member.configuration.preprocessor_class(verbose=False)
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
     try:
         data, _, properties = preprocessor.run_case_npy(
-            volume.array, None, properties, bundle.plans, bundle.configuration, bundle.dataset
+            volume.array, None, properties, member.plans, member.configuration, member.dataset
         )
     except Exception as error:
         shape = properties.get("shape_after_cropping_and_before_resampling")
-        spacing = [properties["spacing"][axis] for axis in bundle.plans.transpose_forward]
-        if shape is not None and min(network_grid(bundle, shape, spacing)) < 1:
+        spacing = [properties["spacing"][axis] for axis in member.plans.transpose_forward]
+        if shape is not None and min(network_grid(member, shape, spacing)) < 1:
             raise TooThin(too_thin_message(shape, spacing, volume.geometry)) from error
         raise
     return PreprocessedCase(torch.from_numpy(data), properties)

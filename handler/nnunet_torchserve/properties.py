@@ -23,9 +23,9 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nibabel.orientations import io_orientation
 
-from .bundle import REORIENTING_READERS, ModelBundle
 from .codecs import ImageSource
 from .codecs.nifti import geometry_of_itk, image_of_nibabel
+from .member import REORIENTING_READERS, Member
 from .orientation import Turn
 from .volume import Geometry
 
@@ -38,11 +38,11 @@ _SHAPE, _BOX, _CROPPED = (
 _SPATIAL = 3
 
 
-def properties_document(bundle: ModelBundle, image: ImageSource, turn: Turn, case: Mapping[str, Any]) -> bytes:
+def properties_document(member: Member, image: ImageSource, turn: Turn, case: Mapping[str, Any]) -> bytes:
     """The file :data:`~.codecs.answer.PROPERTIES_FILE` of an answer.
 
     Args:
-        bundle: the model.
+        member: the model.
         image: the first channel's.
         turn: how it became what the model saw.
         case: what the preprocessor said of that: :attr:`~.preprocess.PreprocessedCase.properties`.
@@ -51,7 +51,7 @@ def properties_document(bundle: ModelBundle, image: ImageSource, turn: Turn, cas
         JSON: ``reader``; ``properties``, with stock's keys in stock's order; ``turn``, ``null`` or ``axes`` and
         ``flip``: an array ``a`` (Z, Y, X) of the answer is stock's after ``numpy.flip(a.transpose(axes), flip)``.
     """
-    reader = bundle.reader
+    reader = member.reader
     reorients = reader in REORIENTING_READERS
     geometry = turn.before
     if reader.startswith("SimpleITK"):
@@ -62,7 +62,7 @@ def properties_document(bundle: ModelBundle, image: ImageSource, turn: Turn, cas
         where = {"spacing": _spacing(geometry)}
     crop = {key: case[key] for key in (_SHAPE, _BOX, _CROPPED)}
     if turn.back is not None and not reorients:
-        crop = _turned_back(crop, turn.back, bundle.plans.transpose_forward)
+        crop = _turned_back(crop, turn.back, member.plans.transpose_forward)
     document = {
         "reader": reader,
         "properties": where | crop,

@@ -58,6 +58,16 @@ class _Source(_Loose):
     checkpoint: str | None = None
 
 
+class _Member(_Loose):
+    name: str | None = None
+    dataset: str | None = None
+    trainer: str | None = None
+    plans: str | None = None
+    configuration: str | None = None
+    folds: tuple[_Fold, ...] = ()
+    source: _Source = _Source()
+
+
 class _Bundle(_Loose):
     """What this module wants of ``bundle.json``, of whatever schema.
 
@@ -65,12 +75,17 @@ class _Bundle(_Loose):
     reason to refuse it.
     """
 
-    dataset: str | None = None
-    trainer: str | None = None
-    plans: str | None = None
-    configuration: str | None = None
-    folds: tuple[_Fold, ...] = ()
-    source: _Source = _Source()
+    members: tuple[_Member, ...] = ()
+    recipe: dict[str, Any] = {}
+
+    @property
+    def lead(self) -> _Member:
+        """See :class:`~.bundle.ModelBundle`."""
+        stage = self.recipe
+        while isinstance(of := stage.get("of"), list) and of:
+            stage = of[0]
+        named = [member for member in self.members if member.name == stage.get("member")]
+        return named[0] if named else _Member()
 
 
 def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
@@ -84,7 +99,7 @@ def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
     Raises:
         ValueError: that is none.
     """
-    described = _Bundle.model_validate_json(bundle)
+    described = _Bundle.model_validate_json(bundle).lead
     return ServedModel(
         name,
         version,

@@ -22,26 +22,26 @@ from safetensors.torch import save_file
 
 import nnunet_handler
 import nnunet_torchserve
-from nnunet_torchserve.bundle import (
+from nnunet_torchserve.bundle import BUNDLE_FILE, SCHEMA_VERSION, BundleDescription, ModelBundle
+from nnunet_torchserve.engine.golden import golden_tensors
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.network import FoldNetworks
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import (
     ALIASES_KEY,
-    BUNDLE_FILE,
     DATASET_FILE,
     GOLDEN_FILE,
     PLANS_FILE,
     REORIENTING_READERS,
-    SCHEMA_VERSION,
-    BundleDescription,
     FoldDescription,
-    ModelBundle,
+    MemberDescription,
 )
-from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks, golden_tensors
-from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.recipe import Single
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_client.choosing import archive_name
 
@@ -175,36 +175,34 @@ def _make_archive(
         for file, source in serving_core_files().items():
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             (stage / file).write_bytes(source.read_bytes())
-        (stage / PLANS_FILE).write_text(json.dumps(plans, indent=1))
-        # nnU-Net numbers its classes in the order of this file's labels: keep it
-        (stage / DATASET_FILE).write_text(json.dumps(dataset, indent=1))
-        folds = tuple(
-            FoldDescription(fold=fold, mirroring_axes=c.mirroring_axes, checkpoint_sha256=c.sha256)
-            for fold, c in checkpoints.items()
-        )
-        for description in folds:
-            tensors, aliases = without_aliases(checkpoints[description.fold].weights)
-            metadata = {ALIASES_KEY: json.dumps(aliases, sort_keys=True)}
-            save_file(tensors, stage / description.weights_file, metadata=metadata)
-        bundle = BundleDescription(
-            schema_version=SCHEMA_VERSION,
-            name=name,
-            version=request.version,
+        member = MemberDescription(
+            name=first.configuration,
             dataset=str(plans["dataset_name"]),
             trainer=first.trainer,
             plans=str(plans["plans_name"]),
             configuration=first.configuration,
             network_builder=builder,
-            folds=folds,
-            requires=REQUIRES,
-            built_with=_installed_versions(),
+            folds=tuple(
+                FoldDescription(fold=fold, mirroring_axes=c.mirroring_axes, checkpoint_sha256=c.sha256)
+                for fold, c in checkpoints.items()
+            ),
             source={"folder": "/".join(request.model_folder.resolve().parts[-2:]), "checkpoint": request.checkpoint},
-            files={},
             input_orientation=request.input_orientation,
             network_class=network_class,
             network_trainer=network_trainer,
         )
-        _add_golden_patch(stage, bundle, request.serving.handler)
+        _write_member(stage / member.folder, member, plans, dataset, checkpoints)
+        bundle = BundleDescription(
+            schema_version=SCHEMA_VERSION,
+            name=name,
+            version=request.version,
+            members=(member,),
+            recipe=Single(member=member.name),
+            requires=REQUIRES,
+            built_with=_installed_versions(),
+            files={},
+        )
+        _add_golden_patches(stage, bundle, request.serving.handler)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(manifest(name, request.version, Path(nnunet_handler.__file__).name))
@@ -222,7 +220,24 @@ def serving_core_files() -> dict[str, Path]:
     return files
 
 
-def _add_golden_patch(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
+def _write_member(
+    folder: Path,
+    description: MemberDescription,
+    plans: dict[str, Any],
+    dataset: dict[str, Any],
+    checkpoints: Mapping[FoldName, Checkpoint],
+) -> None:
+    folder.mkdir(parents=True)
+    (folder / PLANS_FILE).write_text(json.dumps(plans, indent=1))
+    # nnU-Net numbers its classes in the order of this file's labels: keep it
+    (folder / DATASET_FILE).write_text(json.dumps(dataset, indent=1))
+    for fold in description.folds:
+        tensors, aliases = without_aliases(checkpoints[fold.fold].weights)
+        metadata = {ALIASES_KEY: json.dumps(aliases, sort_keys=True)}
+        save_file(tensors, folder / fold.weights_file, metadata=metadata)
+
+
+def _add_golden_patches(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
     Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
@@ -232,12 +247,12 @@ def _add_golden_patch(stage: Path, description: BundleDescription, settings: Han
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        bundle = ModelBundle(stage)
-        networks = FoldNetworks(bundle, _CPU)
-        save_file(golden_tensors(networks, bundle.folds), stage / GOLDEN_FILE)
+        for member in ModelBundle(stage).members.values():
+            networks = FoldNetworks(member, _CPU)
+            save_file(golden_tensors(networks, member.folds), member.folder / GOLDEN_FILE)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
-        limits = Limits.from_settings(settings.limits, {}).for_model(complete.channels)
+        limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
         batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
         engine = LocalEngine(complete, _CPU, batch, settings.policy, limits)
         if (warning := Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()) is not None:

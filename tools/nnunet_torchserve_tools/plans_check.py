@@ -20,8 +20,8 @@ import torch
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_torchserve.bundle import NetworkBuilder
 from nnunet_torchserve.intensities import normalization_class
+from nnunet_torchserve.member import NetworkBuilder
 
 from .errors import ToolError
 

@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..cases import Settings
 from ..errors import ServingError
+from ..member import MemberName
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
-PROTOCOL = 5
+PROTOCOL = 6
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
@@ -170,6 +171,7 @@ class Submit(_Message):
 
     kind: Literal["submit"] = "submit"
     shape: _Shape
+    member: MemberName
     folds: tuple[FoldName, ...]
     mirroring_axes: tuple[int, ...]
     tile_step_size: Annotated[float, Field(ge=MIN_TILE_STEP_SIZE, le=1)]
@@ -192,7 +194,13 @@ class Submit(_Message):
     def settings(self) -> Settings:
         """How the case is predicted."""
         return Settings(
-            self.folds, self.mirroring_axes, self.tile_step_size, self.use_gaussian, self.accumulate, self.priority
+            self.member,
+            self.folds,
+            self.mirroring_axes,
+            self.tile_step_size,
+            self.use_gaussian,
+            self.accumulate,
+            self.priority,
         )
 
 

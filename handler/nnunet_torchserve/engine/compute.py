@@ -25,8 +25,8 @@ from typing import Protocol
 
 import torch
 
-from ..bundle import OpenWeights
 from ..errors import BundleError, Busy, OutOfMemory, ServingError
+from ..member import OpenWeights
 from ..options import FoldName
 from . import channel
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
@@ -254,9 +254,9 @@ class Compute:
         if networks.loaded or weights is None:
             return True
 
-        def read(fold: FoldName) -> Mapping[str, torch.Tensor]:
+        def read(member: str, fold: FoldName) -> Mapping[str, torch.Tensor]:
             self._get_on()  # each may be as slow as the disk is
-            return weights.read(fold)
+            return weights.read(member, fold)
 
         self._memory.hold_networks(self._device_bytes)  # first: what others place meanwhile must leave this room
         try:
@@ -311,8 +311,12 @@ class Compute:
             self._fail(command.case_id, as_serving_error(error))
 
     def _case(self, command: Admit) -> CaseInFlight:
-        networks, message, settings = self._core.networks, command.message, command.message.settings()
+        message, settings = command.message, command.message.settings()
         data = channel.attach(command.descriptor, message.shape, torch.float32)
+        if settings.member not in self._core.networks.members:
+            msg = f"not this model's: {settings}"
+            raise channel.ChannelError(msg)
+        networks = self._core.networks.of(settings.member)
         known = set(settings.folds) <= set(networks.folds) and settings.folds
         axes = set(range(len(networks.patch_size)))
         if data.shape[0] != networks.input_channels or not known or not set(settings.mirroring_axes) <= axes:
@@ -332,6 +336,7 @@ class Compute:
         accumulator = self._memory.place(command.case_id, size, layout, accumulate)
         return CaseInFlight(
             command.case_id,
+            settings.member,
             accumulator,
             command.arrived,
             message.deadline,

@@ -24,7 +24,7 @@ from ..errors import CaseFailed, Deadline, OutOfMemory, ServingError
 from ..options import Priority
 from .accumulator import CaseAccumulator, Unit
 from .faults import Faults
-from .network import FoldNetworks
+from .network import Networks
 from .scheduler import Policy, Share, Waiting, next_batch
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class CaseInFlight:
 
     Attributes:
         case_id: the engine's number for it.
+        member: whose networks it needs.
         accumulator: its passes and sums.
         arrived: monotonic seconds at admission.
         deadline: monotonic seconds after which it is given up, or ``None``.
@@ -49,6 +50,7 @@ class CaseInFlight:
     """
 
     case_id: int
+    member: str
     accumulator: CaseAccumulator
     arrived: float
     deadline: float | None = None
@@ -63,8 +65,8 @@ class CaseInFlight:
             case_id=self.case_id,
             arrived=self.arrived,
             remaining=len(accumulator) - accumulator.added,
-            fold=accumulator.unit(accumulator.added).fold,
-            fold_remaining=accumulator.same_fold,
+            network=(self.member, accumulator.unit(accumulator.added).fold),
+            network_remaining=accumulator.same_fold,
             suspect=self.suspect,
             priority=self.priority,
         )
@@ -104,7 +106,7 @@ class EngineCore:
 
     def __init__(
         self,
-        networks: FoldNetworks,
+        networks: Networks,
         batch: int = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
         before_pass: Callable[[Sequence[int]], None] = lambda _cases: None,
@@ -113,7 +115,7 @@ class EngineCore:
         """Start empty.
 
         Args:
-            networks: the fold networks.
+            networks: of all members.
             batch: passes in a batch, always exactly as many: a batch that is not full is padded, so that an answer
                 does not depend on who else is served.
             policy: how cases are ordered.
@@ -269,7 +271,8 @@ class EngineCore:
         patches = [self._on_device(each.case.accumulator.patch(each.unit)) for each in passes]
         patches += [patches[-1]] * (self.batch - len(patches))
         with self.networks.autocast():
-            logits = self.networks.forward(passes[0].unit.fold, torch.stack(patches))
+            network = self.networks.of(passes[0].case.member)
+            logits = network.forward(passes[0].unit.fold, torch.stack(patches))
         for shape, patch_logits in zip(shapes, logits, strict=False):
             self._faults.after_pass(shape, patch_logits)
         self._faults.spoil(shapes, self.networks.modules)

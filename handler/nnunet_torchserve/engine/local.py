@@ -19,7 +19,7 @@ from ..options import Priority
 from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
-from .network import load_networks
+from .golden import load_networks
 from .prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
 from .scheduler import Policy
 
@@ -108,7 +108,8 @@ class LocalEngine:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()
         accumulator = self._accumulator(data, settings)
-        case = CaseInFlight(next(self._numbers), accumulator, arrived, deadline, priority=settings.priority)
+        number = next(self._numbers)
+        case = CaseInFlight(number, settings.member, accumulator, arrived, deadline, priority=settings.priority)
         with self._lock:
             self._core.admit(case)
         try:
@@ -122,7 +123,7 @@ class LocalEngine:
         return Prediction(case.accumulator.result().cpu()[case.accumulator.unpad], queue_s, network_s)
 
     def _accumulator(self, data: torch.Tensor, settings: Settings) -> CaseAccumulator:
-        networks = self._core.networks
+        networks = self._core.networks.of(settings.member)
         layout = Layout(networks.classes, networks.patch_size, networks.device, self._core.batch)
         with torch.inference_mode():
             try:

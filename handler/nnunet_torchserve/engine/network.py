@@ -1,4 +1,4 @@
-"""The fold networks of one model on one device.
+"""The networks of one model on one device: one for each member and fold.
 
 Each fold has a module of its own. nnU-Net keeps one module and loads each fold's weights into it for every case,
 which costs time and makes concurrent requests impossible.
@@ -9,60 +9,49 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-from ..bundle import GOLDEN_FILE, ModelBundle, NetworkBuilder, read_tensors
+from ..bundle import ModelBundle
 from ..errors import BundleError
-from ..machine import torch_threads
+from ..member import Member, NetworkBuilder
 from ..options import FoldName
-from ..tiling import STOCK_THREADS
-
-GOLDEN_SCALE = 1 / 32
-"""The golden patch is stored as int8; the network sees it multiplied by this."""
-
-GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
-"""Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
-processors in the last bits; CUDA runs under float16 autocast, as stock does."""
 
 _BATCHES = (1, 2, 4, 8, 16)
 _BATCH_MEMORY_SHARE = 0.5
 _NEARLY = 0.97
 _PROBE_WARMUPS, _PROBE_RUNS = 3, 5
 
-_GOLDEN_SEED = 20261122
-_GOLDEN_SAMPLES = 4096
-
 
 class FoldNetworks:
-    """Every fold's network, in evaluation mode on one device. Not thread-safe: one thread runs it.
+    """The network of every fold of a member, in evaluation mode on one device. Not thread-safe: one thread runs it.
 
     Its weights can be given up and loaded again. What the archive does not hold (the modules themselves, and buffers
     that no state dict has) stays, so that nothing but the archive's weights is needed.
     """
 
-    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+    def __init__(self, member: Member, device: torch.device) -> None:
         """Build and load all folds.
 
         Raises:
             BundleError: the weights do not fit the network that the plans describe.
         """
         self.device = device if device.type != "cpu" else torch.device("cpu")  # there is one, whatever its number
-        self.patch_size = bundle.patch_size
-        self.classes = bundle.classes
-        self.input_channels = int(determine_num_input_channels(bundle.plans, bundle.configuration, bundle.dataset))
+        self.patch_size = member.patch_size
+        self.classes = member.classes
+        self.input_channels = int(determine_num_input_channels(member.plans, member.configuration, member.dataset))
         self._networks: dict[FoldName, torch.nn.Module] = {}
-        for fold in bundle.folds:
-            network = build_network(bundle, self.input_channels, self.classes)
+        for fold in member.folds:
+            network = build_network(member, self.input_channels, self.classes)
             try:
-                network.load_state_dict(bundle.weights(fold))
+                network.load_state_dict(member.weights(fold))
             except RuntimeError as error:
-                msg = f"the weights of fold {fold} do not fit the network that plans.json describes"
+                msg = f"the weights of {member.name}, fold {fold}, do not fit the network that plans.json describes"
                 raise BundleError(msg) from error
             self._networks[fold] = network.to(device).eval().requires_grad_(False)
         self._given_up: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -131,23 +120,71 @@ class FoldNetworks:
         return logits
 
 
-def load_networks(bundle: ModelBundle, device: torch.device) -> FoldNetworks:
-    """The networks of a bundle on a device, checked against the golden patch.
+class Networks:
+    """Those of all members. Not thread-safe: one thread runs them.
 
-    Raises:
-        BundleError: the weights do not fit, or the golden patch gives other logits.
+    Attributes:
+        device: where they are.
+        members: name -> networks.
     """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    torch.set_num_threads(min(STOCK_THREADS, torch_threads()))
-    networks = FoldNetworks(bundle, device)
-    check_golden(networks, read_golden(bundle))
-    return networks
+
+    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+        """Build and load them.
+
+        Raises:
+            BundleError: weights do not fit the network that the plans describe.
+        """
+        self.members = {name: FoldNetworks(member, device) for name, member in bundle.members.items()}
+        [self.device] = {networks.device for networks in self.members.values()}
+
+    def of(self, member: str) -> FoldNetworks:
+        """Those of one member."""
+        return self.members[member]
+
+    @property
+    def loaded(self) -> bool:
+        """Whether they have their weights; without them no pass may be made."""
+        return all(networks.loaded for networks in self.members.values())
+
+    def unload(self) -> None:
+        """Give the weights' memory up."""
+        for networks in self.members.values():
+            networks.unload()
+
+    def load(self, weights: Callable[[str, FoldName], Mapping[str, torch.Tensor]]) -> None:
+        """Load the weights again; if that fails, none is loaded.
+
+        Args:
+            weights: the state dict of a member's fold, as the networks had it.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError says so.
+        """
+        try:
+            for name, networks in self.members.items():
+                networks.load(partial(weights, name))
+        except BaseException:
+            self.unload()
+            raise
+
+    @property
+    def modules(self) -> Collection[torch.nn.Module]:
+        """Every network."""
+        return [module for networks in self.members.values() for module in networks.modules]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """See :meth:`FoldNetworks.autocast`."""
+        return next(iter(self.members.values())).autocast()
+
+
+def probe_batch(networks: Networks) -> int:
+    """How many patches a forward pass should take: what is best for the member that bears the least."""
+    return min(_best_batch(each) for each in networks.members.values())
 
 
 @torch.inference_mode()
-def probe_batch(networks: FoldNetworks) -> int:
-    """How many patches a forward pass should take: 1 on a CPU, where that is bit-equal to stock.
+def _best_batch(networks: FoldNetworks) -> int:
+    """How many patches a forward pass of a member should take: 1 on a CPU, where that is bit-equal to stock.
 
     On CUDA the smallest batch that is nearly as fast a patch as the fastest, among those whose memory leaves room
     for the cases.
@@ -173,8 +210,8 @@ def probe_batch(networks: FoldNetworks) -> int:
 
 
 @torch.inference_mode()
-def peak_bytes(networks: FoldNetworks, batch: int) -> int:
-    """Bytes of a GPU that the networks and one forward pass of a batch take; 0 on a CPU.
+def peak_bytes(networks: Networks, batch: int) -> int:
+    """Bytes of a GPU that all networks and one forward pass of a batch take; 0 on a CPU.
 
     Raises:
         torch.OutOfMemoryError: the batch does not fit the device.
@@ -183,9 +220,10 @@ def peak_bytes(networks: FoldNetworks, batch: int) -> int:
         return 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(networks.device)
-    patches = torch.zeros((batch, networks.input_channels, *networks.patch_size), device=networks.device)
-    with networks.autocast():
-        networks.forward(networks.folds[0], patches)
+    for each in networks.members.values():
+        patches = torch.zeros((batch, each.input_channels, *each.patch_size), device=networks.device)
+        with networks.autocast():
+            each.forward(each.folds[0], patches)
     torch.cuda.synchronize(networks.device)
     return int(torch.cuda.max_memory_reserved(networks.device))
 
@@ -212,81 +250,22 @@ def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
     return float(began.elapsed_time(ended)) / 1000 / _PROBE_RUNS
 
 
-def build_network(bundle: ModelBundle, input_channels: int, classes: int) -> torch.nn.Module:
+def build_network(member: Member, input_channels: int, classes: int) -> torch.nn.Module:
     """The untrained network that the model's trainer makes of plans.json, without deep supervision."""
-    configuration = bundle.configuration
+    configuration = member.configuration
     from_plans = (
-        bundle.description.network_class or configuration.network_arch_class_name,  # it may have moved since
+        member.description.network_class or configuration.network_arch_class_name,  # it may have moved since
         configuration.network_arch_init_kwargs,
         configuration.network_arch_init_kwargs_req_import,
     )
-    if bundle.description.network_builder is NetworkBuilder.TRAINER:
-        trainer = recursive_find_trainer_class_by_name(bundle.description.network_trainer)
+    if member.description.network_builder is NetworkBuilder.TRAINER:
+        trainer = recursive_find_trainer_class_by_name(member.description.network_trainer)
         build = trainer.build_network_architecture
         # nnU-Net before 2.6 had the plans' parts as arguments; trainers written for it are still called so
         takes_plans = "plans_manager" in inspect.signature(build).parameters
-        arguments = (bundle.plans, configuration) if takes_plans else from_plans
+        arguments = (member.plans, configuration) if takes_plans else from_plans
         network = build(*arguments, input_channels, classes, enable_deep_supervision=False)
     else:
         network = get_network_from_plans(*from_plans, input_channels, classes, allow_init=False, deep_supervision=False)
     module: torch.nn.Module = network
     return module
-
-
-def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[str, torch.Tensor]:
-    """A patch and the logits that the weights give for it, to be stored with them.
-
-    It is noise of the size of normalised images, whatever the model's own images are like: what a network makes of it
-    stays in the range of float16, which a GPU computes in.
-
-    Returns:
-        ``patch`` int8 (C, *patch), and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
-
-    Raises:
-        BundleError: a fold has no finite logit for it: it would prove nothing.
-    """
-    shape = (networks.input_channels, *networks.patch_size)
-    noise = np.random.default_rng(_GOLDEN_SEED).integers(-96, 97, shape, dtype=np.int8)
-    patch = torch.from_numpy(noise)
-    golden = {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
-    for fold in folds:
-        if not golden[f"fold_{fold}"].isfinite().any():
-            msg = f"golden patch: the weights of fold {fold} give no finite logit"
-            raise BundleError(msg)
-    return golden
-
-
-def read_golden(bundle: ModelBundle) -> dict[str, torch.Tensor]:
-    """What :func:`golden_tensors` stored in the archive."""
-    return read_tensors(bundle.folder / GOLDEN_FILE)
-
-
-def check_golden(networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> None:
-    """Compare the networks' logits with those stored in the archive.
-
-    Args:
-        networks: all of the archive's folds.
-        golden: of :func:`read_golden`.
-
-    Raises:
-        BundleError: they differ by more than the device's tolerance: this machine would give wrong segmentations.
-    """
-    tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
-    for fold in networks.folds:
-        finite = golden[f"fold_{fold}"].isfinite()
-        expected = golden[f"fold_{fold}"][finite]
-        difference = (_golden_logits(networks, fold, golden["patch"])[finite] - expected).abs().max().item()
-        if not difference <= tolerance * expected.abs().max().item():
-            msg = (
-                f"golden patch: the logits of fold {fold} differ by {difference:.3g} from those stored with the "
-                f"weights; this machine or its libraries would give wrong segmentations"
-            )
-            raise BundleError(msg)
-
-
-@torch.inference_mode()
-def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
-    with networks.autocast():
-        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
-    flat = logits[0].float().cpu().flatten(1)
-    return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()

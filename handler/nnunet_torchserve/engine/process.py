@@ -78,14 +78,16 @@ def _load(
 ) -> Switchboard:
     import torch
 
-    from ..bundle import ModelBundle, OpenWeights
+    from ..bundle import ModelBundle
     from ..environment import refuse_faults_outside_tests
+    from ..member import OpenWeights
     from . import channel
     from .compute import Compute
     from .core import EngineCore
     from .faults import Faults
+    from .golden import check_golden, load_networks, read_golden
     from .ledger import Ledger
-    from .network import check_golden, device_name, load_networks, peak_bytes, probe_batch, read_golden
+    from .network import device_name, peak_bytes, probe_batch
     from .scheduler import Policy
     from .switchboard import Switchboard, busy_limit_s
     from .tally import Tally, Total
@@ -103,7 +105,9 @@ def _load(
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
     logger.info("ready: %s on %s, batches of %d, %s; %s", model, settings.device, batch, policy, settings_text)
     golden = read_golden(bundle)  # now: unregistering the model deletes the file, and those of the weights
-    weights = OpenWeights(bundle) if settings.unload_after_s is not None else None
+    weights = None
+    if settings.unload_after_s is not None:
+        weights = OpenWeights(bundle.members.values(), bundle.description.files)
     tally = Tally()
     tally.total(Total.RESTARTS, restarts)
     compute = Compute(

@@ -310,6 +310,7 @@ class RemoteEngine:
             frozen = note is not None and channel.freeze(descriptor)
             submit = channel.Submit(
                 shape=shape,  # type: ignore[arg-type]
+                member=settings.member,
                 folds=settings.folds,
                 mirroring_axes=settings.mirroring_axes,
                 tile_step_size=settings.tile_step_size,

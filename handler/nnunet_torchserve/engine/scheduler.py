@@ -14,6 +14,9 @@ from enum import StrEnum
 
 from ..options import FoldName, Priority
 
+NetworkKey = tuple[str, FoldName]
+"""A member's name, and a fold of it."""
+
 OLDEST_EVERY = 8
 """Every how many batches the oldest case goes first. It gets at least an eighth of the device, so that every case ends;
 a small case loses at most an eighth. Ageing by time would let a case that has run for long hold up every newcomer
@@ -35,8 +38,8 @@ class Waiting:
         case_id: the engine's number for it.
         arrived: monotonic seconds.
         remaining: forward passes still to be made.
-        fold: whose network the next pass needs.
-        fold_remaining: passes left before another fold's network is needed.
+        network: what the next pass needs: a member and a fold.
+        network_remaining: passes left before another network is needed.
         suspect: it was in a batch that killed an engine, and runs alone.
         priority: whether somebody waits for it.
     """
@@ -44,8 +47,8 @@ class Waiting:
     case_id: int
     arrived: float
     remaining: int
-    fold: FoldName
-    fold_remaining: int
+    network: NetworkKey
+    network_remaining: int
     suspect: bool = False
     priority: Priority = Priority.INTERACTIVE
 
@@ -78,8 +81,8 @@ def in_order(waiting: Iterable[Waiting], policy: Policy, turn: int) -> list[Wait
 def next_batch(waiting: Sequence[Waiting], policy: Policy, turn: int, size: int) -> list[Share]:
     """Fill one batch.
 
-    The most urgent case takes what it can; what is left goes to the next ones that need the same fold's network. A
-    suspect shares its batch with nobody.
+    The most urgent case takes what it can; what is left goes to the next ones that need the same network. A suspect
+    shares its batch with nobody.
 
     Args:
         waiting: every case that has a pass to make.
@@ -88,7 +91,7 @@ def next_batch(waiting: Sequence[Waiting], policy: Policy, turn: int, size: int)
         size: passes in a batch.
 
     Returns:
-        The shares, all of one fold, ``size`` passes at most in all; empty only if nothing waits.
+        The shares, all of one network, ``size`` passes at most in all; empty only if nothing waits.
     """
     ordered = in_order(waiting, policy, turn)
     if not ordered:
@@ -97,9 +100,9 @@ def next_batch(waiting: Sequence[Waiting], policy: Policy, turn: int, size: int)
     shares: list[Share] = []
     left = size
     for case in ordered:
-        if case is not first and (case.fold != first.fold or case.suspect or first.suspect):
+        if case is not first and (case.network != first.network or case.suspect or first.suspect):
             continue
-        passes = min(left, case.fold_remaining)
+        passes = min(left, case.network_remaining)
         shares.append(Share(case.case_id, passes))
         left -= passes
         if left == 0:

@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..bundle import decides_as_default
 from ..errors import BadOption
+from ..member import decides_as_default
 from ..options import ExportMethod, Options, ProbabilityType
 from ..volume import Geometry, LabelArray, LabelMap
 from . import dense, nearest, probabilities, sparse, stock, streamed

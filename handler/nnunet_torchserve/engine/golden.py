@@ -1,0 +1,104 @@
+"""A patch whose logits an archive stores: what the same weights must give on every machine that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..bundle import ModelBundle
+from ..errors import BundleError
+from ..machine import torch_threads
+from ..member import GOLDEN_FILE, read_tensors
+from ..options import FoldName
+from ..tiling import STOCK_THREADS
+from .network import FoldNetworks, Networks
+
+GOLDEN_SCALE = 1 / 32
+"""The golden patch is stored as int8; the network sees it multiplied by this."""
+
+GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
+"""Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
+processors in the last bits; CUDA runs under float16 autocast, as stock does."""
+
+_GOLDEN_SEED = 20261122
+_GOLDEN_SAMPLES = 4096
+
+
+def golden_tensors(networks: FoldNetworks, folds: tuple[FoldName, ...]) -> dict[str, torch.Tensor]:
+    """A patch and the logits that the weights give for it, to be stored with them.
+
+    It is noise of the size of normalised images, whatever the model's own images are like: what a network makes of it
+    stays in the range of float16, which a GPU computes in.
+
+    Returns:
+        ``patch`` int8 (C, *patch), and ``fold_<k>`` float32 (classes, samples): the logits at evenly spread voxels.
+
+    Raises:
+        BundleError: a fold has no finite logit for it: it would prove nothing.
+    """
+    shape = (networks.input_channels, *networks.patch_size)
+    noise = np.random.default_rng(_GOLDEN_SEED).integers(-96, 97, shape, dtype=np.int8)
+    patch = torch.from_numpy(noise)
+    golden = {"patch": patch} | {f"fold_{fold}": _golden_logits(networks, fold, patch) for fold in folds}
+    for fold in folds:
+        if not golden[f"fold_{fold}"].isfinite().any():
+            msg = f"golden patch: the weights of fold {fold} give no finite logit"
+            raise BundleError(msg)
+    return golden
+
+
+def read_golden(bundle: ModelBundle) -> dict[str, dict[str, torch.Tensor]]:
+    """Member -> what :func:`golden_tensors` stored of it in the archive."""
+    return {name: read_tensors(member.folder / GOLDEN_FILE) for name, member in bundle.members.items()}
+
+
+def check_golden(networks: Networks, golden: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Compare the networks' logits with those stored in the archive.
+
+    Args:
+        networks: all of the archive's.
+        golden: of :func:`read_golden`.
+
+    Raises:
+        BundleError: they differ by more than the device's tolerance: this machine would give wrong segmentations.
+    """
+    for member, patch in golden.items():
+        _check_member(member, networks.of(member), patch)
+
+
+def _check_member(member: str, networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> None:
+    tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
+    for fold in networks.folds:
+        finite = golden[f"fold_{fold}"].isfinite()
+        expected = golden[f"fold_{fold}"][finite]
+        difference = (_golden_logits(networks, fold, golden["patch"])[finite] - expected).abs().max().item()
+        if not difference <= tolerance * expected.abs().max().item():
+            msg = (
+                f"golden patch: the logits of {member}, fold {fold}, differ by {difference:.3g} from those stored with "
+                f"the weights; this machine or its libraries would give wrong segmentations"
+            )
+            raise BundleError(msg)
+
+
+@torch.inference_mode()
+def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
+    with networks.autocast():
+        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+    flat = logits[0].float().cpu().flatten(1)
+    return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
+
+
+def load_networks(bundle: ModelBundle, device: torch.device) -> Networks:
+    """The networks of an archive on a device, checked against the golden patches.
+
+    Raises:
+        BundleError: the weights do not fit, or a golden patch gives other logits.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(min(STOCK_THREADS, torch_threads()))
+    networks = Networks(bundle, device)
+    check_golden(networks, read_golden(bundle))
+    return networks

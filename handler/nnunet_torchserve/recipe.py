@@ -1,0 +1,70 @@
+"""How one answer is made of an archive's members.
+
+A recipe is a value that ``bundle.json`` holds. What is done is told by :mod:`.cooking`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .member import MemberName
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Single(_Value):
+    """One member's answer."""
+
+    kind: Literal["single"] = "single"
+    member: MemberName
+
+
+class Cascade(_Value):
+    """One stage's labels are another input of the next.
+
+    Attributes:
+        first: what makes those labels.
+        member: the last stage.
+    """
+
+    kind: Literal["cascade"] = "cascade"
+    first: Single
+    member: MemberName
+
+
+Stage = Annotated[Single | Cascade, Field(discriminator="kind")]
+
+
+class Ensemble(_Value):
+    """The mean of the probabilities of several models.
+
+    Attributes:
+        of: in nnU-Net's order, which decides the last bit of a mean.
+    """
+
+    kind: Literal["ensemble"] = "ensemble"
+    of: Annotated[tuple[Stage, ...], Field(min_length=2)]
+
+
+Recipe = Annotated[Single | Cascade | Ensemble, Field(discriminator="kind")]
+
+
+def members_of(recipe: Single | Cascade | Ensemble) -> Iterator[str]:
+    """The members that a recipe names, in the order in which they are needed; one may be named twice."""
+    if isinstance(recipe, Ensemble):
+        for each in recipe.of:
+            yield from members_of(each)
+        return
+    if isinstance(recipe, Cascade):
+        yield from members_of(recipe.first)
+    yield recipe.member
+
+
+def last_stage(recipe: Single | Cascade | Ensemble) -> str:
+    """The member that the whole model looks like: the last stage of the first of an ensemble."""
+    return last_stage(recipe.of[0]) if isinstance(recipe, Ensemble) else recipe.member
