@@ -138,7 +138,7 @@ def measure_respawn(model_dir: Path, runtime: Path, repetitions: int, *, quick: 
         wait_for(lambda: not family(runtime))
     names = [step["step"] for step in parts[0]]
     return {
-        "folds": bundle.folds,
+        "folds": bundle.lead.folds,
         "seconds": respawn_s,
         "spread_seconds": spread(respawn_s),
         "steps_seconds": {
@@ -162,7 +162,7 @@ def measure_model(
         [description] = Path(client.live.server.temp_dir).glob(f"models/*/{BUNDLE_FILE}")
         made_of = steps("worker", description.parent, client.workers()[0].environ())
         model_dir = Path(shutil.copytree(description.parent, scratch / "model"))
-    weights = sum(file.stat().st_size for file in model_dir.glob("fold_*.safetensors"))
+    weights = sum(file.stat().st_size for file in model_dir.glob("members/*/fold_*.safetensors"))
     totals = [each["loaded"]["engine_uss_mib"] + sum(each["loaded"]["workers_uss_mib"]) for each in (few, many)]
     further = (totals[1] - totals[0]) / (many["workers"] - few["workers"])
     found = {

@@ -76,11 +76,12 @@ def engine(model_dir: Path, started: float) -> list[dict[str, object]]:
     _import("nnunet_torchserve.engine.process", "nnunet_torchserve.engine.core", "nnunet_torchserve.engine.channel")
     steps.note("the engine's other modules")
     from nnunet_torchserve.bundle import ModelBundle
-    from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
+    from nnunet_torchserve.engine.golden import check_golden, read_golden
+    from nnunet_torchserve.engine.network import Networks
 
     bundle = ModelBundle(model_dir)
     steps.note("checksums")
-    networks = FoldNetworks(bundle, torch.device("cpu"))
+    networks = Networks(bundle, torch.device("cpu"))
     steps.note("building the networks and loading their weights")
     check_golden(networks, read_golden(bundle))
     steps.note("golden patch")

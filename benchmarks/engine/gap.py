@@ -209,8 +209,8 @@ def measure(model_folder: Path, cases: int, scratch: Path) -> dict[str, Any]:
     [archive] = make_archives(ArchiveRequest(model_folder, scratch, folds=(FOLD,)))
     zipfile.ZipFile(archive).extractall(scratch / "model")
     bundle = ModelBundle(scratch / "model")
-    settings = Settings(folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
-    patches = count_windows(GRID, bundle.patch_size, settings.tile_step_size)
+    settings = Settings(bundle.lead.name, folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+    patches = count_windows(GRID, bundle.lead.patch_size, settings.tile_step_size)
     price = Price(GRID, patches, patches, bytes=1, preprocess_s=0, export_s=0)
     left = iter(range(cases))
     lock = threading.Lock()
@@ -236,8 +236,8 @@ def measure(model_folder: Path, cases: int, scratch: Path) -> dict[str, Any]:
     shares = [each.gap / forward for each in passes]
     without = [each.gap_without_lay_out / forward for each in passes]
     return {
-        "patch_size": bundle.patch_size,
-        "classes": bundle.classes,
+        "patch_size": bundle.lead.patch_size,
+        "classes": bundle.lead.classes,
         "grid": GRID,
         "cases": cases,
         "patches_of_a_case": patches,

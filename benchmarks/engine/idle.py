@@ -28,12 +28,13 @@ from benchmarks.harness.material import Material
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.spread import spread, two_or_more
-from nnunet_torchserve.bundle import ModelBundle, OpenWeights
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine.network import check_golden, load_networks, read_golden
+from nnunet_torchserve.engine.golden import check_golden, load_networks, read_golden
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, TallyReader
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.member import OpenWeights
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support.chaos import engine_processes, family, wait_for
 from support.untrained import standard_unet
@@ -97,8 +98,8 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def measure_requests(bundle: ModelBundle, runtime: Path, repetitions: int, quiet: Callable[[], None]) -> dict[str, Any]:
     """The same case on both engines in turns: seconds, the memory of both while idle, and whether answers differ."""
-    settings = Settings(bundle.folds, (), 0.5, use_gaussian=True)
-    case = torch.randn((1, *bundle.patch_size), generator=torch.Generator().manual_seed(0))
+    settings = Settings(bundle.lead.name, bundle.lead.folds, (), 0.5, use_gaussian=True)
+    case = torch.randn((1, *bundle.lead.patch_size), generator=torch.Generator().manual_seed(0))
     quiet()
     kept = Engine(bundle, runtime, None)
     quiet()
@@ -138,12 +139,14 @@ def measure_requests(bundle: ModelBundle, runtime: Path, repetitions: int, quiet
 
 def measure_parts(bundle: ModelBundle, repetitions: int, quiet: Callable[[], None]) -> dict[str, Any]:
     """Seconds of the parts of a load, in this process."""
-    networks, weights, golden = load_networks(bundle, CPU), OpenWeights(bundle), read_golden(bundle)
+    networks, golden = load_networks(bundle, CPU), read_golden(bundle)
+    weights = OpenWeights(bundle.members.values(), bundle.description.files)
+    folds = [(name, fold) for name, member in bundle.members.items() for fold in member.folds]
     parts: dict[str, list[float]] = {"read and checksum": [], "load, reading included": [], "golden patch": []}
     for _ in range(repetitions):
         quiet()
         networks.unload()
-        parts["read and checksum"].append(seconds_of(lambda: [weights.read(fold) for fold in bundle.folds]))
+        parts["read and checksum"].append(seconds_of(lambda: [weights.read(*fold) for fold in folds]))
         parts["load, reading included"].append(seconds_of(lambda: networks.load(weights.read)))
         parts["golden patch"].append(seconds_of(lambda: check_golden(networks, golden)))
     return {name: spread(values) for name, values in parts.items()}
@@ -164,7 +167,7 @@ def main() -> int:
         [archive] = make_archives(ArchiveRequest(model, scratch / "store"))
         zipfile.ZipFile(archive).extractall(scratch / "model")
         bundle = ModelBundle(scratch / "model")
-        weights_mib = sum(file.stat().st_size for file in bundle.folder.glob("fold_*.safetensors")) / _MIB
+        weights_mib = sum(file.stat().st_size for file in bundle.folder.glob("members/*/fold_*.safetensors")) / _MIB
         with mock.patch.dict(os.environ, {RUNTIME_DIR_VARIABLE: str(runtime)}):
             requests = measure_requests(bundle, runtime, arguments.repetitions, quiet)
         parts = measure_parts(bundle, arguments.repetitions, quiet)

@@ -129,9 +129,9 @@ def image_for(case: Case, material: Material) -> Array:
 
 def by(method: PreprocessMethod, case: Case, image: Array) -> tuple[PreprocessedCase, float]:
     """What one side makes of a copy of the image, and the seconds it takes."""
-    volume, bundle = volume_of(image.copy(), case.spacing), case.plan.bundle
+    volume, member = volume_of(image.copy(), case.spacing), case.plan.member
     began = time.perf_counter()
-    preprocessed = preprocess(bundle, volume, method)
+    preprocessed = preprocess(member, volume, method)
     return preprocessed, time.perf_counter() - began
 
 
@@ -195,8 +195,8 @@ def be_a_process(case: Case, method: PreprocessMethod, file: Path) -> int:
     """Preprocess a volume and print how many bytes that took beside the volume and the result."""
     small = np.random.default_rng(SEED).normal(size=(1, *_WARM_UP)).astype(np.float32)
     by(method, case, small)
-    volume, bundle = volume_of(np.load(file), case.spacing), case.plan.bundle
-    preprocessed, extra = with_extra_memory(partial(preprocess, bundle, volume, method))
+    volume, member = volume_of(np.load(file), case.spacing), case.plan.member
+    preprocessed, extra = with_extra_memory(partial(preprocess, member, volume, method))
     print(extra - preprocessed.data.nbytes)
     return 0
 
@@ -206,16 +206,17 @@ def labels_in_the_end(material: Material, scratch: Path) -> dict[str, Any]:
     [archive] = make_archives(ArchiveRequest(material.model_folder, scratch, folds=(FOLD,)))
     zipfile.ZipFile(archive).extractall(scratch / "model")
     bundle = ModelBundle(scratch / "model")
-    reader = bundle.plans.image_reader_writer_class()
+    member = bundle.lead
+    reader = member.plans.image_reader_writer_class()
     image, properties = reader.read_images([str(material.fine)])
-    settings = Settings(folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+    settings = Settings(member.name, folds=(FOLD,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
     engine = LocalEngine(bundle, torch.device("cpu"))
     cases, labels = {}, {}
     for method in PreprocessMethod:
-        case = preprocess(bundle, volume_of(image.copy(), tuple(properties["spacing"])), method)
+        case = preprocess(member, volume_of(image.copy(), tuple(properties["spacing"])), method)
         logits = engine.predict(case.data, settings).logits
         labels[method] = convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits, bundle.plans, bundle.configuration, bundle.labels, case.properties
+            logits, member.plans, member.configuration, member.labels, case.properties
         )
         cases[method] = case.data.numpy()
     exact, stock = PreprocessMethod.EXACT, PreprocessMethod.STOCK

@@ -33,6 +33,7 @@ from nnunet_torchserve.engine.faults import Fault, Kind
 from nnunet_torchserve.engine.folder import LOG, SOCKET
 from nnunet_torchserve.engine.switchboard import IDLE_S
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.serving_settings import ServingSettings
@@ -93,14 +94,14 @@ class Store:
 
     folder: Path
     faults: list[Fault]
-    bundle: ModelBundle
+    member: Member
 
 
 @pytest.fixture(scope="module")
 def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Store:
     """``blobs`` in two versions, ``other``, and ``tight``, whose memory is one case's."""
     folder = tmp_path_factory.mktemp("chaos_store")
-    bundle = ModelBundle(unpacked("five_folds"))
+    member = ModelBundle(unpacked("five_folds")).lead
 
     def archive(name: str, serving: ServingSettings, *, version: str = "1.0", fold: int = 0) -> None:
         made = tmp_path_factory.mktemp("made")
@@ -112,24 +113,24 @@ def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_fac
     archive("blobs", batches)
     archive("blobs", batches, version="2.0", fold=1)
     archive("other", ServingSettings(max_patch_batch=LARGER_BATCH), fold=2)
-    memory = int(1.5 * _bytes(bundle, CASES[0]))
+    memory = int(1.5 * _bytes(member, CASES[0]))
     archive("tight", ServingSettings(max_patch_batch=1, limits={"memory_bytes": memory, "waiting_cases": 1}), fold=3)
 
-    faults = [Fault(kind=kind, shape=case.grid(bundle)) for kind, case in POISON.items()]
-    faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(bundle), times=2))
-    return Store(folder, faults, bundle)
+    faults = [Fault(kind=kind, shape=case.grid(member)) for kind, case in POISON.items()]
+    faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(member), times=2))
+    return Store(folder, faults, member)
 
 
-def _bytes(bundle: ModelBundle, case: Case) -> int:
-    image = codecs.open_image(case.body, Limits(), bundle.plans.plans["image_reader_writer"])
-    settings = settings_for(bundle, parse_options(case.options.encode()))
-    return price(bundle, image.geometry, 1, settings, Options()).bytes
+def _bytes(member: Member, case: Case) -> int:
+    image = codecs.open_image(case.body, Limits(), member.plans.plans["image_reader_writer"])
+    settings = settings_for(member, parse_options(case.options.encode()))
+    return price(member, image.geometry, 1, settings, Options()).bytes
 
 
 @contextmanager
 def serving_blobs(store: Store, folder: Path) -> Iterator[ChaosServer]:
     """``blobs`` 1.0 with workers that start at once, and the faults in the engine's environment."""
-    hold = CASES[0].held(store.bundle, folder)
+    hold = CASES[0].held(store.member, folder)
     models = ["blobs-1.0.mar"]
     with serving(store.folder, folder, [*store.faults, hold], models=models, workers=WORKERS) as server:
         assert len(engines(server.runtime)) == 1

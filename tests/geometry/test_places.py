@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from nibabel.affines import apply_affine
 
 from nnunet_torchserve import codecs
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
 from nnunet_torchserve.limits import Limits
@@ -370,8 +371,8 @@ def finder(pipeline: Callable[[str], Pipeline]) -> Callable[..., bytes]:
 
 
 def replace_orientation(model: Pipeline, letters: str | None) -> Pipeline:
-    bundle = type(model.bundle)(model.bundle.folder)
-    bundle.description = bundle.description.model_copy(update={"input_orientation": letters})
+    bundle = ModelBundle(model.bundle.folder)
+    bundle.lead.description = bundle.lead.description.model_copy(update={"input_orientation": letters})
     return Pipeline(bundle, Threshold(), Limits(), 600.0)
 
 

@@ -22,6 +22,7 @@ from nnunet_torchserve.engine.accumulator import Layout, held_bytes, new_accumul
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
 from nnunet_torchserve.engine.faults import Fault, Faults, Kind
 from nnunet_torchserve.engine.folder import ALIVE, LOG
+from nnunet_torchserve.engine.golden import load_networks
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -37,8 +38,8 @@ from support.untrained import DEMO_MODEL, standard_unet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
-BOTH = Settings(folds=(0, 1), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+PLAIN = Settings(member="3d_fullres", folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+BOTH = Settings(member="3d_fullres", folds=(0, 1), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
 SHAPE = (1, 90, 100, 84)
 
 
@@ -59,8 +60,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
 
 
 @pytest.fixture(scope="module")
-def networks(bundle: ModelBundle, cuda: torch.device) -> network.FoldNetworks:
-    return network.load_networks(bundle, cuda)
+def networks(bundle: ModelBundle, cuda: torch.device) -> network.Networks:
+    return load_networks(bundle, cuda)
 
 
 @pytest.fixture
@@ -75,9 +76,10 @@ def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def case(networks: network.FoldNetworks, number: int, settings: Settings, batch: int, device: str) -> CaseInFlight:
-    layout = Layout(networks.classes, networks.patch_size, torch.device(device), batch)
-    return CaseInFlight(number, new_accumulator(volume(number), settings, layout), float(number))
+def case(networks: network.Networks, number: int, settings: Settings, batch: int, device: str) -> CaseInFlight:
+    of_member = networks.of(settings.member)
+    layout = Layout(of_member.classes, of_member.patch_size, torch.device(device), batch)
+    return CaseInFlight(number, settings.member, new_accumulator(volume(number), settings, layout), float(number))
 
 
 def run(core: EngineCore) -> dict[int, Exception | torch.Tensor]:
@@ -90,7 +92,7 @@ def run(core: EngineCore) -> dict[int, Exception | torch.Tensor]:
 
 @pytest.mark.parametrize("settings", [PLAIN, BOTH])
 def test_labels_differ_from_stock_no_more_than_stock_from_itself(
-    settings: Settings, bundle: ModelBundle, networks: network.FoldNetworks, cuda: torch.device
+    settings: Settings, bundle: ModelBundle, networks: network.Networks, cuda: torch.device
 ) -> None:
     predictor = stock.loaded(
         DEMO_MODEL, folds=[0, 1][: len(settings.folds)], use_mirroring=bool(settings.mirroring_axes), device=cuda
@@ -109,7 +111,7 @@ def _share(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("accumulate", list(Accumulate))
 def test_an_answer_does_not_depend_on_who_else_is_served(
-    batch: int, accumulate: Accumulate, networks: network.FoldNetworks
+    batch: int, accumulate: Accumulate, networks: network.Networks
 ) -> None:
     settings = replace(BOTH, accumulate=accumulate)
     alone: dict[int, Exception | torch.Tensor] = {}
@@ -124,7 +126,7 @@ def test_an_answer_does_not_depend_on_who_else_is_served(
     assert all(torch.equal(together[n], alone[n]) for n in range(3))  # type: ignore[arg-type]
 
 
-def test_sums_on_the_host_are_the_same(networks: network.FoldNetworks) -> None:
+def test_sums_on_the_host_are_the_same(networks: network.Networks) -> None:
     answers = []
     for device in ("cuda:0", "cpu"):
         core = EngineCore(networks)
@@ -133,7 +135,7 @@ def test_sums_on_the_host_are_the_same(networks: network.FoldNetworks) -> None:
     assert torch.equal(*answers)  # type: ignore[arg-type]
 
 
-def test_a_case_whose_memory_runs_out_goes_on_on_the_host(networks: network.FoldNetworks) -> None:
+def test_a_case_whose_memory_runs_out_goes_on_on_the_host(networks: network.Networks) -> None:
     expected = EngineCore(networks)
     expected.admit(case(networks, 0, BOTH, 1, "cuda:0"))
     fault = Fault(kind=Kind.OUT_OF_MEMORY, shape=SHAPE, times=2)
@@ -153,7 +155,7 @@ def hog(leave: int, cuda: torch.device) -> torch.Tensor:
     return torch.empty(torch.cuda.mem_get_info(cuda)[0] - leave, dtype=torch.uint8, device=cuda)
 
 
-def test_a_device_too_full_for_the_batch_halves_it(networks: network.FoldNetworks, cuda: torch.device) -> None:
+def test_a_device_too_full_for_the_batch_halves_it(networks: network.Networks, cuda: torch.device) -> None:
     few, many = (network.peak_bytes(networks, batch) for batch in (2, 16))
     core = EngineCore(networks, 16)
     core.admit(case(networks, 0, PLAIN, 16, "cuda:0"))
@@ -173,7 +175,8 @@ def test_a_device_too_full_for_the_sums_has_them_on_the_host(bundle: ModelBundle
     coarse = replace(BOTH, mirroring_axes=(), tile_step_size=1.0)
     expected = engine.predict(large, coarse).logits
     networks = engine._core.networks
-    needed = held_bytes(tuple(large.shape), coarse, Layout(networks.classes, networks.patch_size, cuda))
+    of_member = networks.of(coarse.member)
+    needed = held_bytes(tuple(large.shape), coarse, Layout(of_member.classes, of_member.patch_size, cuda))
     taken = hog(max(network.peak_bytes(networks, 1), needed // 2), cuda)
     assert torch.cuda.mem_get_info(cuda)[0] < needed
     answer = engine.predict(large, coarse).logits
@@ -181,7 +184,7 @@ def test_a_device_too_full_for_the_sums_has_them_on_the_host(bundle: ModelBundle
     assert torch.equal(answer, expected)
 
 
-def test_the_probed_batch_is_one_of_those_tried(networks: network.FoldNetworks) -> None:
+def test_the_probed_batch_is_one_of_those_tried(networks: network.Networks) -> None:
     assert network.probe_batch(networks) in (1, 2, 4, 8, 16)
 
 
@@ -195,7 +198,7 @@ def test_the_engine_process_holds_the_only_context_and_survives_its_death(
         "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
         "from nnunet_torchserve.cases import Settings; from nnunet_torchserve.engine.remote import RemoteEngine;"
         "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cuda:0'), 'auto');"
-        "engine.predict(torch.zeros((1, 60, 60, 60)), Settings((0,), (), 0.5, True));"
+        "engine.predict(torch.zeros((1, 60, 60, 60)), Settings('3d_fullres', (0,), (), 0.5, True));"
         "print(torch.cuda.is_initialized())"
     )
     idle = subprocess.run(

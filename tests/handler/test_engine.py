@@ -16,15 +16,16 @@ from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.accumulator import Layout, held_bytes, mirrorings, new_accumulator
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
 from nnunet_torchserve.engine.faults import Fault, Faults, Kind
+from nnunet_torchserve.engine.golden import load_networks
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks, load_networks
+from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.scheduler import Policy
 from nnunet_torchserve.errors import CaseFailed, Deadline, OutOfMemory
 from nnunet_torchserve.options import Accumulate
 
 CPU = torch.device("cpu")
-PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
-MIRRORED = Settings(folds=(0, 2), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+PLAIN = Settings(member="3d_fullres", folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+MIRRORED = Settings(member="3d_fullres", folds=(0, 2), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def bundle(unpacked: Callable[[str], Path]) -> ModelBundle:
 
 
 @pytest.fixture(scope="module")
-def networks(bundle: ModelBundle) -> FoldNetworks:
+def networks(bundle: ModelBundle) -> Networks:
     return load_networks(bundle, CPU)
 
 
@@ -41,16 +42,21 @@ def volume(size: int, seed: int) -> torch.Tensor:
     return torch.randn((1, size, size, size), generator=torch.Generator().manual_seed(seed))
 
 
+def layout_of(networks: Networks, settings: Settings, batch: int = 1) -> Layout:
+    of_member = networks.of(settings.member)
+    return Layout(of_member.classes, of_member.patch_size, CPU, batch)
+
+
 def case(
-    networks: FoldNetworks,
+    networks: Networks,
     number: int,
     data: torch.Tensor,
     settings: Settings = PLAIN,
     batch: int = 1,
     **fields: object,
 ) -> CaseInFlight:
-    accumulator = new_accumulator(data, settings, Layout(networks.classes, networks.patch_size, CPU, batch))
-    return CaseInFlight(number, accumulator, arrived=float(number), **fields)  # type: ignore[arg-type]
+    accumulator = new_accumulator(data, settings, layout_of(networks, settings, batch))
+    return CaseInFlight(number, settings.member, accumulator, arrived=float(number), **fields)  # type: ignore[arg-type]
 
 
 def run(core: EngineCore, now: float = 10.0) -> dict[int, Exception | torch.Tensor]:
@@ -67,7 +73,7 @@ def test_mirrorings_are_in_nnunets_order() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_an_answer_does_not_depend_on_who_else_is_served(batch: int, networks: FoldNetworks) -> None:
+def test_an_answer_does_not_depend_on_who_else_is_served(batch: int, networks: Networks) -> None:
     sizes = {0: 40, 1: 26, 2: 33}
     alone: dict[int, Exception | torch.Tensor] = {}
     for number, size in sizes.items():
@@ -82,7 +88,7 @@ def test_an_answer_does_not_depend_on_who_else_is_served(batch: int, networks: F
         assert torch.equal(ended[number], alone[number])  # type: ignore[arg-type]
 
 
-def test_a_batch_holds_patches_of_several_cases(networks: FoldNetworks) -> None:
+def test_a_batch_holds_patches_of_several_cases(networks: Networks) -> None:
     batches: list[list[int]] = []
     core = EngineCore(networks, 4, before_pass=lambda cases: batches.append(list(cases)))
     for number in range(3):
@@ -92,7 +98,7 @@ def test_a_batch_holds_patches_of_several_cases(networks: FoldNetworks) -> None:
     assert batches[-1] == []
 
 
-def test_a_small_case_is_not_held_up_by_a_large_one(networks: FoldNetworks) -> None:
+def test_a_small_case_is_not_held_up_by_a_large_one(networks: Networks) -> None:
     core = EngineCore(networks)
     core.admit(case(networks, 0, volume(40, 0), MIRRORED))
     for _ in range(3):
@@ -104,14 +110,14 @@ def test_a_small_case_is_not_held_up_by_a_large_one(networks: FoldNetworks) -> N
     assert ended == [1]
 
 
-def test_first_come_first_served_on_request(networks: FoldNetworks) -> None:
+def test_first_come_first_served_on_request(networks: Networks) -> None:
     core = EngineCore(networks, policy=Policy.FIFO)
     core.admit(case(networks, 0, volume(30, 0)))
     core.admit(case(networks, 1, volume(20, 1)))
     assert list(run(core)) == [0, 1]
 
 
-def test_only_the_case_with_bad_logits_fails(networks: FoldNetworks) -> None:
+def test_only_the_case_with_bad_logits_fails(networks: Networks) -> None:
     core = EngineCore(networks, 2)
     bad = volume(24, 0)
     bad[0, 10, 10, 10] = float("nan")
@@ -122,7 +128,7 @@ def test_only_the_case_with_bad_logits_fails(networks: FoldNetworks) -> None:
     assert isinstance(ended[1], torch.Tensor)
 
 
-def test_only_the_case_that_the_network_fails_on_fails(networks: FoldNetworks) -> None:
+def test_only_the_case_that_the_network_fails_on_fails(networks: Networks) -> None:
     core = EngineCore(networks, 4)
     for number in range(3):
         core.admit(case(networks, number, volume(24, number)))
@@ -134,7 +140,7 @@ def test_only_the_case_that_the_network_fails_on_fails(networks: FoldNetworks) -
     assert all(isinstance(ended[number], torch.Tensor) for number in range(3))
 
 
-def faulty(networks: FoldNetworks, batch: int, kind: Kind, times: int | None = None) -> EngineCore:
+def faulty(networks: Networks, batch: int, kind: Kind, times: int | None = None) -> EngineCore:
     """A core in which something goes wrong for cases of 25 voxels an axis."""
     core = EngineCore(networks, batch, faults=Faults([Fault(kind=kind, shape=(1, 25, 25, 25), times=times)]))
     for number, size in enumerate((24, 25, 26)):
@@ -142,7 +148,7 @@ def faulty(networks: FoldNetworks, batch: int, kind: Kind, times: int | None = N
     return core
 
 
-def alone(networks: FoldNetworks, batch: int, number: int, size: int) -> torch.Tensor:
+def alone(networks: Networks, batch: int, number: int, size: int) -> torch.Tensor:
     core = EngineCore(networks, batch)
     core.admit(case(networks, number, volume(size, number), batch=batch))
     ended = run(core)[number]
@@ -154,7 +160,7 @@ def alone(networks: FoldNetworks, batch: int, number: int, size: int) -> torch.T
     ("kind", "error"), [(Kind.RAISE, CaseFailed), (Kind.NAN, CaseFailed), (Kind.OUT_OF_MEMORY, OutOfMemory)]
 )
 @pytest.mark.parametrize("batch", [1, 4])
-def test_only_the_guilty_case_pays(kind: Kind, error: type[Exception], batch: int, networks: FoldNetworks) -> None:
+def test_only_the_guilty_case_pays(kind: Kind, error: type[Exception], batch: int, networks: Networks) -> None:
     core = faulty(networks, batch, kind)
     ended = run(core)
     assert isinstance(ended[1], error)
@@ -167,7 +173,7 @@ def test_only_the_guilty_case_pays(kind: Kind, error: type[Exception], batch: in
         assert all(isinstance(ended[number], torch.Tensor) for number in (0, 2))
 
 
-def test_batches_are_halved_before_a_case_is_given_up(networks: FoldNetworks) -> None:
+def test_batches_are_halved_before_a_case_is_given_up(networks: Networks) -> None:
     core = faulty(networks, 4, Kind.OUT_OF_MEMORY, times=2)
     ended = run(core)
     assert core.batch == 1
@@ -176,9 +182,9 @@ def test_batches_are_halved_before_a_case_is_given_up(networks: FoldNetworks) ->
 
 @pytest.mark.parametrize("mirroring_axes", [(), (0, 2)])
 def test_float32_sums_are_closer_to_the_truth_and_do_not_depend_on_the_batch(
-    mirroring_axes: tuple[int, ...], networks: FoldNetworks
+    mirroring_axes: tuple[int, ...], networks: Networks
 ) -> None:
-    half = Settings((0, 1), mirroring_axes, 0.5, use_gaussian=True)
+    half = Settings("3d_fullres", (0, 1), mirroring_axes, 0.5, use_gaussian=True)
     single = replace(half, accumulate=Accumulate.FLOAT32)
 
     def logits(settings: Settings, batch: int) -> torch.Tensor:
@@ -197,16 +203,16 @@ def test_float32_sums_are_closer_to_the_truth_and_do_not_depend_on_the_batch(
     assert (logits(half, 1) - expected).abs().max() > 10 * (exact - expected).abs().max()
 
 
-def test_what_an_accumulator_holds_is_known_before(networks: FoldNetworks) -> None:
+def test_what_an_accumulator_holds_is_known_before(networks: Networks) -> None:
     for settings in (PLAIN, MIRRORED, replace(MIRRORED, accumulate=Accumulate.FLOAT32)):
-        layout = Layout(networks.classes, networks.patch_size, CPU)
+        layout = layout_of(networks, settings)
         accumulator = new_accumulator(volume(37, 0), settings, layout)
         tensors = [each for each in vars(accumulator).values() if isinstance(each, torch.Tensor)]
         held = sum({t.data_ptr(): t.numel() * t.itemsize for t in tensors if t is not accumulator._gaussian}.values())
         assert held == held_bytes((1, 37, 37, 37), settings, layout)
 
 
-def test_a_case_out_of_time_is_given_up(networks: FoldNetworks) -> None:
+def test_a_case_out_of_time_is_given_up(networks: Networks) -> None:
     core = EngineCore(networks)
     core.admit(case(networks, 0, volume(30, 0), deadline=5.0))
     core.admit(case(networks, 1, volume(24, 1)))
@@ -215,7 +221,7 @@ def test_a_case_out_of_time_is_given_up(networks: FoldNetworks) -> None:
     assert isinstance(ended[1], torch.Tensor)
 
 
-def test_a_dropped_case_is_forgotten(networks: FoldNetworks) -> None:
+def test_a_dropped_case_is_forgotten(networks: Networks) -> None:
     core = EngineCore(networks)
     core.admit(case(networks, 0, volume(30, 0)))
     core.step(1.0)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -32,8 +33,8 @@ from support.chaos import PATIENCE_S, shared_memory
 from support.chaos import engine_processes as engines
 
 CPU = torch.device("cpu")
-PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
-LONG = Settings(folds=(0, 1, 2, 3, 4), mirroring_axes=(0, 1, 2), tile_step_size=0.5, use_gaussian=True)
+PLAIN = Settings(member="3d_fullres", folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+LONG = replace(PLAIN, folds=(0, 1, 2, 3, 4), mirroring_axes=(0, 1, 2))
 GONE_WITHIN_S = switchboard.IDLE_S + 120
 
 
@@ -133,7 +134,7 @@ class Workers:
 
 def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     local, far = LocalEngine(bundle, CPU), connect(bundle)
-    for settings in (PLAIN, Settings((3, 1), (0, 2), 0.75, use_gaussian=False)):
+    for settings in (PLAIN, Settings("3d_fullres", (3, 1), (0, 2), 0.75, use_gaussian=False)):
         for size in (20, 33):
             expected = local.predict(volume(size, size), settings).logits
             assert torch.equal(far.predict(volume(size, size), settings).logits, expected)
@@ -242,7 +243,7 @@ def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, one_engi
         "import sys, torch; from pathlib import Path; from nnunet_torchserve.bundle import ModelBundle;"
         "from nnunet_torchserve.cases import Settings; from nnunet_torchserve.engine.remote import RemoteEngine;"
         "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cpu')); print('ready', flush=True);"
-        "engine.predict(torch.zeros((1, 90, 90, 90)), Settings((0, 1, 2, 3, 4), (0, 1, 2), 0.3, True))"
+        "engine.predict(torch.zeros((1, 90, 90, 90)), Settings('3d_fullres', (0, 1, 2, 3, 4), (0, 1, 2), 0.3, True))"
     )
     worker = subprocess.Popen([sys.executable, "-c", program, str(bundle.folder)], stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
@@ -318,7 +319,7 @@ def test_an_engine_that_cannot_load_says_why(
 ) -> None:
     model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
     bundle = ModelBundle(model)
-    (model / "fold_0.safetensors").write_bytes(b"no safetensors")
+    (bundle.lead.folder / "fold_0.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(BundleError, match="fold_0"):
         connect(bundle)
 
@@ -338,7 +339,7 @@ def raw_link(runtime: Path) -> socket.socket:
 
 def submit_of(shape: tuple[int, int, int, int], **fields: object) -> channel.Submit:
     plain = {"folds": (0,), "mirroring_axes": (), "tile_step_size": 0.5, "use_gaussian": True, "deadline": None}
-    plain |= {"shape": shape, "suspect": False, "accumulate": "half"}
+    plain |= {"shape": shape, "member": "3d_fullres", "suspect": False, "accumulate": "half"}
     return channel.Submit.model_validate_json(json.dumps(plain | fields))
 
 
@@ -354,11 +355,12 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
         (submit_of((1, 8, 8, 8)), os.open(os.devnull, os.O_RDONLY)),
         (submit_of((2, 8, 8, 4)), descriptor),
         (submit_of((1, 8, 8, 8), folds=(9,)), descriptor),
+        (submit_of((1, 8, 8, 8), member="another"), descriptor),
         (submit_of((1, 8, 8, 8), mirroring_axes=(7,)), descriptor),
     ]
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
     wrong_shape, twice = {"shape": [1, -8, -8, 8]}, {"folds": [0, 0]}
-    for nonsense in ({"mirroring_axes": [0] * 30}, twice, {"tile_step_size": 1e-6}, wrong_shape):
+    for nonsense in ({"mirroring_axes": [0] * 30}, twice, {"tile_step_size": 1e-6}, {"member": "../up"}, wrong_shape):
         with raw_link(one_engine) as link:
             channel.send(link, channel.Reserve(bytes=1, passes=1))
             assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
@@ -509,7 +511,8 @@ def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
         engine.predict(bad, PLAIN)
         assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, PATIENCE_S)
         torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
-        assert "golden patch: the logits of fold 0 differ" in next(runtime.glob("*/engine.log")).read_text()
+        [log] = runtime.glob("*/engine.log")
+        assert "golden patch: the logits of 3d_fullres, fold 0, differ" in log.read_text()
     finally:
         engine.disconnect()
 

@@ -96,8 +96,9 @@ def test_the_network_counts_the_passes_of_the_price(options: dict[str, object], 
     asked = json.dumps({"folds": [0], "use_mirroring": False, "stream": True} | options)
     stream = ask(model, asked)
     parsed = parse_options(asked.encode())
-    image = open_image(GOOD, Limits(), model.bundle.reader)
-    expected = price(model.bundle, image.geometry, 1, settings_for(model.bundle, parsed), parsed).passes
+    member = model.bundle.lead
+    image = open_image(GOOD, Limits(), member.reader)
+    expected = price(member, image.geometry, 1, settings_for(member, parsed), parsed).passes
     steps = stream.of("progress", "network")
     assert [step["done"] for step in steps] == list(range(expected + 1))
 
@@ -372,7 +373,7 @@ def test_cases_that_wait_are_told_their_position(engine: Any) -> None:
 
 
 def test_a_case_is_told_its_passes(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, told = Settings((0,), (0,), 0.25, use_gaussian=True), Told()
+    settings, told = Settings("3d_fullres", (0,), (0,), 0.25, use_gaussian=True), Told()
     data = torch.randn((1, 40, 44, 36), generator=torch.Generator().manual_seed(0))
     slow = Hold(shape=(1, 40, 44, 36), pass_s=0.02)  # all passes together take longer than news of them wait
     monkeypatch.setenv(FAULTS_VARIABLE, f"[{slow.model_dump_json()}]")
@@ -398,7 +399,7 @@ def test_progress_begins_again_when_the_engine_dies(
     killer = threading.Thread(target=kill_once_it_works)
     killer.start()
     data = torch.randn((1, 40, 44, 36), generator=torch.Generator().manual_seed(0))
-    settings = Settings((0,), (0, 1, 2), 0.25, use_gaussian=True)
+    settings = Settings("3d_fullres", (0,), (0, 1, 2), 0.25, use_gaussian=True)
     prediction = engine.predict(data, settings, None, told)
     killer.join()
     engine.disconnect()

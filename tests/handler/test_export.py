@@ -816,14 +816,14 @@ def test_no_voxel_and_no_bit_differs_for_real_logits(
     dataset: str, configuration: str, name: str, material: Path, material_pipeline: Callable[[str, str], Pipeline]
 ) -> None:
     pipeline = material_pipeline(dataset, configuration)
-    bundle = pipeline.bundle
-    model = ExportModel(bundle.plans, bundle.configuration, bundle.labels)
-    reader = bundle.plans.plans["image_reader_writer"]
+    member = pipeline.bundle.lead
+    model = ExportModel(member.plans, member.configuration, member.labels)
+    reader = member.plans.plans["image_reader_writer"]
     files = sorted((material / "images" / dataset).glob(f"{name}_*.nii.gz"))
     images = [codecs.open_image(file.read_bytes(), Limits(), reader) for file in files]
     volume = Volume(np.concatenate([image.read() for image in images]), images[0].geometry)
-    prepared = preprocess(bundle, volume)
-    settings = settings_for(bundle, Options(folds=(0,), use_mirroring=False, tile_step_size=1))
+    prepared = preprocess(member, volume)
+    settings = settings_for(member, Options(folds=(0,), use_mirroring=False, tile_step_size=1))
     logits = pipeline.engine.predict(prepared.data, settings, None).logits
 
     expected = stock_labels(model, logits, prepared.properties)

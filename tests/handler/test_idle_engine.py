@@ -15,19 +15,21 @@ import psutil
 import pytest
 import torch
 
-from nnunet_torchserve.bundle import ModelBundle, OpenWeights
+from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import channel, folder
 from nnunet_torchserve.engine.compute import Admit, Compute, Drop, Expect
 from nnunet_torchserve.engine.core import EngineCore
 from nnunet_torchserve.engine.device_memory import is_worth_freeing
+from nnunet_torchserve.engine.golden import check_golden, read_golden
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
+from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError, Busy
+from nnunet_torchserve.member import OpenWeights
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support.chaos import engine_processes as engines
@@ -35,7 +37,7 @@ from support.chaos import has_ended, wait_for
 from support.untrained import standard_unet
 
 CPU = torch.device("cpu")
-BOTH = Settings(folds=(0, 1), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+BOTH = Settings(member="3d_fullres", folds=(0, 1), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
 SHAPE = (1, 16, 16, 16)
 PRICE = Price(SHAPE[1:], patches=1, passes=1, bytes=1, preprocess_s=0, export_s=0)
 MIB, GIB = 1024**2, 1024**3
@@ -71,8 +73,12 @@ def volume(seed: int) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def weights_of(bundle: ModelBundle) -> OpenWeights:
+    return OpenWeights(bundle.members.values(), bundle.description.files)
+
+
 def weights_bytes(bundle: ModelBundle) -> int:
-    return sum(file.stat().st_size for file in bundle.folder.glob("fold_*.safetensors"))
+    return sum(file.stat().st_size for file in bundle.folder.glob("members/*/fold_*.safetensors"))
 
 
 class Watched:
@@ -165,11 +171,11 @@ def test_weights_that_change_on_disk_are_found_out_and_another_engine_loads_the_
     other = watch()
     assert [engine.process] == [other.process]
     engine.wait_unloaded()
-    os.truncate(tmp_path / "model" / "fold_1.safetensors", 1000)
+    os.truncate(tmp_path / "model" / bundle.lead.description.folder / "fold_1.safetensors", 1000)
     assert torch.equal(other.remote.predict(volume(0), BOTH).logits, expected[0])
     assert has_ended(engine.process)
     [log] = runtime.glob(f"*/{folder.LOG}")
-    assert "the engine ends: fold_1.safetensors has changed" in log.read_text()
+    assert "the engine ends: members/3d_fullres/fold_1.safetensors has changed" in log.read_text()
 
 
 def test_cases_that_race_with_unloading_are_all_answered(
@@ -217,7 +223,7 @@ def test_without_memory_the_case_is_refused_the_engine_lives_and_the_next_case_h
 
 
 def test_weights_come_back_bit_for_bit_and_what_the_archive_does_not_hold_stays(bundle: ModelBundle) -> None:
-    networks, weights = FoldNetworks(bundle, CPU), OpenWeights(bundle)
+    networks, weights = Networks(bundle, CPU), weights_of(bundle)
     first, second = networks.modules
     second.load_state_dict(first.state_dict())  # so that wrong folds would show
     networks.unload()
@@ -231,8 +237,8 @@ def test_weights_come_back_bit_for_bit_and_what_the_archive_does_not_hold_stays(
     assert sum(each.numel() for module in networks.modules for each in module.parameters()) == 0
     networks.load(weights.read)
     assert networks.loaded
-    for fold, module in zip(networks.folds, networks.modules, strict=True):
-        state, stored = module.state_dict(), bundle.weights(fold)
+    for fold, module in zip(bundle.lead.folds, networks.modules, strict=True):
+        state, stored = module.state_dict(), bundle.lead.weights(fold)
         assert state.keys() == stored.keys()
         assert all(torch.equal(state[name], stored[name]) for name in stored)
     assert torch.equal(first.get_buffer("derived"), torch.arange(3.0))
@@ -245,28 +251,28 @@ class ScarceWeights(OpenWeights):
     """Weights for which the memory ends at the second fold, as often as it is told."""
 
     def __init__(self, bundle: ModelBundle, failures: int) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle.members.values(), bundle.description.files)
         self.failures = failures
 
-    def read(self, fold: FoldName) -> dict[str, torch.Tensor]:
+    def read(self, member: str, fold: FoldName) -> dict[str, torch.Tensor]:
         if fold == 1 and self.failures:
             self.failures -= 1
             msg = "CUDA out of memory"
             raise torch.OutOfMemoryError(msg)
-        return super().read(fold)
+        return super().read(member, fold)
 
 
 class StuckWeights(OpenWeights):
     """Weights on a disk that does not answer until it is told."""
 
     def __init__(self, bundle: ModelBundle) -> None:
-        super().__init__(bundle)
+        super().__init__(bundle.members.values(), bundle.description.files)
         self.reached, self.go_on = threading.Event(), threading.Event()
 
-    def read(self, fold: FoldName) -> dict[str, torch.Tensor]:
+    def read(self, member: str, fold: FoldName) -> dict[str, torch.Tensor]:
         self.reached.set()
         assert self.go_on.wait(300)
-        return super().read(fold)
+        return super().read(member, fold)
 
 
 @dataclass
@@ -293,7 +299,7 @@ def open_files() -> int:
 
 def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: ModelBundle, tmp_path: Path) -> None:
     """The compute thread's own steps, one after the other, in this thread."""
-    networks, golden = FoldNetworks(bundle, CPU), read_golden(bundle)
+    networks, golden = Networks(bundle, CPU), read_golden(bundle)
     weights, tally, checks = ScarceWeights(bundle, failures=2), Tally(), []
 
     def check() -> None:
@@ -330,9 +336,9 @@ def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: Mod
 
 
 def test_a_case_that_was_granted_keeps_the_networks_loaded(bundle: ModelBundle, tmp_path: Path) -> None:
-    networks, tally = FoldNetworks(bundle, CPU), Tally()
+    networks, tally = Networks(bundle, CPU), Tally()
     compute = Compute(
-        EngineCore(networks), Ledger(tmp_path, "cpu"), 0, tally, weights=OpenWeights(bundle), unload_after_s=1e-9
+        EngineCore(networks), Ledger(tmp_path, "cpu"), 0, tally, weights=weights_of(bundle), unload_after_s=1e-9
     )
     for command, loaded in ((Expect(1), True), (Expect(2), True), (Drop(1), True), (Drop(2), False), (Drop(2), False)):
         compute.put(command)
@@ -343,7 +349,7 @@ def test_a_case_that_was_granted_keeps_the_networks_loaded(bundle: ModelBundle, 
 
 def test_a_load_that_hangs_is_seen_as_a_hang(bundle: ModelBundle, tmp_path: Path) -> None:
     """The heartbeat ends when the compute thread is busy with one thing for too long."""
-    networks, weights, tally = FoldNetworks(bundle, CPU), StuckWeights(bundle), Tally()
+    networks, weights, tally = Networks(bundle, CPU), StuckWeights(bundle), Tally()
     ledger = Ledger(tmp_path, "cpu")
     compute = Compute(EngineCore(networks), ledger, 0, tally, weights=weights, unload_after_s=1e-9)
     compute._once()
@@ -362,22 +368,22 @@ def test_a_load_that_hangs_is_seen_as_a_hang(bundle: ModelBundle, tmp_path: Path
 
 def test_weights_are_read_from_a_deleted_file_and_never_from_a_changed_one(bundle: ModelBundle, tmp_path: Path) -> None:
     model = ModelBundle(Path(shutil.copytree(bundle.folder, tmp_path / "model")))
-    weights, stored = OpenWeights(model), bundle.weights(0)
-    first, second = ((model.folder / f"fold_{fold}.safetensors") for fold in (0, 1))
+    weights, stored = weights_of(model), bundle.lead.weights(0)
+    first, second = ((model.lead.folder / f"fold_{fold}.safetensors") for fold in (0, 1))
     first.unlink()
-    read = weights.read(0)
+    read = weights.read(model.lead.name, 0)
     assert read.keys() == stored.keys()
     assert all(torch.equal(read[name], stored[name]) for name in stored)
     with pytest.raises(BundleError, match="fold_0"):
-        OpenWeights(model)
+        weights_of(model)
     with second.open("r+b") as content:
         content.seek(-100, os.SEEK_END)
         content.write(b"\0" * 8)
     with pytest.raises(BundleError, match="fold_1"):
-        weights.read(1)
+        weights.read(model.lead.name, 1)
     os.truncate(second, 1000)
     with pytest.raises(BundleError, match="fold_1"):
-        weights.read(1)
+        weights.read(model.lead.name, 1)
 
 
 @pytest.mark.parametrize(

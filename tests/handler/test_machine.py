@@ -79,13 +79,13 @@ def test_affinity_counts() -> None:
 def test_a_host_with_many_processors_prices_and_works_as_this_process_may(
     pipeline: Callable[[str], Pipeline],
 ) -> None:
-    bundle, before = pipeline("five_folds").bundle, torch.get_num_threads()
+    member, before = pipeline("five_folds").bundle.lead, torch.get_num_threads()
     geometry = volume_of(np.zeros((1, 100, 256, 256), np.float32), (1.0, 1.0, 1.0)).geometry
     prices, workers = set(), set()
     try:
         for threads in (usable_threads(), 16, 128):
             torch.set_num_threads(threads)
-            prices.add(price(bundle, geometry, 1, settings_for(bundle, Options()), Options()).bytes)
+            prices.add(price(member, geometry, 1, settings_for(member, Options()), Options()).bytes)
             workers |= set(in_threads(lambda _: threading.get_ident(), range(400)))
             assert torch.get_num_threads() == threads
     finally:

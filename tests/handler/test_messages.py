@@ -24,6 +24,7 @@ from nnunet_torchserve.cases import affordable, price, settings_for
 from nnunet_torchserve.codecs.source import ImageSource
 from nnunet_torchserve.errors import ServingError, TooLarge, TooThin, WrongChannels
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import preprocess
@@ -167,10 +168,10 @@ def geometry_of(body: bytes, reader: str, placement: Placement | None = None) ->
     return opened(body, reader, placement).geometry
 
 
-def stretched(bundle: ModelBundle, spacing: float) -> ModelBundle:
-    """The same model, as if it were trained at another spacing."""
-    other = ModelBundle(bundle.folder)
-    other.configuration.configuration["spacing"] = [spacing] * len(bundle.configuration.spacing)
+def stretched(member: Member, spacing: float) -> Member:
+    """The same member, as if it were trained at another spacing."""
+    other = Member(member.folder.parents[1], member.description)
+    other.configuration.configuration["spacing"] = [spacing] * len(member.configuration.spacing)
     return other
 
 
@@ -195,23 +196,23 @@ RIGHT = {
 
 @pytest.mark.parametrize("kind", ANY)
 def test_too_large_and_too_thin_speak_of_what_was_sent(kind: str, unpacked: Callable[[str], Path]) -> None:
-    bundle = ModelBundle(unpacked("flat"))
+    member = ModelBundle(unpacked("flat")).lead
     geometry = geometry_of(*ANY[kind])
-    settings, options = settings_for(bundle, Options()), Options()
+    settings, options = settings_for(member, Options()), Options()
     large, thin = RIGHT[kind]
     others = {text for texts in RIGHT.values() for text in texts} - {large, thin}
     said = []
     with pytest.raises(TooLarge) as refused:
-        price(stretched(bundle, 1e-4), geometry, 1, settings, options)
+        price(stretched(member, 1e-4), geometry, 1, settings, options)
     said.append(str(refused.value))
     with pytest.raises(TooLarge) as refused:
-        affordable(price(bundle, geometry, 1, settings, options), Limits(grid_voxels=1), geometry)
+        affordable(price(member, geometry, 1, settings, options), Limits(grid_voxels=1), geometry)
     said.append(str(refused.value))
     assert all(large in text for text in said)
     with pytest.raises(TooThin) as too_thin:
-        price(stretched(bundle, 1e4), geometry, 1, settings, options)
+        price(stretched(member, 1e4), geometry, 1, settings, options)
     with pytest.raises(TooThin) as cropped:
-        preprocess(stretched(bundle, 1e4), Volume(np.ones((1, *geometry.shape), np.float32), geometry))
+        preprocess(stretched(member, 1e4), Volume(np.ones((1, *geometry.shape), np.float32), geometry))
     said += [str(too_thin.value), str(cropped.value)]
     assert all(thin in text for text in said[2:])
     assert not [text for text in said for other in others if other in text]
@@ -220,17 +221,17 @@ def test_too_large_and_too_thin_speak_of_what_was_sent(kind: str, unpacked: Call
 
 
 def test_an_array_that_is_too_thin_is_asked_for_its_axes(unpacked: Callable[[str], Path]) -> None:
-    bundle = ModelBundle(unpacked("five_folds"))
+    member = ModelBundle(unpacked("five_folds")).lead
     geometry = geometry_of(npy(40, 40, 1), "SimpleITKIO", Placement((0.2, 1.0, 1.0)))
     with pytest.raises(TooThin, match=r"is it \(z, y, x\)\? If its last axis holds channels"):
-        price(bundle, geometry, 1, settings_for(bundle, Options()), Options())
+        price(member, geometry, 1, settings_for(member, Options()), Options())
 
 
 def test_a_case_of_one_pass_a_patch_is_not_told_to_use_fewer_folds(unpacked: Callable[[str], Path]) -> None:
-    bundle = ModelBundle(unpacked("five_folds"))
+    member = ModelBundle(unpacked("five_folds")).lead
     geometry = geometry_of(nifti(60, 60, 60), "SimpleITKIO")
     for options in (Options(), Options.model_validate({"folds": [0], "use_mirroring": False})):
-        cost = price(bundle, geometry, 1, settings_for(bundle, options), options)
+        cost = price(member, geometry, 1, settings_for(member, options), options)
         with pytest.raises(TooLarge) as refused:
             affordable(cost, Limits(passes=1), geometry)
         assert ("fewer folds" in str(refused.value)) == (cost.passes > cost.patches)
@@ -249,7 +250,7 @@ def test_channels_that_disagree_are_described_as_they_are(pipeline: Callable[[st
     said = detail(model, {"image_0000": nifti(20, 20), "image_0001": nifti(20, 21)})
     assert "shape (21, 20) and spacing (1.0, 1.0) mm (y, x)" in said
     bundle = ModelBundle(model.bundle.folder)
-    bundle.plans.plans["image_reader_writer"] = PICTURES
+    bundle.lead.plans.plans["image_reader_writer"] = PICTURES
     said = detail(replace(model, bundle=bundle), {"image_0000": png("L"), "image_0001": png("L", (30, 21))})
     assert said.endswith(
         "channel 1 has (21, 30) pixels (y, x), channel 0 has (20, 30) pixels (y, x); send pictures of one size"

@@ -26,7 +26,7 @@ from nnunet_torchserve.errors import BundleError, CaseFailed, NoEngine
 from support.chaos import engine_processes, has_ended, wait_for
 
 CPU = torch.device("cpu")
-PLAIN = Settings(folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
+PLAIN = Settings(member="3d_fullres", folds=(0,), mirroring_axes=(), tile_step_size=0.5, use_gaussian=True)
 HOLD_BACK_S = 0.3
 PAUSE_S = 1.0
 SOON_S = 30.0

@@ -327,10 +327,10 @@ def test_a_channel_that_the_model_lacks_is_refused(pipeline: Load) -> None:
 def test_channels_are_named_as_nnunet_numbers_them(
     labels: dict[str, object], names: list[str], unpacked: Callable[[str], Path]
 ) -> None:
-    bundle = ModelBundle(unpacked("five_folds"))
-    bundle.dataset = bundle.dataset | {"labels": labels, "regions_class_order": [1, 2, 3]}
-    assert bundle.output_names == names
-    assert bundle.classes == len(names)
+    member = ModelBundle(unpacked("five_folds")).lead
+    member.dataset = member.dataset | {"labels": labels, "regions_class_order": [1, 2, 3]}
+    assert member.output_names == names
+    assert member.classes == len(names)
 
 
 def test_a_deadline_within_the_network_is_kept(pipeline: Load) -> None:
@@ -419,8 +419,9 @@ text = sys.argv[3]
 response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": text}))
 assert response.status == 200, response.body
 image, options = open_image(body, Limits(), "SimpleITKIO"), parse_options(text.encode())
-settings = settings_for(bundle, options)
-print(memory("VmHWM") - before, price(bundle, image.geometry, bundle.channels, settings, options).bytes)
+member = bundle.lead
+settings = settings_for(member, options)
+print(memory("VmHWM") - before, price(member, image.geometry, member.channels, settings, options).bytes)
 """
 
 
@@ -519,7 +520,7 @@ def test_nan_weights_are_an_error_and_never_a_mask(pipeline: Load) -> None:
 
     whole = pipeline("five_folds")
     engine = LocalEngine(whole.bundle, torch.device("cpu"))
-    parameter = next(engine._core.networks._networks[0].parameters())
+    parameter = next(next(iter(engine._core.networks.modules)).parameters())
     parameter.view(-1)[0] = float("nan")
     response = replace(whole, engine=engine).answer(Request({"body": GOOD}, {"X-Nnunet-Options": FAST}))
     assert (int(response.status), json.loads(response.body)["code"]) == (500, "case_failed")

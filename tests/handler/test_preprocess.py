@@ -50,9 +50,9 @@ def both(
     plan: Plan, array: Array, spacing: Spacing, method: PreprocessMethod = PreprocessMethod.EXACT
 ) -> tuple[PreprocessedCase, Array]:
     """Ours and stock's for a case; the properties must be the same."""
-    bundle = plan.bundle
-    expected, properties = stock(bundle, array, spacing)
-    case = preprocess(bundle, volume_of(array, spacing), method)
+    member = plan.member
+    expected, properties = stock(member, array, spacing)
+    case = preprocess(member, volume_of(array, spacing), method)
     assert repr(case.properties) == repr(properties), "values and their types"
     assert case.data.dtype == torch.float32
     return case, expected
@@ -124,15 +124,15 @@ def cases(draw: st.DrawFn) -> tuple[Plan, Array, Spacing]:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # an empty mask has no mean, in stock neither
 def test_every_case_is_within_an_ulp_of_stock(case: tuple[Plan, Array, Spacing]) -> None:
     plan, array, spacing = case
-    bundle = plan.bundle
+    member = plan.member
     try:
-        expected, properties = stock(bundle, array, spacing)
+        expected, properties = stock(member, array, spacing)
     except (ZeroDivisionError, ValueError, RuntimeError, IndexError):
         with pytest.raises(TooThin):
-            preprocess(bundle, volume_of(array, spacing))
+            preprocess(member, volume_of(array, spacing))
         return
-    normalised, _ = stock(replace(plan, spacing=[spacing[axis] for axis in plan.transpose]).bundle, array, spacing)
-    got = preprocess(bundle, volume_of(array, spacing))
+    normalised, _ = stock(replace(plan, spacing=[spacing[axis] for axis in plan.transpose]).member, array, spacing)
+    got = preprocess(member, volume_of(array, spacing))
     assert repr(got.properties) == repr(properties), "values and their types"
     assert_within_an_ulp(got.data, expected, largest=float(np.abs(normalised).max()))
 
@@ -211,14 +211,14 @@ def test_an_array_that_is_not_ours_stays_as_it_is() -> None:
 
 def test_a_case_on_the_networks_grid_is_not_copied() -> None:
     array = texture((10, 11, 12))
-    case = preprocess(Plan().bundle, volume_of(array, ISOTROPIC))
+    case = preprocess(Plan().member, volume_of(array, ISOTROPIC))
     assert np.shares_memory(case.data.numpy(), array)
 
 
 def test_nothing_resamples_a_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Plan((1.3, 1.2, 0.7), use_mask=(True,)).bundle
-    del bundle.configuration.configuration["resampling_fn_seg"]
-    preprocess(bundle, volume_of(texture((10, 11, 12)), ISOTROPIC))
+    member = Plan((1.3, 1.2, 0.7), use_mask=(True,)).member
+    del member.configuration.configuration["resampling_fn_seg"]
+    preprocess(member, volume_of(texture((10, 11, 12)), ISOTROPIC))
 
 
 def test_deep_inside_a_region_of_zeros_the_splines_tail_is_stocks() -> None:
@@ -256,7 +256,7 @@ def test_values_that_are_not_finite_spread_as_in_stock(broken: float) -> None:
 def test_a_case_that_vanishes_on_the_networks_grid_is_refused(method: PreprocessMethod) -> None:
     array = with_frame(texture((1, 20, 20)), (3, 0, 0))
     with pytest.raises(TooThin, match="no voxel left"):
-        preprocess(Plan((3.0, 1.0, 1.0)).bundle, volume_of(array, ISOTROPIC), method)
+        preprocess(Plan((3.0, 1.0, 1.0)).member, volume_of(array, ISOTROPIC), method)
 
 
 def test_stock_is_stocks_to_the_bit() -> None:
@@ -286,9 +286,9 @@ class OutsideOfMaskIsFive(ZScoreNormalization):  # type: ignore[misc]
 def test_a_custom_preprocessor_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_preprocessor, "Doubled", Doubled, raising=False)
     array = texture((20, 21, 22))
-    bundle = Plan((1.3, 0.8, 1.1), preprocessor="Doubled").bundle
-    expected, _ = stock(bundle, array, ISOTROPIC)
-    got = preprocess(bundle, volume_of(array, ISOTROPIC))
+    member = Plan((1.3, 0.8, 1.1), preprocessor="Doubled").member
+    expected, _ = stock(member, array, ISOTROPIC)
+    got = preprocess(member, volume_of(array, ISOTROPIC))
     np.testing.assert_array_equal(got.data.numpy(), 2 * expected, strict=True)
 
 
@@ -349,11 +349,11 @@ def test_real_images_are_stocks(
     material: Path,
     material_pipeline: Callable[[str, str], Pipeline],
 ) -> None:
-    bundle = material_pipeline(dataset, configuration).bundle
-    reader = bundle.plans.image_reader_writer_class()
+    member = material_pipeline(dataset, configuration).bundle.lead
+    reader = member.plans.image_reader_writer_class()
     array, properties = reader.read_images([str(file) for file in sorted(material.glob(files))])
     spacing = tuple(properties["spacing"])
-    expected, _ = stock(bundle, array, spacing)
-    got = preprocess(bundle, volume_of(array, spacing))
+    expected, _ = stock(member, array, spacing)
+    got = preprocess(member, volume_of(array, spacing))
     assert_within_an_ulp(got.data, expected)
     assert equal_share(got.data, expected) >= 0.999999

@@ -38,6 +38,7 @@ from nnunet_torchserve.engine.tally import Level, TallyReader, Total
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import Deadline
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import PreprocessedCase
@@ -410,7 +411,7 @@ def test_it_gives_way_to_another_engines_case(fleet: Fleet, monkeypatch: pytest.
 
 def keep_one(engine: RemoteEngine) -> None:
     """Have an engine keep a volume of GOOD_BYTES."""
-    settings = Settings((0,), (), 1.0, use_gaussian=False)
+    settings = Settings("3d_fullres", (0,), (), 1.0, use_gaussian=False)
     with engine.reserve(price(1), None, keys=Keys(volume=KEY)), pytest.raises(Deadline):
         # kept when it is handed in, whatever becomes of the case
         engine.predict(torch.zeros((1, *INT16.shape)), settings, time.monotonic(), note="{}")
@@ -493,13 +494,13 @@ def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Calla
     assert len({answer.headers["X-Nnunet-Request-Id"] for answer in answers}) == len(answers)
     assert {answer.content_type for answer in answers} == {expected.content_type}
     [line] = [passes for total, passes in flying.tally.take().items() if total is Total.PASSES]
-    assert line == passes_of(flying.bundle, SLOW)
+    assert line == passes_of(flying.bundle.lead, SLOW)
     wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)
 
 
-def passes_of(bundle: ModelBundle, options: str) -> int:
+def passes_of(member: Member, options: str) -> int:
     asked = parse_options(options.encode())
-    return forward_passes(bundle, INT16.shape[::-1], settings_for(bundle, asked))
+    return forward_passes(member, INT16.shape[::-1], settings_for(member, asked))
 
 
 class Follower:
@@ -598,7 +599,7 @@ def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(flying: Fleet
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         flying.kill()
         assert follower.reserved.result(300).answer is None  # it came to the new engine first
-        leader.predict(data, Settings((0,), (), 1.0, use_gaussian=False))
+        leader.predict(data, Settings("3d_fullres", (0,), (), 1.0, use_gaussian=False))
         reserved.share(BODY, "")  # which nobody waits for
 
 

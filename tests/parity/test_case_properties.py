@@ -27,6 +27,7 @@ from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.intake import _turn
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import preprocess
 from nnunet_torchserve.properties import properties_document
@@ -44,8 +45,8 @@ IMAGE[3:18, 2:23, 5:19] = volumes.blobs((15, 21, 14), seed=5)[0]
 """(x, y, z), with another border at each side."""
 
 
-class Made(ModelBundle):
-    """An archive whose plans name another reader and another order of the axes."""
+class Made(Member):
+    """A member whose plans name another reader and another order of the axes."""
 
     reader_name = "SimpleITKIO"
     order: tuple[int, ...] = (0, 1, 2)
@@ -71,28 +72,29 @@ def made(unpacked: Callable[[str], Path]) -> Callable[..., Made]:
     def make(
         reader: str, *, model: str = "five_folds", order: tuple[int, ...] = (2, 0, 1), orientation: str | None = None
     ) -> Made:
-        bundle = Made(unpacked(model))
-        bundle.reader_name, bundle.order, bundle.asked_orientation = reader, order, orientation
-        return bundle
+        bundle = ModelBundle(unpacked(model))
+        member = Made(bundle.folder, bundle.lead.description)
+        member.reader_name, member.order, member.asked_orientation = reader, order, orientation
+        return member
 
     return make
 
 
-def ours(bundle: Made, body: bytes) -> dict[str, Any]:
-    image = codecs.open_image(body, Limits(), bundle.reader)
-    turn = _turn(bundle, image)
-    case = preprocess(bundle, Volume(turn.turn(image.read()), turn.after))
-    document: dict[str, Any] = json.loads(properties_document(bundle, image, turn, case.properties))
-    assert document["reader"] == bundle.reader
+def ours(member: Made, body: bytes) -> dict[str, Any]:
+    image = codecs.open_image(body, Limits(), member.reader)
+    turn = _turn(member, image)
+    case = preprocess(member, Volume(turn.turn(image.read()), turn.after))
+    document: dict[str, Any] = json.loads(properties_document(member, image, turn, case.properties))
+    assert document["reader"] == member.reader
     return document
 
 
-def stocks(bundle: Made, file: Path) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+def stocks(member: Made, file: Path) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
     """What stock reads, and the properties that it pickles, as JSON has them."""
-    data, properties = recursive_find_reader_writer_by_name(bundle.reader)().read_images([str(file)])
+    data, properties = recursive_find_reader_writer_by_name(member.reader)().read_images([str(file)])
     preprocessor = DefaultPreprocessor(verbose=False)
     _, _, properties = preprocessor.run_case_npy(
-        data, None, properties, bundle.plans, bundle.configuration, bundle.dataset
+        data, None, properties, member.plans, member.configuration, member.dataset
     )
     return data, json.loads(json.dumps(properties, default=lambda value: value.tolist()))
 
@@ -111,10 +113,10 @@ def nifti(affine: npt.NDArray[np.floating], qform: int, sform: int, version: typ
 def test_of_a_nifti_as_each_reader_has_it(
     reader: str, affine: str, forms: tuple[int, int], made: Callable[..., Made], tmp_path: Path
 ) -> None:
-    bundle = made(reader)
+    member = made(reader)
     file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.gzipped(nifti(AFFINES[affine], *forms)))
-    read, expected = stocks(bundle, file)
-    document = ours(bundle, file.read_bytes())
+    read, expected = stocks(member, file)
+    document = ours(member, file.read_bytes())
     assert document["properties"] == expected
     assert list(document["properties"]) == list(expected)
     own = IMAGE.T
@@ -146,8 +148,8 @@ def test_of_a_file_that_itk_alone_reads(name: str, reader: str, made: Callable[.
     image.SetOrigin((-20.1, 1e-3, 7))
     image.SetDirection((SAGITTAL[:3, :3] / np.linalg.norm(SAGITTAL[:3, :3], axis=0)).ravel().astype(float).tolist())
     sitk.WriteImage(image, str(tmp_path / name), True)
-    bundle = made(reader)
-    assert ours(bundle, (tmp_path / name).read_bytes())["properties"] == stocks(bundle, tmp_path / name)[1]
+    member = made(reader)
+    assert ours(member, (tmp_path / name).read_bytes())["properties"] == stocks(member, tmp_path / name)[1]
 
 
 def test_of_pictures(made: Callable[..., Made], tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from nnunetv2.training.nnUNetTrainer.variants import network_architecture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.golden import check_golden, read_golden
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks, check_golden, read_golden
+from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -179,7 +180,7 @@ def test_the_golden_patch_stays_in_the_range_of_a_gpu(tmp_path: Path) -> None:
     )
     with pytest.warns(ModelWarning, match="not finite"):
         bundle = pipeline_of(odd.write(tmp_path), tmp_path).bundle
-    networks = FoldNetworks(bundle, torch.device("cpu"))
+    networks = Networks(bundle, torch.device("cpu"))
     with torch.autocast("cpu", torch.float16):
         check_golden(networks, read_golden(bundle))
 
@@ -212,7 +213,7 @@ def test_more_channels_than_a_file_may_usually_have(tmp_path: Path) -> None:
     many = 70
     odd = OddModel(2, tuple(f"band {k}" for k in range(many)), ("ZScoreNormalization",) * many)
     served = pipeline_of(odd.write(tmp_path), tmp_path)
-    limits = Limits().for_model(served.bundle.channels)
+    limits = Limits().for_model(served.bundle.lead.channels)
     body = volumes.nifti(np.random.default_rng(0).random((20, 20, 1, many), np.float32), np.diag([1.5, 1.5, 1.5, 1]))
     assert labels_of(Pipeline(served.bundle, served.engine, limits, 600.0), body).shape == (1, 20, 20)
 
@@ -330,7 +331,7 @@ def test_a_trainer_of_ones_own_on_a_network_of_nnunet(tmp_path: Path, monkeypatc
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
     model = OddModel(2, trainer="nnUNetTrainerMine").write(tmp_path)
     served = assert_as_stock(model, tmp_path, image())
-    assert served.bundle.description.network_trainer == "nnUNetTrainerBN"
+    assert served.bundle.lead.description.network_trainer == "nnUNetTrainerBN"
 
 
 @pytest.mark.parametrize("builder", ["nnUNetTrainer", "nnUNetTrainerBN"])
@@ -430,4 +431,4 @@ def test_label_values_of_any_type_that_stock_reads(labels: dict[str, Any], names
 def test_modality_counts_where_there_are_both_names(tmp_path: Path) -> None:
     odd = OddModel(2, more_dataset={"modality": {"0": "T1"}, "channel_names": {"0": "a", "1": "b"}})
     served = assert_as_stock(odd.write(tmp_path), tmp_path, image())
-    assert served.bundle.channel_names == {"0": "T1"}
+    assert served.bundle.lead.channel_names == {"0": "T1"}

@@ -63,7 +63,7 @@ def two(
     shutil.copy(archive_of("five_folds"), store)
     pinned = ServingSettings(device_ids=(PINNED_TO,))
     make_archives(ArchiveRequest(models["flat"], store, name="pinned", serving=pinned))
-    lost = Fault(kind=Kind.DEVICE_LOST, shape=FATAL.grid(ModelBundle(unpacked("five_folds"))), device="cpu:1")
+    lost = Fault(kind=Kind.DEVICE_LOST, shape=FATAL.grid(ModelBundle(unpacked("five_folds")).lead), device="cpu:1")
     faults: list[Entry] = [StandIn(devices=2), lost, LoadFails(device="cpu:1", while_exists=broken)]
     folder = tmp_path_factory.mktemp("two")
     with ExitStack() as until_the_end:

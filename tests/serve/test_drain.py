@@ -88,9 +88,9 @@ def chaos(
     make_archives(ArchiveRequest(models["flat"], store, name="flat"))
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
-    bundle = ModelBundle(unpacked("flat"))
+    member = ModelBundle(unpacked("flat")).lead
     folder = tmp_path_factory.mktemp("state")
-    faults = [SLOW.held(bundle, folder), LOAD.slow(bundle, pass_s=0.02)]
+    faults = [SLOW.held(member, folder), LOAD.slow(member, pass_s=0.02)]
     with serving(store, folder, faults, models=["flat.mar"], workers=WORKERS) as server:
         yield server
 

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
+from nnunet_torchserve.member import GOLDEN_FILE
 from nnunet_torchserve_tools import launcher
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
@@ -217,7 +218,7 @@ def test_the_management_port_is_not_open_to_other_archives(server: LiveServer, t
         ("its zip is damaged", r"TorchServe refused broken\.mar: .*broken"),
         pytest.param(
             "a file was changed",
-            r"cannot be served: BundleError: golden\.safetensors",
+            r"cannot be served: BundleError: members/2d/golden\.safetensors",
             marks=pytest.mark.long,  # tests/serve/test_start.py has a worker that dies before it loads
         ),
     ],
@@ -227,7 +228,8 @@ def test_a_model_that_does_not_load_is_explained_and_leaves_nothing(
 ) -> None:
     [archive] = make_archives(ArchiveRequest(models["flat"], tmp_path / "store", name="broken"))
     content = archive.read_bytes()
-    entry = zipfile.ZipFile(archive).getinfo("golden.safetensors")
+    golden = f"members/2d/{GOLDEN_FILE}"
+    entry = zipfile.ZipFile(archive).getinfo(golden)
     position = entry.header_offset + entry.file_size // 2
     changed = content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
     if how == "its zip is damaged":
@@ -236,7 +238,7 @@ def test_a_model_that_does_not_load_is_explained_and_leaves_nothing(
         damaged = zipfile.ZipFile(io.BytesIO(content))
         with zipfile.ZipFile(archive, "w") as rewritten:
             for name in damaged.namelist():
-                rewritten.writestr(name, b"no safetensors" if name == "golden.safetensors" else damaged.read(name))
+                rewritten.writestr(name, b"no safetensors" if name == golden else damaged.read(name))
     before = {process.pid for process in psutil.process_iter()}
     with (
         pytest.raises(ToolError, match=reason),

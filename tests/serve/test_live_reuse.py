@@ -37,7 +37,7 @@ def caching_server(
     settings = ServingSettings(cache_bytes=64 * 1024**2, single_flight=True)
     make_archives(ArchiveRequest(models["five_folds"], store, folds=(0, 1, 2, 3), name=MODEL, serving=settings))
     folder = tmp_path_factory.mktemp("reusing")
-    held = SLOW.held(ModelBundle(unpacked("five_folds")), folder)
+    held = SLOW.held(ModelBundle(unpacked("five_folds")).lead, folder)
     with serving(store, folder, [held], workers=WORKERS) as server:
         yield server
 

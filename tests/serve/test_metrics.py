@@ -40,7 +40,7 @@ def measured(
 ) -> Iterator[ChaosServer]:
     """A server with two workers and engines of its own: an engine's numbers go to one server."""
     folder = tmp_path_factory.mktemp("metrics")
-    held = SLOW.held(ModelBundle(unpacked("five_folds")), folder)
+    held = SLOW.held(ModelBundle(unpacked("five_folds")).lead, folder)
     with serving(archive_of("five_folds").parent, folder, [held], models=["five_folds.mar"], workers=WORKERS) as server:
         yield server
 

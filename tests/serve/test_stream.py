@@ -75,15 +75,15 @@ def server(
 ) -> Iterator[ChaosServer]:
     """``blobs``; and ``tight``, whose memory is one case's, lies in the model store."""
     store, state = tmp_path_factory.mktemp("stream_store"), tmp_path_factory.mktemp("stream")
-    bundle = ModelBundle(unpacked("five_folds"))
+    member = ModelBundle(unpacked("five_folds")).lead
     options = parse_options(LONG.options.encode())
-    image = open_image(LONG.body, Limits(), bundle.reader)
-    memory = int(1.5 * price(bundle, image.geometry, 1, settings_for(bundle, options), options).bytes)
+    image = open_image(LONG.body, Limits(), member.reader)
+    memory = int(1.5 * price(member, image.geometry, 1, settings_for(member, options), options).bytes)
     for name, limits in ((MODEL, {}), (TIGHT, {"memory_bytes": memory, "waiting_cases": 2})):
         make_archives(
             ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
         )
-    faults = [LONG.held(bundle, state), LONG.slow(bundle, pass_s=0.05)]
+    faults = [LONG.held(member, state), LONG.slow(member, pass_s=0.05)]
     with serving(store, state, faults, models=[f"{MODEL}.mar"], workers=WORKERS) as server:
         yield server
 

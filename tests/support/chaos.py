@@ -19,11 +19,12 @@ import numpy as np
 import psutil
 import pytest
 
-from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
+from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.cases import network_grid
 from nnunet_torchserve.engine.faults import Entry, Hold
 from nnunet_torchserve.engine.folder import LOG
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.member import Member
 
 from . import volumes
 from .server import LiveServer, running
@@ -169,22 +170,22 @@ class Case:
         image, _ = volumes.blobs(self.shape, self.seed)
         return volumes.nifti_gz(image.astype(np.int16), np.diag([*SPACING, 1.0]))
 
-    def grid(self, bundle: ModelBundle) -> tuple[int, int, int, int]:
+    def grid(self, member: Member) -> tuple[int, int, int, int]:
         """(C, z, y, x) on the network's grid, by which faults know a case."""
-        return (1, *network_grid(bundle, self.shape[::-1], SPACING[::-1]))
+        return (1, *network_grid(member, self.shape[::-1], SPACING[::-1]))
 
-    def slow(self, bundle: ModelBundle, pass_s: float) -> Hold:
+    def slow(self, member: Member, pass_s: float) -> Hold:
         """Each pass of a case of this size takes so much longer, and needs no processor meanwhile."""
-        return Hold(shape=self.grid(bundle), pass_s=pass_s)
+        return Hold(shape=self.grid(member), pass_s=pass_s)
 
-    def held(self, bundle: ModelBundle, folder: Path) -> Hold:
+    def held(self, member: Member, folder: Path) -> Hold:
         """While :meth:`ChaosServer.held` says so, each pass of a case of this size waits for a second.
 
         Args:
-            bundle: the model.
+            member: of the model.
             folder: the server's, as :func:`serving` gets it.
         """
-        return Hold(shape=self.grid(bundle), pass_s=1.0, while_exists=folder / HOLD)
+        return Hold(shape=self.grid(member), pass_s=1.0, while_exists=folder / HOLD)
 
 
 @dataclass(frozen=True)

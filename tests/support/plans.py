@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.volume import Geometry, Volume
 
 Array = npt.NDArray[np.float32]
@@ -33,13 +33,13 @@ class Plan:
     resampling: dict[str, Any] = field(default_factory=lambda: AS_STOCK_PLANS_IT)
 
     @property
-    def bundle(self) -> ModelBundle:
-        """A model that has nothing but this plan."""
+    def member(self) -> Member:
+        """A member that has nothing but this plan."""
         return PlanOnly(self)
 
 
-class PlanOnly(ModelBundle):
-    """A model without an archive."""
+class PlanOnly(Member):
+    """A member of no archive."""
 
     def __init__(self, plan: Plan) -> None:
         intensities = {"mean": 110.0, "std": 57.0, "percentile_00_5": 13.0, "percentile_99_5": 201.0}
@@ -73,10 +73,10 @@ def volume_of(array: Array, spacing: Spacing) -> Volume:
     return Volume(array, Geometry((depth, height, width), spacing, spacing[::-1], (0, 0, 0), np.eye(3), 3))
 
 
-def stock(bundle: ModelBundle, array: Array, spacing: Spacing) -> tuple[Array, dict[str, Any]]:
+def stock(member: Member, array: Array, spacing: Spacing) -> tuple[Array, dict[str, Any]]:
     """``DefaultPreprocessor.run_case_npy`` of a copy."""
     data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        array.copy(order="K"), None, {"spacing": list(spacing)}, bundle.plans, bundle.configuration, bundle.dataset
+        array.copy(order="K"), None, {"spacing": list(spacing)}, member.plans, member.configuration, member.dataset
     )
     preprocessed: Array = data
     return preprocessed, properties

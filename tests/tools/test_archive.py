@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from nnunet_torchserve.bundle import BUNDLE_FILE, GOLDEN_FILE, ModelBundle
+from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.member import GOLDEN_FILE
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.checkpoint import without_aliases
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
@@ -50,6 +52,14 @@ def make(folder: Path, tmp_path: Path, **fields: object) -> list[Path]:
     return make_archives(ArchiveRequest(folder, tmp_path / "store", **fields))  # type: ignore[arg-type]
 
 
+def member_of(archive: Path) -> dict[str, Any]:
+    """What an archive says of its one member."""
+    with zipfile.ZipFile(archive) as content:
+        [member] = json.loads(content.read(BUNDLE_FILE))["members"]
+    description: dict[str, Any] = member
+    return description
+
+
 def test_the_same_folder_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     [first] = make(folder, tmp_path)
     content = first.read_bytes()
@@ -61,7 +71,7 @@ def test_the_same_folder_gives_the_same_bytes(folder: Path, tmp_path: Path) -> N
 def test_one_archive_for_each_fold(models: dict[str, Path], tmp_path: Path) -> None:
     files = make(models["five_folds"], tmp_path, name="blobs", folds=(0, 3), per_fold=True)
     assert [file.name for file in files] == ["blobs.mar", "blobs_fold_0.mar", "blobs_fold_3.mar"]
-    folds = [json.loads(zipfile.ZipFile(file).read(BUNDLE_FILE))["folds"] for file in files]
+    folds = [member_of(file)["folds"] for file in files]
     assert [[fold["fold"] for fold in each] for each in folds] == [[0, 3], [0], [3]]
 
 
@@ -79,11 +89,11 @@ def test_weights_survive_bit_for_bit_and_are_stored_once(
 ) -> None:
     file = models["flat"] / "fold_0" / "checkpoint_final.pth"
     expected = torch.load(file, weights_only=False)["network_weights"]
-    bundle = ModelBundle(unpacked("flat"))
-    weights = bundle.weights(0)
+    member = ModelBundle(unpacked("flat")).lead
+    weights = member.weights(0)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    stored = load_file(bundle.folder / "fold_0.safetensors")
+    stored = load_file(member.folder / "fold_0.safetensors")
     assert len(stored) < len(expected) / 2
     assert len({t.untyped_storage().data_ptr() for t in weights.values()}) == len(stored)
 
@@ -297,7 +307,15 @@ def test_names_and_versions_are_torchserves(field: str, value: str, folder: Path
         make(folder, tmp_path, **{field: value})
 
 
-@pytest.mark.parametrize("file", ["plans.json", "fold_0.safetensors", "nnunet_torchserve/tiling.py", GOLDEN_FILE])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "members/2d/plans.json",
+        "members/2d/fold_0.safetensors",
+        f"members/2d/{GOLDEN_FILE}",
+        "nnunet_torchserve/tiling.py",
+    ],
+)
 def test_a_damaged_archive_is_not_served(file: str, unpacked: Callable[[str], Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
     content = bytearray((model / file).read_bytes())
@@ -320,13 +338,10 @@ def test_requirements_are_checked(unpacked: Callable[[str], Path], tmp_path: Pat
 
 
 def test_wrong_logits_of_the_golden_patch_stop_the_engine(unpacked: Callable[[str], Path], tmp_path: Path) -> None:
-    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
-    golden = load_file(model / GOLDEN_FILE)
+    bundle = ModelBundle(Path(shutil.copytree(unpacked("flat"), tmp_path / "model")))  # its checksums were right
+    golden = load_file(bundle.lead.folder / GOLDEN_FILE)
     golden["fold_0"][0, 0] += 1
-    save_file(golden, model / GOLDEN_FILE)
-    bundle = ModelBundle.__new__(ModelBundle)
-    original = ModelBundle(unpacked("flat"))
-    bundle.__dict__.update(original.__dict__, folder=model)
+    save_file(golden, bundle.lead.folder / GOLDEN_FILE)
     with pytest.raises(BundleError, match="golden patch"):
         LocalEngine(bundle, torch.device("cpu"))
 
@@ -345,8 +360,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 def test_the_input_orientation_is_recorded(folder: Path, tmp_path: Path) -> None:
     [archive] = make_archives(ArchiveRequest(folder, tmp_path / "store", input_orientation="LPI"))
-    with zipfile.ZipFile(archive) as content:
-        assert json.loads(content.read("bundle.json"))["input_orientation"] == "LPI"
+    assert member_of(archive)["input_orientation"] == "LPI"
 
 
 @pytest.mark.parametrize("letters", ["ras", "RAX", "RA", "RRS", "R,A,S", ""])

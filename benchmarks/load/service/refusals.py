@@ -145,7 +145,7 @@ def refusals(clients: Sequence[Refused], network_s: Sequence[float]) -> dict[str
 
 def price_bytes(material: Material, body: bytes, scratch: Path) -> int:
     """What a server charges for the case."""
-    bundle = ModelBundle(unpack(material.model_folder, (FOLD,), scratch))
+    member = ModelBundle(unpack(material.model_folder, (FOLD,), scratch)).lead
     options = parse_options(json.dumps(USUAL_OPTIONS).encode())
-    geometry = open_image(body, Limits(), bundle.reader).geometry
-    return price(bundle, geometry, 1, settings_for(bundle, options), options).bytes
+    geometry = open_image(body, Limits(), member.reader).geometry
+    return price(member, geometry, 1, settings_for(member, options), options).bytes

@@ -129,7 +129,7 @@ def steps_of(way: Way, body: bytearray) -> dict[str, Any]:
     array = step("turn", partial(turn.turn, array))
     volume = Volume(array, turn.after)
     del array
-    case = step("preprocess", partial(preprocess, plan.bundle, volume))
+    case = step("preprocess", partial(preprocess, plan.member, volume))
     del volume
     descriptor, grid = step("share", partial(shared_copy, case.data)), case.data.nbytes
     os.close(descriptor[1])
