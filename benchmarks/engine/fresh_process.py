@@ -71,7 +71,7 @@ def engine(model_dir: Path, started: float) -> list[dict[str, object]]:
     import torch
 
     steps.note("torch")
-    _import("nnunet_torchserve.bundle", "nnunet_torchserve.engine.network")
+    _import("nnunet_torchserve.bundle", "nnunet_torchserve.engine.golden")
     steps.note("the networks' modules, with nnunetv2's")
     _import("nnunet_torchserve.engine.process", "nnunet_torchserve.engine.core", "nnunet_torchserve.engine.channel")
     steps.note("the engine's other modules")

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from .bundle import SCHEMA_VERSION
 from .options import FoldName
 
 SERVED_FILE = "served.json"
@@ -58,7 +59,9 @@ class _Source(_Loose):
     checkpoint: str | None = None
 
 
-class _Member(_Loose):
+class _Trained(_Loose):
+    """A member; or a whole archive, as far as it says the same in the same words."""
+
     name: str | None = None
     dataset: str | None = None
     trainer: str | None = None
@@ -68,24 +71,30 @@ class _Member(_Loose):
     source: _Source = _Source()
 
 
-class _Bundle(_Loose):
-    """What this module wants of ``bundle.json``, of whatever schema.
+class _Archive(_Trained):
+    """``bundle.json`` of whatever schema.
 
-    An archive brings its own serving core, which may be another one than this: a key that only one of them knows is no
+    An archive brings its own serving core, which may be another one than this: what only one of them knows is no
     reason to refuse it.
     """
 
-    members: tuple[_Member, ...] = ()
+    schema_version: int | None = None
+
+
+class _Bundle(_Loose):
+    """``bundle.json`` of this core's schema."""
+
+    members: tuple[_Trained, ...] = ()
     recipe: dict[str, Any] = {}
 
     @property
-    def lead(self) -> _Member:
+    def lead(self) -> _Trained:
         """See :class:`~.bundle.ModelBundle`."""
         stage = self.recipe
         while isinstance(of := stage.get("of"), list) and of:
             stage = of[0]
         named = [member for member in self.members if member.name == stage.get("member")]
-        return named[0] if named else _Member()
+        return named[0] if named else _Trained()
 
 
 def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
@@ -99,7 +108,9 @@ def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
     Raises:
         ValueError: that is none.
     """
-    described = _Bundle.model_validate_json(bundle).lead
+    archive = _Archive.model_validate_json(bundle)
+    is_ours = archive.schema_version == SCHEMA_VERSION
+    described = _Bundle.model_validate_json(bundle).lead if is_ours else archive
     return ServedModel(
         name,
         version,

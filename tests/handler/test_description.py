@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import save_json
 
+from nnunet_torchserve.bundle import SCHEMA_VERSION
 from nnunet_torchserve.errors import Draining
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -45,6 +46,62 @@ def test_nnunets_files_come_whole_as_stock_writes_them_beside_predictions(
     assert description["dataset"] == stocks.plans_manager.dataset_name
     assert description["trainer"] == stocks.trainer_name
     assert description["checkpoint"] == "checkpoint_final.pth"
+
+
+@pytest.mark.parametrize("model", ["five_folds", "regions", "flat"])
+def test_members_and_recipe_are_told_and_the_model_is_what_its_one_member_is(
+    model: str, pipeline: Load, models: dict[str, Path]
+) -> None:
+    description = described(pipeline(model))
+    configuration = models[model].name.rsplit("__", maxsplit=1)[-1]
+    assert description["recipe"] == {"kind": "single", "member": configuration}
+    [(name, member)] = description["members"].items()
+    assert name == configuration
+    assert member.keys() >= {"dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "patch_size"}
+    assert member == {key: description[key] for key in member}
+    assert [member["dataset"], "__".join(member[key] for key in ("trainer", "plans", "configuration"))] == [
+        models[model].parent.name,
+        models[model].name,
+    ]
+    assert member["folds"] == list(range(len(list(models[model].glob("fold_*")))))
+    assert member["checkpoint"] == "checkpoint_final.pth"
+
+
+LOWRES, FULLRES, FLAT = (
+    {
+        "name": name,
+        "dataset": "Dataset900_X",
+        "trainer": "nnUNetTrainer",
+        "plans": "nnUNetPlans",
+        "configuration": name,
+        "folds": [{"fold": fold}],
+        "source": {"checkpoint": "checkpoint_best.pth"},
+    }
+    for fold, name in enumerate(("3d_lowres", "3d_cascade_fullres", "2d"))
+)
+CASCADE = {"kind": "cascade", "first": {"kind": "single", "member": "3d_lowres"}, "member": "3d_cascade_fullres"}
+ONE_FLAT = {"kind": "single", "member": "2d"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "members", "looks_like"),
+    [
+        (ONE_FLAT, [FLAT], FLAT),
+        (CASCADE, [LOWRES, FULLRES], FULLRES),
+        ({"kind": "ensemble", "of": [CASCADE, ONE_FLAT]}, [LOWRES, FULLRES, FLAT], FULLRES),
+        ({"kind": "ensemble", "of": [ONE_FLAT, CASCADE]}, [FLAT, LOWRES, FULLRES], FLAT),
+    ],
+)
+def test_a_model_is_listed_as_the_last_stage_of_its_first_member(
+    recipe: dict[str, object], members: list[dict[str, Any]], looks_like: dict[str, Any]
+) -> None:
+    content = {"schema_version": SCHEMA_VERSION, "members": members, "recipe": recipe}
+    written = asdict(served_model("brain", "1.0", json.dumps(content).encode()))
+    assert {key: written[key] for key in ("dataset", "trainer", "plans", "configuration")} == {
+        key: looks_like[key] for key in ("dataset", "trainer", "plans", "configuration")
+    }
+    assert written["folds"] == tuple(fold["fold"] for fold in looks_like["folds"])
+    assert written["checkpoint"] == "checkpoint_best.pth"
 
 
 def test_an_image_that_comes_along_is_not_looked_at(pipeline: Load) -> None:
@@ -93,6 +150,7 @@ def test_what_serve_wrote_down_is_told(pipeline: Load, unpacked: Callable[[str],
     description = described(model)
     assert (entry.pop("name"), entry.pop("version")) == ("brain", "2.0")
     assert entry == {key: description[key] for key in asdict(written) if key not in ("name", "version")}
+    assert None not in entry.values()
 
 
 @pytest.mark.parametrize("content", [None, "", "["])
@@ -103,7 +161,10 @@ def test_a_list_that_cannot_be_read_is_none(content: str | None, tmp_path: Path)
     assert read_served(None) is None
 
 
-def test_an_archive_of_another_schema_is_listed_as_far_as_it_says() -> None:
-    model = served_model("brain", "1.0", b'{"schema_version": 2, "dataset": "Dataset900_X", "members": {"a": {}}}')
+@pytest.mark.parametrize("schema", [1, 3])
+def test_an_archive_of_another_schema_is_listed_as_far_as_it_says(schema: int) -> None:
+    """It brings its own serving core."""
+    content = {"schema_version": schema, "dataset": "Dataset900_X", "members": {"a": {}}, "recipe": ["a"]}
+    model = served_model("brain", "1.0", json.dumps(content).encode())
     assert (model.dataset, model.folds, model.checkpoint) == ("Dataset900_X", (), None)
     assert model.digest.startswith("sha256:")

@@ -98,6 +98,28 @@ def test_a_batch_holds_patches_of_several_cases(networks: Networks) -> None:
     assert batches[-1] == []
 
 
+def test_cases_of_two_members_are_answered_as_alone_and_share_no_batch(unpacked: Callable[[str], Path]) -> None:
+    """Both need fold 0, each of its own network: there is room in a batch for all of them."""
+    bundle, second = (ModelBundle(unpacked(name)) for name in ("five_folds", "anisotropic"))
+    second.lead.description = second.lead.description.model_copy(update={"name": "thick"})
+    bundle.members["thick"] = second.lead
+    networks, thick = Networks(bundle, CPU), replace(PLAIN, member="thick")
+    asked = {number: (volume(24, number), thick if number % 2 else PLAIN) for number in range(4)}
+    expected: dict[int, Exception | torch.Tensor] = {}
+    for number, (data, settings) in asked.items():
+        core = EngineCore(networks, 4)
+        core.admit(case(networks, number, data, settings))
+        expected |= run(core)
+    batches: list[list[int]] = []
+    together = EngineCore(networks, 4, before_pass=lambda cases: batches.append(list(cases)))
+    for number, (data, settings) in asked.items():
+        together.admit(case(networks, number, data, settings))
+    ended = run(together)
+    assert all(torch.equal(ended[number], expected[number]) for number in asked)  # type: ignore[arg-type]
+    assert all(len({number % 2 for number in batch}) <= 1 for batch in batches)
+    assert {frozenset(batch) for batch in batches if len(batch) > 1} >= {frozenset({0, 2}), frozenset({1, 3})}
+
+
 def test_a_small_case_is_not_held_up_by_a_large_one(networks: Networks) -> None:
     core = EngineCore(networks)
     core.admit(case(networks, 0, volume(40, 0), MIRRORED))

@@ -25,6 +25,7 @@ from nnunet_torchserve.member import GOLDEN_FILE
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.checkpoint import without_aliases
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
+from nnunet_torchserve_tools.mar import write_zip
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 
 
@@ -73,6 +74,24 @@ def test_one_archive_for_each_fold(models: dict[str, Path], tmp_path: Path) -> N
     assert [file.name for file in files] == ["blobs.mar", "blobs_fold_0.mar", "blobs_fold_3.mar"]
     folds = [member_of(file)["folds"] for file in files]
     assert [[fold["fold"] for fold in each] for each in folds] == [[0, 3], [0], [3]]
+
+
+def test_a_folder_for_the_member_costs_less_than_a_hundredth(archive_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Beside the same content as archives had it before they had members: all of it at the top."""
+    archive, before = archive_of("five_folds"), tmp_path / "before"
+    zipfile.ZipFile(archive).extractall(before)
+    description = json.loads((before / BUNDLE_FILE).read_text())
+    [member], _recipe = description.pop("members"), description.pop("recipe")
+    folder = before / "members" / member.pop("name")
+    within = folder.relative_to(before).as_posix() + "/"
+    description["files"] = {name.removeprefix(within): digest for name, digest in description["files"].items()}
+    (before / BUNDLE_FILE).write_text(json.dumps(description | member, indent=1))
+    for file in folder.iterdir():
+        file.rename(before / file.name)
+    folder.rmdir()
+    folder.parent.rmdir()
+    write_zip(before, tmp_path / "before.mar")
+    assert archive.stat().st_size <= 1.01 * (tmp_path / "before.mar").stat().st_size
 
 
 def test_an_archive_holds_no_pickle_no_path_and_no_date(folder: Path, tmp_path: Path) -> None:
