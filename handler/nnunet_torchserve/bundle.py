@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import BundleError
 from .member import Member, MemberDescription
+from .postprocessing import Postprocessing
 from .recipe import Recipe, last_stage, members_of
 
 SCHEMA_VERSION = 2
@@ -32,6 +33,7 @@ class BundleDescription(BaseModel):
     Attributes:
         members: in the order in which the recipe names them.
         recipe: what is made of them.
+        postprocessing: what is done to the labels then, unless a request says otherwise.
         requires: package -> version specifier, checked at load.
         built_with: package -> version, for the record.
         files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
@@ -44,6 +46,7 @@ class BundleDescription(BaseModel):
     version: str
     members: tuple[MemberDescription, ...]
     recipe: Recipe
+    postprocessing: Postprocessing | None = None
     requires: dict[str, str]
     built_with: dict[str, str]
     files: dict[str, str]

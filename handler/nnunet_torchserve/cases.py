@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
+from .bundle import ModelBundle
 from .errors import LONGEST_NAMES, BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold
 from .limits import Limits
 from .machine import torch_threads
@@ -77,13 +78,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a case costs; cropping to the nonzero region can only make it cheaper.
+    """What a member costs of a case; cropping to the nonzero region can only make it cheaper.
 
     Attributes:
         grid: (z, y, x) on the network's grid, after transposing, before padding.
         patches: windows of one fold.
         passes: forward passes in all: patches x folds x mirrorings.
         bytes: peak of the worker's arrays for this case: input, resampling scratch, logits and export.
+        logits_bytes: the part of it that stays until the export.
         preprocess_s: seconds that preprocessing takes at least.
         export_s: seconds that the export takes at least.
         is_guess: the plan's own function says what the grid is, when it has run: nothing may be refused for this one.
@@ -93,9 +95,24 @@ class Price:
     patches: int
     passes: int
     bytes: int
+    logits_bytes: int
     preprocess_s: float
     export_s: float
     is_guess: bool = False
+
+
+def settings_of(bundle: ModelBundle, options: Options) -> dict[str, Settings]:
+    """Complete the options by what each member holds; see :func:`settings_for`."""
+    found = {}
+    for name, member in bundle.members.items():
+        try:
+            found[name] = settings_for(member, options)
+        except UnknownFold as error:
+            if len(bundle.members) == 1:
+                raise
+            msg = f"{name}: {error}"
+            raise UnknownFold(msg) from error
+    return found
 
 
 def settings_for(member: Member, options: Options) -> Settings:
@@ -139,8 +156,9 @@ def price(
     settings: Settings,
     options: Options,
     known_grid: tuple[int, int, int] | None = None,
+    previous: int = 0,
 ) -> Price:
-    """What a case will cost at most.
+    """What a member will cost of a case at most.
 
     Args:
         member: the model.
@@ -149,6 +167,7 @@ def price(
         settings: how the case is predicted.
         options: what is asked for.
         known_grid: (z, y, x) on the network's grid, where the case has been preprocessed; else it is computed.
+        previous: labels of the stage before, each of which is one more channel of the network.
 
     Raises:
         TooThin: no voxel would be left on an axis of the network's grid.
@@ -176,9 +195,14 @@ def price(
     volume = channels * geometry.voxels * _FLOAT32
     decode = channels * geometry.voxels * _DECODE_BYTES
     resample = volume + channels * _preprocess_bytes(member, shape, grid, options)
+    if previous:  # the labels in float32, nnU-Net's resampling of one of them, and all of them as channels
+        labels = geometry.voxels * _FLOAT32 + _padded(shape) * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32)
+        resample += labels + (channels + 2 * previous) * grid_voxels * _FLOAT32
     exact = settings.accumulate is Accumulate.HALF
-    logits = classes * padded_voxels * (_HALF * min(2, len(settings.folds)) if exact else _FLOAT32)
-    network = channels * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits  # the worker's, shared, padded
+    result = classes * padded_voxels * (_HALF if exact else _FLOAT32)
+    logits = result * (min(2, len(settings.folds)) if exact else 1)
+    # the worker's, shared, padded
+    network = (channels + previous) * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits
     export = logits + _export_bytes(member, shape, grid, options)
     export_s = _PROBABILITIES_S if options.save_probabilities else _EXPORT_S
     return Price(
@@ -186,6 +210,7 @@ def price(
         patches=patches,
         passes=forward_passes(member, grid, settings),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
+        logits_bytes=result,
         preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(member) else 0),
         export_s=classes * geometry.voxels * (export_s if _resamples_logits(member) else 0),
         is_guess=is_guess,

@@ -42,6 +42,7 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "axis_order": "patch_size and spacing (mm) in the plan's axis order",
         "members": {name: _trained(member) for name, member in bundle.members.items()},
         "recipe": description.recipe.model_dump(mode="json"),
+        "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
         "options": Options.model_json_schema(),

@@ -47,8 +47,8 @@ class Progress(Protocol):
     def watcher(self) -> Watcher | None:
         """Whom the engine tells."""
 
-    def stage(self, stage: Stage, total: int = 1) -> AbstractContextManager[None]:
-        """The ``with`` block is a stage of so many steps."""
+    def stage(self, stage: Stage, total: int = 1, member: str | None = None) -> AbstractContextManager[None]:
+        """The ``with`` block is a stage of so many steps, of one member where there are several."""
 
 
 class _Unwatched:
@@ -56,7 +56,12 @@ class _Unwatched:
 
     watcher: Watcher | None = None
 
-    def stage(self, stage: Stage, total: int = 1) -> AbstractContextManager[None]:  # noqa: ARG002 (see Progress)
+    def stage(
+        self,
+        stage: Stage,  # noqa: ARG002 (see Progress)
+        total: int = 1,  # noqa: ARG002
+        member: str | None = None,  # noqa: ARG002
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -76,6 +81,7 @@ class EventStream:
         self._send_part, self._head = send, head
         self._deadline = time.monotonic()
         self._total = 0
+        self._member: str | None = None
         self._last_event: dict[str, object] = {}
         self._sent_at = 0.0
         self._ended = self._broken = False
@@ -108,15 +114,15 @@ class EventStream:
 
     def passes(self, done: int) -> None:
         """See :class:`~.engine.prediction.Watcher`."""
-        self._tell(_progress(Stage.NETWORK, done, self._total))
+        self._tell(_progress(Stage.NETWORK, done, self._total, self._member))
 
     @contextmanager
-    def stage(self, stage: Stage, total: int = 1) -> Iterator[None]:
+    def stage(self, stage: Stage, total: int = 1, member: str | None = None) -> Iterator[None]:
         """Tell that a stage begins, and that it is done unless the block raises."""
-        self._total = total
-        self._tell(_progress(stage, 0, total))
+        self._total, self._member = total, member
+        self._tell(_progress(stage, 0, total, member))
         yield
-        self._tell(_progress(stage, total, total))
+        self._tell(_progress(stage, total, total, member))
 
     def end(self, response: Response) -> Response:
         """Send what comes before the last bytes, if there were events; no event follows.
@@ -169,8 +175,9 @@ class EventStream:
         self._sent_at = time.monotonic()
 
 
-def _progress(stage: Stage, done: int, total: int) -> dict[str, object]:
-    return {"event": "progress", "stage": stage, "done": done, "total": total}
+def _progress(stage: Stage, done: int, total: int, member: str | None) -> dict[str, object]:
+    event: dict[str, object] = {"event": "progress", "stage": stage, "done": done, "total": total}
+    return event if member is None else event | {"member": member}
 
 
 def _result(response: Response) -> dict[str, object]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from . import codecs
 from .bundle import ModelBundle
-from .cases import Price, Settings, affordable, price
+from .cases import Price, Settings
 from .codecs import ImageSource
-from .errors import ChannelsDisagree, NonFinite, ResponseTooLarge, TooLarge
+from .errors import ChannelsDisagree, NonFinite, ResponseTooLarge, TooLarge, WrongChannels
 from .limits import Limits
 from .member import REORIENTING_READERS, Member
 from .options import Options
 from .orientation import Turn, turn_towards
-from .request import Request
+from .previous_stage import PreviousStage, check_grid
+from .pricing import affordable_case, prices_of, whole_price
+from .recipe import Cascade
+from .request import PREVIOUS_STAGE, Request
 from .responses import Warnings, too_large_message
 from .telemetry import RequestRecord
 from .volume import Geometry, Volume
@@ -32,7 +35,9 @@ class Asked:
         images: one, or one a channel.
         turns: how each of them becomes what the model sees.
         geometry: of that.
-        price: what the case costs.
+        prices: what each member costs that is predicted, in their order.
+        price: what the case costs in all.
+        previous: the labels of a cascade's first stage, if they came with the request.
         form: of the answer.
         warnings: of :class:`~.responses.Warnings`, as far as headers give cause.
     """
@@ -40,7 +45,9 @@ class Asked:
     images: Sequence[ImageSource]
     turns: Sequence[Turn]
     geometry: Geometry
+    prices: Mapping[str, Price]
     price: Price
+    previous: PreviousStage | None
     form: codecs.AnswerForm
     warnings: list[str]
 
@@ -60,7 +67,12 @@ class Asked:
 
 
 def read_headers(
-    bundle: ModelBundle, limits: Limits, request: Request, record: RequestRecord, options: Options, settings: Settings
+    bundle: ModelBundle,
+    limits: Limits,
+    request: Request,
+    record: RequestRecord,
+    options: Options,
+    settings: Mapping[str, Settings],
 ) -> Asked:
     """Read the headers of a request's images.
 
@@ -70,7 +82,7 @@ def read_headers(
         request: what came.
         record: is told the image's shape and the case's passes.
         options: of the request.
-        settings: those options, completed by the model.
+        settings: those options, completed by each member.
 
     Raises:
         RequestError: the images are none, or none that this model can take, or above a limit.
@@ -83,12 +95,15 @@ def read_headers(
     geometry = _common_geometry([turn.after for turn in turns])
     record.shape = images[0].geometry.shape
     warnings = _warnings([turn.after for turn in turns], len(member.patch_size))
-    cost = price(member, geometry, sum(image.channels for image in images), settings, options)
+    previous = _previous_stage(bundle, limits, request, options, images[0])
+    channels = sum(image.channels for image in images)
+    prices = prices_of(bundle, geometry, channels, settings, options, has_previous=previous is not None)
+    cost = whole_price(bundle, prices, geometry, channels, options)
     record.patches, record.passes = cost.patches, cost.passes
-    cost = affordable(cost, limits, geometry)
+    cost = affordable_case(prices, cost, limits, geometry)
     form = codecs.answer_form(options, images[0].native_format, images[0].geometry, member.largest_value)
     _check_answer_fits(member, limits, geometry, form, options)
-    return Asked(images, turns, geometry, cost, form, warnings)
+    return Asked(images, turns, geometry, prices, cost, previous, form, warnings)
 
 
 def _open_images(member: Member, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:
@@ -96,11 +111,34 @@ def _open_images(member: Member, limits: Limits, request: Request, options: Opti
         msg = f"the request has {len(request.parts)} fields, this server takes at most {limits.parts}"
         raise TooLarge(msg)
     bodies = request.images()
-    size = sum(len(body) for body in bodies)
+    size = sum(len(body) for body in bodies) + len(request.previous_stage() or b"")
     if size > limits.body_bytes:
         msg = f"the images have {size} bytes, this server takes at most {limits.body_bytes}"
         raise TooLarge(msg)
     return [codecs.open_image(body, limits, member.reader, options.placement) for body in bodies]
+
+
+def _previous_stage(
+    bundle: ModelBundle, limits: Limits, request: Request, options: Options, image: ImageSource
+) -> PreviousStage | None:
+    """The labels that came for a cascade.
+
+    Raises:
+        WrongChannels: labels for a model that takes none, or none for a model that cannot make them.
+        ChannelsDisagree: they lie on another grid than the image.
+    """
+    recipe, body = bundle.description.recipe, request.previous_stage()
+    if body is None:
+        if isinstance(recipe, Cascade) and recipe.first is None:
+            msg = f"this model is the last stage of a cascade: send the first stage's labels too, as {PREVIOUS_STAGE}"
+            raise WrongChannels(msg)
+        return None
+    if not isinstance(recipe, Cascade):
+        msg = f"this model is no cascade, and takes no {PREVIOUS_STAGE}; leave it out"
+        raise WrongChannels(msg)
+    labels = codecs.open_image(body, limits, bundle.lead.reader, options.placement)
+    check_grid(labels, image.geometry)
+    return PreviousStage(labels, _turn(bundle.lead, labels))
 
 
 def _turn(member: Member, image: ImageSource) -> Turn:

@@ -103,6 +103,8 @@ class Options(BaseModel):
         accumulate: ``half`` is stock's arithmetic, to the bit; ``float32`` averages the folds of a patch in float32.
         preprocess: ``exact`` resamples the image sooner, ``stock`` by nnU-Net's own function; see docs/parity.md.
         export: ``exact`` gives stock's labels; ``linear`` interpolates in float32, ``nearest`` takes the nearest label.
+        postprocess: remove what the archive's postprocessing removes, as nnU-Net found it best; ``None`` and ``True``
+            do so where the archive has one. Probabilities stay as they are.
         save_probabilities: send probabilities too, (C, Z, Y, X).
         probability_channels: which of them, in this order; ``None`` sends all.
         probability_dtype: float32 is stock's, to the bit.
@@ -126,6 +128,7 @@ class Options(BaseModel):
     accumulate: Accumulate = Accumulate.HALF
     preprocess: PreprocessMethod = PreprocessMethod.EXACT
     export: ExportMethod = ExportMethod.EXACT
+    postprocess: bool | None = None
     save_probabilities: bool = False
     probability_channels: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     probability_dtype: ProbabilityType = ProbabilityType.FLOAT32
@@ -217,6 +220,7 @@ _EXPECTED = {
     "accumulate": _one_of(Accumulate),
     "preprocess": _one_of(PreprocessMethod),
     "export": _one_of(ExportMethod) + "; exact is stock's",
+    "postprocess": _YES_OR_NO,
     "save_probabilities": _YES_OR_NO,
     "probability_channels": "should be a list of channel numbers without repeats, as in [1, 3]; names are no numbers",
     "probability_dtype": _one_of(ProbabilityType),

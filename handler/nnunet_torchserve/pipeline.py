@@ -9,29 +9,30 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
 from . import codecs
 from .bundle import ModelBundle
-from .cases import Settings, affordable, forward_passes, price, settings_for
+from .cases import settings_of
 from .description import describe, model_header, with_model_files
-from .engine.prediction import NO_KEYS, Engine, Keys, Reservation, SharedAnswer
-from .errors import BundleError, Deadline, NonFiniteLogits, OutOfMemory, ServingError
-from .events import UNWATCHED, EventStream, Progress, Send
-from .export import export
-from .intake import Asked, read_headers
+from .engine.prediction import NO_KEYS, Engine, Keys, SharedAnswer
+from .errors import BundleError, NonFiniteLogits, OutOfMemory, ServingError
+from .events import UNWATCHED, EventStream, Send
+from .export import export, postprocess
+from .intake import read_headers
 from .limits import Limits
 from .options import HEADER, Options, parse_options
-from .preprocess import PreprocessedCase, preprocess
+from .predicting import CaseInHand, check_time
 from .properties import properties_document
-from .request import RAW_BODY, Request
-from .responses import Response, ResponseMaker, Warnings, last_resort
-from .reuse import answer_note, keys_of, note_of, read_answer_note, recall
+from .recipe import Single
+from .request import Request
+from .responses import Response, ResponseMaker, last_resort
+from .reuse import answer_note, keys_of, read_answer_note
 from .settings import HandlerSettings
-from .telemetry import CACHE_LOOKUPS, HIT, MISS, SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
-from .trial import trial_image
+from .telemetry import SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
+from .trial import trial_options, trial_parts
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class Pipeline:
         clock, record.priority = record.clock, options.priority
         started = time.monotonic()
         deadline = started + min(self.time_limit_s, options.timeout_s or self.time_limit_s)
-        settings = settings_for(self.bundle.lead, options)
+        settings = settings_of(self.bundle, options)
         progress = stream.watched(deadline) if options.stream else UNWATCHED
 
         with clock.stage(Stage.DECODE):
@@ -164,31 +165,28 @@ class Pipeline:
             if reserved.answer is not None:
                 return self._take_over(reserved.answer, record, responses)
 
-            case, constant = self._prepare(asked, reserved, record, options, deadline, keys, progress)
-            if asked.price.is_guess:
-                self._price_again(asked, case, record, options, settings)
-
-            _check(deadline - asked.price.export_s, "preprocessing")
-            clock.begin(Stage.NETWORK)
-            with progress.stage(Stage.NETWORK, forward_passes(self.bundle.lead, case.data.shape[1:], settings)):
-                note = note_of(case, keys, constant=constant)
-                prediction = self.engine.predict(case.data, settings, deadline, progress.watcher, note)
-            clock.add(Stage.QUEUE, prediction.queue_s)
-            clock.add(Stage.NETWORK, prediction.network_s)
-            properties = case.properties
+            shared = (self.bundle, self.engine, self.limits, self.counts)
+            case = CaseInHand(*shared, asked, options, settings, keys, reserved, deadline, record, progress)
+            predicted = case.predict()
+            properties = predicted[0].properties
             del case
 
-            _check(deadline - asked.price.export_s, "the network")
+            check_time(deadline - asked.price.export_s, "the network")
             with clock.stage(Stage.EXPORT), progress.stage(Stage.EXPORT):
-                answer = export(self.bundle.lead, prediction.logits, properties, asked.geometry, options, deadline)
-                del prediction
+                answer = export(predicted, asked.geometry, options, deadline)
+                del predicted
                 answer = asked.turns[0].turn_back(answer)
 
-            _check(deadline, "the export")
+            check_time(deadline, "the export")
+            steps = self.bundle.description.postprocessing
+            if steps is not None and options.postprocess is not False:
+                with clock.stage(Stage.POSTPROCESS), progress.stage(Stage.POSTPROCESS):
+                    answer = replace(answer, array=postprocess(steps, answer.array, deadline))
+
             with clock.stage(Stage.ENCODE):
-                image, turn = asked.images[0], asked.turns[0]
-                also = properties_document(self.bundle.lead, image, turn, properties) if options.properties else None
-                file = codecs.encode(answer, asked.form, image, self.bundle.lead.painting, also)
+                lead, image, turn = self.bundle.lead, asked.images[0], asked.turns[0]
+                also = properties_document(lead, image, turn, properties) if options.properties else None
+                file = codecs.encode(answer, asked.form, image, lead.painting, also)
                 del answer
 
             timing = clock.server_timing(record.reused)
@@ -197,40 +195,14 @@ class Pipeline:
                 reserved.share(response.body, answer_note(file.content_type, asked.warnings))
         return response
 
-    def _prepare(
-        self,
-        asked: Asked,
-        reserved: Reservation,
-        record: RequestRecord,
-        options: Options,
-        deadline: float,
-        keys: Keys,
-        progress: Progress,
-    ) -> tuple[PreprocessedCase, bool]:
-        """The case on the network's grid, and whether its image is constant; from the cache, if it is there."""
-        recalled = recall(reserved.take_volume(), keys)
-        if keys.volume is not None:
-            self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
-        if recalled is not None:
-            case, constant = recalled
-            record.reused = Reused.VOLUME
-        else:
-            with record.clock.stage(Stage.DECODE):
-                volume, constant = asked.decode()
-
-            _check(deadline - asked.price.preprocess_s, "decoding the volume")
-            with record.clock.stage(Stage.PREPROCESS), progress.stage(Stage.PREPROCESS):
-                case = preprocess(self.bundle.lead, volume, options.preprocess)
-        if constant:
-            asked.warnings.append(Warnings.CONSTANT_IMAGE)
-        return case, constant
-
     def _keys(self, request: Request, options: Options) -> Keys:
         """What the request may have in common with others."""
         if request.is_trial:
             return NO_KEYS
-        volumes, answers = self.settings.cache_bytes > 0, self.settings.single_flight
-        return keys_of(request.images(), options, volumes=volumes, answers=answers)
+        volumes = self.settings.cache_bytes > 0 and isinstance(self.bundle.description.recipe, Single)
+        stage = request.previous_stage()
+        bodies = request.images() if stage is None else [*request.images(), stage]
+        return keys_of(bodies, options, volumes=volumes, answers=self.settings.single_flight)
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""
@@ -249,9 +221,8 @@ class Pipeline:
         Raises:
             BundleError: it could not be answered; then no request could. The message names the stage and the reason.
         """
-        options = {"folds": [self.bundle.lead.folds[0]], "use_mirroring": False}
-        headers = {HEADER: json.dumps(options)}
-        request = Request({RAW_BODY: trial_image(self.bundle.lead)}, headers, "dry-run", is_trial=True)
+        headers = {HEADER: json.dumps(trial_options(self.bundle))}
+        request = Request(trial_parts(self.bundle), headers, "dry-run", is_trial=True)
         record, responses = self._record(request.id), self._responses()
         try:
             self._reply(request, record, responses, EventStream(None, responses.events(request.id)))
@@ -267,18 +238,3 @@ class Pipeline:
             raise BundleError(msg) from error
         self._note(record, HTTPStatus.OK, is_trial=True)
         return None
-
-    def _price_again(
-        self, asked: Asked, case: PreprocessedCase, record: RequestRecord, options: Options, settings: Settings
-    ) -> None:
-        """Refuse by the grid that there is what could not be refused by a guess."""
-        channels, first, second, third = case.data.shape
-        true = price(self.bundle.lead, asked.geometry, channels, settings, options, (first, second, third))
-        record.patches, record.passes = true.patches, true.passes
-        affordable(true, self.limits, asked.geometry)
-
-
-def _check(latest: float, done: str) -> None:
-    if time.monotonic() >= latest:
-        msg = f"the time for this request ran out: after {done} there is too little left for the next stage"
-        raise Deadline(msg)

@@ -1,7 +1,8 @@
 """A volume onto the network's grid: transpose, crop, normalise, resample, as nnU-Net's own preprocessor does it.
 
 ``exact`` restates ``DefaultPreprocessor.run_case_npy`` without what inference throws away (a segmentation of zeros and
-its resampling), with fewer copies, and with :mod:`.resampling`. The normalisation classes are nnU-Net's own and see
+its resampling), with fewer copies, and with :mod:`.resampling`. A cascade's last stage has the labels of the stage
+before as more channels, one for each label. The normalisation classes are nnU-Net's own and see
 arrays of the same layout in memory, because it decides the last bit of a float32 mean. A plan with another
 preprocessor class gets that class as it is.
 """
@@ -25,6 +26,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
 )
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
 from .cases import network_grid, too_thin_message
 from .errors import TooThin, WrongRange
@@ -32,13 +34,16 @@ from .intensities import normalization_class, takes_pictures
 from .member import Member
 from .options import PreprocessMethod
 from .resampling import Target, resample_image, target_of
-from .volume import Volume
+from .volume import LabelArray, Volume
 
 _WITHOUT_MASK = (CTNormalization, NoNormalization, RescaleTo01Normalization, RGBTo01Normalization)
 """nnU-Net's normalisations that never look at the mask; :class:`ZScoreNormalization` does if the plan says so."""
 
 
 _WHITE = 255
+
+_INT8_LABELS = 127
+"""``run_case_npy`` gives int16 above this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +59,19 @@ class PreprocessedCase:
     properties: dict[str, Any]
 
 
-def preprocess(member: Member, volume: Volume, method: PreprocessMethod = PreprocessMethod.EXACT) -> PreprocessedCase:
+def preprocess(
+    member: Member,
+    volume: Volume,
+    method: PreprocessMethod = PreprocessMethod.EXACT,
+    previous: LabelArray | None = None,
+) -> PreprocessedCase:
     """What the plan's preprocessor (``run_case_npy``) makes of a volume.
 
     Args:
         member: the model.
         volume: the case; it is used up: ``exact`` normalises in its array where it can, and the result may be a view.
         method: who resamples.
+        previous: (Z, Y, X) labels of the stage before, for a cascade's last stage.
 
     Raises:
         TooThin: cropped to its nonzero region, the volume has no voxel left on an axis of the network's grid.
@@ -68,8 +79,8 @@ def preprocess(member: Member, volume: Volume, method: PreprocessMethod = Prepro
     """
     _check_pictures(member, volume)
     if method is PreprocessMethod.EXACT and member.configuration.preprocessor_class is DefaultPreprocessor:
-        return _exact(member, volume)
-    return _stock(member, volume)
+        return _exact(member, volume, previous)
+    return _stock(member, volume, previous)
 
 
 def _check_pictures(member: Member, volume: Volume) -> None:
@@ -86,8 +97,8 @@ def _check_pictures(member: Member, volume: Volume) -> None:
             raise WrongRange(msg)
 
 
-def _exact(member: Member, volume: Volume) -> PreprocessedCase:
-    """``DefaultPreprocessor.run_case_npy`` without a segmentation."""
+def _exact(member: Member, volume: Volume, previous: LabelArray | None) -> PreprocessedCase:
+    """``DefaultPreprocessor.run_case_npy``, without its sampling of foreground, which is for a training."""
     configuration, order = member.configuration, member.plans.transpose_forward
     schemes = [normalization_class(name) for name in configuration.normalization_schemes]
     data = _own_array(volume.array).transpose(0, *(axis + 1 for axis in order))
@@ -97,8 +108,11 @@ def _exact(member: Member, volume: Volume) -> PreprocessedCase:
 
     box = _nonzero_box(data)
     data = data[(slice(None), *bounding_box_to_slice(box))]
-    mask: npt.NDArray[np.int8] | None = None
-    if any(map(_needs_mask, schemes, configuration.use_mask_for_norm)):
+    mask: npt.NDArray[Any] | None = None
+    if previous is not None:
+        labels = previous.astype(np.float32).transpose(order)[bounding_box_to_slice(box)]  # as nnU-Net's readers do
+        _, [mask], _ = crop_to_nonzero(data, labels[None])  # which also writes -1 where there is no image
+    elif any(map(_needs_mask, schemes, configuration.use_mask_for_norm)):
         _, [mask], _ = crop_to_nonzero(data)  # there is nothing left to crop, and fewer voxels to look for holes in
     shape = data.shape[1:]
     properties["bbox_used_for_cropping"] = box
@@ -117,7 +131,17 @@ def _exact(member: Member, volume: Volume) -> PreprocessedCase:
         )
         data[channel] = normalization.run(data[channel], mask)  # numpy sees where this is a copy onto itself
     resampled = resample_image(data, new_shape, spacing, target, configuration.resampling_fn_data)
+    if previous is not None and mask is not None:
+        stage = configuration.resampling_fn_seg(mask[None], new_shape, spacing, target)
+        resampled = np.vstack((resampled, _one_hot(member, stage)))
     return PreprocessedCase(torch.from_numpy(resampled), properties)
+
+
+def _one_hot(member: Member, stage: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """A channel for each foreground label of a segmentation (1, z, y, x) on the network's grid, as nnU-Net has it."""
+    labels = stage[0].astype(np.int16 if stage.max() > _INT8_LABELS else np.int8)
+    channels: npt.NDArray[np.float32] = convert_labelmap_to_one_hot(labels, member.labels.foreground_labels, np.float32)
+    return channels
 
 
 def _own_array(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -140,14 +164,17 @@ def _nonzero_box(data: npt.NDArray[np.float32]) -> list[list[int]]:
     return box
 
 
-def _stock(member: Member, volume: Volume) -> PreprocessedCase:
+def _stock(member: Member, volume: Volume, previous: LabelArray | None) -> PreprocessedCase:
     """The plan's own preprocessor, in memory."""
     preprocessor = member.configuration.preprocessor_class(verbose=False)
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
     try:
-        data, _, properties = preprocessor.run_case_npy(
-            volume.array, None, properties, member.plans, member.configuration, member.dataset
+        labels = None if previous is None else previous.astype(np.float32)[None]
+        data, stage, properties = preprocessor.run_case_npy(
+            volume.array, labels, properties, member.plans, member.configuration, member.dataset
         )
+        if previous is not None:
+            data = np.vstack((data, _one_hot(member, stage)))
     except Exception as error:
         shape = properties.get("shape_after_cropping_and_before_resampling")
         spacing = [properties["spacing"][axis] for axis in member.plans.transpose_forward]

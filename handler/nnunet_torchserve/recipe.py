@@ -1,6 +1,6 @@
 """How one answer is made of an archive's members.
 
-A recipe is a value that ``bundle.json`` holds. What is done is told by :mod:`.cooking`.
+A recipe is a value that ``bundle.json`` holds. What is done is told by :mod:`.predicting`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Cascade(_Value):
     """One stage's labels are another input of the next.
 
     Attributes:
-        first: what makes those labels.
+        first: what makes those labels; ``None``: they come with each request.
         member: the last stage.
     """
 
     kind: Literal["cascade"] = "cascade"
-    first: Single
+    first: Single | None
     member: MemberName
 
 
@@ -60,7 +60,7 @@ def members_of(recipe: Single | Cascade | Ensemble) -> Iterator[str]:
         for each in recipe.of:
             yield from members_of(each)
         return
-    if isinstance(recipe, Cascade):
+    if isinstance(recipe, Cascade) and recipe.first is not None:
         yield from members_of(recipe.first)
     yield recipe.member
 

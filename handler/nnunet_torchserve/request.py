@@ -15,6 +15,9 @@ from .responses import CLIENT_REQUEST_ID, usable_request_id
 RAW_BODY = "body"
 """TorchServe's name for a body that is not multipart."""
 
+PREVIOUS_STAGE = "previous_stage"
+"""The field with the labels of a cascade's first stage."""
+
 _IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
 
 
@@ -90,8 +93,9 @@ class Request:
                 whole.append(_payload(name, content))
             elif match:
                 numbered[int(match[1])] = _payload(name, content)
-            elif name != PART:
-                msg = f"unknown field {ascii(name)[:80]}; fields are image or image_0000, image_0001, …, and options"
+            elif name not in (PART, PREVIOUS_STAGE):
+                fields = f"image or image_0000, image_0001, …, {PREVIOUS_STAGE}, and {PART}"
+                msg = f"unknown field {ascii(name)[:80]}; fields are {fields}"
                 raise Malformed(msg)
         if len(whole) + bool(numbered) != 1:
             msg = "send either one image, or image_0000, image_0001, … with one channel each"
@@ -102,6 +106,15 @@ class Request:
             msg = f"the channels must be numbered 0000, 0001, … without a gap; got {sorted(numbered)}"
             raise Malformed(msg)
         return [numbered[channel] for channel in sorted(numbered)]
+
+    def previous_stage(self) -> Payload | None:
+        """The labels of a cascade's first stage, where they were sent.
+
+        Raises:
+            UnknownFormat: the front end took them for a form, a text or JSON.
+        """
+        content = self.parts.get(PREVIOUS_STAGE)
+        return None if content is None else _payload(PREVIOUS_STAGE, content)
 
 
 def _payload(name: str, content: object) -> Payload:

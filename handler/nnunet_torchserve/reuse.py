@@ -22,6 +22,7 @@ from .preprocess import PreprocessedCase
 _DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
     *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
+    "postprocess",
     *("save_probabilities", "probability_channels", "probability_dtype", "probability_format", "properties"),
     "priority",  # it is in an answer's key: what interactive cases wait for shall not be a batch case
 }

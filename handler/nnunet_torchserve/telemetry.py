@@ -31,6 +31,7 @@ class Stage(StrEnum):
     QUEUE = "queue"
     NETWORK = "network"
     EXPORT = "export"
+    POSTPROCESS = "postprocess"
     ENCODE = "encode"
 
 

@@ -1,15 +1,36 @@
-"""The image of a trial: small, made up, and of the kind that the model knows."""
+"""A trial request: its image is small, made up, and of the kind that the model knows."""
 
 from __future__ import annotations
 
 import nibabel as nib
 import numpy as np
 
+from .bundle import ModelBundle
 from .intensities import made_up_image
 from .member import Member
+from .recipe import Cascade
+from .request import PREVIOUS_STAGE, RAW_BODY
 
 _VOXELS = 12
 _SEED = 0
+
+
+def trial_parts(bundle: ModelBundle) -> dict[str, bytes]:
+    """The fields of the request: an image, and what a cascade's last stage needs that has no first one."""
+    recipe, image = bundle.description.recipe, trial_image(bundle.lead)
+    if not isinstance(recipe, Cascade) or recipe.first is not None:
+        return {RAW_BODY: image}
+    read = nib.Nifti1Image.from_bytes(image)
+    largest = max(bundle.lead.labels.foreground_labels)
+    labels = np.random.default_rng(_SEED).integers(0, largest + 1, read.shape[:3]).astype(np.uint16)
+    return {"image": image, PREVIOUS_STAGE: nib.Nifti1Image(labels, read.affine).to_bytes()}
+
+
+def trial_options(bundle: ModelBundle) -> dict[str, object]:
+    """One fold of each member is enough, without mirroring."""
+    common = set.intersection(*(set(member.folds) for member in bundle.members.values()))
+    folds = {"folds": [next(fold for fold in bundle.lead.folds if fold in common)]} if common else {}
+    return folds | {"use_mirroring": False}
 
 
 def trial_image(member: Member) -> bytes:

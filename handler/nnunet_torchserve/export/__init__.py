@@ -1,5 +1,8 @@
 """From logits on the network's grid to the label map on the image's: what stock nnU-Net would have written."""
 
-from .labels import export, label_map, label_map_and_probabilities
+from .answer import export
+from .ensemble import Predicted
+from .labels import label_map, label_map_and_probabilities
+from .postprocessing import postprocess
 
-__all__ = ["export", "label_map", "label_map_and_probabilities"]
+__all__ = ["Predicted", "export", "label_map", "label_map_and_probabilities", "postprocess"]

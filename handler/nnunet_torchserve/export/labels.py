@@ -1,4 +1,4 @@
-"""Which way a case is exported: as its request, its plan and its device need it."""
+"""Which way one model's logits are exported: as the request, its plan and its device need it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,14 @@ import torch
 
 from ..errors import BadOption
 from ..member import decides_as_default
-from ..options import ExportMethod, Options, ProbabilityType
-from ..volume import Geometry, LabelArray, LabelMap
+from ..options import ExportMethod
+from ..volume import LabelArray
 from . import dense, nearest, probabilities, sparse, stock, streamed
 from .canvas import Canvas, crop_box, to_image
 from .grid import TrainedModel, resampling_of
 from .rules import ArgMax, Regions, rule_of
 
 _CPU = torch.device("cpu")
-
-
-def export(
-    model: TrainedModel,
-    logits: torch.Tensor,
-    properties: Mapping[str, Any],
-    geometry: Geometry,
-    options: Options,
-    deadline: float | None = None,
-) -> LabelMap:
-    """What a request asks for: labels, and probabilities if it wants them; see the functions below."""
-    if not options.save_probabilities:
-        return LabelMap(label_map(model, logits, properties, options.export, deadline), geometry)
-    dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
-    chosen = options.probability_channels
-    labels, probability = label_map_and_probabilities(model, logits, properties, chosen, dtype, deadline)
-    return LabelMap(labels, geometry, probability, tuple(range(len(logits))) if chosen is None else chosen)
 
 
 def label_map(

@@ -60,20 +60,57 @@ def export(
     if resampling.taps is None or isinstance(rule, Regions):
         _whole(logits, resampling, rule, canvas, chosen, out, deadline)
         return
-    taps, width = resampling.taps, resampling.shape[2]
 
     def block(span: tuple[int, int]) -> None:
-        first, last = span[0] // width, -(-span[1] // width)
-        values = stock_arithmetic.rows(logits, taps, first, last).reshape(len(logits), -1)
-        values = values[:, span[0] - first * width : span[1] - first * width]
-        probabilities = torch.softmax(torch.from_numpy(values).float().contiguous(), 0).numpy()
-        codes = rule.from_probabilities(probabilities)
-        for box, part in _runs(span, resampling.shape):
-            canvas.paint(box, codes[part].reshape(_sizes(box)))
-            for target, channel in zip(out, chosen, strict=True):
-                target[box] = probabilities[channel, part].reshape(_sizes(box))
+        put(of_span(logits, resampling, span), span, resampling.shape, rule, canvas, chosen, out)
 
-    in_threads(block, _shares(resampling.shape, len(logits)), deadline)
+    in_threads(block, shares(resampling.shape, len(logits)), deadline)
+
+
+def of_span(logits: torch.Tensor, resampling: Resampling, span: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Softmax probabilities (C, n) of some voxels.
+
+    Args:
+        logits: (C, z, y, x) on the network's grid, on the CPU.
+        resampling: how they reach the image's; it has taps.
+        span: first and last voxel, counted through the whole crop; of :func:`shares`.
+    """
+    if resampling.taps is None:
+        msg = "the plan's function gives no part of a class"
+        raise ValueError(msg)
+    width = resampling.shape[2]
+    first, last = span[0] // width, -(-span[1] // width)
+    values = stock_arithmetic.rows(logits, resampling.taps, first, last).reshape(len(logits), -1)
+    values = values[:, span[0] - first * width : span[1] - first * width]
+    probabilities: npt.NDArray[np.float32] = torch.softmax(torch.from_numpy(values).float().contiguous(), 0).numpy()
+    return probabilities
+
+
+def put(
+    probabilities: npt.NDArray[np.float32],
+    span: tuple[int, int],
+    shape: Shape,
+    rule: ArgMax | Regions,
+    canvas: Canvas,
+    chosen: Sequence[int],
+    out: Probabilities,
+) -> None:
+    """Paint the labels of some voxels, and write the probabilities that are wanted.
+
+    Args:
+        probabilities: (C, n) of the voxels of ``span``.
+        span: see :func:`of_span`.
+        shape: of the crop.
+        rule: see :func:`export`.
+        canvas: see :func:`export`.
+        chosen: see :func:`export`.
+        out: see :func:`export`.
+    """
+    codes = rule.from_probabilities(probabilities)
+    for box, part in _runs(span, shape):
+        canvas.paint(box, codes[part].reshape(_sizes(box)))
+        for target, channel in zip(out, chosen, strict=True):
+            target[box] = probabilities[channel, part].reshape(_sizes(box))
 
 
 def _whole(
@@ -109,7 +146,7 @@ def _whole(
             torch.set_num_threads(threads)
     else:
         lines = torch.from_numpy(values).flatten(1)
-        in_threads(lambda span: _softmax(lines[:, slice(*span)]), _shares(resampling.shape, len(logits)), deadline)
+        in_threads(lambda span: _softmax(lines[:, slice(*span)]), shares(resampling.shape, len(logits)), deadline)
 
     def paint(box: Box) -> None:
         canvas.paint(box, rule.from_probabilities(values[:, *box]))
@@ -123,7 +160,7 @@ def _softmax(values: torch.Tensor) -> None:
     values.copy_(torch.softmax(values.contiguous(), 0))
 
 
-def _shares(shape: Shape, classes: int) -> Iterator[tuple[int, int]]:
+def shares(shape: Shape, classes: int) -> Iterator[tuple[int, int]]:
     """Spans of voxels, counted through the whole crop, none of which crosses from one thread's share to the next."""
     voxels = shape[0] * shape[1] * shape[2]
     share = -(-voxels // STOCK_THREADS)

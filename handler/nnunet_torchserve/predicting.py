@@ -1,0 +1,162 @@
+"""From the image to the logits of every member that the recipe needs: what a recipe does, step by step.
+
+A *single* member is preprocessed and predicted. A *cascade* does that with its first stage, makes labels of the logits,
+and gives them to its last stage as another input. An *ensemble* does all that for each of its models, one after the
+other; the mean is made afterwards, by the export. The case holds one reservation all the time. A member that a recipe
+names twice, as the first stage of a cascade beside it, is predicted once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from .bundle import ModelBundle
+from .cases import Settings, affordable, forward_passes, price
+from .engine.prediction import Engine, Keys, Reservation
+from .errors import Deadline
+from .events import Progress
+from .export import Predicted, label_map
+from .intake import Asked
+from .limits import Limits
+from .member import Member
+from .options import Options
+from .preprocess import PreprocessedCase, preprocess
+from .recipe import Cascade, Ensemble, Single
+from .responses import Warnings
+from .reuse import note_of, recall
+from .telemetry import CACHE_LOOKUPS, HIT, MISS, Counts, RequestRecord, Reused, Stage
+from .volume import LabelArray, Volume
+
+
+@dataclass(slots=True)
+class CaseInHand:
+    """One request's case, from its reservation to its logits.
+
+    Attributes:
+        bundle: the model.
+        engine: has its networks.
+        limits: what a request may ask for.
+        counts: where requests are counted.
+        asked: the request.
+        options: of the request.
+        settings: of each member.
+        keys: what it has in common with others.
+        reserved: what it got.
+        deadline: ``time.monotonic()`` after which it is given up.
+        record: is told where the time goes.
+        progress: is told how far it is.
+    """
+
+    bundle: ModelBundle
+    engine: Engine
+    limits: Limits
+    counts: Counts
+    asked: Asked
+    options: Options
+    settings: Mapping[str, Settings]
+    keys: Keys
+    reserved: Reservation
+    deadline: float
+    record: RequestRecord
+    progress: Progress
+    _image: Volume | None = field(default=None, init=False)
+    _constant: bool = field(default=False, init=False)
+    _predicted: dict[str, Predicted] = field(default_factory=dict, init=False)
+
+    def predict(self) -> list[Predicted]:
+        """The logits of each model of an ensemble, or of the one model."""
+        recipe = self.bundle.description.recipe
+        models = recipe.of if isinstance(recipe, Ensemble) else (recipe,)
+        predicted = [self._model(model) for model in models]
+        if self._constant:
+            self.asked.warnings.append(Warnings.CONSTANT_IMAGE)
+        return predicted
+
+    def _model(self, model: Single | Cascade) -> Predicted:
+        if isinstance(model, Single):
+            return self._member(model.member, None)
+        return self._member(model.member, self._first_stage(model))
+
+    def _first_stage(self, cascade: Cascade) -> LabelArray:
+        """The labels that the last stage sees: the client's, or those of the first stage's logits."""
+        if self.asked.previous is not None:
+            with self.record.clock.stage(Stage.DECODE):
+                return self.asked.previous.decode()
+        if cascade.first is None:
+            msg = "a cascade has a first stage"  # the intake has seen to it
+            raise ValueError(msg)
+        stage = self._member(cascade.first.member, None)
+        with self.record.clock.stage(Stage.EXPORT):
+            return label_map(stage.model, stage.logits, stage.properties, self.options.export, self.deadline)
+
+    def _member(self, name: str, previous: LabelArray | None) -> Predicted:
+        """Preprocess the case for a member, and predict it."""
+        if name in self._predicted:
+            return self._predicted[name]
+        member, cost = self.bundle.members[name], self.asked.prices[name]
+        case = self._preprocessed(member, previous)
+        if cost.is_guess:
+            self._price_again(member, case)
+
+        self._check(cost.export_s, "preprocessing")
+        clock, settings = self.record.clock, self.settings[name]
+        clock.begin(Stage.NETWORK)
+        passes = forward_passes(member, case.data.shape[1:], settings)
+        with self.progress.stage(Stage.NETWORK, passes, self._spoken(name)):
+            note = note_of(case, self.keys, constant=self._constant)
+            prediction = self.engine.predict(case.data, settings, self.deadline, self.progress.watcher, note)
+        clock.add(Stage.QUEUE, prediction.queue_s)
+        clock.add(Stage.NETWORK, prediction.network_s)
+        found = self._predicted[name] = Predicted(member, prediction.logits, case.properties)
+        return found
+
+    def _preprocessed(self, member: Member, previous: LabelArray | None) -> PreprocessedCase:
+        """The case on a member's grid; from the cache, if it is there."""
+        recalled = recall(self.reserved.take_volume(), self.keys)
+        if self.keys.volume is not None:
+            self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
+        if recalled is not None:
+            case, self._constant = recalled
+            self.record.reused = Reused.VOLUME
+            return case
+        image = self._decoded(member.name)
+        self._check(self.asked.prices[member.name].preprocess_s, "decoding the volume")
+        spoken = self._spoken(member.name)
+        with self.record.clock.stage(Stage.PREPROCESS), self.progress.stage(Stage.PREPROCESS, member=spoken):
+            return preprocess(member, image, self.options.preprocess, previous)
+
+    def _decoded(self, member: str) -> Volume:
+        """The image, for one member to use up; the last one gets the array that was decoded."""
+        with self.record.clock.stage(Stage.DECODE):
+            if self._image is None:
+                self._image, self._constant = self.asked.decode()
+            image = self._image
+            if member == list(self.asked.prices)[-1]:
+                self._image = None
+                return image
+            return replace(image, array=image.array.copy())
+
+    def _spoken(self, member: str) -> str | None:
+        """What a client is told of which member is at work: nothing where there is one."""
+        return member if len(self.asked.prices) > 1 else None
+
+    def _price_again(self, member: Member, case: PreprocessedCase) -> None:
+        """Refuse by the grid that there is what could not be refused by a guess."""
+        geometry, old = self.asked.geometry, self.asked.prices[member.name]
+        channels, first, second, third = case.data.shape
+        true = price(member, geometry, channels, self.settings[member.name], self.options, (first, second, third))
+        self.record.patches = (self.record.patches or 0) + true.patches - old.patches
+        self.record.passes = (self.record.passes or 0) + true.passes - old.passes
+        affordable(true, self.limits, geometry)
+
+    def _check(self, needed_s: float, done: str) -> None:
+        check_time(self.deadline - needed_s, done)
+
+
+def check_time(latest: float, done: str) -> None:
+    """Raise :class:`Deadline` if ``latest`` has passed, in ``time.monotonic()``; ``done`` names the last stage."""
+    if time.monotonic() >= latest:
+        msg = f"the time for this request ran out: after {done} there is too little left for the next stage"
+        raise Deadline(msg)
