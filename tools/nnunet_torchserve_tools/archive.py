@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -29,28 +28,24 @@ from nnunet_torchserve.engine.network import FoldNetworks
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import (
-    ALIASES_KEY,
-    DATASET_FILE,
     GOLDEN_FILE,
-    PLANS_FILE,
     REORIENTING_READERS,
-    FoldDescription,
-    MemberDescription,
 )
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
-from nnunet_torchserve.recipe import Single
+from nnunet_torchserve.postprocessing import Postprocessing
+from nnunet_torchserve.recipe import Cascade, Ensemble, Single
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_client.choosing import archive_name
 
-from .checkpoint import Checkpoint, without_aliases
+from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
-from .folds import numbered_folds, read_checkpoints
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
-from .plans_check import check_mirroring, check_plans, network_builder
+from .postprocessing_file import postprocessing_of_folds, read_postprocessing
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
+from .trained import TrainedModel, read_trained_model
 
 REQUIRES = {
     "nnunetv2": ">=2.8,<3",
@@ -81,6 +76,9 @@ class ArchiveRequest:
     Attributes:
         model_folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder.
         output: where the archives go.
+        others: more such folders, which are an ensemble with the first.
+        previous_stage: the folder of the first stage of a cascade.
+        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these folds.
         folds: ``None`` takes every numbered fold.
         per_fold: also make one archive for each fold.
         name: ``None`` makes one of dataset and configuration.
@@ -94,6 +92,9 @@ class ArchiveRequest:
 
     model_folder: Path
     output: Path
+    others: tuple[Path, ...] = ()
+    previous_stage: Path | None = None
+    postprocessing: Path | Literal["auto"] | None = None
     folds: tuple[FoldName, ...] | None = None
     per_fold: bool = False
     name: str | None = None
@@ -111,93 +112,93 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         The written files: the one with all chosen folds first.
 
     Raises:
-        UsageError: the folder, a name or a fold does not exist or cannot be meant.
+        UsageError: a folder, a name or a fold does not exist or cannot be meant.
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
 
     Warns:
         ModelWarning: the values of its label maps are not those that dataset.json suggests, or do not say everything;
-            or its trial did not prove that it answers.
+            its trial did not prove that it answers; or each request must bring the first stage's labels.
     """
-    folder = request.model_folder
-    if not folder.is_dir():
-        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder"
-        raise UsageError(msg)
-    plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
-    folds = request.folds or numbered_folds(folder, request.checkpoint)
-    checkpoints = read_checkpoints(folder, folds, request.checkpoint, trust=request.trust_checkpoint)
-    first = checkpoints[folds[0]]
-    network_class = check_plans(plans, first.configuration)
-    patch = PlansManager(plans).get_configuration(first.configuration).patch_size
-    for checkpoint in checkpoints.values():
-        check_mirroring(checkpoint.mirroring_axes, len(patch))
-    name = request.name or archive_name(str(plans["dataset_name"]), first.configuration)
+    composition = _compose(request)
+    lead = composition.lead
+    name = request.name or archive_name(lead.dataset_name, composition.name)
     if not MODEL_NAME.fullmatch(name):
         msg = f"the model name {name!r} may hold only letters, digits, '_' and '-'; choose one with --name"
         raise UsageError(msg)
     if not VERSION.fullmatch(request.version):
         msg = f"the version {request.version!r} must be numbers and dots, as in 1.0"
         raise UsageError(msg)
-    _check_orientation(request.input_orientation, str(plans["image_reader_writer"]))
+    _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
+    postprocessing = _postprocessing(request, composition)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         msg = f"cannot make the output folder {request.output}: {error.strerror}"
         raise UsageError(msg) from error
-    contents: list[tuple[str, tuple[FoldName, ...]]] = [(name, folds)]
+    contents = [(name, composition)]
     if request.per_fold:
-        contents += [(f"{name}_fold_{fold}", (fold,)) for fold in folds]
+        contents += [(f"{name}_fold_{fold}", composition.of_fold(fold)) for fold in lead.folds]
     try:
-        _warn_of_values(plans, dataset)
-        return [
-            _make_archive(
-                request, archive_name, plans, dataset, {fold: checkpoints[fold] for fold in chosen}, network_class
-            )
-            for archive_name, chosen in contents
-        ]
+        _warn_of_values(lead.plans, lead.dataset)
+        return [_make_archive(request, each, content, postprocessing) for each, content in contents]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
 
 
+def _compose(request: ArchiveRequest) -> Composition:
+    """Read every folder."""
+
+    def read(folder: Path, folds: tuple[FoldName, ...] | None) -> TrainedModel:
+        return read_trained_model(folder, folds, request.checkpoint, trust=request.trust_checkpoint)
+
+    models = [read(folder, request.folds) for folder in (request.model_folder, *request.others)]
+    first_stage = None if request.previous_stage is None else read(request.previous_stage, request.folds)
+    composition = compose(models, first_stage)
+    if request.per_fold and not isinstance(composition.recipe, Single):
+        msg = "--per-fold: a cascade or an ensemble is one model; make an archive of some folds with --folds"
+        raise UsageError(msg)
+    if isinstance(composition.recipe, Cascade) and composition.recipe.first is None:
+        msg = (
+            f"{composition.name} is the second stage of a cascade: each request must bring the first stage's labels as "
+            "previous_stage. With --previous-stage FOLDER the archive predicts them itself."
+        )
+        warnings.warn(msg, ModelWarning, stacklevel=3)
+    return composition
+
+
+def _postprocessing(request: ArchiveRequest, composition: Composition) -> Postprocessing | None:
+    if request.postprocessing is None:
+        return None
+    if request.postprocessing != "auto":
+        return read_postprocessing(request.postprocessing)
+    if isinstance(composition.recipe, Ensemble):
+        msg = "--postprocessing auto: an ensemble's lies in nnU-Net's folder ensembles/; name the file"
+        raise UsageError(msg)
+    return postprocessing_of_folds(request.model_folder, composition.lead.folds).postprocessing
+
+
 def _make_archive(
-    request: ArchiveRequest,
-    name: str,
-    plans: dict[str, Any],
-    dataset: dict[str, Any],
-    checkpoints: Mapping[FoldName, Checkpoint],
-    network_class: str | None,
+    request: ArchiveRequest, name: str, composition: Composition, postprocessing: Postprocessing | None
 ) -> Path:
-    first = next(iter(checkpoints.values()))
-    builder, network_trainer = network_builder(first.trainer)
     with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
         stage = Path(scratch)
         for file, source in serving_core_files().items():
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             (stage / file).write_bytes(source.read_bytes())
-        member = MemberDescription(
-            name=first.configuration,
-            dataset=str(plans["dataset_name"]),
-            trainer=first.trainer,
-            plans=str(plans["plans_name"]),
-            configuration=first.configuration,
-            network_builder=builder,
-            folds=tuple(
-                FoldDescription(fold=fold, mirroring_axes=c.mirroring_axes, checkpoint_sha256=c.sha256)
-                for fold, c in checkpoints.items()
-            ),
-            source={"folder": "/".join(request.model_folder.resolve().parts[-2:]), "checkpoint": request.checkpoint},
-            input_orientation=request.input_orientation,
-            network_class=network_class,
-            network_trainer=network_trainer,
+        members = tuple(
+            model.describe(member, request.input_orientation) for member, model in composition.members.items()
         )
-        _write_member(stage / member.folder, member, plans, dataset, checkpoints)
+        for member in members:
+            composition.members[member.name].write(stage / member.folder, member)
         bundle = BundleDescription(
             schema_version=SCHEMA_VERSION,
             name=name,
             version=request.version,
-            members=(member,),
-            recipe=Single(member=member.name),
+            members=members,
+            recipe=composition.recipe,
+            postprocessing=postprocessing,
             requires=REQUIRES,
             built_with=_installed_versions(),
             files={},
@@ -218,23 +219,6 @@ def serving_core_files() -> dict[str, Path]:
     files = {handler.name: handler}
     files |= {f"{core.name}/{file.relative_to(core).as_posix()}": file for file in sorted(core.rglob("*.py"))}
     return files
-
-
-def _write_member(
-    folder: Path,
-    description: MemberDescription,
-    plans: dict[str, Any],
-    dataset: dict[str, Any],
-    checkpoints: Mapping[FoldName, Checkpoint],
-) -> None:
-    folder.mkdir(parents=True)
-    (folder / PLANS_FILE).write_text(json.dumps(plans, indent=1))
-    # nnU-Net numbers its classes in the order of this file's labels: keep it
-    (folder / DATASET_FILE).write_text(json.dumps(dataset, indent=1))
-    for fold in description.folds:
-        tensors, aliases = without_aliases(checkpoints[fold.fold].weights)
-        metadata = {ALIASES_KEY: json.dumps(aliases, sort_keys=True)}
-        save_file(tensors, folder / fold.weights_file, metadata=metadata)
 
 
 def _add_golden_patches(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
@@ -294,21 +278,6 @@ def _check_orientation(letters: str | None, reader: str) -> None:
     if (own := REORIENTING_READERS.get(reader, letters)) != letters:
         msg = f"--input-orientation {letters}: the plan's reader {reader} brings every image into {own} itself"
         raise UsageError(msg)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
-        raise UsageError(msg) from error
-    except ValueError as error:
-        msg = f"{file} is no valid JSON"
-        raise ToolError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{file} holds no JSON object"
-        raise ToolError(msg)
-    return content
 
 
 def _installed_versions() -> dict[str, str]:

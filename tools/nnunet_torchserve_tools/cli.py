@@ -99,7 +99,22 @@ def _root(
 @app.command()
 @_reports_errors
 def archive(
-    model_folder: Annotated[Path, typer.Argument(help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder.")],
+    model_folders: Annotated[
+        list[Path], typer.Argument(help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder; several with --ensemble.")
+    ],
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="The folders are one model: the mean of their probabilities.")
+    ] = False,
+    previous_stage: Annotated[
+        Path | None, typer.Option(help="The folder of a cascade's first stage, which is then predicted too.")
+    ] = None,
+    postprocessing: Annotated[
+        str | None,
+        typer.Option(
+            help="nnU-Net's postprocessing.pkl or .json, or auto for that of exactly these folds; default: none, as "
+            "nnUNetv2_predict does none."
+        ),
+    ] = None,
     folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
     per_fold: Annotated[bool, typer.Option("--per-fold", help="Also one archive for each fold.")] = False,
     name: Annotated[str | None, typer.Option(help="Model name; default: dataset and configuration.")] = None,
@@ -157,9 +172,18 @@ def archive(
         unload_after_s=None if unload_after is None else unload_after * 60,
         device_ids=_device_ids(device_ids),
     )
+    if len(model_folders) > 1 and not ensemble:
+        msg = "several folders make one archive only as an ensemble: add --ensemble, or package them one by one"
+        raise UsageError(msg)
+    if ensemble and len(model_folders) == 1:
+        msg = "--ensemble: name the folders of two models or more"
+        raise UsageError(msg)
     request = ArchiveRequest(
-        model_folder=model_folder,
+        model_folder=model_folders[0],
         output=output,
+        others=tuple(model_folders[1:]),
+        previous_stage=previous_stage,
+        postprocessing=_postprocessing(postprocessing),
         folds=_folds(folds),
         per_fold=per_fold,
         name=name,
@@ -173,6 +197,13 @@ def archive(
         files = make_archives(request)
     for file in files:
         typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
+
+
+def _postprocessing(text: str | None) -> Any:
+    """The option of that name: a file, ``"auto"`` or nothing."""
+    if text is None or text == "none":
+        return None
+    return text if text == "auto" else Path(text)
 
 
 def _port(default: int, largest: int = 65535) -> Any:

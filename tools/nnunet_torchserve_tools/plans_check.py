@@ -68,9 +68,6 @@ def check_plans(plans: Mapping[str, Any], configuration_name: str) -> str | None
         if reader not in _READERS:
             msg = f"plans.json names the image reader {reader!r}; only {', '.join(_READERS)} can be served"
             raise ToolError(msg)
-        if configuration.previous_stage_name is not None:
-            msg = f"{configuration_name} is the second stage of a cascade, which cannot be served yet"
-            raise ToolError(msg)
         _check_lookups(manager, configuration)
         _check_numbers(manager, configuration)
     except (*_INCOMPLETE, pydoc.ErrorDuringImport) as error:

@@ -1,0 +1,179 @@
+"""Trained models become the members of one archive, and the recipe that makes one answer of them.
+
+What cannot be combined is refused here, by name: a first stage that is not the one of the plans, models whose labels,
+channels or readers are not the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_torchserve.options import FoldName
+from nnunet_torchserve.painting import integers
+from nnunet_torchserve.recipe import Cascade, Ensemble, Recipe, Single, last_stage
+
+from .errors import ToolError, UsageError
+from .trained import TrainedModel
+
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]+")
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """What an archive holds.
+
+    Attributes:
+        members: name -> model, in the order in which the recipe needs them.
+        recipe: what is made of them.
+    """
+
+    members: Mapping[str, TrainedModel]
+    recipe: Recipe
+
+    @property
+    def lead(self) -> TrainedModel:
+        """See :class:`~nnunet_torchserve.bundle.ModelBundle`."""
+        return self.members[last_stage(self.recipe)]
+
+    def of_fold(self, fold: FoldName) -> Composition:
+        """A single model with one of its folds."""
+        return Composition({name: model.of_folds((fold,)) for name, model in self.members.items()}, self.recipe)
+
+    @property
+    def name(self) -> str:
+        """What the configuration is called in the archive's own name."""
+        if isinstance(self.recipe, Ensemble):
+            return "ensemble"
+        return self.members[self.recipe.member].configuration
+
+
+def compose(models: Sequence[TrainedModel], first_stage: TrainedModel | None) -> Composition:
+    """Put models together.
+
+    Args:
+        models: one, or those of an ensemble in nnU-Net's order.
+        first_stage: of the cascades among them.
+
+    Raises:
+        UsageError: a model is named twice; a first stage that no model has, or one that is missing in an ensemble.
+        ToolError: models that do not fit together.
+    """
+    folders = [model.folder.resolve() for model in models]
+    if len(set(folders)) != len(folders):
+        msg = "an ensemble is of different models: a folder is named twice"
+        raise UsageError(msg)
+    cascades = [model for model in models if model.settings().previous_stage_name is not None]
+    if first_stage is not None:
+        if not cascades:
+            msg = f"--previous-stage {first_stage.folder}: {_spoken(models)} has no previous stage in its plans"
+            raise UsageError(msg)
+        for cascade in cascades:
+            _check_stages(first_stage, cascade)
+        if len(models) == 1 and first_stage.folder.resolve() == folders[0]:
+            msg = "--previous-stage is the model's own folder; name that of the first stage"
+            raise UsageError(msg)
+    elif cascades and len(models) > 1:
+        msg = f"{_spoken(cascades)} is the second stage of a cascade: name the first with --previous-stage"
+        raise UsageError(msg)
+    for other in models[1:]:
+        _check_same(models[0], other)
+    everybody = _with_first_stage(models, cascades, first_stage)
+    names = _names(everybody)
+    first = None if first_stage is None else Single(member=names[first_stage.folder.resolve()])
+    recipes = [
+        Cascade(first=first, member=names[model.folder.resolve()])
+        if model in cascades
+        else Single(member=names[model.folder.resolve()])
+        for model in models
+    ]
+    recipe = recipes[0] if len(recipes) == 1 else Ensemble(of=tuple(recipes))
+    return Composition({names[model.folder.resolve()]: model for model in everybody}, recipe)
+
+
+def _with_first_stage(
+    models: Sequence[TrainedModel], cascades: Sequence[TrainedModel], first_stage: TrainedModel | None
+) -> list[TrainedModel]:
+    """All of them, each once, a first stage before the first cascade."""
+    found: list[TrainedModel] = []
+    for model in models:
+        needed = [first_stage, model] if model in cascades and first_stage is not None else [model]
+        for each in needed:
+            if each.folder.resolve() not in {other.folder.resolve() for other in found}:
+                found.append(each)
+    return found
+
+
+def _names(models: Sequence[TrainedModel]) -> dict[Path, str]:
+    """A name for each folder: the configuration, or what else tells models of one configuration apart."""
+    spellings = (
+        lambda model: model.configuration,
+        lambda model: f"{model.trainer}__{model.plans_name}__{model.configuration}",
+        lambda model: f"{model.dataset_name}__{model.trainer}__{model.plans_name}__{model.configuration}",
+    )
+    for spell in spellings:
+        names = [_NOT_IN_NAMES.sub("_", spell(model))[-_LONGEST_NAME:] for model in models]
+        if len(set(names)) == len(names):
+            break
+    else:
+        names = [f"model_{number}" for number in range(len(models))]
+    return {model.folder.resolve(): name for model, name in zip(models, names, strict=True)}
+
+
+def _check_stages(first: TrainedModel, last: TrainedModel) -> None:
+    """A cascade's stages are of one training: the plans name the first, and it has the same folds."""
+    wanted = last.settings().previous_stage_name
+    pairs: dict[str, tuple[object, object]] = {
+        "configuration": (first.configuration, wanted),
+        "trainer": (first.trainer, last.trainer),
+        "plans": (first.plans_name, last.plans_name),
+        "dataset": (first.dataset_name, last.dataset_name),
+        "folds": (sorted(map(str, first.folds)), sorted(map(str, last.folds))),
+        "labels": (_labels(first), _labels(last)),
+    }
+    for what, (has, needs) in pairs.items():
+        if has != needs:
+            msg = f"{first.folder} is no first stage of {last.folder}: it has the {what} {has}, not {needs}"
+            raise ToolError(msg)
+
+
+def _check_same(one: TrainedModel, other: TrainedModel) -> None:
+    """An ensemble's members answer the same question about the same images."""
+    pairs: dict[str, tuple[object, object]] = {
+        "labels": (_labels(one), _labels(other)),
+        "regions_class_order": (_order(one), _order(other)),
+        "channels": (_channels(one), _channels(other)),
+        "image reader": (one.plans["image_reader_writer"], other.plans["image_reader_writer"]),
+        "label manager": (one.manager().label_manager_class, other.manager().label_manager_class),
+    }
+    for what, (first, second) in pairs.items():
+        if first != second:
+            msg = f"{one.folder} and {other.folder} are no ensemble: their {what} differ, {first} and {second}"
+            raise ToolError(msg)
+
+
+def _labels(model: TrainedModel) -> list[tuple[str, tuple[int, ...]]]:
+    try:
+        return [(str(name), tuple(integers(label))) for name, label in model.dataset["labels"].items()]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        msg = f"{model.folder}: dataset.json: labels cannot be read: {error}"
+        raise ToolError(msg) from error
+
+
+def _order(model: TrainedModel) -> list[int] | None:
+    order: Any = model.dataset.get("regions_class_order")
+    has_regions = model.manager().get_label_manager(model.dataset).has_regions
+    return [int(value) for value in order or ()] if has_regions else None
+
+
+def _channels(model: TrainedModel) -> list[str]:
+    names: Any = model.dataset.get("modality") or model.dataset.get("channel_names") or {}
+    return [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+
+
+def _spoken(models: Sequence[TrainedModel]) -> str:
+    return ", ".join(str(model.folder) for model in models)

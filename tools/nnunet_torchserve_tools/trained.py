@@ -1,0 +1,157 @@
+"""A trained configuration as nnU-Net left it in a folder: read, checked, and written into an archive as a member."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from safetensors.torch import save_file
+
+from nnunet_torchserve.member import ALIASES_KEY, DATASET_FILE, PLANS_FILE, FoldDescription, MemberDescription
+from nnunet_torchserve.options import FoldName
+
+from .checkpoint import Checkpoint, without_aliases
+from .errors import ToolError, UsageError
+from .folds import numbered_folds, read_checkpoints
+from .plans_check import check_mirroring, check_plans, network_builder
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """What an archive needs of a ``TRAINER__PLANS__CONFIGURATION`` folder.
+
+    Attributes:
+        folder: nnU-Net's.
+        checkpoint: file name within each fold's folder.
+        plans, dataset: the content of nnU-Net's files.
+        checkpoints: of the chosen folds, in their order.
+        network_class: see :class:`~nnunet_torchserve.member.MemberDescription`.
+    """
+
+    folder: Path
+    checkpoint: str
+    plans: dict[str, Any]
+    dataset: dict[str, Any]
+    checkpoints: Mapping[FoldName, Checkpoint]
+    network_class: str | None
+
+    @property
+    def folds(self) -> tuple[FoldName, ...]:
+        """The chosen folds."""
+        return tuple(self.checkpoints)
+
+    @property
+    def configuration(self) -> str:
+        """nnU-Net's name of it."""
+        return self._first.configuration
+
+    @property
+    def trainer(self) -> str:
+        """The class that trained it."""
+        return self._first.trainer
+
+    @property
+    def plans_name(self) -> str:
+        """nnU-Net's name of the plans."""
+        return str(self.plans["plans_name"])
+
+    @property
+    def dataset_name(self) -> str:
+        """nnU-Net's name of the dataset."""
+        return str(self.plans["dataset_name"])
+
+    @property
+    def _first(self) -> Checkpoint:
+        return next(iter(self.checkpoints.values()))
+
+    def manager(self) -> PlansManager:
+        """nnU-Net's view of the plans."""
+        return PlansManager(self.plans)
+
+    def settings(self) -> ConfigurationManager:
+        """nnU-Net's view of the configuration."""
+        return self.manager().get_configuration(self.configuration)
+
+    def of_folds(self, folds: tuple[FoldName, ...]) -> TrainedModel:
+        """The same with some of its folds."""
+        checkpoints = {fold: self.checkpoints[fold] for fold in folds}
+        return TrainedModel(self.folder, self.checkpoint, self.plans, self.dataset, checkpoints, self.network_class)
+
+    def describe(self, name: str, input_orientation: str | None) -> MemberDescription:
+        """As a member of that name."""
+        builder, network_trainer = network_builder(self.trainer)
+        return MemberDescription(
+            name=name,
+            dataset=self.dataset_name,
+            trainer=self.trainer,
+            plans=self.plans_name,
+            configuration=self.configuration,
+            network_builder=builder,
+            folds=tuple(
+                FoldDescription(fold=fold, mirroring_axes=each.mirroring_axes, checkpoint_sha256=each.sha256)
+                for fold, each in self.checkpoints.items()
+            ),
+            source={"folder": "/".join(self.folder.resolve().parts[-2:]), "checkpoint": self.checkpoint},
+            input_orientation=input_orientation,
+            network_class=self.network_class,
+            network_trainer=network_trainer,
+        )
+
+    def write(self, folder: Path, description: MemberDescription) -> None:
+        """Write a member's folder: nnU-Net's files and the weights."""
+        folder.mkdir(parents=True)
+        (folder / PLANS_FILE).write_text(json.dumps(self.plans, indent=1))
+        # nnU-Net numbers its classes in the order of this file's labels: keep it
+        (folder / DATASET_FILE).write_text(json.dumps(self.dataset, indent=1))
+        for fold in description.folds:
+            tensors, aliases = without_aliases(self.checkpoints[fold.fold].weights)
+            metadata = {ALIASES_KEY: json.dumps(aliases, sort_keys=True)}
+            save_file(tensors, folder / fold.weights_file, metadata=metadata)
+
+
+def read_trained_model(
+    folder: Path, folds: tuple[FoldName, ...] | None, checkpoint: str, *, trust: bool
+) -> TrainedModel:
+    """Read and check a trained model folder.
+
+    Args:
+        folder: nnU-Net's.
+        folds: ``None`` takes every numbered fold.
+        checkpoint: file name within each fold's folder.
+        trust: open checkpoints as ordinary pickles.
+
+    Raises:
+        UsageError: the folder or a fold does not exist or cannot be meant.
+        ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
+    """
+    if not folder.is_dir():
+        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder"
+        raise UsageError(msg)
+    plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
+    chosen = folds or numbered_folds(folder, checkpoint)
+    checkpoints = read_checkpoints(folder, chosen, checkpoint, trust=trust)
+    configuration = next(iter(checkpoints.values())).configuration
+    network_class = check_plans(plans, configuration)
+    patch = PlansManager(plans).get_configuration(configuration).patch_size
+    for each in checkpoints.values():
+        check_mirroring(each.mirroring_axes, len(patch))
+    return TrainedModel(folder, checkpoint, plans, dataset, checkpoints, network_class)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        msg = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
+        raise UsageError(msg) from error
+    except ValueError as error:
+        msg = f"{file} is no valid JSON"
+        raise ToolError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{file} holds no JSON object"
+        raise ToolError(msg)
+    return content
