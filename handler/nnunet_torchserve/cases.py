@@ -85,20 +85,20 @@ class Price:
         patches: windows of one fold.
         passes: forward passes in all: patches x folds x mirrorings.
         bytes: peak of the worker's arrays for this case: input, resampling scratch, logits and export.
-        logits_bytes: the part of it that stays until the export.
         preprocess_s: seconds that preprocessing takes at least.
         export_s: seconds that the export takes at least.
         is_guess: the plan's own function says what the grid is, when it has run: nothing may be refused for this one.
+        logits_bytes: the part of ``bytes`` that stays until the export.
     """
 
     grid: tuple[int, int, int]
     patches: int
     passes: int
     bytes: int
-    logits_bytes: int
     preprocess_s: float
     export_s: float
     is_guess: bool = False
+    logits_bytes: int = 0
 
 
 def settings_of(bundle: ModelBundle, options: Options) -> dict[str, Settings]:
@@ -210,10 +210,10 @@ def price(
         patches=patches,
         passes=forward_passes(member, grid, settings),
         bytes=int(_SAFETY * max(decode, resample, network, export)),
-        logits_bytes=result,
         preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(member) else 0),
         export_s=classes * geometry.voxels * (export_s if _resamples_logits(member) else 0),
         is_guess=is_guess,
+        logits_bytes=result,
     )
 
 

@@ -72,6 +72,11 @@ class OddModel:
         change_weights: changes each fold's state dict.
         residual: a network with residual blocks.
         spacing: mm of the network's grid.
+        named: the configuration's name, where it is not that of the dimensions.
+        previous_stage: the configuration of a cascade's first stage.
+        mirroring: axes that the checkpoint allows.
+        transposed: ``transpose_forward``; it is its own inverse.
+        masked: whether normalisation looks at the nonzero region only.
     """
 
     dimensions: int = 3
@@ -88,6 +93,11 @@ class OddModel:
     residual: bool = False
     spacing: float = 1.5
     reader: str = "SimpleITKIO"
+    named: str | None = None
+    previous_stage: str | None = None
+    mirroring: tuple[int, ...] | None = None
+    transposed: tuple[int, int, int] = (0, 1, 2)
+    masked: bool = False
 
     def but(self, **changes: Any) -> OddModel:
         """The same with other attributes."""
@@ -96,7 +106,7 @@ class OddModel:
     @property
     def configuration(self) -> str:
         """nnU-Net's name for it."""
-        return "3d_fullres" if self.dimensions == 3 else "2d"
+        return self.named or ("3d_fullres" if self.dimensions == 3 else "2d")
 
     def plans(self) -> Json:
         """As the network is built by them."""
@@ -107,14 +117,18 @@ class OddModel:
             "spacing": [self.spacing] * self.dimensions,
             "median_image_size_in_voxels": [24] * self.dimensions,
             "normalization_schemes": list(self.schemes),
-            "use_mask_for_norm": [False] * len(self.channels),
+            "use_mask_for_norm": [self.masked] * len(self.channels),
             "architecture": architecture(self.dimensions, residual=self.residual),
         }
+        if self.previous_stage is not None:
+            configuration["previous_stage"] = self.previous_stage
         known = plans["foreground_intensity_properties_per_channel"]["0"]
         intensities = self.intensities or (known,) * len(self.channels)
         return plans | {
             "dataset_name": "Dataset950_Odd",
             "image_reader_writer": self.reader,
+            "transpose_forward": list(self.transposed),
+            "transpose_backward": list(self.transposed),
             "configurations": {self.configuration: configuration},
             "foreground_intensity_properties_per_channel": {str(k): each for k, each in enumerate(intensities)},
         }
@@ -139,7 +153,7 @@ class OddModel:
                 "_best_ema": np.float64(0.5),
                 "init_args": {"configuration": self.configuration, "fold": fold},
                 "trainer_name": self.trainer,
-                "inference_allowed_mirroring_axes": None,
+                "inference_allowed_mirroring_axes": self.mirroring,
             }
             (model / f"fold_{fold}").mkdir()
             torch.save(checkpoint, model / f"fold_{fold}" / self.checkpoint)

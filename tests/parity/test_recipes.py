@@ -1,0 +1,285 @@
+"""Cascades, ensembles and postprocessing: in one request, the answer that nnU-Net's commands give one after another."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from nnunetv2.postprocessing.remove_connected_components import (
+    apply_postprocessing,
+    remove_all_but_largest_component_from_segmentation,
+)
+
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
+from nnunet_torchserve.responses import Response
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
+from support import stock, volumes
+from support.odd_models import OddModel
+
+LOWRES = OddModel(named="3d_lowres", spacing=3.0)
+CASCADE = OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres")
+REGIONS = {
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3},
+    "more_dataset": {"regions_class_order": [1, 2, 3]},
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The values in the label map", "ignore:.torch.jit:FutureWarning", "ignore:Detected old nnU-Net plans"
+)
+
+
+def seeded(model: OddModel, folder: Path, seed: int = 0) -> Path:
+    """A folder of the model; another seed is another network."""
+
+    def shift(weights: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in weights.values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05 * seed)
+
+    return model.but(change_weights=shift).write(folder / f"seed_{seed}")
+
+
+def pipeline_of(folder: Path, model: Path, **fields: Any) -> Pipeline:
+    """The pipeline of a worker that serves the archive."""
+    [archive] = make_archives(ArchiveRequest(model, folder / "store", name="m", **fields))
+    zipfile.ZipFile(archive).extractall(folder / "unpacked")
+    bundle = ModelBundle(folder / "unpacked")
+    return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
+
+
+def ask(pipeline: Pipeline, body: bytes, previous: bytes | None = None, **options: object) -> Response:
+    parts: dict[str, object] = {"image": body, "options": json.dumps({"output_format": "npz"} | options).encode()}
+    if previous is not None:
+        parts["previous_stage"] = previous
+    return pipeline.answer(Request(parts, {}))
+
+
+def arrays(response: Response) -> dict[str, npt.NDArray[Any]]:
+    assert response.status is HTTPStatus.OK, response.body
+    with np.load(io.BytesIO(response.body)) as answer:
+        return dict(answer)
+
+
+def image(shape: tuple[int, int, int] = (24, 26, 20), *, cropped: bool = True) -> bytes:
+    """Blobs with an empty rim, which nnU-Net crops, and a hole."""
+    array, _ = volumes.blobs(shape, seed=3)
+    if cropped:
+        inside = np.zeros(shape, bool)
+        inside[3:-4, 2:-3, 1:-2] = True
+        array = np.where(inside, array + 1, 0)
+        array[10:13, 10:13, 8:11] = 0
+    return volumes.nifti_gz(array.astype(np.float32), volumes.oblique((1.5, 1.5, 1.5), angle=0.0))
+
+
+def stock_cascade(first: Path, last: Path, file: Path, **how: Any) -> stock.StockAnswer:
+    """Stock's two commands, one after the other: the first one's labels as its reader reads them."""
+    labels = stock.predict(first, [file], probabilities=False, **how).labels
+    predictor = stock.loaded(last, **how)
+    reader = predictor.plans_manager.image_reader_writer_class()
+    array, properties = reader.read_images([str(file)])
+    answer = predictor.predict_single_npy_array(
+        array, properties, labels.astype(np.float32)[None], None, save_or_return_probabilities=True
+    )
+    return stock.StockAnswer(*answer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"masked": True},
+        {"folds": (0, 1), "mirroring": (0, 2)},
+        {"transposed": (2, 1, 0)},
+        REGIONS,
+    ],
+    ids=["plain", "masked", "folds and mirroring", "transposed", "regions"],
+)
+def test_a_cascade_is_stocks_two_commands(change: dict[str, Any], tmp_path: Path) -> None:
+    first, last = seeded(LOWRES.but(**change), tmp_path), seeded(CASCADE.but(**change), tmp_path)
+    pipeline = pipeline_of(tmp_path, last, previous_stage=first)
+    body = image()
+    expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", body))
+    assert len(np.unique(expected.labels)) > 1
+    served = arrays(ask(pipeline, body, save_probabilities=True))
+    np.testing.assert_array_equal(served["labels"], expected.labels)
+    np.testing.assert_array_equal(served["probabilities"], expected.probabilities)
+    np.testing.assert_array_equal(arrays(ask(pipeline, body))["labels"], expected.labels)
+
+
+def test_stocks_own_preprocessor_gets_the_first_stage_too(tmp_path: Path) -> None:
+    first, last = seeded(LOWRES, tmp_path), seeded(CASCADE.but(masked=True), tmp_path)
+    pipeline = pipeline_of(tmp_path, last, previous_stage=first)
+    expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", image()))
+    served = arrays(ask(pipeline, image(), preprocess="stock", save_probabilities=True))
+    np.testing.assert_array_equal(served["probabilities"], expected.probabilities)
+
+
+def test_a_clients_own_first_stage_is_taken(tmp_path: Path) -> None:
+    """Any labels on the image's grid; without a first stage in the archive they must be there."""
+    last = seeded(CASCADE, tmp_path)
+    with pytest.warns(ModelWarning, match="previous_stage"):
+        pipeline = pipeline_of(tmp_path, last)
+    body = image()
+    file = volumes.write(tmp_path, "case.nii.gz", body)
+    labels = np.random.default_rng(0).integers(0, 4, (20, 26, 24)).astype(np.uint8)
+    predictor = stock.loaded(last)
+    array, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(file)])
+    expected = predictor.predict_single_npy_array(array, properties, labels.astype(np.float32)[None], None, False)
+    affine = nib.Nifti1Image.from_bytes(gzip.decompress(body)).affine
+    sent = volumes.nifti_gz(labels.T, affine)
+    np.testing.assert_array_equal(arrays(ask(pipeline, body, sent))["labels"], expected)
+
+    missing = ask(pipeline, body)
+    assert (int(missing.status), json.loads(missing.body)["code"]) == (422, "wrong_channels")
+    moved = affine.copy()
+    moved[0, 3] += 5
+    elsewhere = volumes.nifti_gz(labels.T, moved)
+    for wrong, code in (
+        (volumes.nifti_gz(labels.T[:-1], affine), "channels_disagree"),
+        (elsewhere, "channels_disagree"),
+        (volumes.nifti_gz(labels.T + np.float32(0.5), affine), "wrong_range"),
+    ):
+        refused = ask(pipeline, body, wrong)
+        assert (int(refused.status), json.loads(refused.body)["code"]) == (422, code), refused.body
+
+
+def test_labels_for_a_model_that_is_no_cascade_are_refused(tmp_path: Path) -> None:
+    pipeline = pipeline_of(tmp_path, seeded(LOWRES, tmp_path))
+    refused = ask(pipeline, image(), image())
+    assert (int(refused.status), json.loads(refused.body)["code"]) == (422, "wrong_channels")
+
+
+def stock_ensemble(models: Sequence[Path], file: Path) -> npt.NDArray[np.float32]:
+    """``average_probabilities`` of what each predictor gives."""
+    mean: npt.NDArray[np.float32] | None = None
+    for model in models:
+        probabilities = stock.predict(model, [file]).probabilities
+        assert probabilities is not None
+        mean = probabilities.astype(np.float32) if mean is None else mean + probabilities
+    assert mean is not None
+    mean /= len(models)
+    return mean
+
+
+FULLRES = OddModel()
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        (FULLRES, [OddModel(2)]),
+        (FULLRES, [OddModel(2), LOWRES]),
+        (FULLRES.but(**REGIONS), [LOWRES.but(**REGIONS)]),
+        (FULLRES, [LOWRES.but(transposed=(2, 1, 0))]),
+    ],
+    ids=["two", "three", "regions", "axes in another order"],
+)
+def test_an_ensemble_is_the_mean_of_stocks_probabilities(
+    first: OddModel, others: list[OddModel], tmp_path: Path
+) -> None:
+    folders = [seeded(model, tmp_path, seed) for seed, model in enumerate([first, *others])]
+    pipeline = pipeline_of(tmp_path, folders[0], others=tuple(folders[1:]))
+    body = image()
+    mean = stock_ensemble(folders, volumes.write(tmp_path, "case.nii.gz", body))
+    expected = pipeline.bundle.lead.labels.convert_probabilities_to_segmentation(mean)
+    assert len(np.unique(expected)) > 1
+    served = arrays(ask(pipeline, body, save_probabilities=True))
+    np.testing.assert_array_equal(served["probabilities"], mean)
+    np.testing.assert_array_equal(served["labels"], expected)
+    np.testing.assert_array_equal(arrays(ask(pipeline, body))["labels"], expected)
+    [chosen] = arrays(ask(pipeline, body, save_probabilities=True, probability_channels=[1]))["probabilities"]
+    np.testing.assert_array_equal(chosen, mean[1])
+
+
+def test_a_cascade_may_be_a_member_and_so_may_its_first_stage(tmp_path: Path) -> None:
+    """The first stage is in the archive once, and predicted once."""
+    first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
+    pipeline = pipeline_of(tmp_path, first, others=(last,), previous_stage=first)
+    assert list(pipeline.bundle.members) == ["3d_lowres", "3d_cascade_fullres"]
+    body = image()
+    file = volumes.write(tmp_path, "case.nii.gz", body)
+    one, two = stock.predict(first, [file]).probabilities, stock_cascade(first, last, file).probabilities
+    assert one is not None
+    assert two is not None
+    served = arrays(ask(pipeline, body, save_probabilities=True))
+    np.testing.assert_array_equal(served["probabilities"], (one + two) / 2)
+
+
+OTHER_LABELS = {"background": 0, "one": 1, "two": 2, "four": 3}
+
+
+@pytest.mark.parametrize("change", [{"labels": OTHER_LABELS}, {"channels": ("CT",)}])
+def test_models_that_answer_other_questions_are_no_ensemble(change: dict[str, Any], tmp_path: Path) -> None:
+    one, other = seeded(FULLRES, tmp_path), seeded(LOWRES.but(**change), tmp_path)
+    with pytest.raises(ToolError, match="no ensemble"):
+        make_archives(ArchiveRequest(one, tmp_path / "store", others=(other,)))
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (OddModel(), "configuration"),
+        (LOWRES.but(folds=(0, 1)), "folds"),
+        (LOWRES.but(trainer="nnUNetTrainerBN"), "trainer"),
+    ],
+)
+def test_a_first_stage_of_another_training_is_refused(first: OddModel, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=f"no first stage of .* has the {reason}"):
+        make_archives(
+            ArchiveRequest(
+                seeded(CASCADE, tmp_path), tmp_path / "store", previous_stage=seeded(first, tmp_path / "first")
+            )
+        )
+
+
+def test_a_recipe_has_no_archive_for_each_fold(tmp_path: Path) -> None:
+    request = ArchiveRequest(
+        seeded(CASCADE, tmp_path), tmp_path / "store", previous_stage=seeded(LOWRES, tmp_path), per_fold=True
+    )
+    with pytest.raises(UsageError, match="per-fold"):
+        make_archives(request)
+
+
+def test_postprocessing_is_stocks_and_can_be_left_out(tmp_path: Path) -> None:
+    steps = [[1, 2, 3], 1, 2, 3]
+    document = {
+        "postprocessing_fns": ["remove_all_but_largest_component_from_segmentation"] * len(steps),
+        "postprocessing_kwargs": [{"labels_or_regions": labels} for labels in steps],
+    }
+    (tmp_path / "postprocessing.json").write_text(json.dumps(document))
+    pipeline = pipeline_of(tmp_path, seeded(FULLRES, tmp_path), postprocessing=tmp_path / "postprocessing.json")
+    body = image()
+    plain = arrays(ask(pipeline, body, postprocess=False, save_probabilities=True))
+    functions = [remove_all_but_largest_component_from_segmentation] * len(steps)
+    expected = apply_postprocessing(plain["labels"], functions, [{"labels_or_regions": labels} for labels in steps])
+    assert np.any(expected != plain["labels"])
+    response = ask(pipeline, body, save_probabilities=True)
+    served = arrays(response)
+    np.testing.assert_array_equal(served["labels"], expected)
+    np.testing.assert_array_equal(served["probabilities"], plain["probabilities"])
+    assert "postprocess;dur=" in response.headers["Server-Timing"]
+
+
+def test_a_fold_that_one_member_lacks_is_named_with_it(tmp_path: Path) -> None:
+    one, other = seeded(FULLRES.but(folds=(0, 1)), tmp_path), seeded(LOWRES, tmp_path)
+    pipeline = pipeline_of(tmp_path, one, others=(other,))
+    refused = json.loads(ask(pipeline, image(), folds=[1]).body)
+    assert refused["code"] == "unknown_fold"
+    assert "3d_lowres" in refused["detail"]
