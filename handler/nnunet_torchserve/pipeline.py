@@ -200,9 +200,8 @@ class Pipeline:
         if request.is_trial:
             return NO_KEYS
         volumes = self.settings.cache_bytes > 0 and isinstance(self.bundle.description.recipe, Single)
-        stage = request.previous_stage()
-        bodies = request.images() if stage is None else [*request.images(), stage]
-        return keys_of(bodies, options, volumes=volumes, answers=self.settings.single_flight)
+        answers = self.settings.single_flight
+        return keys_of(request.images(), options, volumes=volumes, answers=answers, previous=request.previous_stage())
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""

@@ -29,7 +29,9 @@ _DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
 """Options; one that is not named here is in the key."""
 
 
-def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answers: bool) -> Keys:
+def keys_of(
+    images: Sequence[Payload], options: Options, *, volumes: bool, answers: bool, previous: Payload | None = None
+) -> Keys:
     """The keys of a request.
 
     Args:
@@ -37,6 +39,7 @@ def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answe
         options: of the request.
         volumes: whether preprocessed volumes are kept.
         answers: whether equal requests share one answer.
+        previous: the labels of a cascade's first stage, if they came.
     """
     if not volumes and not answers:
         return Keys()
@@ -44,6 +47,9 @@ def keys_of(images: Sequence[Payload], options: Options, *, volumes: bool, answe
     for image in images:
         content.update(len(image).to_bytes(8, "big"))
         content.update(image)
+    if previous is not None:
+        content.update(b"previous stage")  # not to be taken for one more image
+        content.update(previous)
     volume = content.copy()
     volume.update(options.model_dump_json(exclude=set(_DECIDES_NO_VOLUME)).encode())
     answer = content.copy()
