@@ -369,6 +369,25 @@ def list_(
             typer.echo(line)
 
 
+@app.command(name="describe")
+@_reports_errors
+def describe_(
+    archive_file: Annotated[Path, typer.Argument(metavar="FILE.mar", help="The archive.")],
+    shape: Annotated[str | None, typer.Option(help="Voxels of an image along x, y, z, as 512,512,300.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Its mm along x, y, z, as 0.7,0.7,1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Describe an archive: what it is made of, what its images must be, what a case of a given shape costs."""
+    from .model_card import lines, model_card, read_shape
+
+    card = model_card(archive_file, read_shape(shape, spacing))
+    if as_json:
+        typer.echo(json.dumps(card, indent=2))
+    else:
+        for line in lines(card):
+            typer.echo(line)
+
+
 def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
 

@@ -1,0 +1,232 @@
+"""``nnunet-torchserve describe FILE.mar``: what a model is, what its images must be, what a case of it costs.
+
+Read from the archive alone: no weights are loaded, and no code of it is run. What a running server says of itself is
+TorchServe's describe API, or the option ``describe`` of a request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
+from nnunet_torchserve.cases import settings_of
+from nnunet_torchserve.description import describe
+from nnunet_torchserve.errors import BundleError, RequestError
+from nnunet_torchserve.intensities import value_range
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import DATASET_FILE, GOLDEN_FILE, MEMBERS_FOLDER, PLANS_FILE, Member
+from nnunet_torchserve.options import Options
+from nnunet_torchserve.pricing import prices_of, whole_price
+from nnunet_torchserve.recipe import Cascade, Recipe, Single
+from nnunet_torchserve.settings import HandlerSettings
+from nnunet_torchserve.volume import Geometry
+
+from .errors import ToolError, UsageError
+
+_WANTED = (PLANS_FILE, DATASET_FILE)
+_MOST_BYTES = 2**28
+"""Of one of these files."""
+
+_MIB = 1024**2
+_DIMENSIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An image, for whose case a price is wanted: voxels and mm along x, y, z."""
+
+    voxels: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+
+    def geometry(self) -> Geometry:
+        """Somewhere in the patient."""
+        x, y, z = self.voxels
+        sx, sy, sz = self.spacing
+        return Geometry((z, y, x), (sz, sy, sx), self.spacing, (0.0, 0.0, 0.0), np.eye(_DIMENSIONS), _DIMENSIONS)
+
+
+def model_card(file: Path, shape: Shape | None = None) -> dict[str, Any]:
+    """What an archive says of itself, as a JSON object: as its description, with what that leaves out.
+
+    Args:
+        file: the archive.
+        shape: of an image whose price is wanted; all folds of the archive, mirroring as the checkpoints allow.
+
+    Raises:
+        UsageError: it is no archive, or no image of that shape can be predicted.
+        ToolError: it is damaged, or of another schema.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, tempfile.TemporaryDirectory(prefix="nnunet-torchserve-card-") as scratch:
+            bundle = _described(archive, Path(scratch))
+            sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+            return _card(bundle, sizes, file, shape)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        msg = f"{file} is no archive of 'nnunet-torchserve archive', or it is damaged"
+        raise UsageError(msg) from error
+    except BundleError as error:
+        msg = f"{file}: {error}"
+        raise ToolError(msg) from error
+
+
+def _described(archive: zipfile.ZipFile, folder: Path) -> ModelBundle:
+    """The bundle without its weights; the files that are read have the checksums that the archive names."""
+    (folder / BUNDLE_FILE).write_bytes(_content(archive, BUNDLE_FILE))
+    bundle = ModelBundle(folder, verify=False)
+    for member in bundle.members.values():
+        member.folder.mkdir(parents=True)
+        for name in _WANTED:
+            inside = f"{member.description.folder}/{name}"
+            content = _content(archive, inside)
+            if hashlib.sha256(content).hexdigest() != bundle.description.files.get(inside):
+                msg = f"{inside} is not what the archive was made with: it is damaged"
+                raise BundleError(msg)
+            (member.folder / name).write_bytes(content)
+    return bundle
+
+
+def _content(archive: zipfile.ZipFile, name: str) -> bytes:
+    if archive.getinfo(name).file_size > _MOST_BYTES:
+        msg = f"{name} is too large to be what it should be"
+        raise BundleError(msg)
+    return archive.read(name)
+
+
+def _card(bundle: ModelBundle, sizes: Mapping[str, int], file: Path, shape: Shape | None) -> dict[str, Any]:
+    described = describe(bundle, Limits(), HandlerSettings(), math.inf)
+    ours = ("settings", "limits", "options", "serving_core", "axis_order")  # of a server, not of a file
+    card: dict[str, Any] = {name: value for name, value in described.items() if name not in ours}
+    card |= {
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "channels": [
+            {"number": number, "name": name, "values": list(value_range(bundle.lead, int(number)))}
+            for number, name in bundle.lead.channel_names.items()
+        ],
+        "recipe_in_words": in_words(bundle.description.recipe),
+        "requires": bundle.description.requires,
+        "weights_bytes": {
+            name: sum(
+                size
+                for entry, size in sizes.items()
+                if entry.startswith(f"{MEMBERS_FOLDER}/{name}/fold_") and not entry.endswith(GOLDEN_FILE)
+            )
+            for name in bundle.members
+        },
+        "networks": {name: _network(member) for name, member in bundle.members.items()},
+    }
+    if shape is not None:
+        card["case"] = _case(bundle, shape)
+    return card
+
+
+def in_words(recipe: Recipe) -> str:
+    """A recipe as a sentence's part."""
+    if isinstance(recipe, Single):
+        return recipe.member
+    if isinstance(recipe, Cascade):
+        first = "the labels that come with a request" if recipe.first is None else recipe.first.member
+        return f"{recipe.member} after {first}"
+    return "the mean of " + " and ".join(in_words(each) for each in recipe.of)
+
+
+def _network(member: Member) -> str:
+    name = member.description.network_class or member.description.network_trainer or member.description.trainer
+    return name.rpartition(".")[2]
+
+
+def _case(bundle: ModelBundle, shape: Shape) -> dict[str, Any]:
+    geometry, options, channels = shape.geometry(), Options(), bundle.lead.channels
+    try:
+        prices = prices_of(bundle, geometry, channels, settings_of(bundle, options), options)
+    except RequestError as error:
+        msg = f"no case of that shape can be predicted: {error}"
+        raise UsageError(msg) from error
+    whole = whole_price(bundle, prices, geometry, channels, options)
+    return {
+        "shape": list(shape.voxels),
+        "spacing": list(shape.spacing),
+        "forward_passes": whole.passes,
+        "memory_bytes": whole.bytes,
+        "is_guess": whole.is_guess,
+        "members": {
+            name: {"grid_zyx": list(price.grid), "patches": price.patches, "forward_passes": price.passes}
+            for name, price in prices.items()
+        },
+    }
+
+
+def lines(card: Mapping[str, Any]) -> Iterator[str]:
+    """A card for people."""
+    yield f"{card['name']} {card['version']}  ({card['file']}, {card['bytes'] / _MIB:.1f} MiB, {card['digest'][:19]}…)"
+    yield f"  {card['dataset']}: {card['recipe_in_words']}"
+    for channel in card["channels"]:
+        low, high = channel["values"]
+        yield f"  channel {channel['number']}: {channel['name']}, values of about {low:g} to {high:g}"
+    yield f"  labels: {', '.join(f'{name} {_label(value)}' for name, value in card['labels'].items())}"
+    if card["regions_class_order"] is not None:
+        yield f"  regions, painted in the order {', '.join(map(str, card['regions_class_order']))}"
+    for name, member in card["members"].items():
+        folds = ", ".join(map(str, member["folds"]))
+        yield f"  {name}: {member['trainer']}, {member['plans']}, {card['networks'][name]}, folds {folds}"
+        spacing, patch = _times(member["spacing"]), _times(member["patch_size"])
+        weights = card["weights_bytes"][name] / _MIB
+        yield f"    {spacing} mm, patches of {patch}, {member['checkpoint']}, weights {weights:.1f} MiB"
+    steps = (card["postprocessing"] or {}).get("steps")
+    if steps:
+        kept = "; ".join(", ".join(map(str, step["labels"])) for step in steps)
+        yield f"  postprocessing: only the largest component stays of each of: {kept}"
+    yield f"  reader {card['reader']}, orientation {card['input_orientation'] or 'as sent'}"
+    built = card["built_with"]
+    yield f"  made with nnunetv2 {built.get('nnunetv2')}, torch {built.get('torch')}; needs nnunetv2 " + str(
+        card["requires"].get("nnunetv2")
+    )
+    if (case := card.get("case")) is not None:
+        guess = " (a guess: the plan's own function decides)" if case["is_guess"] else ""
+        memory = case["memory_bytes"] / _MIB
+        yield f"  a case of {_times(case['shape'])} voxels (x, y, z) of {_times(case['spacing'])} mm{guess}:"
+        yield f"    {case['forward_passes']} forward passes, at most {memory:.0f} MiB in worker and engine"
+
+
+def _times(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
+
+
+def _label(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def read_shape(voxels: str | None, spacing: str | None) -> Shape | None:
+    """The flags ``--shape 512,512,300`` and ``--spacing 0.7,0.7,1``.
+
+    Raises:
+        UsageError: one without the other, or no three numbers above 0.
+    """
+    if voxels is None and spacing is None:
+        return None
+    if voxels is None or spacing is None:
+        msg = "--shape and --spacing belong together: voxels and mm along x, y, z"
+        raise UsageError(msg)
+    x, y, z = _three(voxels, "--shape", int)
+    sx, sy, sz = _three(spacing, "--spacing", float)
+    return Shape((int(x), int(y), int(z)), (sx, sy, sz))
+
+
+def _three(text: str, flag: str, kind: type[int | float]) -> tuple[float, float, float]:
+    try:
+        first, second, third = (kind(part) for part in text.split(","))
+    except ValueError:
+        first = second = third = 0
+    if not (0 < first < math.inf and 0 < second < math.inf and 0 < third < math.inf):
+        msg = f"{flag} {text}: three numbers above 0 with commas were expected, along x, y, z"
+        raise UsageError(msg)
+    return first, second, third
