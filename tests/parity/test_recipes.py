@@ -113,7 +113,7 @@ def stock_cascade(first: Path, last: Path, file: Path, **how: Any) -> stock.Stoc
 )
 def test_a_cascade_is_stocks_two_commands(change: dict[str, Any], tmp_path: Path) -> None:
     first, last = seeded(LOWRES.but(**change), tmp_path), seeded(CASCADE.but(**change), tmp_path)
-    pipeline = pipeline_of(tmp_path, last, previous_stage=first)
+    pipeline = pipeline_of(tmp_path, last, previous_stages=(first,))
     body = image()
     expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", body))
     assert len(np.unique(expected.labels)) > 1
@@ -125,7 +125,7 @@ def test_a_cascade_is_stocks_two_commands(change: dict[str, Any], tmp_path: Path
 
 def test_stocks_own_preprocessor_gets_the_first_stage_too(tmp_path: Path) -> None:
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE.but(masked=True), tmp_path)
-    pipeline = pipeline_of(tmp_path, last, previous_stage=first)
+    pipeline = pipeline_of(tmp_path, last, previous_stages=(first,))
     expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", image()))
     served = arrays(ask(pipeline, image(), preprocess="stock", save_probabilities=True))
     np.testing.assert_array_equal(served["probabilities"], expected.probabilities)
@@ -188,8 +188,9 @@ FULLRES = OddModel()
         (FULLRES, [OddModel(2), LOWRES]),
         (FULLRES.but(**REGIONS), [LOWRES.but(**REGIONS)]),
         (FULLRES, [LOWRES.but(transposed=(2, 1, 0))]),
+        (OddModel(2), [LOWRES.but(spacing=7.0)]),
     ],
-    ids=["two", "three", "regions", "axes in another order"],
+    ids=["two", "three", "regions", "axes in another order", "a flat and a thick one"],
 )
 def test_an_ensemble_is_the_mean_of_stocks_probabilities(
     first: OddModel, others: list[OddModel], tmp_path: Path
@@ -211,7 +212,7 @@ def test_an_ensemble_is_the_mean_of_stocks_probabilities(
 def test_a_cascade_may_be_a_member_and_so_may_its_first_stage(tmp_path: Path) -> None:
     """The first stage is in the archive once, and predicted once."""
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
-    pipeline = pipeline_of(tmp_path, first, others=(last,), previous_stage=first)
+    pipeline = pipeline_of(tmp_path, first, others=(last,), previous_stages=(first,))
     assert list(pipeline.bundle.members) == ["3d_lowres", "3d_cascade_fullres"]
     body = image()
     file = volumes.write(tmp_path, "case.nii.gz", body)
@@ -244,14 +245,14 @@ def test_a_first_stage_of_another_training_is_refused(first: OddModel, reason: s
     with pytest.raises(ToolError, match=f"no first stage of .* has the {reason}"):
         make_archives(
             ArchiveRequest(
-                seeded(CASCADE, tmp_path), tmp_path / "store", previous_stage=seeded(first, tmp_path / "first")
+                seeded(CASCADE, tmp_path), tmp_path / "store", previous_stages=(seeded(first, tmp_path / "first"),)
             )
         )
 
 
 def test_a_recipe_has_no_archive_for_each_fold(tmp_path: Path) -> None:
     request = ArchiveRequest(
-        seeded(CASCADE, tmp_path), tmp_path / "store", previous_stage=seeded(LOWRES, tmp_path), per_fold=True
+        seeded(CASCADE, tmp_path), tmp_path / "store", previous_stages=(seeded(LOWRES, tmp_path),), per_fold=True
     )
     with pytest.raises(UsageError, match="per-fold"):
         make_archives(request)

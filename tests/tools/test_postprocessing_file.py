@@ -34,6 +34,7 @@ from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.postprocessing_file import (
     FoundPostprocessing,
     postprocessing_in,
+    postprocessing_of_ensemble,
     postprocessing_of_folds,
     read_postprocessing,
 )
@@ -403,6 +404,27 @@ def test_two_of_the_same_folds_must_say_the_same(tmp_path: Path) -> None:
     write(tmp_path / "crossval_results_folds_1_0", {"labels_or_regions": 2})
     with pytest.raises(ToolError, match="of the same folds and say different things"):
         postprocessing_of_folds(tmp_path, (0, 1))
+
+
+def test_an_ensemble_has_a_postprocessing_of_its_own(tmp_path: Path) -> None:
+    """That of exactly its models and folds, named in any order."""
+    one, other, third = (tmp_path / f"T__P__{name}" for name in ("2d", "3d_fullres", "3d_lowres"))
+    of_pair = "ensemble___T__P__2d___T__P__3d_fullres"
+    write(tmp_path / "ensembles" / f"{of_pair}___0_1", {"labels_or_regions": 1})
+    write(tmp_path / "ensembles" / f"{of_pair}___0", {"labels_or_regions": 2})
+    (tmp_path / "ensembles" / "notes").mkdir()
+    for models, folds, label in (((one, other), (0, 1), 1), ((other, one), (1, 0), 1), ((one, other), (0,), 2)):
+        assert postprocessing_of_ensemble(models, folds).postprocessing.steps == (keep(label),)
+    for others in ([one, third], [one, other, third]):
+        with pytest.raises(UsageError, match="holds no postprocessing for exactly"):
+            postprocessing_of_ensemble(others, (0,))
+    with pytest.raises(UsageError, match="with the folds 2; nnU-Net determines one if"):
+        postprocessing_of_ensemble((one, other), (2,))
+    with pytest.raises(UsageError, match="several datasets"):
+        postprocessing_of_ensemble((one, tmp_path / "elsewhere" / other.name), (0,))
+    write(tmp_path / "ensembles" / f"{of_pair}___1_0", {"labels_or_regions": 3})
+    with pytest.raises(ToolError, match="say different things"):
+        postprocessing_of_ensemble((one, other), (0, 1))
 
 
 def test_a_folder_that_is_none_is_said_to_be(tmp_path: Path) -> None:

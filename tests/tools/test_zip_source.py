@@ -136,6 +136,14 @@ def test_its_models_are_listed_and_chosen_by_configuration(results: Path, tmp_pa
         pass
 
 
+def test_what_is_said_of_models_can_be_had_without_their_weights(results: Path, tmp_path: Path) -> None:
+    with unzipped(export(tmp_path / "model.zip", "3d_lowres", "3d_fullres")) as whole:
+        expected = {name: content for name, content in files_of(whole.results).items() if not name.endswith(".pth")}
+    with unzipped(tmp_path / "model.zip", weights=False) as described:
+        assert files_of(described.results) == expected
+        assert len(described.folders) == 2
+
+
 def test_nothing_is_left_when_the_work_fails(results: Path, tmp_path: Path, private: Path) -> None:
     exported = export(tmp_path / "model.zip", "3d_lowres")
     with pytest.raises(FileExistsError), unzipped(exported) as found:
@@ -302,15 +310,18 @@ def test_a_zip_without_a_model_is_told_what_was_expected(names: list[str], tmp_p
     check_refused(tmp_path / "model.zip", "holds no trained nnU-Net model: .*TRAINER__PLANS__CONFIGURATION")
 
 
-def test_a_configuration_of_two_trainers_cannot_be_told_apart(tmp_path: Path) -> None:
-    other = f"{DATASET}/nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres/plans.json"
-    file = zip_of(tmp_path / "model.zip", (other, b"{}"))
-    assert models_in(file) == (
-        ZippedModel(DATASET, "nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres", 2),
-        ZippedModel(DATASET, FULL, 2),
-    )
-    with pytest.raises(UsageError, match="several times"), unzipped(file, ["3d_fullres"]):
+def test_a_configuration_of_two_trainers_is_told_apart_by_its_whole_name(tmp_path: Path) -> None:
+    other = "nnUNetTrainerNoMirroring__nnUNetPlans__3d_fullres"
+    file = zip_of(tmp_path / "model.zip", (f"{DATASET}/{other}/plans.json", b"{}"))
+    models = (ZippedModel(DATASET, other, 2), ZippedModel(DATASET, FULL, 2))
+    assert models_in(file) == models
+    said = f"several times; name one whole: --configuration {models[0].path} or {models[1].path}"
+    with pytest.raises(UsageError, match=said), unzipped(file, ["3d_fullres"]):
         pass
+    for name in (other, f"{DATASET}/{other}"):
+        with unzipped(file, [name, name]) as found:
+            assert found.models == models[:1]
+            assert files_of(found.results) == {f"{DATASET}/{other}/plans.json": b"{}"}
 
 
 def test_no_damage_to_a_zip_comes_as_another_error(results: Path, tmp_path: Path, private: Path) -> None:

@@ -43,7 +43,7 @@ from nnunet_torchserve_client.choosing import archive_name
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
-from .postprocessing_file import postprocessing_of_folds, read_postprocessing
+from .postprocessing_file import postprocessing_of_ensemble, postprocessing_of_folds, read_postprocessing
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
 from .trained import TrainedModel, read_trained_model
 
@@ -77,8 +77,8 @@ class ArchiveRequest:
         model_folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder.
         output: where the archives go.
         others: more such folders, which are an ensemble with the first.
-        previous_stage: the folder of the first stage of a cascade.
-        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these folds.
+        previous_stages: the folders of the first stages of the cascades among them.
+        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these models and folds.
         folds: ``None`` takes every numbered fold.
         per_fold: also make one archive for each fold.
         name: ``None`` makes one of dataset and configuration.
@@ -93,7 +93,7 @@ class ArchiveRequest:
     model_folder: Path
     output: Path
     others: tuple[Path, ...] = ()
-    previous_stage: Path | None = None
+    previous_stages: tuple[Path, ...] = ()
     postprocessing: Path | Literal["auto"] | None = None
     folds: tuple[FoldName, ...] | None = None
     per_fold: bool = False
@@ -150,12 +150,11 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
 def _compose(request: ArchiveRequest) -> Composition:
     """Read every folder."""
 
-    def read(folder: Path, folds: tuple[FoldName, ...] | None) -> TrainedModel:
-        return read_trained_model(folder, folds, request.checkpoint, trust=request.trust_checkpoint)
+    def read(folder: Path) -> TrainedModel:
+        return read_trained_model(folder, request.folds, request.checkpoint, trust=request.trust_checkpoint)
 
-    models = [read(folder, request.folds) for folder in (request.model_folder, *request.others)]
-    first_stage = None if request.previous_stage is None else read(request.previous_stage, request.folds)
-    composition = compose(models, first_stage)
+    models = [read(folder) for folder in (request.model_folder, *request.others)]
+    composition = compose(models, [read(folder) for folder in request.previous_stages])
     if request.per_fold and not isinstance(composition.recipe, Single):
         msg = "--per-fold: a cascade or an ensemble is one model; make an archive of some folds with --folds"
         raise UsageError(msg)
@@ -174,8 +173,11 @@ def _postprocessing(request: ArchiveRequest, composition: Composition) -> Postpr
     if request.postprocessing != "auto":
         return read_postprocessing(request.postprocessing)
     if isinstance(composition.recipe, Ensemble):
-        msg = "--postprocessing auto: an ensemble's lies in nnU-Net's folder ensembles/; name the file"
-        raise UsageError(msg)
+        if len({frozenset(model.folds) for model in composition.members.values()}) > 1:
+            msg = "--postprocessing auto: the models have different folds; choose with --folds, or name a file"
+            raise UsageError(msg)
+        folders = (request.model_folder, *request.others)
+        return postprocessing_of_ensemble(folders, composition.lead.folds).postprocessing
     return postprocessing_of_folds(request.model_folder, composition.lead.folds).postprocessing
 
 

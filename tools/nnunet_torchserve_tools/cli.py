@@ -99,20 +99,38 @@ def _root(
 @app.command()
 @_reports_errors
 def archive(
-    model_folders: Annotated[
-        list[Path], typer.Argument(help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder; several with --ensemble.")
-    ],
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder, or a zip of nnUNetv2_export_model_to_zip; several "
+            "with --ensemble."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a folder: what nnUNetv2_find_best_configuration recommends for the dataset of this name "
+            "or number, below nnUNet_results or in the zip that is named."
+        ),
+    ] = None,
+    configuration: Annotated[
+        list[str] | None, typer.Option(help="Which model of a zip that holds several; repeatable with --ensemble.")
+    ] = None,
     ensemble: Annotated[
-        bool, typer.Option("--ensemble", help="The folders are one model: the mean of their probabilities.")
+        bool, typer.Option("--ensemble", help="The models are one: the mean of their probabilities.")
     ] = False,
     previous_stage: Annotated[
-        Path | None, typer.Option(help="The folder of a cascade's first stage, which is then predicted too.")
+        list[Path] | None,
+        typer.Option(
+            help="The folder or zip of a cascade's first stage, which is then predicted too; repeatable. Default: that "
+            "of the same zip."
+        ),
     ] = None,
     postprocessing: Annotated[
         str | None,
         typer.Option(
-            help="nnU-Net's postprocessing.pkl or .json, or auto for that of exactly these folds; default: none, as "
-            "nnUNetv2_predict does none."
+            help="nnU-Net's postprocessing.pkl or .json; auto for that of exactly these models and folds; none. "
+            "Default: none, as nnUNetv2_predict does none; with --dataset what is recommended."
         ),
     ] = None,
     folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
@@ -158,8 +176,9 @@ def archive(
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
 ) -> None:
-    """Package a trained nnU-Net folder for TorchServe."""
+    """Package what nnU-Net trained for TorchServe."""
     from .archive import ArchiveRequest, make_archives
+    from .selection import Choice, selected
     from .serving_settings import ServingSettings
 
     serving = ServingSettings(
@@ -172,38 +191,42 @@ def archive(
         unload_after_s=None if unload_after is None else unload_after * 60,
         device_ids=_device_ids(device_ids),
     )
-    if len(model_folders) > 1 and not ensemble:
-        msg = "several folders make one archive only as an ensemble: add --ensemble, or package them one by one"
-        raise UsageError(msg)
-    if ensemble and len(model_folders) == 1:
-        msg = "--ensemble: name the folders of two models or more"
-        raise UsageError(msg)
-    request = ArchiveRequest(
-        model_folder=model_folders[0],
-        output=output,
-        others=tuple(model_folders[1:]),
-        previous_stage=previous_stage,
+    choice = Choice(
+        sources=tuple(models or ()),
+        dataset=dataset,
+        configurations=tuple(configuration or ()),
+        ensemble=ensemble,
+        previous_stages=tuple(previous_stage or ()),
         postprocessing=_postprocessing(postprocessing),
         folds=_folds(folds),
-        per_fold=per_fold,
-        name=name,
-        version=version,
         checkpoint=checkpoint,
-        trust_checkpoint=trust_checkpoint,
-        input_orientation=input_orientation and input_orientation.upper(),
-        serving=serving,
     )
-    with _warnings_as_lines():
+    with _warnings_as_lines(), selected(choice) as selection:
+        for line in selection.remarks:
+            typer.echo(line, err=True)
+        request = ArchiveRequest(
+            model_folder=selection.models[0],
+            output=output,
+            others=selection.models[1:],
+            previous_stages=selection.previous_stages,
+            postprocessing=selection.postprocessing,
+            folds=selection.folds,
+            per_fold=per_fold,
+            name=name,
+            version=version,
+            checkpoint=checkpoint,
+            trust_checkpoint=trust_checkpoint,
+            input_orientation=input_orientation and input_orientation.upper(),
+            serving=serving,
+        )
         files = make_archives(request)
     for file in files:
         typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
 
 
 def _postprocessing(text: str | None) -> Any:
-    """The option of that name: a file, ``"auto"`` or nothing."""
-    if text is None or text == "none":
-        return None
-    return text if text == "auto" else Path(text)
+    """The option of that name: a file, ``"auto"``, ``"none"`` or nothing."""
+    return text if text in {None, "auto", "none"} else Path(str(text))
 
 
 def _port(default: int, largest: int = 65535) -> Any:

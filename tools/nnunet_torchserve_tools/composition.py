@@ -52,12 +52,12 @@ class Composition:
         return self.members[self.recipe.member].configuration
 
 
-def compose(models: Sequence[TrainedModel], first_stage: TrainedModel | None) -> Composition:
+def compose(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel] = ()) -> Composition:
     """Put models together.
 
     Args:
         models: one, or those of an ensemble in nnU-Net's order.
-        first_stage: of the cascades among them.
+        first_stages: of the cascades among them; each takes the one that fits it.
 
     Raises:
         UsageError: a model is named twice; a first stage that no model has, or one that is missing in an ensemble.
@@ -67,45 +67,66 @@ def compose(models: Sequence[TrainedModel], first_stage: TrainedModel | None) ->
     if len(set(folders)) != len(folders):
         msg = "an ensemble is of different models: a folder is named twice"
         raise UsageError(msg)
-    cascades = [model for model in models if model.settings().previous_stage_name is not None]
-    if first_stage is not None:
-        if not cascades:
-            msg = f"--previous-stage {first_stage.folder}: {_spoken(models)} has no previous stage in its plans"
-            raise UsageError(msg)
-        for cascade in cascades:
-            _check_stages(first_stage, cascade)
-        if len(models) == 1 and first_stage.folder.resolve() == folders[0]:
-            msg = "--previous-stage is the model's own folder; name that of the first stage"
-            raise UsageError(msg)
-    elif cascades and len(models) > 1:
-        msg = f"{_spoken(cascades)} is the second stage of a cascade: name the first with --previous-stage"
-        raise UsageError(msg)
+    first_of = _first_of(models, first_stages)
     for other in models[1:]:
         _check_same(models[0], other)
-    everybody = _with_first_stage(models, cascades, first_stage)
+    everybody = _with_first_stages(models, first_of)
     names = _names(everybody)
-    first = None if first_stage is None else Single(member=names[first_stage.folder.resolve()])
-    recipes = [
-        Cascade(first=first, member=names[model.folder.resolve()])
-        if model in cascades
-        else Single(member=names[model.folder.resolve()])
-        for model in models
-    ]
+
+    def stage(model: TrainedModel) -> Single | Cascade:
+        folder = model.folder.resolve()
+        if not _is_cascade(model):
+            return Single(member=names[folder])
+        first = first_of.get(folder)
+        return Cascade(
+            first=None if first is None else Single(member=names[first.folder.resolve()]), member=names[folder]
+        )
+
+    recipes = [stage(model) for model in models]
     recipe = recipes[0] if len(recipes) == 1 else Ensemble(of=tuple(recipes))
     return Composition({names[model.folder.resolve()]: model for model in everybody}, recipe)
 
 
-def _with_first_stage(
-    models: Sequence[TrainedModel], cascades: Sequence[TrainedModel], first_stage: TrainedModel | None
-) -> list[TrainedModel]:
-    """All of them, each once, a first stage before the first cascade."""
-    found: list[TrainedModel] = []
-    for model in models:
-        needed = [first_stage, model] if model in cascades and first_stage is not None else [model]
-        for each in needed:
-            if each.folder.resolve() not in {other.folder.resolve() for other in found}:
-                found.append(each)
+def _is_cascade(model: TrainedModel) -> bool:
+    return model.settings().previous_stage_name is not None
+
+
+def _first_of(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]) -> dict[Path, TrainedModel]:
+    """A cascade's folder -> its first stage."""
+    cascades = [model for model in models if _is_cascade(model)]
+    if first_stages and not cascades:
+        msg = f"--previous-stage {_spoken(first_stages)}: {_spoken(models)} has no previous stage in its plans"
+        raise UsageError(msg)
+    if not first_stages:
+        if cascades and len(models) > 1:
+            msg = f"{_spoken(cascades)} is the second stage of a cascade: name the first with --previous-stage"
+            raise UsageError(msg)
+        return {}
+    own = {first.folder.resolve() for first in first_stages} & {cascade.folder.resolve() for cascade in cascades}
+    if own:
+        msg = "--previous-stage is the model's own folder; name that of the first stage"
+        raise UsageError(msg)
+    found: dict[Path, TrainedModel] = {}
+    for cascade in cascades:
+        reasons = [_unfit(first, cascade) for first in first_stages]
+        if None not in reasons:
+            raise ToolError("; ".join(reason for reason in reasons if reason))
+        found[cascade.folder.resolve()] = first_stages[reasons.index(None)]
+    used = {first.folder for first in found.values()}
+    if unused := [first for first in first_stages if first.folder not in used]:
+        msg = f"--previous-stage {_spoken(unused)}: no model needs it"
+        raise UsageError(msg)
     return found
+
+
+def _with_first_stages(models: Sequence[TrainedModel], first_of: Mapping[Path, TrainedModel]) -> list[TrainedModel]:
+    """All of them, each once, a first stage before the first cascade."""
+    found: dict[Path, TrainedModel] = {}
+    for model in models:
+        first = first_of.get(model.folder.resolve())
+        for each in (model,) if first is None else (first, model):
+            found.setdefault(each.folder.resolve(), each)
+    return list(found.values())
 
 
 def _names(models: Sequence[TrainedModel]) -> dict[Path, str]:
@@ -124,8 +145,8 @@ def _names(models: Sequence[TrainedModel]) -> dict[Path, str]:
     return {model.folder.resolve(): name for model, name in zip(models, names, strict=True)}
 
 
-def _check_stages(first: TrainedModel, last: TrainedModel) -> None:
-    """A cascade's stages are of one training: the plans name the first, and it has the same folds."""
+def _unfit(first: TrainedModel, last: TrainedModel) -> str | None:
+    """A cascade's stages are of one training: the plans name the first, and it has the same folds. Else why not."""
     wanted = last.settings().previous_stage_name
     pairs: dict[str, tuple[object, object]] = {
         "configuration": (first.configuration, wanted),
@@ -137,8 +158,8 @@ def _check_stages(first: TrainedModel, last: TrainedModel) -> None:
     }
     for what, (has, needs) in pairs.items():
         if has != needs:
-            msg = f"{first.folder} is no first stage of {last.folder}: it has the {what} {has}, not {needs}"
-            raise ToolError(msg)
+            return f"{first.folder} is no first stage of {last.folder}: it has the {what} {has}, not {needs}"
+    return None
 
 
 def _check_same(one: TrainedModel, other: TrainedModel) -> None:

@@ -116,11 +116,53 @@ def postprocessing_of_folds(model_folder: Path, folds: Sequence[FoldName]) -> Fo
     found = [each for each in map(postprocessing_in, of_folds) if each is not None]
     if not found:
         raise UsageError(_none_for(model_folder, folds, of_folds, folders))
+    _check_agree(found)
+    return found[0]
+
+
+def postprocessing_of_ensemble(model_folders: Sequence[Path], folds: Sequence[FoldName]) -> FoundPostprocessing:
+    """What nnU-Net determined for the mean of models by cross-validation of exactly these folds.
+
+    Args:
+        model_folders: ``TRAINER__PLANS__CONFIGURATION`` of one dataset, in any order.
+        folds: in any order.
+
+    Raises:
+        UsageError: there is none.
+        ToolError: two that are of the same models and folds differ; or as :func:`read_postprocessing`.
+    """
+    first = model_folders[0].absolute()
+    place, wanted = first.parent / "ensembles", {folder.name for folder in model_folders}
+    if {folder.absolute().parent for folder in model_folders} != {first.parent}:
+        msg = "nnU-Net determines no postprocessing for an ensemble of several datasets; name a file"
+        raise UsageError(msg)
+    folders = sorted(place.iterdir()) if place.is_dir() else []
+    of_these = [folder for folder in folders if _models_and_folds(folder) == (wanted, set(map(str, folds)))]
+    found = [each for each in map(postprocessing_in, of_these) if each is not None]
+    if not found:
+        msg = (
+            f"{place} holds no postprocessing for exactly {' and '.join(sorted(wanted))} with the folds "
+            f"{', '.join(map(str, folds))}; nnU-Net determines one if nnUNetv2_find_best_configuration finds this "
+            "ensemble to be the best"
+        )
+        raise UsageError(msg)
+    _check_agree(found)
+    return found[0]
+
+
+def _models_and_folds(folder: Path) -> tuple[set[str], set[str]] | None:
+    """What nnU-Net put into the name of a folder of ``ensembles``."""
+    match folder.name.split("___"):
+        case ["ensemble", *models, folds]:
+            return set(models), set(folds.split("_"))
+    return None
+
+
+def _check_agree(found: Sequence[FoundPostprocessing]) -> None:
     for other in found[1:]:
         if other.postprocessing != found[0].postprocessing:
             msg = f"{found[0].file} and {other.file} are of the same folds and say different things; name one of them"
             raise ToolError(msg)
-    return found[0]
 
 
 def _cross_validated(model_folder: Path) -> dict[Path, tuple[int, ...]]:

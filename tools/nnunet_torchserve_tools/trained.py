@@ -129,7 +129,7 @@ def read_trained_model(
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
     """
     if not folder.is_dir():
-        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder"
+        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder or a zip"
         raise UsageError(msg)
     plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
     chosen = folds or numbered_folds(folder, checkpoint)
@@ -140,6 +140,33 @@ def read_trained_model(
     for each in checkpoints.values():
         check_mirroring(each.mirroring_axes, len(patch))
     return TrainedModel(folder, checkpoint, plans, dataset, checkpoints, network_class)
+
+
+def previous_stage_of(folder: Path) -> Path | None:
+    """Where nnU-Net has the first stage of a cascade: beside its last, of the same trainer and plans.
+
+    Args:
+        folder: ``TRAINER__PLANS__CONFIGURATION``; its plans.json is read, and no more.
+
+    Returns:
+        The folder, which need not be there; ``None`` if the plans name none, or the folder has another name.
+
+    Raises:
+        UsageError: there is no plans.json.
+        ToolError: it is damaged, or names what can be no folder.
+    """
+    match folder.name.split("__", 2):
+        case [trainer, plans_name, configuration]:
+            pass
+        case _:
+            return None
+    plans = _read_json(folder / PLANS_FILE)
+    try:
+        name = PlansManager(plans)._internal_resolve_configuration_inheritance(configuration).get("previous_stage")  # noqa: SLF001
+        return None if name is None else folder.with_name(f"{trainer}__{plans_name}__{name}")
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"{folder / PLANS_FILE} does not describe the configuration {configuration}: {error}"
+        raise ToolError(msg) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -40,6 +40,7 @@ _ENCRYPTED = 1
 """A bit of an entry's flags."""
 
 _CHUNK_BYTES = 2**20
+_CHECKPOINT = ".pth"
 _DATASET = r"(?P<dataset>Dataset\d{3,}_[^/]+)"
 _MODEL = r"(?P<model>[^/]+?__[^/]+?__[^/]+)"
 _OF_DATASETS = re.compile(
@@ -70,6 +71,11 @@ class ZippedModel:
     def configuration(self) -> str:
         """Its configuration's name."""
         return self.folder_name.split("__", 2)[2]
+
+    @property
+    def path(self) -> str:
+        """Where nnU-Net's results folder has it, and the zip: DATASET/TRAINER__PLANS__CONFIGURATION."""
+        return f"{self.dataset}/{self.folder_name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +115,15 @@ def models_in(file: Path) -> tuple[ZippedModel, ...]:
 
 @contextmanager
 def unzipped(
-    file: Path, configurations: Sequence[str] | None = None, *, most_bytes: int = MOST_BYTES
+    file: Path, names: Sequence[str] | None = None, *, weights: bool = True, most_bytes: int = MOST_BYTES
 ) -> Iterator[UnzippedModels]:
     """Unpack what archives are made of into a private directory, which is removed in the end.
 
     Args:
         file: the zip.
-        configurations: which models are unpacked, in this order; ``None`` takes all, by their names.
+        names: which models are unpacked, in this order, as :func:`chosen` takes them; ``None`` takes all, by their
+            names.
+        weights: the checkpoints too; without them all that is said of the models is there.
         most_bytes: what may be unpacked in all.
 
     Raises:
@@ -125,13 +133,44 @@ def unzipped(
     """
     with _opened(file) as archive:
         wanted = _wanted(file, archive)
-        models = _chosen(file, _models(file, wanted), configurations)
-        kept = [entry for entry in wanted if _is_of(entry, models)]
+        models = chosen(file, _models(file, wanted), names)
+        kept = [
+            entry for entry in wanted if _is_of(entry, models) and (weights or not entry.filename.endswith(_CHECKPOINT))
+        ]
         _check_sizes(file, kept, most_bytes)
         with _private_folder(file, sum(entry.file_size for entry in kept)) as results:
             for entry in kept:
                 _unpack(file, archive, entry, results / entry.filename)
-            yield UnzippedModels(results, models, tuple(results / each.dataset / each.folder_name for each in models))
+            yield UnzippedModels(results, models, tuple(results / each.path for each in models))
+
+
+def chosen(file: Path, models: Sequence[ZippedModel], names: Sequence[str] | None) -> tuple[ZippedModel, ...]:
+    """Some of a zip's models.
+
+    Args:
+        file: the zip.
+        models: all of them.
+        names: of configurations; where a zip has one for several trainers or plans, TRAINER__PLANS__CONFIGURATION, or
+            that below its DATASET. ``None`` takes all.
+
+    Raises:
+        UsageError: there is no such model, or more than one.
+    """
+    if names is None:
+        return tuple(models)
+    found = []
+    for name in dict.fromkeys(names):
+        fitting = [model for model in models if name in {model.configuration, model.folder_name, model.path}]
+        if not fitting:
+            there = ", ".join(dict.fromkeys(model.configuration for model in models))
+            msg = f"{file} has no configuration {name}; it has {printable(there)}"
+            raise UsageError(msg)
+        if len(fitting) > 1:
+            paths = " or ".join(printable(model.path) for model in fitting)
+            msg = f"{file} has the configuration {name} several times; name one whole: --configuration {paths}"
+            raise UsageError(msg)
+        found += fitting
+    return tuple(dict.fromkeys(found))
 
 
 @contextmanager
@@ -205,24 +244,6 @@ def _models(file: Path, wanted: Sequence[zipfile.ZipInfo]) -> tuple[ZippedModel,
     return tuple(ZippedModel(*key, bytes_of[key]) for key in sorted(described))
 
 
-def _chosen(file: Path, models: Sequence[ZippedModel], configurations: Sequence[str] | None) -> tuple[ZippedModel, ...]:
-    if configurations is None:
-        return tuple(models)
-    chosen = []
-    for configuration in dict.fromkeys(configurations):
-        fitting = [model for model in models if model.configuration == configuration]
-        if not fitting:
-            there = ", ".join(dict.fromkeys(model.configuration for model in models))
-            msg = f"{file} has no configuration {configuration}; it has {printable(there)}"
-            raise UsageError(msg)
-        if len(fitting) > 1:
-            names = ", ".join(f"{model.dataset}/{model.folder_name}" for model in fitting)
-            msg = f"{file} has the configuration {configuration} several times: {printable(names)}; unpack it yourself"
-            raise UsageError(msg)
-        chosen += fitting
-    return tuple(chosen)
-
-
 def _is_of(entry: zipfile.ZipInfo, models: Sequence[ZippedModel]) -> bool:
     if found := _OF_MODELS.fullmatch(entry.filename):
         return any((found["dataset"], found["model"]) == (model.dataset, model.folder_name) for model in models)
@@ -238,7 +259,7 @@ def _check_sizes(file: Path, entries: Sequence[zipfile.ZipInfo], most_bytes: int
         msg = f"{file} has {file.stat().st_size} bytes and would expand to {total}: no weights get so much shorter"
         raise ToolError(msg)
     for entry in entries:
-        if not entry.filename.endswith(".pth") and entry.file_size > _MOST_SMALL_BYTES:
+        if not entry.filename.endswith(_CHECKPOINT) and entry.file_size > _MOST_SMALL_BYTES:
             msg = f"{file}: {printable(entry.filename)} has {entry.file_size} bytes; nnU-Net does not write such files"
             raise ToolError(msg)
 
