@@ -52,7 +52,7 @@ def test_a_recipe_is_told_in_words(tmp_path: Path) -> None:
     last = OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres").write(tmp_path)
     flat = OddModel(2).write(tmp_path)
     [archive] = make_archives(
-        ArchiveRequest(last, tmp_path / "store", others=(flat,), previous_stage=first, name="both")
+        ArchiveRequest(last, tmp_path / "store", others=(flat,), previous_stages=(first,), name="both")
     )
     card = model_card(archive, Shape((60, 50, 40), (1.0, 1.0, 1.0)))
     assert card["recipe_in_words"] == "the mean of 3d_cascade_fullres after 3d_lowres and 2d"
