@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .answers import Answer
+from .bodies import PREVIOUS_STAGE
 from .cases import TIFF_READER, output_format
 from .client import Case
 from .description import Description, Json
@@ -33,6 +34,7 @@ from .errors import (
     WrongUse,
 )
 from .outputs import write_aside, write_prediction
+from .previous_stage import check_previous_stage, checked_labels
 from .results import PREPROCESSED, PROPERTIES, result_arrays, stock_properties
 
 Array = npt.NDArray[Any]
@@ -59,11 +61,12 @@ class ArrayNote:
     server_writes: bool
 
 
-def raw_items(images: Any, properties: Any, names: Any) -> Iterator[Json]:
+def raw_items(images: Any, labels: Any, properties: Any, names: Any) -> Iterator[Json]:
     """What ``predict_from_data_iterator`` takes, of one image or of lists.
 
     Args:
         images: (C, Z, Y, X).
+        labels: (1, Z, Y, X) of a cascade's first stage, of each; ``None`` for none.
         properties: of each.
         names: path of each result without its ending; ``None`` returns the results.
 
@@ -72,11 +75,18 @@ def raw_items(images: Any, properties: Any, names: Any) -> Iterator[Json]:
     """
     images, properties = _listed(images), _listed(properties)
     names = [None] * len(images) if names is None else _listed(names)
-    if not len(images) == len(properties) == len(names):
-        msg = f"{len(images)} images, {len(properties)} properties and {len(names)} output files: one for each image"
+    labels = [None] * len(images) if labels is None else _listed(labels)
+    if not len(images) == len(properties) == len(names) == len(labels):
+        msg = (
+            f"{len(images)} images, {len(properties)} properties, {len(names)} output files and {len(labels)} "
+            "segmentations of a previous stage: one for each image"
+        )
         raise WrongUse(msg)
-    items = zip(images, properties, names, strict=True)
-    return ({"data": image, "data_properties": _as_read(known), "ofile": name} for image, known, name in items)
+    items = zip(images, labels, properties, names, strict=True)
+    return (
+        {"data": image, "data_properties": _as_read(known), "ofile": name, PREVIOUS_STAGE: before}
+        for image, before, known, name in items
+    )
 
 
 def _listed(given: Any) -> list[Any]:
@@ -95,16 +105,18 @@ def array_case(number: int, item: Mapping[str, Any], description: Description, *
 
     Args:
         number: of the item, by which it is called where it has no output file.
-        item: ``data`` (C, Z, Y, X), ``data_properties``, ``ofile``.
+        item: ``data`` (C, Z, Y, X), ``data_properties``, ``ofile``; ``previous_stage`` (1, Z, Y, X) or nothing.
         description: of the model.
         with_probabilities: whether they are wanted too.
 
     Raises:
         PreprocessedInput: nnU-Net has preprocessed it, and the others most likely too.
         NotServed: a server does not write the dataset's files.
+        WrongPreviousStage: labels of a first stage for a model that takes none, or none for one that needs them.
     """
     target = item.get("ofile")
     name = Path(target).name if isinstance(target, str | os.PathLike) else f"image {number}"
+    check_previous_stage(description, given=item.get(PREVIOUS_STAGE) is not None)
     try:
         return _case(name, item, description, with_probabilities=with_probabilities)
     except (PreprocessedInput, NotServed):
@@ -119,6 +131,7 @@ def _case(name: str, item: Mapping[str, Any], description: Description, *, with_
     Raises:
         MissingProperty: the item lacks something.
         WrongUse: it is no such image.
+        WrongPreviousStage: labels that do not fit the image.
         UnreadableFile: it is the path of a file that holds none.
     """
     missing = [name for name in ("data", "data_properties", "ofile") if name not in item]
@@ -136,6 +149,8 @@ def _case(name: str, item: Mapping[str, Any], description: Description, *, with_
         )
         raise PreprocessedInput(msg)
     array = _image(item["data"])
+    labels = item.get(PREVIOUS_STAGE)
+    labels = None if labels is None else checked_labels(labels, array)
     spacing = _spacing(properties)
     placed = {} if target is None else _placement(description.reader, properties)
     by_server = (
@@ -154,7 +169,8 @@ def _case(name: str, item: Mapping[str, Any], description: Description, *, with_
         if target is not None and with_probabilities:
             options["properties"] = True
         options |= _orientation(description, properties)
-    return Case(name, array, options, ArrayNote(properties, None if target is None else os.fspath(target), by_server))
+    note = ArrayNote(properties, None if target is None else os.fspath(target), by_server)
+    return Case(name, array, options, note, previous_stage=labels)
 
 
 def finish_array(case: Case, answer: Answer, description: Description, *, with_probabilities: bool) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,14 +114,19 @@ def _as_bytes(piece: bytes | bytearray | memoryview) -> memoryview:
 
 
 class MultipartBody:
-    """A form with one file for each channel: the fields ``image_0000``, ``image_0001`` and so on."""
+    """A form with a field for each image."""
 
-    def __init__(self, channels: Sequence[Body]) -> None:
+    def __init__(self, fields: Mapping[str, Body]) -> None:
+        """Take them as they are.
+
+        Args:
+            fields: name of a field -> what is sent in it.
+        """
         boundary = secrets.token_hex(16)
-        self._parts = [(_head(boundary, number), body) for number, body in enumerate(channels)]
+        self._parts = [(_head(boundary, name), body) for name, body in fields.items()]
         self._end = f"--{boundary}--\r\n".encode()
         self.content_type = f"multipart/form-data; boundary={boundary}"
-        self.image_bytes = sum(body.length for body in channels)
+        self.image_bytes = sum(body.length for body in fields.values())
         self.length = self.image_bytes + sum(len(head) + len(_NEWLINE) for head, _ in self._parts) + len(self._end)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
@@ -136,8 +141,7 @@ class MultipartBody:
 _NEWLINE = b"\r\n"
 
 
-def _head(boundary: str, channel: int) -> bytes:
-    name = f"image_{channel:04d}"
+def _head(boundary: str, name: str) -> bytes:
     lines = [
         f"--{boundary}",
         f'Content-Disposition: form-data; name="{name}"; filename="{name}"',
@@ -150,32 +154,53 @@ def _head(boundary: str, channel: int) -> bytes:
 
 EMPTY: Body = BytesBody()
 
+_WHOLE = "image"
+"""The field of an image that has all channels; alone it is sent as the raw body."""
 
-def body_of(image: Image | Sequence[Image]) -> Body:
-    """What is to be sent of an image, or of one for each channel.
+PREVIOUS_STAGE = "previous_stage"
+"""The field of the labels of a cascade's first stage."""
+
+_NO_IMAGE = "an image is a file's path, bytes, an array (C, Z, Y, X), or a list of files, one for each channel"
+
+
+def body_of(image: Image | Sequence[Image], previous_stage: Image | None = None) -> Body:
+    """What is to be sent of a case.
 
     Args:
         image: a file, its content, an array; or a list of files or contents, one a channel.
+        previous_stage: labels of a cascade's first stage: a file, its content, an array.
 
     Raises:
         UnreadableFile: a file that cannot be read.
         WrongUse: it is none of these.
     """
+    fields = _image_fields(image)
+    if previous_stage is not None:
+        fields[PREVIOUS_STAGE] = _single(previous_stage)
+    return fields[_WHOLE] if list(fields) == [_WHOLE] else MultipartBody(fields)
+
+
+def _image_fields(image: Image | Sequence[Image]) -> dict[str, Body]:
+    if not isinstance(image, list | tuple):
+        return {_WHOLE: _single(image)}
+    if len(image) == 1:
+        return {_WHOLE: _single(image[0])}
+    if any(isinstance(each, np.ndarray) for each in image):
+        msg = "several arrays for one case; stack the channels into one: (C, Z, Y, X)"
+        raise WrongUse(msg)
+    if not image:
+        raise WrongUse(_NO_IMAGE)
+    return {f"{_WHOLE}_{channel:04d}": _single(each) for channel, each in enumerate(image)}
+
+
+def _single(image: object) -> Body:
     if isinstance(image, str | os.PathLike):
         return FileBody(image)
     if isinstance(image, bytes | bytearray | memoryview):
-        return BytesBody(image)
+        return BytesBody(memoryview(image))
     if isinstance(image, np.ndarray):
         return _array_body(image)
-    if isinstance(image, list | tuple) and image:
-        if len(image) == 1:
-            return body_of(image[0])
-        if not any(isinstance(each, np.ndarray) for each in image):
-            return MultipartBody([body_of(each) for each in image])
-        msg = "several arrays for one case; stack the channels into one: (C, Z, Y, X)"
-        raise WrongUse(msg)
-    msg = "an image is a file's path, bytes, an array (C, Z, Y, X), or a list of files, one for each channel"
-    raise WrongUse(msg)
+    raise WrongUse(_NO_IMAGE)
 
 
 def _array_body(array: npt.NDArray[Any]) -> Body:

@@ -44,11 +44,13 @@ class ImageFiles:
         name: nnU-Net's identifier of the case.
         files: one for each channel, in their order.
         target: path of the result without its ending; ``None`` if it is to be returned.
+        previous_stage: file with the labels of a cascade's first stage; ``None`` if there is none.
     """
 
     name: str
     files: tuple[str, ...]
     target: str | None = None
+    previous_stage: str | None = None
 
 
 def output_format(file_ending: str) -> str:

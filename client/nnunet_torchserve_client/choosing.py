@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .cases import Path_
-from .description import Description, ServedModel
+from .description import Description, ServedModel, recipe_in_words
 from .errors import WrongModel, WrongUse
 
 Folds = tuple[int | str, ...]
@@ -135,8 +135,10 @@ def check(wanted: Wanted, folds: Folds | None, described: Description) -> None:
     """Raise unless a model that was chosen by its name is what is wanted.
 
     Raises:
-        WrongModel: it is of another dataset, trainer, plans, configuration or checkpoint, or lacks a fold.
+        WrongModel: it is of another dataset, trainer, plans, configuration or checkpoint, lacks a fold, or is an
+            ensemble where one configuration is wanted.
     """
+    refuse_ensemble(wanted, described)
     wrong = wanted.differences(described.model)
     missing = [fold for fold in folds or () if fold not in described.model.folds]
     if missing:
@@ -144,6 +146,20 @@ def check(wanted: Wanted, folds: Folds | None, described: Description) -> None:
     if wrong:
         others = f". This server has {_listed(described.served)}" if described.served else ""
         msg = f"the served model has {'; '.join(wrong)}{others}"
+        raise WrongModel(msg)
+
+
+def refuse_ensemble(wanted: Wanted, described: Description) -> None:
+    """Raise if one configuration is wanted, and the served model is the mean of several.
+
+    Raises:
+        WrongModel: it is so.
+    """
+    if described.is_ensemble and wanted.configuration is not None:
+        msg = (
+            f"the served model is an {recipe_in_words(described.recipe)}, not {wanted.configuration} alone: "
+            "to predict with it, name it with --model and no configuration"
+        )
         raise WrongModel(msg)
 
 

@@ -61,6 +61,8 @@ class Case:
         options: of docs/http.md, for this case only.
         note: for the caller; it is not sent.
         fault: why it cannot be sent. It fails with that in its turn, and others are predicted.
+        previous_stage: labels of a cascade's first stage on the image's grid, as a file's path, its content or an
+            array; ``None`` if the server makes them, or the model is no cascade.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Case:
     options: Options = field(default_factory=dict)
     note: Any = field(default=None, repr=False)
     fault: ClientError | None = field(default=None, repr=False)
+    previous_stage: Image | None = field(default=None, repr=False)
 
 
 def _as_it_is(_: Case, answer: Answer) -> Any:
@@ -343,7 +346,7 @@ class Client:
 
     def _body(self, case: Case, tell: Listener, stop: Stop) -> Body:
         """What is sent of a case, if the server takes that much."""
-        body = body_of(case.image)
+        body = body_of(case.image, case.previous_stage)
         description = self._describe(tell, stop)
         if _is_above(description.body_bytes, body):
             self.forget(description)  # it may have been started anew since, with more memory

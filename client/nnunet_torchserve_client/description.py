@@ -113,6 +113,32 @@ class Description:
         return tuple(int(axis) for axis in first) if first else None
 
     @property
+    def recipe(self) -> Mapping[str, Any]:
+        """How one answer is made of the archive's members; servers that do not say it have one member each."""
+        recipe = self.raw.get("recipe")
+        return recipe if isinstance(recipe, Mapping) else {"kind": "single", "member": self.model.configuration}
+
+    @property
+    def takes_previous_stage(self) -> bool:
+        """Whether the labels of a cascade's first stage may come with a case."""
+        return self.recipe.get("kind") == "cascade"
+
+    @property
+    def needs_previous_stage(self) -> bool:
+        """Whether they must come, because the archive cannot make them."""
+        return self.takes_previous_stage and self.recipe.get("first") is None
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is the mean of several models, as ``nnUNetv2_ensemble`` makes one."""
+        return self.recipe.get("kind") == "ensemble"
+
+    @property
+    def postprocesses(self) -> bool:
+        """Whether labels are postprocessed unless a request says otherwise."""
+        return self.raw.get("postprocessing") is not None and "postprocess" in self.option_names
+
+    @property
     def option_names(self) -> frozenset[str]:
         """The options that the server knows."""
         return frozenset(self.raw.get("options", {}).get("properties", {}))
@@ -123,6 +149,24 @@ class Description:
             msg = f"the server's description of the model has no {name}; it is older than this client"
             raise BadAnswer(msg)
         return document
+
+
+def recipe_in_words(recipe: Mapping[str, Any]) -> str:
+    """For people, as ``ensemble of 3d_fullres and (3d_lowres, then 3d_cascade_fullres)``.
+
+    Args:
+        recipe: of a description.
+    """
+    kind = recipe.get("kind")
+    if kind == "ensemble":
+        each = [recipe_in_words(model) for model in recipe.get("of") or ()]
+        each = [f"({words})" if ", " in words else words for words in each]
+        return f"ensemble of {', '.join(each[:-1])} and {each[-1]}" if each else "ensemble"
+    member = str(recipe.get("member"))
+    if kind == "cascade":
+        first = recipe.get("first")
+        return f"{'labels that a request brings' if first is None else recipe_in_words(first)}, then {member}"
+    return member
 
 
 def read_description(answer: Answer) -> Description:

@@ -6,8 +6,9 @@
     ├── WrongUse                        also a ValueError: the call is wrong, whatever the server says
     │   ├── MissingProperty             also a KeyError, as nnU-Net's
     │   ├── WrongPart                   also an AssertionError, as nnU-Net's
+    │   ├── WrongPreviousStage          also an AssertionError, as nnU-Net's
     │   ├── PreprocessedInput           what nnU-Net has preprocessed already
-    │   ├── NotServed                   what a server cannot do (yet): a previous stage, a file format
+    │   ├── NotServed                   what a server cannot do: logits, a file format
     │   └── BodyTooLarge                above the server's limit; nothing was sent
     ├── UnreadableFile                  also an OSError: an image on this side
     ├── UnwritableFile                  also an OSError: a result on this side
@@ -125,6 +126,10 @@ class MissingProperty(WrongUse, KeyError):
 
 class WrongPart(WrongUse, AssertionError):
     """``part_id`` and ``num_parts`` that name no part."""
+
+
+class WrongPreviousStage(WrongUse, AssertionError):
+    """Labels of a cascade's first stage that are missing, do not fit the image, or that the model does not take."""
 
 
 class PreprocessedInput(WrongUse):

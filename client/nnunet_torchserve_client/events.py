@@ -56,6 +56,7 @@ class Event:
         server: base URL of the server that has the case, if one has.
         position: cases before it, for ``QUEUED``.
         stage: ``preprocess``, ``network`` or ``export``, for ``PROGRESS``.
+        member: whose stage it is, of an archive of several members; else ``None``.
         done, total: steps or bytes; 0 where there are none.
         reason: of a ``RETRY`` or a failure.
         pause_s: seconds until the next try, for ``RETRY``.
@@ -70,6 +71,7 @@ class Event:
     total: int = 0
     reason: str | None = None
     pause_s: float = 0.0
+    member: str | None = None
 
 
 Listener = Callable[[Event], object]
@@ -83,7 +85,7 @@ def server_event(case: str, server: str, document: Mapping[str, Any]) -> Event |
     kind = document.get("event")
     if kind not in _TOLD:
         return None
-    position, stage = document.get("position"), document.get("stage")
+    position, stage, member = document.get("position"), document.get("stage"), document.get("member")
     return Event(
         case,
         Kind(kind),
@@ -92,6 +94,7 @@ def server_event(case: str, server: str, document: Mapping[str, Any]) -> Event |
         stage=stage if isinstance(stage, str) else None,
         done=_count(document.get("done")),
         total=_count(document.get("total")),
+        member=member if isinstance(member, str) else None,
     )
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from .answers import Answer
-from .cases import ImageFiles, Path_, case_name, files_in, is_there, part, placement, tiff_spacing
+from .cases import ImageFiles, MissingFolder, Path_, case_name, files_in, is_there, part, placement, tiff_spacing
 from .client import Case
 from .description import Description
 from .errors import ClientError, WrongUse
 from .outputs import options_for, write_prediction
+from .previous_stage import check_previous_stage
 from .results import result_arrays
 
 
@@ -45,6 +48,32 @@ def image_files(
     names = [case_name(files, file_ending) for files in lists]
     folder, targets = _places(output, names)
     return folder, [ImageFiles(*each) for each in zip(names, map(tuple, lists), targets, strict=True)]
+
+
+def with_previous_stage(
+    files: Sequence[ImageFiles], folder: Path_ | None, description: Description
+) -> list[ImageFiles]:
+    """The cases with the labels of a cascade's first stage, ``CASE.nii.gz``, as ``nnUNetv2_predict`` writes them.
+
+    A file that is not there is the fault of its case.
+
+    Args:
+        files: the cases.
+        folder: of the labels; ``None`` if none are given.
+        description: of the model.
+
+    Raises:
+        WrongPreviousStage: the model takes none, or cannot do without.
+        MissingFolder: there is no such folder.
+    """
+    check_previous_stage(description, given=folder is not None)
+    if folder is None:
+        return list(files)
+    if not Path(folder).is_dir():
+        msg = f"{os.fspath(folder)} is no folder; the labels of the previous stage were expected in it"
+        raise MissingFolder(msg)
+    ending = description.file_ending
+    return [replace(each, previous_stage=os.fspath(Path(folder, each.name + ending))) for each in files]
 
 
 def wanted_of(
@@ -101,7 +130,7 @@ def file_case(files: ImageFiles, description: Description, *, with_probabilities
         options |= {"output_format": "npz", "save_probabilities": with_probabilities}
         if description.reader.endswith("WithReorient"):
             options["properties"] = True
-    return Case(files.name, list(files.files), options, note=files)
+    return Case(files.name, list(files.files), options, note=files, previous_stage=files.previous_stage)
 
 
 def finish_files(case: Case, answer: Answer, description: Description, *, with_probabilities: bool) -> Any:

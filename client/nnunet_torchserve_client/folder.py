@@ -29,7 +29,7 @@ from .client import Case, Client
 from .description import Description
 from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongUse
 from .events import Event, Kind
-from .file_cases import file_case, finish_files, image_files, wanted_of
+from .file_cases import file_case, finish_files, image_files, wanted_of, with_previous_stage
 from .flight import Outcome
 from .outputs import ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE, write_json, write_side_files
 from .progress import Watcher
@@ -59,6 +59,7 @@ class FolderCall:
         num_parts: only every so many-th case is predicted,
         part_id: from this one on.
         verbose: tell of each case where its time went.
+        previous_stage: folder of the labels of a cascade's first stage; ``None`` leaves them to the server.
     """
 
     source: str
@@ -68,6 +69,7 @@ class FolderCall:
     num_parts: int = 1
     part_id: int = 0
     verbose: bool = False
+    previous_stage: str | None = None
 
     @property
     def failed_file(self) -> Path:
@@ -88,7 +90,7 @@ class FolderCall:
             "overwrite": self.overwrite,
             "num_processes_preprocessing": processes[0],
             "num_processes_segmentation_export": processes[1],
-            "folder_with_segs_from_prev_stage": None,
+            "folder_with_segs_from_prev_stage": self.previous_stage,
             "num_parts": self.num_parts,
             "part_id": self.part_id,
         }
@@ -156,6 +158,7 @@ def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFile
         MissingFolder: there is no such folder.
         UnreadableFile: it cannot be read.
         WrongUse: there is no image in it, or one without a channel in its name, or no such part.
+        WrongPreviousStage: labels of a first stage for a model that takes none, or none for one that needs them.
     """
     check_part(call.num_parts, call.part_id)
     ending = description.file_ending
@@ -168,7 +171,7 @@ def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFile
             msg += f"; it has {', '.join(f'{count} {name or _NO_ENDING}' for name, count in others.items())}"
         raise WrongUse(msg)
     return wanted_of(
-        files,
+        with_previous_stage(files, call.previous_stage, description),
         call.num_parts,
         call.part_id,
         ending,

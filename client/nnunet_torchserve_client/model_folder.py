@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import MissingFolder, Path_
-from .description import Description, ServedModel
+from .description import Description, ServedModel, recipe_in_words
 from .errors import UnreadableFile, WrongModel, WrongUse
 
 Folds = tuple[int | str, ...]
@@ -64,7 +64,8 @@ class ModelFolder:
             folds: that were asked for; ``None`` if any.
 
         Raises:
-            WrongModel: another dataset, trainer, plans, configuration or checkpoint, or it lacks a fold.
+            WrongModel: another dataset, trainer, plans, configuration or checkpoint, it lacks a fold, or it is an
+                ensemble.
         """
         model = description.model
         names = ("dataset", "trainer", "plans", "configuration")
@@ -75,6 +76,8 @@ class ModelFolder:
         ]
         if checkpoint != model.checkpoint:
             wrong.append(f"checkpoint {model.checkpoint}, not {checkpoint}")
+        if description.is_ensemble:
+            wrong.append(f"an {recipe_in_words(description.recipe)}, not one folder's model")
         missing = [fold for fold in folds or () if fold not in model.folds]
         if missing:
             wrong.append(f"folds {_listed(model.folds)}, without {_listed(tuple(missing))}")

@@ -7,6 +7,7 @@ one, also after a power cut. Of a case the label map comes last, so that where i
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import secrets
@@ -19,10 +20,11 @@ import numpy as np
 
 from .answers import Answer, arrays_of
 from .cases import TIFF_READER, Path_, output_format
+from .description import Description, Json
 from .errors import BadAnswer, UnwritableFile
 from .results import PREPROCESSED, PROBABILITIES, PROPERTIES, stock_properties, turn
 
-Json = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE = "predict_from_raw_data_args.json", "dataset.json", "plans.json"
 
@@ -31,6 +33,20 @@ def options_for(file_ending: str, *, with_probabilities: bool) -> dict[str, obje
     """What a server is asked for, so that :func:`write_prediction` has what it needs."""
     wanted: dict[str, object] = {"output_format": output_format(file_ending)}
     return wanted | ({"save_probabilities": True, "properties": True} if with_probabilities else {})
+
+
+def postprocess_option(description: Description, *, wanted: bool) -> dict[str, object]:
+    """What a server is told of postprocessing, which nnU-Net's own prediction never does.
+
+    Args:
+        description: of the model; one that has none, or a server that knows of none, is told nothing.
+        wanted: whether labels shall be postprocessed.
+    """
+    if description.postprocesses:
+        return {"postprocess": wanted}
+    if wanted:
+        logger.warning("the served model has no postprocessing: labels are as the network gives them")
+    return {}
 
 
 def write_prediction(

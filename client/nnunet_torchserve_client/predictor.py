@@ -19,10 +19,10 @@ from .calls import Call, Prediction
 from .cases import Path_, check_part
 from .client import Case, Client
 from .description import Description, Json
-from .errors import NotServed, WrongUse
-from .file_cases import file_case, finish_files, image_files, wanted_of
+from .errors import WrongUse
+from .file_cases import file_case, finish_files, image_files, wanted_of, with_previous_stage
 from .model_folder import as_folds
-from .outputs import options_for, write_side_files
+from .outputs import options_for, postprocess_option, write_side_files
 from .remote_model import RemoteModel
 
 PROCESSES = 8
@@ -57,6 +57,7 @@ class RemotePredictor(RemoteModel):
         allow_tqdm: bool = True,
         *,
         use_folds: int | str | Sequence[int | str] | None = None,
+        postprocess: bool = False,
         version: str | None = None,
         token: str | None = None,
         headers: Mapping[str, str] | None = None,
@@ -81,6 +82,7 @@ class RemotePredictor(RemoteModel):
             allow_tqdm: show progress on stderr, if that is a terminal.
             use_folds: as in ``initialize_from_trained_model_folder``; ``None`` is all that are served. The server's own
                 name for them, ``folds``, is taken too.
+            postprocess: whether labels are postprocessed, where the archive has that; nnU-Net's predictor never does.
             version: of the model.
             token: bearer token.
             headers: of every request.
@@ -110,6 +112,7 @@ class RemotePredictor(RemoteModel):
         self.verbose = verbose
         self.verbose_preprocessing = verbose_preprocessing
         self.allow_tqdm = allow_tqdm
+        self.postprocess = postprocess
         self._with_probabilities = bool(options.pop("save_probabilities", False))
         self._given = {name: value for name, value in options.items() if not name.startswith("probability_")}
         self._of_probabilities = {name: value for name, value in options.items() if name.startswith("probability_")}
@@ -152,7 +155,8 @@ class RemotePredictor(RemoteModel):
             overwrite: ``False`` leaves out what is there already.
             num_processes_preprocessing: means nothing here.
             num_processes_segmentation_export: means nothing here.
-            folder_with_segs_from_prev_stage: is refused.
+            folder_with_segs_from_prev_stage: a folder with the labels of a cascade's first stage, ``CASE.nii.gz`` and
+                so on. ``None`` leaves them to the server, if its archive has that stage.
             num_parts: only every so many-th case is predicted,
             part_id: from this one on.
 
@@ -196,7 +200,6 @@ class RemotePredictor(RemoteModel):
         """A call with files, and its cases; writes the files beside the predictions."""
         source = arguments["list_of_lists_or_source_folder"]
         output = arguments["output_folder_or_list_of_truncated_output_files"]
-        _refuse_previous_stage(arguments["folder_with_segs_from_prev_stage"])
         check_part(num_parts, part_id, one_more=True)
         if part_id == num_parts:
             logger.warning(
@@ -208,6 +211,7 @@ class RemotePredictor(RemoteModel):
         description, with_probabilities = self.description, self._probabilities(arguments["save_probabilities"])
         ending = description.file_ending
         folder, files = image_files(source, output, ending)
+        files = with_previous_stage(files, arguments["folder_with_segs_from_prev_stage"], description)
         if folder is not None:
             options_for(ending, with_probabilities=with_probabilities)  # refuse before anything is written
             write_side_files(folder, description.dataset_json, description.plans_json, arguments)
@@ -233,21 +237,25 @@ class RemotePredictor(RemoteModel):
 
         Args:
             image_or_list_of_images: (C, Z, Y, X), as nnU-Net's readers give them.
-            segs_from_prev_stage_or_list_of_segs_from_prev_stage: is refused.
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage: labels (1, Z, Y, X) of a cascade's first stage, as
+                nnU-Net's ``read_seg`` gives them; ``None`` leaves them to the server, if its archive has that stage.
             properties_or_list_of_properties: with ``spacing`` (mm, z, y, x) each.
             truncated_ofname: paths without ending; ``None`` returns the results.
             num_processes: means nothing here.
 
         Yields:
-            For each image a dict with ``data`` (the image as it is: a server preprocesses), ``data_properties`` and
-            ``ofile``.
+            For each image a dict with ``data`` (the image as it is: a server preprocesses), ``data_properties``,
+            ``ofile`` and ``previous_stage``.
 
         Raises:
             WrongUse: lists of different lengths.
-            NotServed: a previous stage.
         """
-        _refuse_previous_stage(segs_from_prev_stage_or_list_of_segs_from_prev_stage)
-        return raw_items(image_or_list_of_images, properties_or_list_of_properties, truncated_ofname)
+        return raw_items(
+            image_or_list_of_images,
+            segs_from_prev_stage_or_list_of_segs_from_prev_stage,
+            properties_or_list_of_properties,
+            truncated_ofname,
+        )
 
     def predict_from_list_of_npy_arrays(
         self,
@@ -287,7 +295,8 @@ class RemotePredictor(RemoteModel):
         Args:
             data_iterator: dicts with ``data``, an image (C, Z, Y, X) as it was read, or the path of a .npy file with
                 one, which is removed then; ``data_properties`` with ``spacing`` (mm, z, y, x); ``ofile``, a path
-                without ending, or ``None``.
+                without ending, or ``None``. ``previous_stage``, labels (1, Z, Y, X) of a cascade's first stage, may be
+                there too.
             save_probabilities: also write ``.npz`` and ``.pkl``, or return probabilities too.
             num_processes_segmentation_export: means nothing here.
 
@@ -318,7 +327,8 @@ class RemotePredictor(RemoteModel):
         Args:
             input_image: (C, Z, Y, X), as nnU-Net's readers give it.
             image_properties: with ``spacing`` (mm, z, y, x); to write a file also what the reader put in.
-            segmentation_previous_stage: is refused.
+            segmentation_previous_stage: labels (1, Z, Y, X) of a cascade's first stage, as nnU-Net's ``read_seg`` gives
+                them; ``None`` leaves them to the server, if its archive has that stage.
             output_file_truncated: path without ending; ``None`` returns the result.
             save_or_return_probabilities: also write ``.npz`` and ``.pkl``, or return probabilities too.
 
@@ -328,9 +338,8 @@ class RemotePredictor(RemoteModel):
         Raises:
             ClientError: see :mod:`.errors`.
         """
-        _refuse_previous_stage(segmentation_previous_stage)
         with_probabilities, description = self._probabilities(save_or_return_probabilities), self.description
-        [item] = raw_items([input_image], [image_properties], [output_file_truncated])
+        [item] = raw_items([input_image], [segmentation_previous_stage], [image_properties], [output_file_truncated])
         case = self._array_case(0, item, description, with_probabilities=with_probabilities)
         return self._call(finish_array, description, with_probabilities=with_probabilities).one(case)
 
@@ -342,7 +351,7 @@ class RemotePredictor(RemoteModel):
 
     # --- Both --------------------------------------------------------------------------------------------------------
 
-    def _options(self) -> dict[str, object]:
+    def _options(self, description: Description) -> dict[str, object]:
         ours: dict[str, object] = {
             "tile_step_size": self.tile_step_size,
             "use_gaussian": self.use_gaussian,
@@ -350,6 +359,7 @@ class RemotePredictor(RemoteModel):
         }
         if self.use_folds is not None:
             ours["folds"] = list(self.use_folds)
+        ours |= postprocess_option(description, wanted=self.postprocess)
         return {**ours, **self._given}
 
     def _asking(self, case: Case, *, with_probabilities: bool) -> Case:
@@ -362,11 +372,4 @@ class RemotePredictor(RemoteModel):
     def _call(self, finish: Callable[..., Prediction], description: Description, *, with_probabilities: bool) -> Call:
         """A call whose answers become files or arrays by ``finish``."""
         finished = partial(finish, description=description, with_probabilities=with_probabilities)
-        return Call(self.client, description, self._options(), finished, self._stop, self.allow_tqdm)
-
-
-def _refuse_previous_stage(given: object) -> None:
-    several = given if isinstance(given, list) else [given]
-    if any(each is not None for each in several):
-        msg = "segmentations of a previous stage: cascades are not served yet"
-        raise NotServed(msg)
+        return Call(self.client, description, self._options(description), finished, self._stop, self.allow_tqdm)

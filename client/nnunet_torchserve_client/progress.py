@@ -47,7 +47,8 @@ def state_of(event: Event) -> str | None:
     if event.kind is Kind.QUEUED:
         return f"waits for memory, {event.position} before it" if event.position else "waits for memory, is next"
     if event.kind is Kind.PROGRESS:
-        return _STAGES.get(event.stage or "", event.stage)
+        stage = _STAGES.get(event.stage or "", event.stage)
+        return stage if event.member is None else f"{shortened(event.member)}: {stage}"
     if event.kind is Kind.RETRY:
         when = f"in {event.pause_s:.0f} s" if event.pause_s else "when a server has room"
         return f"{event.reason}; again {when}"

@@ -264,7 +264,7 @@ def test_an_output_folder_that_cannot_be_made(call: Callable[..., Path], server:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["-prev_stage_predictions", "x"], "cascades are not served yet"),
+        (["-prev_stage_predictions", "x"], "no cascade"),
         (["-step_size", "1.5"], "0.05 to 1"),
         (["-f", "zero"], "numbers, or all"),
         (["-f", "7"], "without 7"),

@@ -226,9 +226,9 @@ def test_what_nnunet_has_preprocessed_is_refused_at_once(ours: RemotePredictor, 
 
 def test_what_is_not_served_is_refused_by_name(ours: RemotePredictor, array: Any, images: Path) -> None:
     image, properties = array
-    with pytest.raises(errors.NotServed, match="previous stage"):
+    with pytest.raises(errors.WrongPreviousStage, match=r"no cascade \(3d_fullres\)"):
         ours.predict_single_npy_array(image, properties, image)
-    with pytest.raises(errors.NotServed, match="previous stage"):
+    with pytest.raises(errors.WrongPreviousStage, match="no cascade"):
         ours.predict_from_files(images, None, folder_with_segs_from_prev_stage="x")
     with pytest.raises(errors.NotServed, match="archive"):
         ours.manual_initialization(None)

@@ -19,7 +19,7 @@ import httpx
 
 from nnunet_torchserve_client.choosing import listed_folds
 from nnunet_torchserve_client.client import URL_VARIABLE, Client
-from nnunet_torchserve_client.description import Description, ServedModel
+from nnunet_torchserve_client.description import Description, ServedModel, recipe_in_words
 from nnunet_torchserve_client.errors import ClientError, UnknownModel, WrongUse
 from nnunet_torchserve_client.progress import printable
 
@@ -29,9 +29,13 @@ _PATIENCE_S = 30.0
 """For a description, which may wait in a queue behind cases."""
 
 _DESCRIBED = (
-    "dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "channels", "labels", "digest",
+    "dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "channels", "labels", "digest", "recipe",
+    "members", "postprocessing",
 )  # fmt: skip
 """Keys of a description that are listed."""
+
+_NOT_WRITTEN_DOWN = ("channels", "labels", "recipe", "members", "postprocessing")
+"""Those that ``serve`` does not know."""
 
 _CASES = re.compile(r"^nnunet_cases_(in_flight|waiting)\{(.*)\} ([0-9.eE+]+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
@@ -46,6 +50,9 @@ class Listed:
         is_default: whether the name alone means this version.
         dataset, trainer, plans, configuration, folds, checkpoint: nnU-Net's.
         channels, labels: nnU-Net's, by number and by name.
+        recipe: how one answer is made of the members.
+        members: what each of them is, by name; of an archive of several the names above are those of one.
+        postprocessing: what is removed from the labels.
         digest: of the archive.
         workers: how many there are of each status.
         requests_queued: that no worker has taken.
@@ -65,6 +72,9 @@ class Listed:
     checkpoint: str | None = None
     channels: dict[str, str] | None = None
     labels: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
+    members: dict[str, dict[str, Any]] | None = None
+    postprocessing: dict[str, Any] | None = None
     digest: str | None = None
     workers: dict[str, int] | None = None
     requests_queued: int | None = None
@@ -124,9 +134,9 @@ class Listing:
         """For people."""
         for each in self.models:
             yield printable(f"{each.name} {each.version}" + (" (default version)" if each.is_default else ""))
-            if each.dataset is not None:
-                made = f"{each.trainer}__{each.plans}__{each.configuration}"
-                yield printable(f"  {each.dataset}, {made}, folds {listed_folds(each.folds or ())}, {each.checkpoint}")
+            yield from map(printable, _made_of(each))
+            if each.postprocessing is not None:
+                yield "  labels are postprocessed, unless a request says otherwise"
             if each.channels is not None:
                 yield printable(f"  channels: {', '.join(each.channels.values())}")
             if each.labels is not None:
@@ -138,6 +148,22 @@ class Listing:
                 yield printable(f"  workers: {workers}; requests: {each.requests_queued} in the queue{cases}")
         for what in self.not_seen:
             yield printable(f"not seen: {what}")
+
+
+def _made_of(model: Listed) -> Iterator[str]:
+    """What a model was trained as; of several members, the recipe and each of them."""
+    members = model.members or {}
+    if len(members) > 1 or (model.recipe or {}).get("kind") == "cascade":
+        yield f"  {model.dataset}, {recipe_in_words(model.recipe or {})}:"
+        for name, member in members.items():
+            yield f"    {name}: {_trained(member)}"
+    elif model.dataset is not None:
+        yield f"  {model.dataset}, {_trained(asdict(model))}"
+
+
+def _trained(model: Mapping[str, Any]) -> str:
+    made = f"{model.get('trainer')}__{model.get('plans')}__{model.get('configuration')}"
+    return f"{made}, folds {listed_folds(model.get('folds') or ())}, {model.get('checkpoint')}"
 
 
 def addresses(given: Sequence[str] | None) -> str | None:
@@ -208,7 +234,7 @@ def _ask_models(sources: Sources, listing: Listing) -> None:
         listed.take(model)
         listing.models.append(listed)
         if model.digest == first.digest:
-            listed.take_description({name: first.raw.get(name) for name in ("channels", "labels")})
+            listed.take_description({name: first.raw.get(name) for name in _NOT_WRITTEN_DOWN})
         else:
             _describe(sources, listed, listing)
     listing.not_seen.append("models that were registered after the server's start: --management-url or --state-dir")

@@ -25,6 +25,7 @@ from nnunet_torchserve_client.choosing import (
     choose,
     likely_names,
     listed_folds,
+    refuse_ensemble,
     wanted_of_folder,
 )
 from nnunet_torchserve_client.client import URL_VARIABLE, Client
@@ -122,12 +123,21 @@ def parser() -> argparse.ArgumentParser:
     add("-chk", metavar="NAME", help=f"checkpoint that the model was made of; default: {DEFAULT_CHECKPOINT}")
     add("-npp", type=int, help="means nothing: the server preprocesses")
     add("-nps", type=int, help="means nothing: the server exports")
-    add("-prev_stage_predictions", metavar="FOLDER", help="is refused: cascades are not served yet")
+    add(
+        "-prev_stage_predictions",
+        metavar="FOLDER",
+        help="labels of a cascade's first stage; default: the server makes them, if its archive has that stage",
+    )
     add("-num_parts", type=int, default=1, help="predict only every so many-th case,")
     add("-part_id", type=int, default=0, help="from this one on, counted from 0")
     add("-device", choices=("cpu", "cuda", "mps"), help="means nothing: the server decides")
     add("--not_on_device", action="store_true", help="means nothing: the server decides")
     add("--disable_progress_bar", action="store_true", help="show nothing until the end")
+    add(
+        "--postprocess",
+        action="store_true",
+        help="postprocess the labels, where the archive has that; nnUNetv2_predict never does",
+    )
     add("--json", action="store_true", help="the summary as JSON on stdout")
     return parser
 
@@ -142,6 +152,7 @@ def _predict(asked: argparse.Namespace, notes: Console) -> Summary:
         num_parts=asked.num_parts,
         part_id=asked.part_id,
         verbose=asked.verbose,
+        previous_stage=asked.prev_stage_predictions,
     )
     given = {field: getattr(asked, field) for field in _MEANINGLESS}
     if ignored := [_MEANINGLESS[field] for field, value in given.items() if value is not None and value is not False]:
@@ -167,9 +178,6 @@ def _predict(asked: argparse.Namespace, notes: Console) -> Summary:
 
 
 def _check(asked: argparse.Namespace) -> None:
-    if asked.prev_stage_predictions is not None:
-        msg = "-prev_stage_predictions: cascades are not served yet"
-        raise UsageError(msg)
     low, high = _STEP_SIZES
     if not low <= asked.step_size <= high:
         msg = f"-step_size {asked.step_size:g}: {low:g} to {high:g} was expected"
@@ -227,6 +235,7 @@ def _find(asked: argparse.Namespace, folds: Folds | None, notes: Console) -> Ite
                 return
         chosen = choose(wanted, folds, asked.version, description)
         with _client(asked, chosen.name, chosen.version) as client:
+            refuse_ensemble(wanted, client.describe(_Contact(notes)))
             yield client
         return
     tried = "; ".join(refusals) or f"nobody here knows the name of dataset {asked.d}"
@@ -255,6 +264,10 @@ def _options(
         if folds != DEFAULT_FOLDS:
             _tell(notes, f"note: without -f, all folds that are served: {listed_folds(folds)}")
     options["folds"] = list(folds)
+    if asked.postprocess and not description.postprocesses:
+        _tell(notes, "note: --postprocess: the served model has no postprocessing")
+    elif description.postprocesses:
+        options["postprocess"] = asked.postprocess
     return options
 
 
