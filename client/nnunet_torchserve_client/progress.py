@@ -26,7 +26,7 @@ LINE_EVERY_S = 30.0
 _LONGEST_NAME = 40
 
 _STATES = {Kind.SENDING: "is sent", Kind.WAITING: "waits for a worker", Kind.RECEIVING: "is received"}
-_STAGES = {"preprocess": "preprocessing", "network": "network", "export": "export"}
+_STAGES = {"preprocess": "preprocessing", "network": "network", "export": "export", "postprocess": "postprocessing"}
 
 
 class Watcher(Protocol):
