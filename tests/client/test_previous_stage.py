@@ -184,7 +184,7 @@ def test_labels_for_a_model_that_is_no_cascade_fail_as_in_stock_and_are_not_sent
         with pytest.raises(errors.WrongPreviousStage, match=r"no cascade \(3d_fullres\)"):
             ours.predict_single_npy_array(image, properties, labels)
         with pytest.raises(errors.WrongPreviousStage, match="no cascade"):
-            ours.predict_from_list_of_npy_arrays([image] * 2, [None, labels], [properties] * 2, None)
+            ours.predict_from_list_of_npy_arrays([image] * 2, [labels, labels], [properties] * 2, None)
         assert not peer.received
 
 

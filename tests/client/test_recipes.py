@@ -23,8 +23,8 @@ CASCADE = {"kind": "cascade", "first": LOWRES, "member": "3d_cascade_fullres"}
 OPEN_CASCADE = {"kind": "cascade", "first": None, "member": "3d_cascade_fullres"}
 ENSEMBLE = {"kind": "ensemble", "of": [FULLRES, CASCADE]}
 
-LARGEST = {"steps": [{"labels": [1, 2, 3]}]}
-KNOWS_POSTPROCESSING = {"options": {"properties": {"postprocess": {}}}}
+LARGEST: Json = {"steps": [{"labels": [1, 2, 3]}]}
+KNOWS_POSTPROCESSING: Json = {"options": {"properties": {"postprocess": {}}}}
 
 
 def member(configuration: str, **changes: object) -> Json:
