@@ -134,6 +134,12 @@ class Description:
         return self.recipe.get("kind") == "ensemble"
 
     @property
+    def folds_differ(self) -> bool:
+        """Whether members have other folds than each other, so that no list of folds means all of each."""
+        members = self.raw.get("members") or {}
+        return len({tuple(map(str, member.get("folds") or ())) for member in members.values()}) > 1
+
+    @property
     def postprocesses(self) -> bool:
         """Whether labels are postprocessed unless a request says otherwise."""
         return self.raw.get("postprocessing") is not None and "postprocess" in self.option_names

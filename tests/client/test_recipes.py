@@ -111,6 +111,18 @@ def test_an_ensemble_is_not_taken_for_its_first_model(
     assert len(server.received) == 1
 
 
+@pytest.mark.parametrize(("others", "asked"), [([0, 1], [0, 1]), ([0], None)])
+def test_without_f_every_member_predicts_with_all_its_folds(
+    others: list[int], asked: list[int] | None, server: Peer, images: Path, tmp_path: Path
+) -> None:
+    """One list of folds holds for all members, and is refused where one of them lacks one."""
+    members = {"3d_fullres": member("3d_fullres"), "3d_lowres": member("3d_lowres", folds=others)}
+    recipe = {"kind": "ensemble", "of": [FULLRES, LOWRES]}
+    server.description = {**DESCRIPTION, "recipe": recipe, "members": members}
+    predict.run(["-i", str(images), "-o", str(tmp_path / "out"), "--model", "blobs", "--server", server.url])
+    assert server.received[0].options.get("folds") == asked
+
+
 # --- What is shown ---------------------------------------------------------------------------------------------------
 
 

@@ -257,13 +257,16 @@ def _options(
         "tile_step_size": asked.step_size,
         "use_mirroring": not asked.disable_tta,
     }
-    if folds is None:
+    if folds is None and description.folds_differ:
+        _tell(notes, "note: without -f, all folds of each of the model's members, which have different ones")
+    elif folds is None:
         served = description.model.folds
         numbered = tuple(fold for fold in served if fold != "all")
         folds = DEFAULT_FOLDS if set(DEFAULT_FOLDS) <= set(served) else numbered or served
         if folds != DEFAULT_FOLDS:
             _tell(notes, f"note: without -f, all folds that are served: {listed_folds(folds)}")
-    options["folds"] = list(folds)
+    if folds is not None:
+        options["folds"] = list(folds)
     if asked.postprocess and not description.postprocesses:
         _tell(notes, "note: --postprocess: the served model has no postprocessing")
     elif description.postprocesses:
