@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .cases import Path_
-from .description import Description, ServedModel, recipe_in_words
+from .description import Description, ServedModel
 from .errors import WrongModel, WrongUse
 
 Folds = tuple[int | str, ...]
@@ -48,13 +48,18 @@ class Wanted:
 
     def differences(self, model: ServedModel) -> list[str]:
         """What a served model has otherwise, in words."""
-        return [
+        wrong = [
             f"{field.name} {getattr(model, field.name)}, not {wanted}"
             for field in fields(self)
             if (wanted := getattr(self, field.name)) is not None
             and wanted != getattr(model, field.name)
             and not (field.name == "dataset" and wanted.isdigit() and int(wanted) == _number(model.dataset))
         ]
+        if model.is_ensemble and self.configuration is not None:
+            wrong.append(
+                f"an {model.made_of}, not {self.configuration} alone (name it by --model, without any of these)"
+            )
+        return wrong
 
     def __str__(self) -> str:
         known = [(field.name, getattr(self, field.name)) for field in fields(self)]
@@ -138,7 +143,6 @@ def check(wanted: Wanted, folds: Folds | None, described: Description) -> None:
         WrongModel: it is of another dataset, trainer, plans, configuration or checkpoint, lacks a fold, or is an
             ensemble where one configuration is wanted.
     """
-    refuse_ensemble(wanted, described)
     wrong = wanted.differences(described.model)
     missing = [fold for fold in folds or () if fold not in described.model.folds]
     if missing:
@@ -149,20 +153,6 @@ def check(wanted: Wanted, folds: Folds | None, described: Description) -> None:
         raise WrongModel(msg)
 
 
-def refuse_ensemble(wanted: Wanted, described: Description) -> None:
-    """Raise if one configuration is wanted, and the served model is the mean of several.
-
-    Raises:
-        WrongModel: it is so.
-    """
-    if described.is_ensemble and wanted.configuration is not None:
-        msg = (
-            f"the served model is an {recipe_in_words(described.recipe)}, not {wanted.configuration} alone: "
-            "to predict with it, name it with --model and no configuration"
-        )
-        raise WrongModel(msg)
-
-
 def listed_folds(folds: Sequence[int | str]) -> str:
     """For messages."""
     return ", ".join(map(str, folds)) or "none"
@@ -170,7 +160,7 @@ def listed_folds(folds: Sequence[int | str]) -> str:
 
 def _listed(models: Sequence[ServedModel]) -> str:
     return "; ".join(
-        f"{model.name} {model.version} ({model.dataset}, {model.model_folder}, {model.checkpoint}, "
+        f"{model.name} {model.version} ({model.dataset}, {model.made_of}, {model.checkpoint}, "
         f"folds {listed_folds(model.folds)})"
         for model in models
     )

@@ -23,6 +23,8 @@ class ServedModel:
         folds: numbers, or ``"all"``.
         checkpoint: file name that the weights came from.
         digest: of the archive.
+        recipe: how one answer is made of the archive's members; the names above are those of its last stage, and of an
+            ensemble's first model. ``None`` if the server does not say it.
     """
 
     name: str
@@ -34,17 +36,30 @@ class ServedModel:
     folds: tuple[int | str, ...]
     checkpoint: str
     digest: str
+    recipe: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
 
     @property
     def model_folder(self) -> str:
         """The name of nnU-Net's folder, ``TRAINER__PLANS__CONFIGURATION``."""
         return f"{self.trainer}__{self.plans}__{self.configuration}"
 
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it is the mean of several models, as ``nnUNetv2_ensemble`` makes one."""
+        return (self.recipe or {}).get("kind") == "ensemble"
+
+    @property
+    def made_of(self) -> str:
+        """For people: the name of its folder, or which models it is the mean of."""
+        return recipe_in_words(self.recipe or {}) if self.is_ensemble else self.model_folder
+
 
 def _served(document: Mapping[str, Any]) -> ServedModel:
     names = ("name", "version", "dataset", "trainer", "plans", "configuration", "checkpoint", "digest")
     return ServedModel(
-        **{name: str(document.get(name, "")) for name in names}, folds=tuple(document.get("folds") or ())
+        **{name: str(document.get(name, "")) for name in names},
+        folds=tuple(document.get("folds") or ()),
+        recipe=document.get("recipe"),
     )
 
 
@@ -115,8 +130,7 @@ class Description:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """How one answer is made of the archive's members; servers that do not say it have one member each."""
-        recipe = self.raw.get("recipe")
-        return recipe if isinstance(recipe, Mapping) else {"kind": "single", "member": self.model.configuration}
+        return self.model.recipe or {"kind": "single", "member": self.model.configuration}
 
     @property
     def takes_previous_stage(self) -> bool:
@@ -127,11 +141,6 @@ class Description:
     def needs_previous_stage(self) -> bool:
         """Whether they must come, because the archive cannot make them."""
         return self.takes_previous_stage and self.recipe.get("first") is None
-
-    @property
-    def is_ensemble(self) -> bool:
-        """Whether it is the mean of several models, as ``nnUNetv2_ensemble`` makes one."""
-        return self.recipe.get("kind") == "ensemble"
 
     @property
     def folds_differ(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import MissingFolder, Path_
-from .description import Description, ServedModel, recipe_in_words
+from .description import Description, ServedModel
 from .errors import UnreadableFile, WrongModel, WrongUse
 
 Folds = tuple[int | str, ...]
@@ -76,8 +76,8 @@ class ModelFolder:
         ]
         if checkpoint != model.checkpoint:
             wrong.append(f"checkpoint {model.checkpoint}, not {checkpoint}")
-        if description.is_ensemble:
-            wrong.append(f"an {recipe_in_words(description.recipe)}, not one folder's model")
+        if model.is_ensemble:
+            wrong.append(f"an {model.made_of}, not one folder's model")
         missing = [fold for fold in folds or () if fold not in model.folds]
         if missing:
             wrong.append(f"folds {_listed(model.folds)}, without {_listed(tuple(missing))}")
@@ -105,7 +105,7 @@ def _listed(folds: Folds) -> str:
 
 
 def _named(model: ServedModel) -> str:
-    return f"{model.name} {model.version} ({model.dataset}, {model.model_folder})"
+    return f"{model.name} {model.version} ({model.dataset}, {model.made_of})"
 
 
 def _document(path: Path) -> dict[str, Any]:

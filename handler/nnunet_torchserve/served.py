@@ -34,6 +34,7 @@ class ServedModel:
         folds: in the archive.
         checkpoint: file name of the checkpoints that it was made of.
         digest: of the archive, as ``X-Nnunet-Model`` has it.
+        recipe: of the archive, whose last stage's names these are; of an ensemble, those of its first model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ServedModel:
     folds: tuple[FoldName, ...]
     checkpoint: str | None
     digest: str
+    recipe: dict[str, Any] | None = None
 
 
 class _Loose(BaseModel):
@@ -109,8 +111,8 @@ def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
         ValueError: that is none.
     """
     archive = _Archive.model_validate_json(bundle)
-    is_ours = archive.schema_version == SCHEMA_VERSION
-    described = _Bundle.model_validate_json(bundle).lead if is_ours else archive
+    ours = _Bundle.model_validate_json(bundle) if archive.schema_version == SCHEMA_VERSION else None
+    described = archive if ours is None else ours.lead
     return ServedModel(
         name,
         version,
@@ -121,6 +123,7 @@ def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
         tuple(fold.fold for fold in described.folds),
         described.source.checkpoint,
         f"sha256:{hashlib.sha256(bundle).hexdigest()}",
+        None if ours is None else ours.recipe,
     )
 
 

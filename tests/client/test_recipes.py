@@ -92,23 +92,27 @@ def test_an_ensemble_is_not_taken_for_its_first_model(
     server: Peer, images: Path, tmp_path: Path, models: dict[str, Path]
 ) -> None:
     """Its description begins as that of its first model does."""
-    ensemble = {"kind": "ensemble", "of": [{"kind": "single", "member": "2d"}, FULLRES]}
-    server.description = described(ensemble, "2d", "3d_fullres")
-    names = ["name", "version", "dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "digest"]
+    ensemble = {"kind": "ensemble", "of": [FULLRES, {"kind": "single", "member": "2d"}]}
+    alone = {**DESCRIPTION, "name": "alone", "digest": "sha256:2", "recipe": FULLRES}
+    mean = described(ensemble, "2d", "3d_fullres")
     call = ["-i", str(images), "-o", str(tmp_path / "out"), "--server", server.url]
-    for served in (None, [{name: server.description[name] for name in names}]):
-        server.description = {**server.description, "served": served}
-        for more in (["-d", "Dataset901_Blobs", "-c", "3d_fullres"], ["--model", "blobs", "-c", "3d_fullres"]):
-            with pytest.raises(UsageError, match=r"ensemble of 2d and 3d_fullres, not 3d_fullres alone.*--model"):
+    by_names = ["-d", "Dataset901_Blobs", "-c", "3d_fullres"]
+    for served in (None, [mean]):
+        server.description = {**mean, "served": served}
+        for more in (by_names, ["--model", "blobs", "-c", "3d_fullres"]):
+            with pytest.raises(UsageError, match="ensemble of 3d_fullres and 2d"):
                 predict.run([*call, *more])
     with (
         RemotePredictor(server.url, "blobs") as predictor,
-        pytest.raises(errors.WrongModel, match="ensemble of 2d and 3d_fullres, not one folder's model"),
+        pytest.raises(errors.WrongModel, match="ensemble of 3d_fullres and 2d, not one folder's model"),
     ):
         predictor.initialize_from_trained_model_folder(models["five_folds"], (0, 1))
     assert not server.received
     predict.run([*call, "--model", "blobs"])
-    assert len(server.received) == 1
+    server.description = {**mean, "served": [mean, alone]}
+    predict.run([*call, *by_names])
+    assert [path for path in server.paths if path.endswith(("/blobs", "/alone/1.0"))][-1] == "/predictions/alone/1.0"
+    assert len(server.received) == 2
 
 
 @pytest.mark.parametrize(("others", "asked"), [([0, 1], [0, 1]), ([0], None)])

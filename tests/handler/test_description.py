@@ -102,6 +102,7 @@ def test_a_model_is_listed_as_the_last_stage_of_its_first_member(
     }
     assert written["folds"] == tuple(fold["fold"] for fold in looks_like["folds"])
     assert written["checkpoint"] == "checkpoint_best.pth"
+    assert written["recipe"] == recipe
 
 
 def test_an_image_that_comes_along_is_not_looked_at(pipeline: Load) -> None:

@@ -34,7 +34,7 @@ _DESCRIBED = (
 )  # fmt: skip
 """Keys of a description that are listed."""
 
-_NOT_WRITTEN_DOWN = ("channels", "labels", "recipe", "members", "postprocessing")
+_NOT_WRITTEN_DOWN = ("channels", "labels", "members", "postprocessing")
 """Those that ``serve`` does not know."""
 
 _CASES = re.compile(r"^nnunet_cases_(in_flight|waiting)\{(.*)\} ([0-9.eE+]+)", re.MULTILINE)
@@ -87,6 +87,7 @@ class Listed:
         self.dataset, self.trainer, self.plans = model.dataset, model.trainer, model.plans
         self.configuration, self.folds = model.configuration, list(model.folds)
         self.checkpoint, self.digest = model.checkpoint, model.digest
+        self.recipe = None if model.recipe is None else dict(model.recipe)
 
     def take_description(self, raw: Mapping[str, Any]) -> None:
         """What the model says of itself."""

@@ -25,7 +25,6 @@ from nnunet_torchserve_client.choosing import (
     choose,
     likely_names,
     listed_folds,
-    refuse_ensemble,
     wanted_of_folder,
 )
 from nnunet_torchserve_client.client import URL_VARIABLE, Client
@@ -235,7 +234,6 @@ def _find(asked: argparse.Namespace, folds: Folds | None, notes: Console) -> Ite
                 return
         chosen = choose(wanted, folds, asked.version, description)
         with _client(asked, chosen.name, chosen.version) as client:
-            refuse_ensemble(wanted, client.describe(_Contact(notes)))
             yield client
         return
     tried = "; ".join(refusals) or f"nobody here knows the name of dataset {asked.d}"
