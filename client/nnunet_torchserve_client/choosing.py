@@ -56,9 +56,7 @@ class Wanted:
             and not (field.name == "dataset" and wanted.isdigit() and int(wanted) == _number(model.dataset))
         ]
         if model.is_ensemble and self.configuration is not None:
-            wrong.append(
-                f"an {model.made_of}, not {self.configuration} alone (name it by --model, without any of these)"
-            )
+            wrong.append(f"an {model.made_of}, not {self.configuration} alone (--model without it takes that)")
         return wrong
 
     def __str__(self) -> str:
