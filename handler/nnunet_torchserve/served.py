@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class ServedModel:
     folds: tuple[FoldName, ...]
     checkpoint: str | None
     digest: str
-    recipe: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = field(default=None, hash=False)
 
 
 class _Loose(BaseModel):
