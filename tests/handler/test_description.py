@@ -96,7 +96,9 @@ def test_a_model_is_listed_as_the_last_stage_of_its_first_member(
     recipe: dict[str, object], members: list[dict[str, Any]], looks_like: dict[str, Any]
 ) -> None:
     content = {"schema_version": SCHEMA_VERSION, "members": members, "recipe": recipe}
-    written = asdict(served_model("brain", "1.0", json.dumps(content).encode()))
+    model = served_model("brain", "1.0", json.dumps(content).encode())
+    written = asdict(model)
+    assert model in {model}, "serve counts workers by model"
     assert {key: written[key] for key in ("dataset", "trainer", "plans", "configuration")} == {
         key: looks_like[key] for key in ("dataset", "trainer", "plans", "configuration")
     }
