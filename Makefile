@@ -45,7 +45,7 @@ serve: .venv/ready ## serve every archive of model_store/
 stop: ## stop that server
 	$(NT) stop
 
-test: .venv/ready ## run the tests (about 11 minutes on two cores)
+test: .venv/ready ## run the tests (about 8 minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads"
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples

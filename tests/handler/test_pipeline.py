@@ -30,6 +30,7 @@ from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.errors import Busy
 from nnunet_torchserve.export import stock_arithmetic, streamed
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Priority
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -153,7 +154,7 @@ def test_nothing_that_goes_wrong_is_raised(
 ) -> None:
     model = pipeline("five_folds")
     if what is not None:
-        monkeypatch.setattr(ModelBundle, what, property(fail))
+        monkeypatch.setattr(Member, what, property(fail))
     response = model.answer(request_, send)
     failed = response.status is not HTTPStatus.OK
     assert failed == (what is not None or request_.parts.get("body") is not GOOD)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from nnunet_torchserve import pipeline as serving
+from nnunet_torchserve import predicting
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
 from nnunet_torchserve.engine import channel, folder, remote
@@ -280,7 +280,7 @@ def test_a_volume_that_comes_unasked_is_nobodys(
             ask(second)
         return case
 
-    monkeypatch.setattr(serving, "preprocess", preprocess)
+    monkeypatch.setattr(predicting, "preprocess", preprocess)
     ask(first)
     assert killed
     answer = ask(first, OTHER)
@@ -335,6 +335,7 @@ OPTION_VALUES: dict[str, object] = {
     "accumulate": "float32",
     "preprocess": "stock",
     "export": "linear",
+    "postprocess": False,
     "save_probabilities": True,
     "probability_channels": [1],
     "probability_dtype": "float16",

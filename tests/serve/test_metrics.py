@@ -86,8 +86,9 @@ def test_every_count_comes_once_whatever_the_number_of_workers(measured: ChaosSe
     assert added("nnunet_answer_seconds_total", priority="interactive") > 0
     for stage in Stage:
         reached = REQUESTS + (stage is Stage.DECODE)  # the bytes that are no image
+        reached *= stage is not Stage.POSTPROCESS  # which this model has none of
         assert added("nnunet_stage_requests_total", stage=stage) == reached
-        assert added("nnunet_stage_seconds_total", stage=stage) > 0
+        assert (added("nnunet_stage_seconds_total", stage=stage) > 0) == (reached > 0)
     lines = measured.live.request_lines()[-REQUESTS - 2 :]
     logged = sum(line["ms"].get(Stage.NETWORK, 0) for line in lines) / 1000
     assert added("nnunet_stage_seconds_total", stage=Stage.NETWORK) == pytest.approx(logged, rel=0.02)
