@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..options import Options, ProbabilityType
+from ..errors import BadOption
+from ..options import ExportMethod, Options, ProbabilityType
 from ..volume import Geometry, LabelMap
-from . import ensemble
-from .ensemble import Predicted
+from .ensemble import Predicted, labels_and_mean
 from .labels import label_map, label_map_and_probabilities
 
 
@@ -29,12 +29,19 @@ def export(
         Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
-    if len(predicted) > 1:
-        return ensemble.export(predicted, geometry, options, deadline)
-    [(model, logits, properties)] = [(each.model, each.logits, each.properties) for each in predicted]
-    if not options.save_probabilities:
-        return LabelMap(label_map(model, logits, properties, options.export, deadline), geometry)
+    one, is_ensemble = predicted[0], len(predicted) > 1
+    if is_ensemble and options.export is not ExportMethod.EXACT:
+        msg = "export: an ensemble's labels are those of the mean of probabilities, which only exact gives"
+        raise BadOption(msg)
+    if not is_ensemble and not options.save_probabilities:
+        return LabelMap(label_map(one.model, one.logits, one.properties, options.export, deadline), geometry)
+    chosen: tuple[int, ...] = ()
+    if options.save_probabilities:
+        every = tuple(range(len(one.logits)))
+        chosen = every if options.probability_channels is None else options.probability_channels
     dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
-    chosen = options.probability_channels
-    labels, probability = label_map_and_probabilities(model, logits, properties, chosen, dtype, deadline)
-    return LabelMap(labels, geometry, probability, tuple(range(len(logits))) if chosen is None else chosen)
+    if is_ensemble:
+        labels, found = labels_and_mean(predicted, chosen, dtype, deadline)
+    else:
+        labels, found = label_map_and_probabilities(one.model, one.logits, one.properties, chosen, dtype, deadline)
+    return LabelMap(labels, geometry, found if chosen else None, chosen)

@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import BadOption
 from ..member import decides_as_default
-from ..options import ExportMethod, Options, ProbabilityType
-from ..volume import Geometry, LabelArray, LabelMap
+from ..volume import LabelArray
 from . import probabilities
 from .canvas import Canvas, crop_box, to_image, written
 from .grid import Resampling, TrainedModel, resampling_of
@@ -44,34 +42,6 @@ class Predicted:
     properties: Mapping[str, Any]
 
 
-def export(
-    members: Sequence[Predicted], geometry: Geometry, options: Options, deadline: float | None = None
-) -> LabelMap:
-    """Labels of the mean, and the mean itself if a request wants it.
-
-    Args:
-        members: of the ensemble, whose labels agree, in nnU-Net's order.
-        geometry: of the image.
-        options: of the request.
-        deadline: ``time.monotonic()`` after which it is given up.
-
-    Raises:
-        BadOption: another export than ``exact`` has no probabilities to take the mean of.
-        Deadline: the time ran out.
-        NonFiniteLogits: a logit is NaN or infinite.
-    """
-    if options.export is not ExportMethod.EXACT:
-        msg = "export: an ensemble's labels are those of the mean of probabilities, which only exact gives"
-        raise BadOption(msg)
-    classes = len(members[0].logits)
-    channels: tuple[int, ...] = ()
-    if options.save_probabilities:
-        channels = tuple(range(classes)) if options.probability_channels is None else options.probability_channels
-    dtype = np.float16 if options.probability_dtype is ProbabilityType.FLOAT16 else np.float32
-    labels, mean = labels_and_mean(members, channels, dtype, deadline)
-    return LabelMap(labels, geometry, mean if channels else None, channels)
-
-
 def labels_and_mean(
     members: Sequence[Predicted],
     channels: Sequence[int],
@@ -81,13 +51,17 @@ def labels_and_mean(
     """What ``merge_files`` of ``nnunetv2.ensembling.ensemble`` writes.
 
     Args:
-        members: as in :func:`export`.
+        members: of the ensemble, whose labels agree, in nnU-Net's order.
         channels: those whose mean is wanted, in this order.
         dtype: of that.
         deadline: ``time.monotonic()`` after which it is given up.
 
     Returns:
         Labels (Z, Y, X), and probabilities (len(channels), Z, Y, X), on the image's grid.
+
+    Raises:
+        Deadline: the time ran out.
+        NonFiniteLogits: a logit is NaN or infinite.
     """
     steps = [resampling_of(each.model, each.logits, each.properties) for each in members]
     if not in_blocks(members, steps):

@@ -33,7 +33,7 @@ SMALL_BY_TORCH = 2**22
 
 
 class TrainedModel(Protocol):
-    """What the export needs of a model; :class:`~..bundle.ModelBundle` has it."""
+    """What the export needs of a model; :class:`~..member.Member` has it."""
 
     @property
     def plans(self) -> PlansManager:
