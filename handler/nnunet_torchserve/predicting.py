@@ -146,7 +146,8 @@ class CaseInHand:
         """Refuse by the grid that there is what could not be refused by a guess."""
         geometry, old = self.asked.geometry, self.asked.prices[member.name]
         channels, first, second, third = case.data.shape
-        true = price(member, geometry, channels, self.settings[member.name], self.options, (first, second, third))
+        settings, grid, images = self.settings[member.name], (first, second, third), member.channels
+        true = price(member, geometry, images, settings, self.options, grid, previous=channels - images)
         self.record.patches = (self.record.patches or 0) + true.patches - old.patches
         self.record.passes = (self.record.passes or 0) + true.passes - old.passes
         affordable(true, self.limits, geometry)
