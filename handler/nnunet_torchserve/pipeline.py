@@ -26,7 +26,6 @@ from .limits import Limits
 from .options import HEADER, Options, parse_options
 from .predicting import CaseInHand, check_time
 from .properties import properties_document
-from .recipe import Single
 from .request import Request
 from .responses import Response, ResponseMaker, last_resort
 from .reuse import answer_note, keys_of, read_answer_note
@@ -157,7 +156,7 @@ class Pipeline:
             deadline,
             guaranteed=request.is_trial,
             watcher=progress.watcher,
-            keys=keys,
+            answer_key=keys.answer,
             priority=options.priority,
         )
         with reservation as reserved:
@@ -199,9 +198,9 @@ class Pipeline:
         """What the request may have in common with others."""
         if request.is_trial:
             return NO_KEYS
-        volumes = self.settings.cache_bytes > 0 and isinstance(self.bundle.description.recipe, Single)
-        answers = self.settings.single_flight
-        return keys_of(request.images(), options, volumes=volumes, answers=answers, previous=request.previous_stage())
+        recipe = self.bundle.description.recipe if self.settings.cache_bytes > 0 else None
+        answers, previous = self.settings.single_flight, request.previous_stage()
+        return keys_of(request.images(), options, recipe, answers=answers, previous=previous)
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""

@@ -9,7 +9,7 @@ names twice, as the first stage of a cascade beside it, is predicted once.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .bundle import ModelBundle
@@ -25,7 +25,7 @@ from .options import Options
 from .preprocess import PreprocessedCase, preprocess
 from .recipe import Cascade, Ensemble, Single
 from .responses import Warnings
-from .reuse import note_of, recall
+from .reuse import keep_of, recalled
 from .telemetry import CACHE_LOOKUPS, HIT, MISS, Counts, RequestRecord, Reused, Stage
 from .volume import LabelArray, Volume
 
@@ -72,12 +72,14 @@ class CaseInHand:
         predicted = [self._model(model) for model in models]
         if self._constant:
             self.asked.warnings.append(Warnings.CONSTANT_IMAGE)
+        for name in self.asked.prices.keys() - self._predicted.keys():  # a first stage whose labels were not needed
+            self._recount(-self.asked.prices[name].patches, -self.asked.prices[name].passes)
         return predicted
 
     def _model(self, model: Single | Cascade) -> Predicted:
         if isinstance(model, Single):
-            return self._member(model.member, None)
-        return self._member(model.member, self._first_stage(model))
+            return self._member(model.member)
+        return self._member(model.member, lambda: self._first_stage(model))
 
     def _first_stage(self, cascade: Cascade) -> LabelArray:
         """The labels that the last stage sees: the client's, or those of the first stage's logits."""
@@ -87,16 +89,21 @@ class CaseInHand:
         if cascade.first is None:
             msg = "a cascade has a first stage"  # the intake has seen to it
             raise ValueError(msg)
-        stage = self._member(cascade.first.member, None)
+        stage = self._member(cascade.first.member)
         with self.record.clock.stage(Stage.EXPORT):
             return label_map(stage.model, stage.logits, stage.properties, self.options.export, self.deadline)
 
-    def _member(self, name: str, previous: LabelArray | None) -> Predicted:
-        """Preprocess the case for a member, and predict it."""
+    def _member(self, name: str, first_stage: Callable[[], LabelArray] | None = None) -> Predicted:
+        """Preprocess the case for a member, and predict it.
+
+        Args:
+            name: the member.
+            first_stage: makes the labels that it sees, if it sees any.
+        """
         if name in self._predicted:
             return self._predicted[name]
         member, cost = self.bundle.members[name], self.asked.prices[name]
-        case = self._preprocessed(member, previous)
+        case = self._preprocessed(member, first_stage)
         if cost.is_guess:
             self._price_again(member, case)
 
@@ -105,27 +112,37 @@ class CaseInHand:
         clock.begin(Stage.NETWORK)
         passes = forward_passes(member, case.data.shape[1:], settings)
         with self.progress.stage(Stage.NETWORK, passes, self._spoken(name)):
-            note = note_of(case, self.keys, constant=self._constant)
-            prediction = self.engine.predict(case.data, settings, self.deadline, self.progress.watcher, note)
+            keep = keep_of(case, self.keys.volumes.get(name), constant=self._constant)
+            prediction = self.engine.predict(case.data, settings, self.deadline, self.progress.watcher, keep)
         clock.add(Stage.QUEUE, prediction.queue_s)
         clock.add(Stage.NETWORK, prediction.network_s)
         found = self._predicted[name] = Predicted(member, prediction.logits, case.properties)
         return found
 
-    def _preprocessed(self, member: Member, previous: LabelArray | None) -> PreprocessedCase:
-        """The case on a member's grid; from the cache, if it is there."""
-        recalled = recall(self.reserved.take_volume(), self.keys)
-        if self.keys.volume is not None:
-            self.counts.add(CACHE_LOOKUPS, 1, MISS if recalled is None else HIT)
-        if recalled is not None:
-            case, self._constant = recalled
-            self.record.reused = Reused.VOLUME
-            return case
+    def _preprocessed(self, member: Member, first_stage: Callable[[], LabelArray] | None) -> PreprocessedCase:
+        """The case on a member's grid; from the cache, if it is there, and then without its first stage."""
+        kept = self._recalled(member.name)
+        if kept is not None:
+            return kept
+        previous = None if first_stage is None else first_stage()
         image = self._decoded(member.name)
         self._check(self.asked.prices[member.name].preprocess_s, "decoding the volume")
         spoken = self._spoken(member.name)
         with self.record.clock.stage(Stage.PREPROCESS), self.progress.stage(Stage.PREPROCESS, member=spoken):
             return preprocess(member, image, self.options.preprocess, previous)
+
+    def _recalled(self, member: str) -> PreprocessedCase | None:
+        """The case on a member's grid, if an earlier one left it in the cache."""
+        key = self.keys.volumes.get(member)
+        if key is None:
+            return None
+        found = recalled(self.reserved.recall(key), key)
+        self.counts.add(CACHE_LOOKUPS, 1, MISS if found is None else HIT)
+        if found is None:
+            return None
+        case, self._constant = found
+        self.record.reused = Reused.VOLUME
+        return case
 
     def _decoded(self, member: str) -> Volume:
         """The image, for one member to use up; the last one gets the array that was decoded."""
@@ -148,9 +165,13 @@ class CaseInHand:
         channels, first, second, third = case.data.shape
         settings, grid, images = self.settings[member.name], (first, second, third), member.channels
         true = price(member, geometry, images, settings, self.options, grid, previous=channels - images)
-        self.record.patches = (self.record.patches or 0) + true.patches - old.patches
-        self.record.passes = (self.record.passes or 0) + true.passes - old.passes
+        self._recount(true.patches - old.patches, true.passes - old.passes)
         affordable(true, self.limits, geometry)
+
+    def _recount(self, patches: int, passes: int) -> None:
+        """Note so many more than were expected."""
+        self.record.patches = (self.record.patches or 0) + patches
+        self.record.passes = (self.record.passes or 0) + passes
 
     def _check(self, needed_s: float, done: str) -> None:
         check_time(self.deadline - needed_s, done)

@@ -17,7 +17,7 @@ from .export import postprocessing
 from .limits import Limits
 from .member import Member
 from .options import Options
-from .recipe import Cascade, Ensemble, Recipe, members_of
+from .recipe import Cascade, Ensemble, Recipe, is_second_stage, members_of
 from .resampling import spline_arguments
 from .volume import Geometry
 
@@ -54,7 +54,7 @@ def prices_of(
     prices: dict[str, Price] = {}
     for name in predicted_members(recipe, has_previous=has_previous):
         member = bundle.members[name]
-        previous = len(member.labels.foreground_labels) if _is_second_stage(recipe, name) else 0
+        previous = len(member.labels.foreground_labels) if is_second_stage(recipe, name) else 0
         is_last = not isinstance(recipe, Cascade) or name == recipe.member
         if isinstance(recipe, Ensemble):
             wanted = _with_probabilities(options, wanted=not mean_in_blocks(bundle))
@@ -139,12 +139,6 @@ def _mean_bytes(bundle: ModelBundle, geometry: Geometry, options: Options) -> in
     classes = bundle.lead.classes
     whole = 0 if mean_in_blocks(bundle) else classes * 2 * _FLOAT32
     return geometry.voxels * (2 * options.probability_bytes(classes) + whole)
-
-
-def _is_second_stage(recipe: Recipe, name: str) -> bool:
-    if isinstance(recipe, Ensemble):
-        return any(_is_second_stage(each, name) for each in recipe.of)
-    return isinstance(recipe, Cascade) and name == recipe.member
 
 
 def _with_probabilities(options: Options, *, wanted: bool) -> Options:

@@ -68,3 +68,10 @@ def members_of(recipe: Single | Cascade | Ensemble) -> Iterator[str]:
 def last_stage(recipe: Single | Cascade | Ensemble) -> str:
     """The member that the whole model looks like: the last stage of the first of an ensemble."""
     return last_stage(recipe.of[0]) if isinstance(recipe, Ensemble) else recipe.member
+
+
+def is_second_stage(recipe: Single | Cascade | Ensemble, member: str) -> bool:
+    """Whether a member sees the labels of another, or of the client."""
+    if isinstance(recipe, Ensemble):
+        return any(is_second_stage(each, member) for each in recipe.of)
+    return isinstance(recipe, Cascade) and member == recipe.member

@@ -15,46 +15,64 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .codecs.inflate import Payload
-from .engine.prediction import KeptVolume, Keys
+from .engine.prediction import Keep, KeptVolume, Keys
 from .options import Options
 from .preprocess import PreprocessedCase
+from .recipe import Recipe, is_second_stage, members_of
 
 _DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
-_DECIDES_NO_VOLUME = _DECIDES_NOTHING | {
-    *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export", "output_format"),
-    "postprocess",
-    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format", "properties"),
+_DECIDES_NO_LABELS = _DECIDES_NOTHING | {
+    *("output_format", "postprocess", "properties"),
+    *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
     "priority",  # it is in an answer's key: what interactive cases wait for shall not be a batch case
 }
-"""Options; one that is not named here is in the key."""
+_DECIDES_NO_VOLUME = _DECIDES_NO_LABELS | {
+    *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export")
+}
+"""Options; one that is not named here is in the key. A stage that sees the labels of another depends on those too."""
 
 
 def keys_of(
-    images: Sequence[Payload], options: Options, *, volumes: bool, answers: bool, previous: Payload | None = None
+    images: Sequence[Payload],
+    options: Options,
+    recipe: Recipe | None,
+    *,
+    answers: bool,
+    previous: Payload | None = None,
 ) -> Keys:
     """The keys of a request.
 
     Args:
         images: the bodies, in channel order.
         options: of the request.
-        volumes: whether preprocessed volumes are kept.
+        recipe: whose members' preprocessed volumes are kept; ``None`` keeps none.
         answers: whether equal requests share one answer.
         previous: the labels of a cascade's first stage, if they came.
     """
-    if not volumes and not answers:
+    if recipe is None and not answers:
         return Keys()
     content = hashlib.sha256()
     for image in images:
         content.update(len(image).to_bytes(8, "big"))
         content.update(image)
+    with_previous = content.copy()
     if previous is not None:
-        content.update(b"previous stage")  # not to be taken for one more image
-        content.update(previous)
-    volume = content.copy()
-    volume.update(options.model_dump_json(exclude=set(_DECIDES_NO_VOLUME)).encode())
-    answer = content.copy()
+        with_previous.update(b"previous stage")  # not to be taken for one more image
+        with_previous.update(previous)
+
+    def volume_key(member: str, *, is_second: bool) -> str:
+        key = (with_previous if is_second else content).copy()
+        excluded = _DECIDES_NO_LABELS if is_second and previous is None else _DECIDES_NO_VOLUME
+        key.update(f"{member} {options.model_dump_json(exclude=set(excluded))}".encode())
+        return key.hexdigest()
+
+    members = {} if recipe is None else {name: is_second_stage(recipe, name) for name in members_of(recipe)}
+    answer = with_previous.copy()
     answer.update(options.model_dump_json(exclude=set(_DECIDES_NOTHING)).encode())
-    return Keys(volume.hexdigest() if volumes else None, answer.hexdigest() if answers else None)
+    return Keys(
+        {name: volume_key(name, is_second=is_second) for name, is_second in members.items()},
+        answer.hexdigest() if answers else None,
+    )
 
 
 class _Note(BaseModel):
@@ -75,32 +93,33 @@ class _VolumeNote(_Note):
     key: str
 
 
-def note_of(case: PreprocessedCase, keys: Keys, *, constant: bool) -> str | None:
-    """What is kept with a case's volume; ``None`` if it is not to be kept.
+def keep_of(case: PreprocessedCase, key: str | None, *, constant: bool) -> Keep | None:
+    """How a case's volume is kept; ``None`` if it is not to be kept.
 
     Nor is it if a preprocessor of the model's own has more to say of a case than we know.
 
     Args:
         case: the case.
-        keys: of its request.
+        key: of its volume, if it is to be kept.
         constant: every voxel of the image has one value.
     """
-    ours = {"constant": constant, "key": keys.volume}
-    if keys.volume is None or set(case.properties) | set(ours) != set(_VolumeNote.model_fields):
+    ours = {"constant": constant, "key": key}
+    if key is None or set(case.properties) | set(ours) != set(_VolumeNote.model_fields):
         return None
-    return _VolumeNote.model_validate_json(json.dumps(case.properties | ours, default=_plain)).model_dump_json()
+    note = _VolumeNote.model_validate_json(json.dumps(case.properties | ours, default=_plain))
+    return Keep(key, note.model_dump_json())
 
 
-def recall(kept: KeptVolume | None, keys: Keys) -> tuple[PreprocessedCase, bool] | None:
+def recalled(kept: KeptVolume | None, key: str) -> tuple[PreprocessedCase, bool] | None:
     """The case of a kept volume, and whether its image is constant; ``None`` if there is none.
 
     Raises:
-        RuntimeError: the volume is another request's.
+        RuntimeError: the volume is another key's.
     """
     if kept is None:
         return None
     note = _VolumeNote.model_validate_json(kept.note)
-    if note.key != keys.volume:
+    if note.key != key:
         msg = "the engine gave another request's volume"
         raise RuntimeError(msg)
     return PreprocessedCase(kept.data, note.model_dump(exclude={"constant", "key"})), note.constant

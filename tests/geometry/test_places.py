@@ -28,7 +28,7 @@ from nibabel.affines import apply_affine
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
-from nnunet_torchserve.engine.prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
+from nnunet_torchserve.engine.prediction import Keep, Prediction, Reservation, Watcher
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, Priority, ProbabilityFormat
 from nnunet_torchserve.orientation import turn_towards
@@ -337,7 +337,7 @@ class Threshold:
         *,
         guaranteed: bool = False,
         watcher: Watcher | None = None,
-        keys: Keys = NO_KEYS,
+        answer_key: str | None = None,
         priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         yield Reservation(0.0)
@@ -348,7 +348,7 @@ class Threshold:
         settings: Settings,
         deadline: float | None,
         watcher: Watcher | None = None,
-        note: str | None = None,
+        keep: Keep | None = None,
     ) -> Prediction:
         bright = (data[0] > (data.min() + data.max()) / 2).to(torch.float16)
         logits = torch.stack([1 - bright, bright, *[torch.zeros_like(bright) - 1] * 2])

@@ -31,7 +31,7 @@ from nnunet_torchserve.engine.cache import MOST_VOLUMES, Kept, VolumeCache
 from nnunet_torchserve.engine.channel import freeze, is_frozen, share
 from nnunet_torchserve.engine.flights import Flights
 from nnunet_torchserve.engine.ledger import Ledger
-from nnunet_torchserve.engine.prediction import NO_KEYS, KeptVolume, Keys, Reservation, Watcher
+from nnunet_torchserve.engine.prediction import NO_KEYS, Keep, KeptVolume, Reservation, Watcher
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.starter import Link
 from nnunet_torchserve.engine.tally import Level, TallyReader, Total
@@ -43,9 +43,10 @@ from nnunet_torchserve.options import Options, parse_options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import PreprocessedCase
 from nnunet_torchserve.preprocess import preprocess as plain_preprocess
+from nnunet_torchserve.recipe import Cascade, Single
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import WARNING, Response
-from nnunet_torchserve.reuse import keys_of, note_of, recall
+from nnunet_torchserve.reuse import keep_of, keys_of, recalled
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from support import volumes
@@ -59,6 +60,8 @@ GOOD_BYTES = INT16.size * 4
 OTHER_OPTIONS = '{"folds": [1], "use_mirroring": false, "save_probabilities": true, "output_format": "nrrd"}'
 SLOW = '{"folds": [0], "use_mirroring": false, "tile_step_size": 0.15}'
 KEY, OTHER_KEY = "a" * 64, "b" * 64
+SINGLE = Single(member="3d_fullres")
+CASCADE = Cascade(first=Single(member="3d_lowres"), member="3d_cascade_fullres")
 
 
 class Fleet:
@@ -190,14 +193,14 @@ def test_whatever_decides_the_volume_is_in_its_key(caching: Fleet) -> None:
 
 def test_a_channel_more_is_another_key() -> None:
     options = parse_options(None)
-    first = keys_of([b"ab", b"c"], options, volumes=True, answers=True)
-    assert first != keys_of([b"a", b"bc"], options, volumes=True, answers=True)
-    assert first == keys_of([b"ab", memoryview(b"c")], options, volumes=True, answers=True)
-    assert keys_of([b"abc"], options, volumes=False, answers=False) == NO_KEYS
+    first = keys_of([b"ab", b"c"], options, SINGLE, answers=True)
+    assert first != keys_of([b"a", b"bc"], options, SINGLE, answers=True)
+    assert first == keys_of([b"ab", memoryview(b"c")], options, SINGLE, answers=True)
+    assert keys_of([b"abc"], options, None, answers=False) == NO_KEYS
     patient = parse_options(b'{"timeout_s": 5, "stream": true, "tile_step_size": 0.5}')
-    assert first == keys_of([b"ab", b"c"], patient, volumes=True, answers=True)
-    coarse = keys_of([b"ab", b"c"], parse_options(b'{"tile_step_size": 0.75}'), volumes=True, answers=True)
-    assert (coarse.volume == first.volume, coarse.answer == first.answer) == (True, False)
+    assert first == keys_of([b"ab", b"c"], patient, SINGLE, answers=True)
+    coarse = keys_of([b"ab", b"c"], parse_options(b'{"tile_step_size": 0.75}'), SINGLE, answers=True)
+    assert (coarse.volumes == first.volumes, coarse.answer == first.answer) == (True, False)
 
 
 def test_a_warning_is_kept_with_its_image(caching: Fleet) -> None:
@@ -213,12 +216,12 @@ def test_what_could_still_be_changed_is_not_kept(caching: Fleet, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(channel, "freeze", lambda _: True)  # and does not
         keep_one(engine)
-    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
-        assert reserved.take_volume() is None
+    with engine.reserve(price(1), None) as reserved:
+        assert reserved.recall(KEY) is None
     keep_one(engine)
-    with engine.reserve(price(1), None, keys=Keys(volume=KEY)) as reserved:
-        assert reserved.take_volume() is not None
-        assert reserved.take_volume() is None
+    with engine.reserve(price(1), None) as reserved:
+        assert reserved.recall(OTHER_KEY) is None
+        assert reserved.recall(KEY) is not None
 
 
 @pytest.mark.parametrize("name", ["anisotropic", pytest.param("flat", marks=pytest.mark.long)])
@@ -316,15 +319,15 @@ def test_a_volume_of_another_key_is_never_used() -> None:
         "shape_after_cropping_and_before_resampling": (1, 1, 1),
     }
     case = PreprocessedCase(torch.zeros((1, 1, 1, 1)), properties)
-    note = note_of(case, Keys(volume=KEY), constant=True)
-    assert note is not None
-    found = recall(KeptVolume(case.data, note), Keys(volume=KEY))
+    keep = keep_of(case, KEY, constant=True)
+    assert keep is not None
+    found = recalled(KeptVolume(case.data, keep.note), KEY)
     assert found is not None
     assert (found[0].properties["bbox_used_for_cropping"], found[1]) == (((0, 1),) * 3, True)
     with pytest.raises(RuntimeError, match="another"):
-        recall(KeptVolume(case.data, note), Keys(volume=OTHER_KEY))
-    assert note_of(case, NO_KEYS, constant=True) is None
-    assert note_of(replace(case, properties=properties | {"own": 1}), Keys(volume=KEY), constant=True) is None
+        recalled(KeptVolume(case.data, keep.note), OTHER_KEY)
+    assert keep_of(case, None, constant=True) is None
+    assert keep_of(replace(case, properties=properties | {"own": 1}), KEY, constant=True) is None
 
 
 OPTION_VALUES: dict[str, object] = {
@@ -355,6 +358,7 @@ NEED: dict[str, dict[str, object]] = {
     **{what: {"spacing": [1, 1, 1]} for what in ("origin", "direction")},
 }
 DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction"}
+DECIDES_THE_LABELS = {"folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export"}
 DECIDES_NOTHING = {"timeout_s", "stream", "describe"}
 
 
@@ -363,10 +367,14 @@ def test_each_option_is_in_the_keys_of_what_it_decides(name: str) -> None:
     """An option that is new must be added here: only then is it known what it decides."""
     plain, other = NEED.get(name, {}), NEED.get(name, {}) | {name: OPTION_VALUES[name]}
     before, after = (
-        keys_of([b"image"], parse_options(json.dumps(options).encode()), volumes=True, answers=True)
+        keys_of([b"image"], parse_options(json.dumps(options).encode()), CASCADE, answers=True)
         for options in (plain, other)
     )
-    assert (before.volume != after.volume) == (name in DECIDES_THE_VOLUME)
+    changed = {member for member, key in before.volumes.items() if key != after.volumes[member]}
+    if name in DECIDES_THE_VOLUME:
+        assert changed == {"3d_lowres", "3d_cascade_fullres"}
+    else:
+        assert changed == ({"3d_cascade_fullres"} if name in DECIDES_THE_LABELS else set())
     assert (before.answer != after.answer) == (name not in DECIDES_NOTHING)
 
 
@@ -413,9 +421,9 @@ def test_it_gives_way_to_another_engines_case(fleet: Fleet, monkeypatch: pytest.
 def keep_one(engine: RemoteEngine) -> None:
     """Have an engine keep a volume of GOOD_BYTES."""
     settings = Settings("3d_fullres", (0,), (), 1.0, use_gaussian=False)
-    with engine.reserve(price(1), None, keys=Keys(volume=KEY)), pytest.raises(Deadline):
+    with engine.reserve(price(1), None), pytest.raises(Deadline):
         # kept when it is handed in, whatever becomes of the case
-        engine.predict(torch.zeros((1, *INT16.shape)), settings, time.monotonic(), note="{}")
+        engine.predict(torch.zeros((1, *INT16.shape)), settings, time.monotonic(), keep=Keep(KEY, "{}"))
 
 
 def price(size: int) -> Price:
@@ -513,7 +521,7 @@ class Follower:
         self._engine, self._watcher = flying.engine(), watcher
         self.reserved: Future[Reservation] = Future()
         self.go_on = threading.Event()
-        self._thread = threading.Thread(target=self._wait, args=(Keys(answer=key), deadline))
+        self._thread = threading.Thread(target=self._wait, args=(key, deadline))
         self._thread.start()
 
     def join(self) -> None:
@@ -521,9 +529,9 @@ class Follower:
         self._thread.join(300)
         assert not self._thread.is_alive()
 
-    def _wait(self, keys: Keys, deadline: float | None) -> None:
+    def _wait(self, key: str, deadline: float | None) -> None:
         try:
-            with self._engine.reserve(price(1), deadline, watcher=self._watcher, keys=keys) as reserved:
+            with self._engine.reserve(price(1), deadline, watcher=self._watcher, answer_key=key) as reserved:
                 self.reserved.set_result(reserved)
                 assert self.go_on.wait(300)
         except Exception as error:  # noqa: BLE001 (it is the answer)
@@ -549,7 +557,7 @@ BODY = bytes(range(256)) * 20_000
 
 def test_the_answer_goes_to_all_that_wait_for_it(flying: Fleet, follow: Follow) -> None:
     leader = flying.engine()
-    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with leader.reserve(price(1), None, answer_key=KEY) as reserved:
         waiting = [follow() for _ in range(3)]
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(waiting))
         reserved.share(BODY, "a note")
@@ -557,7 +565,7 @@ def test_the_answer_goes_to_all_that_wait_for_it(flying: Fleet, follow: Follow) 
             answer = follower.reserved.result(300).answer
             assert answer is not None
             assert (answer.body, answer.note) == (BODY, "a note")
-    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:  # and nobody's any more
+    with leader.reserve(price(1), None, answer_key=KEY) as reserved:  # and nobody's any more
         assert reserved.answer is None
         reserved.share(b"nobody waits", "")
         late = follow()
@@ -565,7 +573,7 @@ def test_the_answer_goes_to_all_that_wait_for_it(flying: Fleet, follow: Follow) 
 
 
 def test_other_requests_do_not_wait(flying: Fleet, follow: Follow) -> None:
-    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)):
+    with flying.engine().reserve(price(1), None, answer_key=KEY):
         assert follow(key=OTHER_KEY).reserved.result(300).answer is None
 
 
@@ -573,7 +581,7 @@ def test_other_requests_do_not_wait(flying: Fleet, follow: Follow) -> None:
 def test_where_there_is_no_answer_the_next_one_is_computed(flying: Fleet, follow: Follow, ends: str) -> None:
     leader, stack = flying.engine(), ExitStack()
     with stack:
-        stack.enter_context(leader.reserve(price(1), None, keys=Keys(answer=KEY)))
+        stack.enter_context(leader.reserve(price(1), None, answer_key=KEY))
         waiting = [follow() for _ in range(2)]
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(waiting))
         if ends == "worker":
@@ -595,7 +603,7 @@ def test_where_there_is_no_answer_the_next_one_is_computed(flying: Fleet, follow
 
 def test_a_leader_whose_engine_died_does_not_wait_for_its_follower(flying: Fleet, follow: Follow) -> None:
     leader, data = flying.engine(), torch.zeros((1, 24, 32, 24))
-    with leader.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with leader.reserve(price(1), None, answer_key=KEY) as reserved:
         follower = follow()
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         flying.kill()
@@ -619,7 +627,7 @@ class Told:
 
 def test_a_follower_that_watches_hears_that_it_waits(flying: Fleet, follow: Follow) -> None:
     told = Told()
-    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with flying.engine().reserve(price(1), None, answer_key=KEY) as reserved:
         follower = follow(watcher=told)
         wait_for(lambda: told.ahead[:1] == [0])
         reserved.share(BODY, "")
@@ -629,7 +637,7 @@ def test_a_follower_that_watches_hears_that_it_waits(flying: Fleet, follow: Foll
 def test_an_answer_that_could_still_be_changed_is_not_handed_on(
     flying: Fleet, follow: Follow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with flying.engine().reserve(price(1), None, answer_key=KEY) as reserved:
         follower = follow()
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
         monkeypatch.setattr(channel, "freeze", lambda _: True)  # and does not
@@ -642,17 +650,17 @@ def test_a_follower_was_accepted_and_is_not_refused_later(flying: Fleet) -> None
     limits = Limits(memory_bytes=10, waiting_cases=1)
     got: list[str] = []
 
-    def wait(name: str, keys: Keys) -> None:
+    def wait(name: str, key: str | None) -> None:
         engine = flying.engine(limits=limits)
-        with engine.reserve(price(10), None, keys=keys):
+        with engine.reserve(price(10), None, answer_key=key):
             got.append(name)
 
     with ThreadPoolExecutor(3) as pool, ExitStack() as leading:
         leader = flying.engine(limits=limits)
-        leading.enter_context(leader.reserve(price(10), None, keys=Keys(answer=KEY)))
-        followers = [pool.submit(wait, "follower", Keys(answer=KEY)) for _ in range(2)]
+        leading.enter_context(leader.reserve(price(10), None, answer_key=KEY))
+        followers = [pool.submit(wait, "follower", KEY) for _ in range(2)]
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(followers))
-        late = pool.submit(wait, "late", NO_KEYS)
+        late = pool.submit(wait, "late", None)
         wait_for(lambda: flying.level(Level.CASES_WAITING) == 1)
         leading.close()
         for each in (*followers, late):
@@ -663,7 +671,7 @@ def test_a_follower_was_accepted_and_is_not_refused_later(flying: Fleet) -> None
 
 def test_sharing_holds_nobody_up_when_the_engine_hangs(fleet: Fleet) -> None:
     engine = fleet.engine()
-    with engine.reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with engine.reserve(price(1), None, answer_key=KEY) as reserved:
         [process] = engine_processes(fleet.runtime)
         process.suspend()
         began = time.monotonic()
@@ -675,7 +683,7 @@ def test_sharing_holds_nobody_up_when_the_engine_hangs(fleet: Fleet) -> None:
 
 
 def test_a_follower_has_its_own_deadline(flying: Fleet, follow: Follow) -> None:
-    with flying.engine().reserve(price(1), None, keys=Keys(answer=KEY)) as reserved:
+    with flying.engine().reserve(price(1), None, answer_key=KEY) as reserved:
         hasty = follow(deadline=time.monotonic() + 0.2)
         with pytest.raises(Deadline):
             hasty.reserved.result(300)

@@ -27,7 +27,7 @@ from ..errors import ServingError
 from ..member import MemberName
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
-PROTOCOL = 6
+PROTOCOL = 7
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
@@ -99,7 +99,7 @@ class Refused(_Message):
 class Reserve(_Message):
     """Worker → engine, before a case is decoded: what it will take; see :class:`~.admission.Claim`.
 
-    ``volume`` and ``answer`` are those of :class:`~.prediction.Keys`.
+    ``answer`` is that of :class:`~.prediction.Keys`.
     """
 
     kind: Literal["reserve"] = "reserve"
@@ -107,24 +107,30 @@ class Reserve(_Message):
     passes: Annotated[int, Field(ge=0)]
     guaranteed: bool = False
     watched: bool = False
-    volume: _Key | None = None
     answer: _Key | None = None
     priority: Priority = Priority.INTERACTIVE
 
 
-class KeptNote(_Message):
-    """The shape of a kept volume, and what was noted with it."""
-
-    shape: _Shape
-    note: _Note
-
-
 class Granted(_Message):
-    """Engine → worker: go on; the case's number, as the flight record names it. A kept volume comes with it."""
+    """Engine → worker: go on; the case's number, as the flight record names it."""
 
     kind: Literal["granted"] = "granted"
     case_id: int
-    kept: KeptNote | None = None
+
+
+class Recall(_Message):
+    """Worker → engine, with a granted case that is not being predicted: the volume under a key of :class:`Keep`."""
+
+    kind: Literal["recall"] = "recall"
+    key: _Key
+
+
+class Recalled(_Message):
+    """Engine → worker that recalls: nothing, or with the descriptor of a kept volume its shape and its note."""
+
+    kind: Literal["recalled"] = "recalled"
+    shape: _Shape | None = None
+    note: _Note = ""
 
 
 class Answered(_Message):
@@ -166,8 +172,18 @@ class Release(_Message):
     note: _Note = ""
 
 
+class Keep(_Message):
+    """The key under which a volume is to be kept, and what is noted with it."""
+
+    key: _Key
+    note: _Note
+
+
 class Submit(_Message):
-    """Worker → engine, with the volume's descriptor: predict the granted case, and keep the volume if it has a note."""
+    """Worker → engine, with the volume's descriptor: predict the granted case, and keep the volume if it says so.
+
+    A case of several members is submitted once for each of them, one after the other.
+    """
 
     kind: Literal["submit"] = "submit"
     shape: _Shape
@@ -181,7 +197,7 @@ class Submit(_Message):
     deadline: float | None
     suspect: bool
     watched: bool = False
-    note: _Note | None = None
+    keep: Keep | None = None
 
     @field_validator("folds", "mirroring_axes")
     @classmethod
@@ -246,6 +262,7 @@ Message = (
     (Hello | Refused | Heartbeat)
     | (Reserve | Queued | Granted | Answered)
     | (Submit | Progress | Done | Failed)
+    | (Recall | Recalled)
     | (Offer | Wanted | Release)
 )
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])

@@ -35,7 +35,6 @@ class Connection:
         self.endpoint = endpoint
         self.state = State.IDLE
         self.claim = Claim(0, 0, 0)
-        self.volume_key: str | None = None
         self.watched = False
         self.passes_ahead = 0
         self._listening = False
@@ -46,6 +45,12 @@ class Connection:
     def case_id(self) -> int:
         """Its case's number."""
         return self.claim.number
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the worker has got what it waited for, if it waited."""
+        with self._lock:
+            return not self._listening
 
     def expect(self) -> None:
         """The worker waits for an answer now: it gets heartbeats until then."""

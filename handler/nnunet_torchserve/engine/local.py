@@ -20,7 +20,7 @@ from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .golden import load_networks
-from .prediction import NO_KEYS, Keys, Prediction, Reservation, Watcher
+from .prediction import Keep, Prediction, Reservation, Watcher
 from .scheduler import Policy
 
 
@@ -69,7 +69,7 @@ class LocalEngine:
         *,
         guaranteed: bool = False,
         watcher: Watcher | None = None,
-        keys: Keys = NO_KEYS,  # noqa: ARG002 (nothing is kept here)
+        answer_key: str | None = None,  # noqa: ARG002 (nothing is kept here)
         priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
@@ -103,7 +103,7 @@ class LocalEngine:
         settings: Settings,
         deadline: float | None = None,
         watcher: Watcher | None = None,
-        note: str | None = None,  # noqa: ARG002 (nothing is kept here)
+        keep: Keep | None = None,  # noqa: ARG002 (nothing is kept here)
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()

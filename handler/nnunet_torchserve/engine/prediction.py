@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -33,15 +33,23 @@ class Keys:
     """What a case may have in common with others.
 
     Attributes:
-        volume: equal where the preprocessed volumes are; ``None`` neither looks for one nor keeps this one.
+        volumes: of each member whose preprocessed volumes may be kept: equal where those are.
         answer: equal where the answers are; ``None`` neither waits for another case's nor gives its own away.
     """
 
-    volume: str | None = None
+    volumes: Mapping[str, str] = field(default_factory=dict)
     answer: str | None = None
 
 
 NO_KEYS = Keys()
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """That a preprocessed volume is to be kept for later cases: under which key, and with what note."""
+
+    key: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,20 +74,15 @@ class Reservation:
 
     Attributes:
         waited_s: seconds that it took.
-        volume: spares decoding and preprocessing.
         answer: spares everything; nothing is held then.
+        recall: gives the volume that was kept under a key, which spares decoding and preprocessing, if it is there.
         share: takes the answer and a note, for equal cases that wait for it.
     """
 
     waited_s: float
-    volume: KeptVolume | None = None
     answer: SharedAnswer | None = None
+    recall: Callable[[str], KeptVolume | None] = lambda _key: None
     share: Callable[[bytes, str], None] = lambda _body, _note: None
-
-    def take_volume(self) -> KeptVolume | None:
-        """The volume, which is the caller's to hold and to let go."""
-        taken, self.volume = self.volume, None
-        return taken
 
 
 class Watcher(Protocol):
@@ -102,7 +105,7 @@ class Engine(Protocol):
         *,
         guaranteed: bool = False,
         watcher: Watcher | None = None,
-        keys: Keys = NO_KEYS,
+        answer_key: str | None = None,
         priority: Priority = Priority.INTERACTIVE,
     ) -> AbstractContextManager[Reservation]:
         """Hold what one case takes, from before it is decoded until its answer is written.
@@ -112,7 +115,7 @@ class Engine(Protocol):
             deadline: ``time.monotonic()`` after which the case is given up.
             guaranteed: do not wait, whatever others hold.
             watcher: told while the case waits.
-            keys: what it may have in common with others.
+            answer_key: of :class:`Keys`.
             priority: whether somebody waits for it.
 
         Returns:
@@ -131,16 +134,16 @@ class Engine(Protocol):
         settings: Settings,
         deadline: float | None,
         watcher: Watcher | None = None,
-        note: str | None = None,
+        keep: Keep | None = None,
     ) -> Prediction:
-        """Predict one preprocessed case.
+        """Predict one preprocessed case; within a reservation, once for each member.
 
         Args:
             data: float32 (C, z, y, x) on the network's grid.
             settings: folds, mirroring, tiling.
             deadline: ``time.monotonic()`` after which the case is given up.
             watcher: told now and then how many passes are done.
-            note: kept with the volume, for later cases of the reservation's key; ``None`` does not keep it.
+            keep: the volume for later cases.
 
         Raises:
             Deadline: the time ran out; nothing of the case is kept.

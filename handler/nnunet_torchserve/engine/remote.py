@@ -33,7 +33,7 @@ from ..limits import Limits, memory_for_cases
 from ..options import Priority
 from ..telemetry import STRIKES, Counts
 from . import channel
-from .prediction import NO_KEYS, KeptVolume, Keys, Prediction, Reservation, SharedAnswer, Watcher
+from .prediction import Keep, KeptVolume, Prediction, Reservation, SharedAnswer, Watcher
 from .scheduler import Policy
 from .starter import RETRY_AFTER_S, Link, Starter
 
@@ -127,7 +127,7 @@ class RemoteEngine:
         *,
         guaranteed: bool = False,
         watcher: Watcher | None = None,
-        keys: Keys = NO_KEYS,
+        answer_key: str | None = None,
         priority: Priority = Priority.INTERACTIVE,
     ) -> Iterator[Reservation]:
         """See :meth:`~.prediction.Engine.reserve`."""
@@ -138,8 +138,7 @@ class RemoteEngine:
                 passes=price.passes,
                 guaranteed=guaranteed,
                 watched=watcher is not None,
-                volume=keys.volume,
-                answer=keys.answer,
+                answer=answer_key,
                 priority=priority,
             )
             try:
@@ -157,7 +156,7 @@ class RemoteEngine:
         settings: Settings,
         deadline: float | None = None,
         watcher: Watcher | None = None,
-        note: str | None = None,
+        keep: Keep | None = None,
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. Without a reservation the case is charged nothing."""
         with self._lock:
@@ -165,10 +164,10 @@ class RemoteEngine:
 
             def ask() -> Prediction:
                 nonlocal strikes
-                self._reserved(deadline, watcher)  # if there is another engine now; what it has kept is not needed
+                self._reserved(deadline, watcher)  # if there is another engine now
                 link = self._connected(deadline)
                 try:
-                    return self._ask(link, data, settings, deadline, watcher, note, suspect=strikes > 0)
+                    return self._ask(link, data, settings, deadline, watcher, keep, suspect=strikes > 0)
                 except _EngineGone as gone:
                     strikes += gone.in_batch
                     self._counts.add(STRIKES, int(gone.in_batch))
@@ -221,18 +220,15 @@ class RemoteEngine:
 
     def _reserved(self, deadline: float | None, watcher: Watcher | None) -> Reservation:
         """What the engine gives for the claim: nothing if it was granted before."""
-        link, nothing = self._connected(deadline), Reservation(0.0, share=self._share)
+        link, granted = self._connected(deadline), Reservation(0.0, recall=self._recall, share=self._share)
         if link.case_id is not None:
-            return nothing
+            return granted
         self._send(link, self._claim)
         while True:
             message, descriptors = self._next_message(link, deadline)
             if isinstance(message, channel.Granted):
                 link.case_id, link.in_use = message.case_id, False
-                if message.kept is None:
-                    return nothing
-                kept = channel.attach(descriptors[0], message.kept.shape, torch.float32)
-                return Reservation(0.0, KeptVolume(kept, message.kept.note), share=self._share)
+                return granted
             if isinstance(message, channel.Answered):
                 link.in_use = False
                 body = channel.attach(descriptors[0], (message.size,), torch.uint8)
@@ -252,6 +248,25 @@ class RemoteEngine:
             channel.send(link.endpoint, channel.Release())
         except OSError:
             self.disconnect()
+
+    def _recall(self, key: str) -> KeptVolume | None:
+        """The volume under a key; what fails here costs no more than preprocessing it."""
+        link = self._link
+        if link is None or link.case_id is None:
+            return None
+        try:
+            self._send(link, channel.Recall(key=key))
+            while True:
+                message, descriptors = self._next_message(link, None)
+                if isinstance(message, channel.Recalled):
+                    link.in_use = False
+                    if message.shape is None:
+                        return None
+                    return KeptVolume(channel.attach(descriptors[0], message.shape, torch.float32), message.note)
+        except (_EngineGone, channel.ChannelError, OSError) as error:
+            logger.warning("a kept volume could not be recalled: %s", error)
+            self.disconnect()
+            return None
 
     def _share(self, body: bytes, note: str) -> None:
         """Give an answer to equal cases that wait for it, and the memory back; what fails here costs those time."""
@@ -298,7 +313,7 @@ class RemoteEngine:
         settings: Settings,
         deadline: float | None,
         watcher: Watcher | None,
-        note: str | None,
+        keep: Keep | None,
         *,
         suspect: bool,
     ) -> Prediction:
@@ -307,7 +322,7 @@ class RemoteEngine:
         try:
             shared.copy_(data)
             del shared
-            frozen = note is not None and channel.freeze(descriptor)
+            frozen = keep is not None and channel.freeze(descriptor)
             submit = channel.Submit(
                 shape=shape,  # type: ignore[arg-type]
                 member=settings.member,
@@ -320,7 +335,7 @@ class RemoteEngine:
                 deadline=deadline,
                 suspect=suspect,
                 watched=watcher is not None,
-                note=note if frozen else None,
+                keep=channel.Keep(key=keep.key, note=keep.note) if keep is not None and frozen else None,
             )
             self._send(link, submit, (descriptor,))
         finally:

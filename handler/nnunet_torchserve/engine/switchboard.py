@@ -1,8 +1,9 @@
 """The engine's main thread: workers' connections, who may take memory, and the heartbeat.
 
 A case. The worker reserves what the case will take (:mod:`.admission`), decodes and preprocesses it, submits it, gets
-its logits, exports them, and releases. Whatever ends the connection releases too. With the grant may come a volume
-that an earlier case left (:mod:`.cache`); in its place, the answer of an equal case (:mod:`.flights`).
+its logits, exports them, and releases. Whatever ends the connection releases too. Before it preprocesses, it may recall
+a volume that an earlier case left (:mod:`.cache`). A case of several members is preprocessed and submitted for one
+after the other. In place of the grant may come the answer of an equal case (:mod:`.flights`).
 
 Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
 thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
@@ -44,11 +45,12 @@ from .channel import (
     Granted,
     Heartbeat,
     Hello,
-    KeptNote,
     Message,
     Offer,
     Progress,
     Queued,
+    Recall,
+    Recalled,
     Release,
     Reserve,
     Submit,
@@ -194,30 +196,11 @@ class Switchboard:
             received = channel.receive(connection.endpoint)
             if received is None:
                 self._forget(connection)
-                return
-            message, descriptors = received
-            if isinstance(message, Submit) and connection.state is State.GRANTED and len(descriptors) == 1:
-                connection.state, connection.watched = State.SUBMITTED, message.watched
-                connection.expect()
-                self._keep(connection, message, descriptors[0])
-                self._compute.put(Admit(connection.case_id, message, descriptors[0], time.monotonic(), connection))
-                connection.passes_ahead = 0
-                self._note()
-                return
-            if isinstance(message, Release) and connection.state in HOLDING and len(descriptors) == 1:
-                self._land(connection, message, descriptors[0])
-                return
-            channel.close_all(descriptors)
-            if isinstance(message, Reserve) and connection.state is State.IDLE:
-                self._reserve(connection, message)
-            elif isinstance(message, Offer) and connection.state in HOLDING:
-                connection.expect()
-                connection.answer(Wanted(cases=self._flights.followers(connection.case_id)))
-            elif isinstance(message, Release) and connection.state is not State.IDLE:
-                self._release(connection)
+            elif len(received[1]) == 1:
+                self._take_in(connection, received[0], received[1][0])
             else:
-                msg = f"a {message.kind} with {len(descriptors)} descriptors was not expected now"
-                raise channel.ChannelError(msg)
+                channel.close_all(received[1])
+                self._obey(connection, received[0])
         except BlockingIOError:
             return
         except (channel.ChannelError, OSError) as error:
@@ -226,6 +209,36 @@ class Switchboard:
         except Exception:
             logger.exception("closed a connection")
             self._forget(connection)
+
+    def _take_in(self, connection: Connection, message: Message, descriptor: int) -> None:
+        """Obey a message that came with a descriptor."""
+        if isinstance(message, Submit) and _has_a_turn(connection):
+            connection.state, connection.watched = State.SUBMITTED, message.watched
+            connection.expect()
+            self._keep(message, descriptor)
+            self._compute.put(Admit(connection.case_id, message, descriptor, time.monotonic(), connection))
+            connection.passes_ahead = 0
+            self._note()
+        elif isinstance(message, Release) and connection.state in HOLDING:
+            self._land(connection, message, descriptor)
+        else:
+            os.close(descriptor)
+            raise _unexpected(message)
+
+    def _obey(self, connection: Connection, message: Message) -> None:
+        """Obey a message that came alone."""
+        if isinstance(message, Reserve) and connection.state is State.IDLE:
+            self._reserve(connection, message)
+        elif isinstance(message, Recall) and _has_a_turn(connection):
+            connection.expect()
+            self._recall(connection, message.key)
+        elif isinstance(message, Offer) and connection.state in HOLDING:
+            connection.expect()
+            connection.answer(Wanted(cases=self._flights.followers(connection.case_id)))
+        elif isinstance(message, Release) and connection.state is not State.IDLE:
+            self._release(connection)
+        else:
+            raise _unexpected(message)
 
     def _reserve(self, connection: Connection, message: Reserve) -> None:
         connection.expect()
@@ -238,7 +251,7 @@ class Switchboard:
             msg = f"{self._batch_cases()} batch cases hold all workers but the one that is kept for interactive cases"
             connection.answer(Failed.of(Busy(f"{msg}; send fewer at once, or come again", self._retry_after_s(1))))
             return
-        connection.claim, connection.watched, connection.volume_key = claim, message.watched, message.volume
+        connection.claim, connection.watched = claim, message.watched
         connection.passes_ahead = 0
         self._owners[claim.number] = connection
         # a case that holds its memory already is computed, whoever else is
@@ -308,20 +321,22 @@ class Switchboard:
 
     def _tell_granted(self, connection: Connection) -> None:
         connection.state = State.GRANTED
-        kept = self._cache.find(connection.volume_key)
-        if kept is None:
-            connection.answer(Granted(case_id=connection.case_id))
-        else:
-            note = KeptNote(shape=kept.shape, note=kept.note)
-            connection.answer(Granted(case_id=connection.case_id, kept=note), [kept.descriptor])
+        connection.answer(Granted(case_id=connection.case_id))
 
-    def _keep(self, connection: Connection, message: Submit, descriptor: int) -> None:
+    def _recall(self, connection: Connection, key: str) -> None:
+        kept = self._cache.find(key)
+        if kept is None:
+            connection.answer(Recalled())
+        else:
+            connection.answer(Recalled(shape=kept.shape, note=kept.note), [kept.descriptor])
+
+    def _keep(self, message: Submit, descriptor: int) -> None:
         """Keep a submitted volume if it is to be kept and nobody can change it."""
-        size = math.prod(message.shape) * _FLOAT32_BYTES
-        if connection.volume_key is None or message.note is None or not channel.is_frozen(descriptor, size):
+        keep, size = message.keep, math.prod(message.shape) * _FLOAT32_BYTES
+        if keep is None or not channel.is_frozen(descriptor, size):
             return
         with suppress(OSError):  # no descriptor is left: the case needs none of this
-            self._cache.keep(connection.volume_key, Kept(os.dup(descriptor), message.shape, message.note, size))
+            self._cache.keep(keep.key, Kept(os.dup(descriptor), message.shape, keep.note, size))
             self._hold()
 
     def _make_room_elsewhere(self) -> None:
@@ -425,3 +440,12 @@ class Switchboard:
             self._listener.close()
             self._listener = listener
             self._selector.register(listener, selectors.EVENT_READ)
+
+
+def _has_a_turn(connection: Connection) -> bool:
+    """Whether a worker's case may be submitted: it was granted, and a member submitted before is done."""
+    return connection.state in HOLDING and connection.is_answered
+
+
+def _unexpected(message: Message) -> channel.ChannelError:
+    return channel.ChannelError(f"a {message.kind} was not expected now, or not with what came with it")
