@@ -31,6 +31,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from .cases import network_grid, too_thin_message
 from .errors import TooThin, WrongRange
 from .intensities import normalization_class, takes_pictures
+from .label_resampling import resample_labels
 from .member import Member
 from .options import PreprocessMethod
 from .resampling import Target, resample_image, target_of
@@ -132,7 +133,7 @@ def _exact(member: Member, volume: Volume, previous: LabelArray | None) -> Prepr
         data[channel] = normalization.run(data[channel], mask)  # numpy sees where this is a copy onto itself
     resampled = resample_image(data, new_shape, spacing, target, configuration.resampling_fn_data)
     if previous is not None and mask is not None:
-        stage = configuration.resampling_fn_seg(mask[None], new_shape, spacing, target)
+        stage = resample_labels(mask[None], new_shape, spacing, target, configuration.resampling_fn_seg)
         resampled = np.vstack((resampled, _one_hot(member, stage)))
     return PreprocessedCase(torch.from_numpy(resampled), properties)
 

@@ -30,8 +30,9 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
 )
 from nnunetv2.preprocessing.resampling.no_resampling import no_resampling_hack
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
-from scipy.ndimage import map_coordinates
 from skimage.transform import resize
+
+from .taps import nearest_slices
 
 Image = npt.NDArray[np.float32]
 ResamplingFunction = Callable[[Any, Sequence[int], Sequence[float], Sequence[float]], Any]
@@ -180,6 +181,12 @@ def target_of(function: ResamplingFunction) -> Target:
 
 def spline_arguments(function: ResamplingFunction) -> SplineArguments | None:
     """The arguments of a plan's function, or ``None`` if this module doesn't compute what it does."""
+    arguments = default_arguments(function)
+    return arguments if arguments is not None and arguments.are_separable else None
+
+
+def default_arguments(function: ResamplingFunction) -> SplineArguments | None:
+    """The arguments of a plan's function, or ``None`` if that is not nnU-Net's default one."""
     known = {field.name for field in fields(SplineArguments)}
     if (
         not isinstance(function, partial)
@@ -188,8 +195,7 @@ def spline_arguments(function: ResamplingFunction) -> SplineArguments | None:
         or not known.issuperset(function.keywords)
     ):
         return None
-    arguments = SplineArguments(**function.keywords)
-    return arguments if arguments.are_separable else None
+    return SplineArguments(**function.keywords)
 
 
 @lru_cache(maxsize=_CACHED_OPERATORS)
@@ -274,15 +280,6 @@ def _resample_slices(image: torch.Tensor, out: torch.Tensor, across: int, order:
         values = _in_plane(slab, middle, last).clamp_(low, high)
         start, stop = (int(place) for place in torch.searchsorted(places, torch.tensor([planes.start, planes.stop])))
         out[start:stop] = values[places[start:stop] - planes.start]
-
-
-def nearest_slices(before: int, after: int) -> npt.NDArray[np.int64]:
-    """The slice that ``resample_data_or_seg`` takes for each new one (``map_coordinates`` of order 0)."""
-    if before == after:
-        return np.arange(before)
-    coordinates = float(before) / after * (np.arange(after) + 0.5) - 0.5
-    nearest = map_coordinates(np.arange(float(before)), [coordinates], order=0, mode="nearest")
-    return np.asarray(nearest, np.int64)
 
 
 def _operators(

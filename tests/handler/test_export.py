@@ -36,12 +36,13 @@ from nnunet_torchserve.export import (
 from nnunet_torchserve.export import grid as grid_module
 from nnunet_torchserve.export import probabilities as probabilities_module
 from nnunet_torchserve.export.canvas import Canvas
-from nnunet_torchserve.export.grid import linear_taps, resampling_of
+from nnunet_torchserve.export.grid import resampling_of
 from nnunet_torchserve.export.rules import rule_of
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import ExportMethod, Options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.preprocess import preprocess
+from nnunet_torchserve.taps import linear_taps
 from nnunet_torchserve.volume import Volume
 from support import export_cases as cases
 from support.examples import examples

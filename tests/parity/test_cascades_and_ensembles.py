@@ -34,6 +34,8 @@ from support.odd_models import OddModel
 
 LOWRES = OddModel(named="3d_lowres", spacing=3.0)
 CASCADE = OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres")
+SPACING = (1.3, 1.5, 1.8)
+"""mm: of no member's grid, so that every stage resamples images, labels and logits."""
 REGIONS = {
     "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3},
     "more_dataset": {"regions_class_order": [1, 2, 3]},
@@ -85,7 +87,7 @@ def image(shape: tuple[int, int, int] = (24, 26, 20), *, cropped: bool = True) -
         inside[3:-4, 2:-3, 1:-2] = True
         array = np.where(inside, array + 1, 0)
         array[10:13, 10:13, 8:11] = 0
-    return volumes.nifti_gz(array.astype(np.float32), volumes.oblique((1.5, 1.5, 1.5), angle=0.0))
+    return volumes.nifti_gz(array.astype(np.float32), volumes.oblique(SPACING, angle=0.0))
 
 
 def stock_cascade(first: Path, last: Path, file: Path, **how: Any) -> stock.StockAnswer:

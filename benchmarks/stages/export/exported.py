@@ -15,9 +15,10 @@ import torch
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunet_torchserve.export import label_map, sparse
-from nnunet_torchserve.export.grid import Taps, linear_taps, resampling_of
+from nnunet_torchserve.export.grid import resampling_of
 from nnunet_torchserve.export.rules import MIXED, rule_of
 from nnunet_torchserve.options import ExportMethod
+from nnunet_torchserve.taps import Taps, linear_taps
 from support.logits import ExportModel, export_model_of, properties_for
 
 Labels = npt.NDArray[np.integer[Any]]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..taps import Taps
 from . import stock_arithmetic
 from .canvas import Canvas
-from .grid import Taps
 from .rules import ArgMax, Precision, Regions, check_finite
 from .sparse import boxes
 from .threads import check

@@ -1,25 +1,24 @@
 """From the network's grid to the image's: which resampling the plan names, and what it does along each axis.
 
 nnU-Net's default for logits is linear interpolation by ``skimage.transform.resize``, which is ``scipy.ndimage.zoom``
-(or, for anisotropic images, that within slices and the nearest slice across them). Both are separable, so one axis at a
-time is described by its *taps*: the two inputs of each output and their weights, stock's to the last bit.
+(or, for anisotropic images, that within slices and the nearest slice across them), described by :mod:`..taps`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from nnunetv2.configuration import ANISO_THRESHOLD
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet, resample_torch_simple
 
-from ..resampling import SplineArguments, Target, nearest_slices, spline_arguments, target_of
+from ..resampling import SplineArguments, Target, spline_arguments, target_of
+from ..taps import Taps, linear_taps, nearest_taps
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -49,57 +48,6 @@ class TrainedModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Taps:
-    """Linear interpolation along one axis.
-
-    Output ``j`` is ``lower_weight[j] * input[lower[j]] + upper_weight[j] * input[upper[j]]``.
-
-    Attributes:
-        size: inputs.
-        lower, upper: int64, one for each output; ``upper`` is the next input, or ``lower`` at
-            either end.
-        lower_weight, upper_weight: float64; 1 and 0 where the output falls on an input.
-    """
-
-    size: int
-    lower: npt.NDArray[np.int64]
-    upper: npt.NDArray[np.int64]
-    lower_weight: npt.NDArray[np.float64]
-    upper_weight: npt.NDArray[np.float64]
-
-    def __len__(self) -> int:
-        return len(self.lower)
-
-    def __getitem__(self, part: slice) -> Taps:
-        """Of some outputs."""
-        return Taps(self.size, self.lower[part], self.upper[part], self.lower_weight[part], self.upper_weight[part])
-
-    @property
-    def ends(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """The inputs that count: lower and upper, or lower alone where nothing is interpolated."""
-        return (self.lower, self.upper) if self.interpolates else (self.lower,)
-
-    @property
-    def weights(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Lower and upper."""
-        return self.lower_weight, self.upper_weight
-
-    def shifted(self, start: int) -> Taps:
-        """Of inputs that are counted from ``start``."""
-        return replace(self, lower=self.lower - start, upper=self.upper - start)
-
-    @property
-    def interpolates(self) -> bool:
-        """Whether any output lies between two inputs."""
-        return bool(self.upper_weight.any())
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether outputs and inputs are the same."""
-        return not self.interpolates and np.array_equal(self.lower, np.arange(self.size))
-
-
-@dataclass(frozen=True, slots=True)
 class Resampling:
     """How the logits of one case reach the image's grid.
 
@@ -118,27 +66,6 @@ class Resampling:
     function: Callable[[torch.Tensor], Any]
     together: int
     known: bool
-
-
-def linear_taps(inputs: int, outputs: int) -> Taps:
-    """What ``scipy.ndimage.zoom(order=1, mode="nearest", grid_mode=True)`` does along an axis.
-
-    Beyond the centre of the first or last input, scipy weighs that input twice, by weights that add up to one but for
-    rounding; so do these taps.
-    """
-    position = (np.arange(outputs) + 0.5) * np.divide(inputs, outputs) - 0.5
-    below = np.floor(position)
-    weight = position - below
-    lower = below.astype(np.int64)
-    last = inputs - 1
-    return Taps(inputs, lower.clip(0, last), (lower + 1).clip(0, last), 1.0 - weight, weight)
-
-
-def nearest_taps(inputs: int, outputs: int) -> Taps:
-    """The slices that ``resample_data_or_seg`` takes, where it takes the nearest."""
-    chosen = nearest_slices(inputs, outputs)
-    ones = np.ones(outputs)
-    return Taps(inputs, chosen, chosen, ones, np.zeros_like(ones))
 
 
 def resampling_of(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]) -> Resampling:

@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from ..taps import Taps
 from . import stock_arithmetic
 from .canvas import Canvas
-from .grid import Array, Taps
+from .grid import Array
 from .rules import MIXED, ArgMax, Codes, Precision, Regions
 from .threads import in_threads
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .grid import Array, Taps
+from ..taps import Taps
+from .grid import Array
 
 _ELEMENTS = 2**20
 """Values computed at a time; 8 MiB in float64."""
