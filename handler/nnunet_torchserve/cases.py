@@ -14,10 +14,12 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 
 from .bundle import ModelBundle
 from .errors import LONGEST_NAMES, BadOption, OutOfMemory, TooLarge, TooThin, UnknownFold
+from .label_resampling import resamples_boundaries
 from .limits import Limits
 from .machine import torch_threads
 from .member import Member
 from .options import Accumulate, ExportMethod, FoldName, Options, PreprocessMethod, Priority, ProbabilityFormat
+from .recipe import Ensemble
 from .resampling import LONGEST_BY_MATRIX, Target, spline_arguments, target_of
 from .tiling import count_windows, padded_shape
 from .volume import MOST_COLOURS, Geometry
@@ -40,7 +42,8 @@ _EXACT_PREPROCESS_BYTES = 16
 MAX_AXIS = 2**15 - 1
 """Voxels: NIfTI-1 has no longer axis, and no scanner; what has one is a trap."""
 
-_SAFETY = 1.2
+SAFETY = 1.2
+"""By which what is counted is multiplied."""
 
 _EXPORT_BYTES, _EXPORT_GRID_BYTES = 12, 4
 """Bytes for a voxel of the image and one of the network's grid during the export: labels, their copies, and codes."""
@@ -51,9 +54,10 @@ _COORDINATE_BYTES = 80
 _EXPORT_BLOCK_BYTES = 96 * 2**20
 """What one thread of the export holds at most."""
 
-_PREPROCESS_S, _EXPORT_S, _PROBABILITIES_S = 1e-8, 5e-10, 2e-9
-"""Seconds that preprocessing takes for a voxel, and the export for a voxel and class, on a fast machine: a
-request that has less time left than that is given up before and not after the stage."""
+_PREPROCESS_S, _LABEL_S, _EXPORT_S, _PROBABILITIES_S = 1e-8, 1e-8, 5e-10, 2e-9
+"""Seconds that preprocessing takes for a voxel, nnU-Net's own resampling of labels for a voxel and label, and the
+export for a voxel and class, on a fast machine: a request that has less time left than that is given up before and not
+after the stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,15 @@ class Price:
 
 
 def settings_of(bundle: ModelBundle, options: Options) -> dict[str, Settings]:
-    """Complete the options by what each member holds; see :func:`settings_for`."""
+    """Complete the options by what each member holds; see :func:`settings_for`.
+
+    Raises:
+        UnknownFold: a member lacks one of the folds.
+        BadOption: a member, or an ensemble, knows no such export; or a channel is none of theirs.
+    """
+    if isinstance(bundle.description.recipe, Ensemble) and options.export is not ExportMethod.EXACT:
+        msg = "export: an ensemble's labels are those of the mean of probabilities, which only exact gives"
+        raise BadOption(msg)
     found = {}
     for name, member in bundle.members.items():
         try:
@@ -203,14 +215,14 @@ def price(
     logits = result * (min(2, len(settings.folds)) if exact else 1)
     # the worker's, shared, padded
     network = (channels + previous) * (2 * grid_voxels + padded_voxels) * _FLOAT32 + logits
-    export = logits + _export_bytes(member, shape, grid, options)
+    export = logits + export_bytes(member, shape, grid, options)
     export_s = _PROBABILITIES_S if options.save_probabilities else _EXPORT_S
     return Price(
         grid=grid,
         patches=patches,
         passes=forward_passes(member, grid, settings),
-        bytes=int(_SAFETY * max(decode, resample, network, export)),
-        preprocess_s=channels * geometry.voxels * (_PREPROCESS_S if _resamples_image(member) else 0),
+        bytes=int(SAFETY * max(decode, resample, network, export)),
+        preprocess_s=_preprocess_s(member, geometry.voxels, grid_voxels, channels, previous),
         export_s=classes * geometry.voxels * (export_s if _resamples_logits(member) else 0),
         is_guess=is_guess,
         logits_bytes=result,
@@ -240,13 +252,28 @@ def _preprocess_bytes(member: Member, shape: Sequence[int], grid: Sequence[int],
     return _padded(shape) * _PREPROCESS_BYTES + grid_voxels * (_FLOAT64 + _FLOAT32)
 
 
+def _preprocess_s(member: Member, voxels: int, grid_voxels: int, channels: int, previous: int) -> float:
+    """What preprocessing takes at least; nnU-Net's own resampling of labels takes its time for each of them."""
+    if not _resamples_image(member):
+        return 0.0
+    one_by_one = previous if not resamples_boundaries(member.configuration.resampling_fn_seg) else 0
+    return channels * voxels * _PREPROCESS_S + one_by_one * grid_voxels * _LABEL_S
+
+
 def _padded(shape: Sequence[int]) -> int:
     """Voxels that scipy filters for a spline."""
     return math.prod(n + _SPLINE_PADDING for n in shape)
 
 
-def _export_bytes(member: Member, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
-    """What the export holds beside the logits; at most, whatever way the plan makes it take. Axes as above."""
+def export_bytes(member: Member, shape: Sequence[int], grid: Sequence[int], options: Options) -> int:
+    """What the export holds beside the logits; at most, whatever way the plan makes it take.
+
+    Args:
+        member: the model.
+        shape: voxels of the image, axes in the plan's order.
+        grid: voxels on the network's grid, in that order.
+        options: of the request.
+    """
     classes, voxels, grid_voxels = member.classes, math.prod(shape), math.prod(grid)
     blocks = min(torch_threads() * _EXPORT_BLOCK_BYTES, classes * (voxels + grid_voxels) * _FLOAT64)
     export = voxels * _EXPORT_BYTES + grid_voxels * _EXPORT_GRID_BYTES + blocks

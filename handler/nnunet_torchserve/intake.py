@@ -11,12 +11,12 @@ from . import codecs
 from .bundle import ModelBundle
 from .cases import Price, Settings
 from .codecs import ImageSource
-from .errors import ChannelsDisagree, NonFinite, ResponseTooLarge, TooLarge, WrongChannels
+from .errors import ChannelsDisagree, NonFinite, RequestError, ResponseTooLarge, TooLarge, WrongChannels
 from .limits import Limits
 from .member import REORIENTING_READERS, Member
 from .options import Options
 from .orientation import Turn, turn_towards
-from .previous_stage import PreviousStage, check_grid
+from .previous_stage import PreviousStage, check_grid, labels_of
 from .pricing import affordable_case, prices_of, whole_price
 from .recipe import Cascade
 from .request import PREVIOUS_STAGE, Request
@@ -95,7 +95,7 @@ def read_headers(
     geometry = _common_geometry([turn.after for turn in turns])
     record.shape = images[0].geometry.shape
     warnings = _warnings([turn.after for turn in turns], len(member.patch_size))
-    previous = _previous_stage(bundle, limits, request, options, images[0])
+    previous = _previous_stage(bundle, limits, request, images[0])
     channels = sum(image.channels for image in images)
     prices = prices_of(bundle, geometry, channels, settings, options, has_previous=previous is not None)
     cost = whole_price(bundle, prices, geometry, channels, options)
@@ -118,9 +118,7 @@ def _open_images(member: Member, limits: Limits, request: Request, options: Opti
     return [codecs.open_image(body, limits, member.reader, options.placement) for body in bodies]
 
 
-def _previous_stage(
-    bundle: ModelBundle, limits: Limits, request: Request, options: Options, image: ImageSource
-) -> PreviousStage | None:
+def _previous_stage(bundle: ModelBundle, limits: Limits, request: Request, image: ImageSource) -> PreviousStage | None:
     """The labels that came for a cascade.
 
     Raises:
@@ -136,9 +134,13 @@ def _previous_stage(
     if not isinstance(recipe, Cascade):
         msg = f"this model is no cascade, and takes no {PREVIOUS_STAGE}; leave it out"
         raise WrongChannels(msg)
-    labels = codecs.open_image(body, limits, bundle.lead.reader, options.placement)
+    try:
+        labels = codecs.open_labels(body, limits, bundle.lead.reader, image.geometry)
+    except RequestError as error:
+        msg = f"{PREVIOUS_STAGE}: {error}"
+        raise type(error)(msg) from error
     check_grid(labels, image.geometry)
-    return PreviousStage(labels, _turn(bundle.lead, labels))
+    return PreviousStage(labels, _turn(bundle.lead, labels), labels_of(bundle.lead))
 
 
 def _turn(member: Member, image: ImageSource) -> Turn:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from .bundle import ModelBundle
-from .cases import Settings, affordable, forward_passes, price
+from .cases import Price, Settings, forward_passes
 from .engine.prediction import Engine, Keys, Reservation
 from .errors import Deadline
 from .events import Progress
@@ -21,9 +21,10 @@ from .export import Predicted, label_map
 from .intake import Asked
 from .limits import Limits
 from .member import Member
-from .options import Options
+from .options import ExportMethod, Options
 from .preprocess import PreprocessedCase, preprocess
-from .recipe import Cascade, Ensemble, Single
+from .pricing import affordable_case, price_of, whole_price
+from .recipe import Cascade, Ensemble, Single, models_of
 from .responses import Warnings
 from .reuse import keep_of, recalled
 from .telemetry import CACHE_LOOKUPS, HIT, MISS, Counts, RequestRecord, Reused, Stage
@@ -64,16 +65,20 @@ class CaseInHand:
     _image: Volume | None = field(default=None, init=False)
     _constant: bool = field(default=False, init=False)
     _predicted: dict[str, Predicted] = field(default_factory=dict, init=False)
+    _labels: dict[str, LabelArray] = field(default_factory=dict, init=False)
+    _known: dict[str, Price] = field(default_factory=dict, init=False)
+    _ahead: dict[str, Price] = field(default_factory=dict, init=False)
 
     def predict(self) -> list[Predicted]:
         """The logits of each model of an ensemble, or of the one model."""
         recipe = self.bundle.description.recipe
         models = recipe.of if isinstance(recipe, Ensemble) else (recipe,)
+        self._known, self._ahead = dict(self.asked.prices), dict(self.asked.prices)
         predicted = [self._model(model) for model in models]
         if self._constant:
             self.asked.warnings.append(Warnings.CONSTANT_IMAGE)
-        for name in self.asked.prices.keys() - self._predicted.keys():  # a first stage whose labels were not needed
-            self._recount(-self.asked.prices[name].patches, -self.asked.prices[name].passes)
+        for unneeded in self._ahead.values():  # first stages whose labels were not needed
+            self._recount(-unneeded.patches, -unneeded.passes)
         return predicted
 
     def _model(self, model: Single | Cascade) -> Predicted:
@@ -89,9 +94,16 @@ class CaseInHand:
         if cascade.first is None:
             msg = "a cascade has a first stage"  # the intake has seen to it
             raise ValueError(msg)
-        stage = self._member(cascade.first.member)
+        name = cascade.first.member
+        if name in self._labels:
+            return self._labels[name]
+        stage = self._member(name)
         with self.record.clock.stage(Stage.EXPORT):
-            return label_map(stage.model, stage.logits, stage.properties, self.options.export, self.deadline)
+            labels = label_map(stage.model, stage.logits, stage.properties, ExportMethod.EXACT, self.deadline)
+        self._labels[name] = labels
+        if name not in models_of(self.bundle.description.recipe):
+            del self._predicted[name]  # nobody needs its logits any more
+        return labels
 
     def _member(self, name: str, first_stage: Callable[[], LabelArray] | None = None) -> Predicted:
         """Preprocess the case for a member, and predict it.
@@ -102,10 +114,10 @@ class CaseInHand:
         """
         if name in self._predicted:
             return self._predicted[name]
-        member, cost = self.bundle.members[name], self.asked.prices[name]
+        member, cost = self.bundle.members[name], self._ahead.pop(name)
         case = self._preprocessed(member, first_stage)
         if cost.is_guess:
-            self._price_again(member, case)
+            self._price_again(name, case)
 
         self._check(cost.export_s, "preprocessing")
         clock, settings = self.record.clock, self.settings[name]
@@ -113,7 +125,9 @@ class CaseInHand:
         passes = forward_passes(member, case.data.shape[1:], settings)
         with self.progress.stage(Stage.NETWORK, passes, self._spoken(name)):
             keep = keep_of(case, self.keys.volumes.get(name), constant=self._constant)
-            prediction = self.engine.predict(case.data, settings, self.deadline, self.progress.watcher, keep)
+            later = sum(price.passes for price in self._ahead.values())
+            watcher = self.progress.watcher
+            prediction = self.engine.predict(case.data, settings, self.deadline, watcher, keep, later)
         clock.add(Stage.QUEUE, prediction.queue_s)
         clock.add(Stage.NETWORK, prediction.network_s)
         found = self._predicted[name] = Predicted(member, prediction.logits, case.properties)
@@ -126,7 +140,8 @@ class CaseInHand:
             return kept
         previous = None if first_stage is None else first_stage()
         image = self._decoded(member.name)
-        self._check(self.asked.prices[member.name].preprocess_s, "decoding the volume")
+        done = f"the network of {', '.join(self._predicted)}" if self._predicted else "decoding the volume"
+        self._check(self.asked.prices[member.name].preprocess_s, done)
         spoken = self._spoken(member.name)
         with self.record.clock.stage(Stage.PREPROCESS), self.progress.stage(Stage.PREPROCESS, member=spoken):
             return preprocess(member, image, self.options.preprocess, previous)
@@ -159,14 +174,16 @@ class CaseInHand:
         """What a client is told of which member is at work: nothing where there is one."""
         return member if len(self.asked.prices) > 1 else None
 
-    def _price_again(self, member: Member, case: PreprocessedCase) -> None:
-        """Refuse by the grid that there is what could not be refused by a guess."""
-        geometry, old = self.asked.geometry, self.asked.prices[member.name]
-        channels, first, second, third = case.data.shape
-        settings, grid, images = self.settings[member.name], (first, second, third), member.channels
-        true = price(member, geometry, images, settings, self.options, grid, previous=channels - images)
+    def _price_again(self, name: str, case: PreprocessedCase) -> None:
+        """Refuse by the grid that there is what could not be refused by a guess: the member, or the whole case."""
+        geometry, old, images = self.asked.geometry, self._known[name], self.bundle.lead.channels
+        _, first, second, third = case.data.shape
+        grid = (first, second, third)
+        true = price_of(self.bundle, name, geometry, images, self.settings[name], self.options, grid)
         self._recount(true.patches - old.patches, true.passes - old.passes)
-        affordable(true, self.limits, geometry)
+        self._known[name] = true
+        whole = whole_price(self.bundle, self._known, geometry, images, self.options)
+        affordable_case(self._known, whole, self.limits, geometry)
 
     def _recount(self, patches: int, passes: int) -> None:
         """Note so many more than were expected."""

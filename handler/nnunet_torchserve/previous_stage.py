@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .codecs import ImageSource
-from .errors import ChannelsDisagree, WrongChannels, WrongRange
+from .errors import LONGEST_NAMES, ChannelsDisagree, WrongChannels, WrongRange
 from .export.canvas import written
+from .member import Member
 from .orientation import Turn
+from .postprocessing import LARGEST_LABEL
 from .request import PREVIOUS_STAGE
 from .volume import Geometry, LabelArray
-
-LARGEST_LABEL = 2**16 - 1
 
 _SPACING_MM, _ORIGIN_MM, _DIRECTION = 1e-3, 1e-2, 1e-3
 """How far apart two headers of one grid may be: formats round what they store."""
@@ -26,23 +26,39 @@ class PreviousStage:
     Attributes:
         source: its file.
         turn: how it becomes what the model sees.
+        known: the labels that it may hold.
     """
 
     source: ImageSource
     turn: Turn
+    known: frozenset[int]
 
     def decode(self) -> LabelArray:
         """Labels (Z, Y, X), uint8 or uint16, as the model sees them.
 
         Raises:
-            WrongRange: a voxel is no label.
+            WrongRange: a voxel is no label of the model's.
         """
         values = self.turn.turn(self.source.read())[0]
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= LARGEST_LABEL and np.array_equal(values, np.rint(values))):  # NaN is in no range
             msg = f"{PREVIOUS_STAGE} holds values from {low:g} to {high:g}; labels are whole numbers from 0"
             raise WrongRange(msg)
-        return written(values)
+        labels = written(values)
+        known = np.zeros(LARGEST_LABEL + 1, bool)
+        known[list(self.known)] = True
+        if not known[labels].all():
+            strange = int(labels[~known[labels]].min())
+            msg = f"{PREVIOUS_STAGE} holds the label {strange}, which the model does not have; it has "
+            raise WrongRange(msg + ", ".join(map(str, sorted(self.known)))[:LONGEST_NAMES])
+        return labels
+
+
+def labels_of(member: Member) -> frozenset[int]:
+    """The labels that a first stage may give: the dataset's, and those that its regions are painted with."""
+    manager = member.labels
+    painted = manager.regions_class_order if manager.has_regions else ()
+    return frozenset({0, *map(int, manager.foreground_labels), *map(int, painted)})
 
 
 def check_grid(source: ImageSource, image: Geometry) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .bundle import ModelBundle
-from .cases import Price, Settings, affordable, price
+from .cases import SAFETY, Price, Settings, affordable, export_bytes, price
 from .export import postprocessing
 from .limits import Limits
 from .member import Member
 from .options import Options
-from .recipe import Cascade, Ensemble, Recipe, is_second_stage, members_of
+from .recipe import Cascade, Ensemble, Recipe, is_second_stage, members_of, models_of
 from .resampling import spline_arguments
 from .volume import Geometry
 
@@ -50,18 +50,29 @@ def prices_of(
         TooThin: no voxel would be left on an axis of a network's grid.
         TooLarge: an axis is longer than any image's.
     """
-    recipe = bundle.description.recipe
-    prices: dict[str, Price] = {}
-    for name in predicted_members(recipe, has_previous=has_previous):
-        member = bundle.members[name]
-        previous = len(member.labels.foreground_labels) if is_second_stage(recipe, name) else 0
-        is_last = not isinstance(recipe, Cascade) or name == recipe.member
-        if isinstance(recipe, Ensemble):
-            wanted = _with_probabilities(options, wanted=not mean_in_blocks(bundle))
-        else:
-            wanted = options if is_last else _with_probabilities(options, wanted=False)
-        prices[name] = price(member, geometry, channels, settings[name], wanted, previous=previous)
-    return prices
+    return {
+        name: price_of(bundle, name, geometry, channels, settings[name], options)
+        for name in predicted_members(bundle.description.recipe, has_previous=has_previous)
+    }
+
+
+def price_of(
+    bundle: ModelBundle,
+    name: str,
+    geometry: Geometry,
+    channels: int,
+    settings: Settings,
+    options: Options,
+    known_grid: tuple[int, int, int] | None = None,
+) -> Price:
+    """What one member costs that the case needs; arguments as those of :func:`prices_of` and :func:`~.cases.price`."""
+    recipe, member = bundle.description.recipe, bundle.members[name]
+    previous = len(member.labels.foreground_labels) if is_second_stage(recipe, name) else 0
+    if isinstance(recipe, Ensemble):
+        wanted = _with_probabilities(options, wanted=not mean_in_blocks(bundle))
+    else:
+        wanted = options if name == recipe.member else _with_probabilities(options, wanted=False)
+    return price(member, geometry, channels, settings, wanted, known_grid, previous)
 
 
 def predicted_members(recipe: Recipe, *, has_previous: bool = False) -> list[str]:
@@ -81,27 +92,22 @@ def whole_price(bundle: ModelBundle, prices: Prices, geometry: Geometry, channel
         channels: images that came.
         options: what is asked for.
     """
-    each = list(prices.values())
+    recipe, each = bundle.description.recipe, list(prices.values())
     last = each[-1]
-    if len(each) == 1:
-        return replace(last, bytes=max(last.bytes, _postprocessing_bytes(bundle, geometry, options)))
-    image = channels * geometry.voxels * _FLOAT32
-    kept = image + sum(price.logits_bytes for price in each) + geometry.voxels * _LABEL
     at_work = max(*(price.bytes for price in each), _postprocessing_bytes(bundle, geometry, options))
-    if isinstance(bundle.description.recipe, Ensemble):
-        classes = bundle.lead.classes
-        at_work = max(at_work, _mean_bytes(bundle, geometry, options))
-        export_s = sum(price.export_s for price in each)
-    else:
-        classes, export_s = 0, last.export_s
+    if len(each) == 1:
+        return replace(last, bytes=at_work)
+    stay = [prices[name] for name in models_of(recipe)] if isinstance(recipe, Ensemble) else []
+    if stay:
+        at_work = max(at_work, _mean_bytes(bundle, prices, geometry, options))
+    image_and_labels = geometry.voxels * (channels * _FLOAT32 + _LABEL)
     return Price(
         grid=max((price.grid for price in each), key=math.prod),
         patches=sum(price.patches for price in each),
         passes=sum(price.passes for price in each),
-        bytes=at_work + kept,
-        logits_bytes=sum(price.logits_bytes for price in each) if classes else last.logits_bytes,
+        bytes=at_work + image_and_labels + sum(price.logits_bytes for price in stay),
         preprocess_s=sum(price.preprocess_s for price in each),
-        export_s=export_s,
+        export_s=sum(price.export_s for price in stay or [last]),
         is_guess=any(price.is_guess for price in each),
     )
 
@@ -134,11 +140,16 @@ def mean_in_blocks(bundle: ModelBundle) -> bool:
     return all(in_blocks(member) for member in members)
 
 
-def _mean_bytes(bundle: ModelBundle, geometry: Geometry, options: Options) -> int:
-    """What the mean of probabilities takes: where it is not made in blocks, all of it and all of one member's."""
-    classes = bundle.lead.classes
-    whole = 0 if mean_in_blocks(bundle) else classes * 2 * _FLOAT32
-    return geometry.voxels * (2 * options.probability_bytes(classes) + whole)
+def _mean_bytes(bundle: ModelBundle, prices: Prices, geometry: Geometry, options: Options) -> int:
+    """What an ensemble's export takes: as much as one model's; two whole ones where the mean is not made in blocks."""
+    whole = 0 if mean_in_blocks(bundle) else bundle.lead.classes * 2 * _FLOAT32 * geometry.voxels
+
+    def one(name: str) -> int:
+        member = bundle.members[name]
+        shape = [geometry.shape[axis] for axis in member.plans.transpose_forward]
+        return export_bytes(member, shape, prices[name].grid, options)
+
+    return int(SAFETY * (max(map(one, models_of(bundle.description.recipe))) + whole))
 
 
 def _with_probabilities(options: Options, *, wanted: bool) -> Options:

@@ -70,6 +70,12 @@ def last_stage(recipe: Single | Cascade | Ensemble) -> str:
     return last_stage(recipe.of[0]) if isinstance(recipe, Ensemble) else recipe.member
 
 
+def models_of(recipe: Single | Cascade | Ensemble) -> list[str]:
+    """The members whose logits make the answer: the last stages."""
+    models = recipe.of if isinstance(recipe, Ensemble) else (recipe,)
+    return [model.member for model in models]
+
+
 def is_second_stage(recipe: Single | Cascade | Ensemble, member: str) -> bool:
     """Whether a member sees the labels of another, or of the client."""
     if isinstance(recipe, Ensemble):

@@ -122,5 +122,6 @@ def _payload(name: str, content: object) -> Payload:
         return content
     if name == PART and isinstance(content, str):
         return content.encode("utf-8", "surrogateescape")
-    msg = "the image came with a text or JSON content type; send it as application/octet-stream"
+    what = name if name == PREVIOUS_STAGE else "the image"
+    msg = f"{what} came with a text or JSON content type; send it as application/octet-stream"
     raise UnknownFormat(msg)

@@ -22,13 +22,11 @@ from .recipe import Recipe, is_second_stage, members_of
 
 _DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_LABELS = _DECIDES_NOTHING | {
-    *("output_format", "postprocess", "properties"),
+    *("output_format", "export", "postprocess", "properties"),
     *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
     "priority",  # it is in an answer's key: what interactive cases wait for shall not be a batch case
 }
-_DECIDES_NO_VOLUME = _DECIDES_NO_LABELS | {
-    *("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export")
-}
+_DECIDES_NO_VOLUME = _DECIDES_NO_LABELS | {*("folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate")}
 """Options; one that is not named here is in the key. A stage that sees the labels of another depends on those too."""
 
 

@@ -349,6 +349,7 @@ class Threshold:
         deadline: float | None,
         watcher: Watcher | None = None,
         keep: Keep | None = None,
+        passes_after: int = 0,
     ) -> Prediction:
         bright = (data[0] > (data.min() + data.max()) / 2).to(torch.float16)
         logits = torch.stack([1 - bright, bright, *[torch.zeros_like(bright) - 1] * 2])

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nnunet_torchserve.codecs.arrays import ArraySource, encode_npz, is_npy, is_npz, open_npy, open_npz
+from nnunet_torchserve.codecs.arrays import ArraySource, Placements, encode_npz, is_npy, is_npz, open_npy, open_npz
 from nnunet_torchserve.codecs.geometry import make_geometry
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
 from nnunet_torchserve.errors import (
@@ -49,9 +49,9 @@ def npz(save: Any = np.savez, **arrays: Any) -> bytes:
 
 def open_array(body: bytes, placement: Placement | None = HERE, limits: Limits = LIMITS) -> ArraySource:
     if is_npz(body):
-        return open_npz(memoryview(body), limits, placement)
+        return open_npz(memoryview(body), limits, Placements(placement))
     assert is_npy(body)
-    return open_npy(ByteSource(body), limits, placement)
+    return open_npy(ByteSource(body), limits, Placements(placement))
 
 
 def some(shape: tuple[int, ...], dtype: str = "int16") -> Array:

@@ -302,8 +302,8 @@ def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: Mod
     networks, golden = Networks(bundle, CPU), read_golden(bundle)
     weights, tally, checks = ScarceWeights(bundle, failures=2), Tally(), []
 
-    def check() -> None:
-        check_golden(networks, golden)
+    def check(get_on: Callable[[], None]) -> None:
+        check_golden(networks, golden, get_on)
         checks.append(networks.loaded)
 
     ledger = Ledger(tmp_path, "cpu")

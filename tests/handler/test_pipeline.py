@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -35,8 +36,10 @@ from nnunet_torchserve.options import Priority
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.telemetry import Counts
+from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
+from support.odd_models import OddModel
 
 Load = Callable[[str], Pipeline]
 
@@ -401,12 +404,13 @@ MEASURE = r"""
 import re, sys, torch
 from pathlib import Path
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.cases import price, settings_for
+from nnunet_torchserve.cases import settings_of
 from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.pricing import prices_of, whole_price
 from nnunet_torchserve.request import Request
 bundle = ModelBundle(Path(sys.argv[1]))
 pipeline = Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600)
@@ -420,14 +424,18 @@ text = sys.argv[3]
 response = pipeline.answer(Request({"body": body}, {"X-Nnunet-Options": text}))
 assert response.status == 200, response.body
 image, options = open_image(body, Limits(), "SimpleITKIO"), parse_options(text.encode())
-member = bundle.lead
-settings = settings_for(member, options)
-print(memory("VmHWM") - before, price(member, image.geometry, member.channels, settings, options).bytes)
+channels = bundle.lead.channels
+prices = prices_of(bundle, image.geometry, channels, settings_of(bundle, options), options)
+print(memory("VmHWM") - before, whole_price(bundle, prices, image.geometry, channels, options).bytes)
 """
 
 
 EVERY_FORMAT = ["nii.gz", "nii", "nrrd", "mha", "npz", "json"]
 PROBABILITIES = {"save_probabilities": True, "output_format": "npz"}
+OF_REGIONS: dict[str, Any] = {
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3},
+    "more_dataset": {"regions_class_order": [1, 2, 3]},
+}
 
 
 @pytest.mark.parametrize(
@@ -502,13 +510,47 @@ def test_the_price_in_bytes_is_an_upper_bound(
     voxels = np.random.default_rng(0).integers(1, 99, shape + channels).astype(dtype)
     body = bytearray(volumes.nifti(voxels, np.diag([*spacing, 1])))
     body[112:120] = np.array([slope, 0], "<f4").tobytes()  # scl_slope and scl_inter
-    file = volumes.write(tmp_path, "body", bytes(body))
+    check_price(unpacked(model), volumes.write(tmp_path, "body", bytes(body)), options)
+
+
+RECIPES = {
+    "cascade": (OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres"), [], [OddModel(named="3d_lowres")]),
+    "ensemble": (OddModel(), [OddModel(named="3d_lowres")], []),
+    "ensemble of regions": (OddModel(**OF_REGIONS), [OddModel(named="3d_lowres", **OF_REGIONS)], []),
+}
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("ensemble", PROBABILITIES | {"output_format": EVERY_FORMAT}),
+        ("cascade", {}),
+        ("cascade", PROBABILITIES),
+        ("ensemble", {}),
+        ("ensemble", PROBABILITIES | {"probability_format": "nii.gz"}),
+        ("ensemble of regions", PROBABILITIES),
+    ],
+)
+def test_the_price_of_several_members_is_an_upper_bound(
+    recipe: str, options: dict[str, object], tmp_path: Path
+) -> None:
+    first, others, stages = RECIPES[recipe]
+    folder = first.write(tmp_path / "first")
+    more = tuple(model.write(tmp_path / "other") for model in others)
+    previous = tuple(model.write(tmp_path / "stage") for model in stages)
+    [archive] = make_archives(ArchiveRequest(folder, tmp_path, name="m", others=more, previous_stages=previous))
+    zipfile.ZipFile(archive).extractall(tmp_path / "unpacked")
+    voxels = np.random.default_rng(0).integers(1, 99, (160, 140, 120)).astype(np.int16)
+    file = volumes.write(tmp_path, "body", volumes.nifti(voxels, np.diag([0.8, 0.8, 0.8, 1])))
+    check_price(tmp_path / "unpacked", file, options)
+
+
+def check_price(model: Path, file: Path, options: dict[str, object]) -> None:
     text = json.dumps({"folds": [0], "use_mirroring": False, "tile_step_size": 1} | options)
     answer = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(unpacked(model)), str(file), text],
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", MEASURE, str(model), str(file), text], capture_output=True, text=True, check=False
     )
     assert answer.returncode == 0, answer.stderr
     measured, priced = (int(number) for number in answer.stdout.split()[-2:])

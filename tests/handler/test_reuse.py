@@ -358,7 +358,7 @@ NEED: dict[str, dict[str, object]] = {
     **{what: {"spacing": [1, 1, 1]} for what in ("origin", "direction")},
 }
 DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction"}
-DECIDES_THE_LABELS = {"folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate", "export"}
+DECIDES_THE_LABELS = {"folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate"}
 DECIDES_NOTHING = {"timeout_s", "stream", "describe"}
 
 

@@ -7,9 +7,10 @@ import io
 import json
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -31,6 +32,9 @@ from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from support import stock, volumes
 from support.odd_models import OddModel
+
+if TYPE_CHECKING:
+    from nnunet_torchserve.engine.prediction import Engine
 
 LOWRES = OddModel(named="3d_lowres", spacing=3.0)
 CASCADE = OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres")
@@ -152,14 +156,54 @@ def test_a_clients_own_first_stage_is_taken(tmp_path: Path) -> None:
     assert (int(missing.status), json.loads(missing.body)["code"]) == (422, "wrong_channels")
     moved = affine.copy()
     moved[0, 3] += 5
-    elsewhere = volumes.nifti_gz(labels.T, moved)
     for wrong, code in (
         (volumes.nifti_gz(labels.T[:-1], affine), "channels_disagree"),
-        (elsewhere, "channels_disagree"),
+        (volumes.nifti_gz(labels.T, moved), "channels_disagree"),
         (volumes.nifti_gz(labels.T + np.float32(0.5), affine), "wrong_range"),
+        (volumes.nifti_gz(labels.T * np.uint8(3), affine), "wrong_range"),
     ):
         refused = ask(pipeline, body, wrong)
         assert (int(refused.status), json.loads(refused.body)["code"]) == (422, code), refused.body
+        assert json.loads(refused.body)["detail"].startswith("previous_stage")
+    unknown = ask(pipeline, body, b"DICM" * 99)
+    assert json.loads(unknown.body)["code"] == "unknown_format"
+    assert json.loads(unknown.body)["detail"].startswith("previous_stage: ")
+
+
+def test_a_first_stage_may_come_in_another_kind_of_file_than_the_image(tmp_path: Path) -> None:
+    """What says itself where it lies is believed, and what does not lies where the image lies."""
+    with pytest.warns(ModelWarning, match="previous_stage"):
+        pipeline = pipeline_of(tmp_path, seeded(CASCADE, tmp_path))
+    voxels = np.random.default_rng(1).normal(size=(20, 26, 24)).astype(np.float32)
+    labels = np.random.default_rng(0).integers(0, 4, voxels.shape).astype(np.uint8)
+    image_file, label_file = (volumes.nifti_gz(each.T, np.diag([-1.3, -1.5, 1.8, 1])) for each in (voxels, labels))
+    place = {"spacing": [1.3, 1.5, 1.8]}
+    as_answered, plain = io.BytesIO(), io.BytesIO()
+    np.savez(
+        as_answered,
+        labels=labels,
+        probabilities=np.zeros((4, *labels.shape), np.float32),
+        spacing=np.array(place["spacing"]),
+        origin=np.zeros(3),
+        direction=np.eye(3),
+    )
+    np.save(plain, labels)
+    array = io.BytesIO()
+    np.save(array, voxels)
+    expected = arrays(ask(pipeline, image_file, label_file))["labels"]
+    assert len(np.unique(expected)) > 1
+    for sent in (label_file, as_answered.getvalue(), plain.getvalue()):
+        np.testing.assert_array_equal(arrays(ask(pipeline, image_file, sent))["labels"], expected)
+        np.testing.assert_array_equal(arrays(ask(pipeline, array.getvalue(), sent, **place))["labels"], expected)
+
+
+def test_a_first_stage_hands_on_exact_labels_however_the_answer_is_made(tmp_path: Path) -> None:
+    first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
+    pipeline, body = pipeline_of(tmp_path, last, previous_stages=(first,)), image()
+    labels = stock.predict(first, [volumes.write(tmp_path, "case.nii.gz", body)], probabilities=False).labels
+    affine = nib.Nifti1Image.from_bytes(gzip.decompress(body)).affine
+    given = arrays(ask(pipeline, body, volumes.nifti_gz(labels.T, affine), export="nearest"))["labels"]
+    np.testing.assert_array_equal(arrays(ask(pipeline, body, export="nearest"))["labels"], given)
 
 
 def test_labels_for_a_model_that_is_no_cascade_are_refused(tmp_path: Path) -> None:
@@ -209,6 +253,9 @@ def test_an_ensemble_is_the_mean_of_stocks_probabilities(
     np.testing.assert_array_equal(arrays(ask(pipeline, body))["labels"], expected)
     [chosen] = arrays(ask(pipeline, body, save_probabilities=True, probability_channels=[1]))["probabilities"]
     np.testing.assert_array_equal(chosen, mean[1])
+    untouched = replace(pipeline, engine=cast("Engine", None))  # nobody is to ask it
+    refused = ask(untouched, body, export="nearest")
+    assert (int(refused.status), json.loads(refused.body)["code"]) == (400, "bad_option")
 
 
 def test_a_cascade_may_be_a_member_and_so_may_its_first_stage(tmp_path: Path) -> None:

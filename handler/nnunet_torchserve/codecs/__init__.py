@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from ..errors import BadOption, UnknownFormat
 from ..limits import Limits
-from ..volume import Placement
+from ..volume import Geometry, Placement
 from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
-from .arrays import is_npy, is_npz, open_npy, open_npz
+from .arrays import Placements, is_npy, is_npz, open_npy, open_npz
 from .bmp import is_bmp, open_bmp
 from .channels import check_channels
 from .foreign import name_of
@@ -24,7 +24,7 @@ from .tiff import is_tiff, open_tiff
 
 __all__ = [
     "AnswerForm", "EncodedFile", "ImageSource", "answer_form", "check_channels", "encode", "open_image",
-    "smallest_answer",
+    "open_labels", "smallest_answer",
 ]  # fmt: skip
 
 _PICTURE_READERS = {
@@ -50,27 +50,67 @@ def open_image(body: Payload, limits: Limits, reader: str, placement: Placement 
     """
     source = ByteSource(body)
     head = source.peek(HEADER_BYTES)
-    if is_npy(head):
-        return open_npy(source, limits, placement)
-    if not source.compressed:
-        default = placement or _PICTURE_READERS.get(reader)
-        if is_npz(head):
-            return open_npz(source.body, limits, placement)
-        if is_png(head):
-            return open_png(source.body, limits, default)
-        if is_tiff(head):
-            return open_tiff(source.body, limits, default)
-        if is_bmp(head):
-            return open_bmp(source.body, limits, default)
-    image = _open_volume(source, head, limits, reader)
+    if (array := _open_array(source, head, limits, Placements(placement))) is not None:
+        return array
+    if (picture := _open_picture(source, head, limits, placement or _PICTURE_READERS.get(reader))) is not None:
+        return picture
+    image = _open_volume(source, head, limits, reader, " as the raw body or as multipart field image")
     if placement is not None:
         msg = "options spacing, origin and direction are for arrays and pictures; this file says itself where it lies"
         raise BadOption(msg)
     return image
 
 
-def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -> ImageSource:
-    """A file with a geometry of its own."""
+def open_labels(body: Payload, limits: Limits, reader: str, image: Geometry) -> ImageSource:
+    """Recognise a label map that belongs to an image, and read its header.
+
+    Args:
+        body: the encoded label map, in any format that images have, or an npz as this server answers it.
+        limits: as for images.
+        reader: as for images.
+        image: the image's geometry: where labels lie that do not say it themselves.
+
+    Raises:
+        UnknownFormat: no format that this server reads.
+        Malformed, TooLarge, BadSpacing, WrongChannels: the header says so.
+    """
+    plane = image.in_space()
+    ndim = plane.ndim
+    direction = tuple(float(number) for number in plane.direction[:ndim, :ndim].ravel())
+    there = Placement(tuple(plane.spacing[:ndim]), tuple(plane.origin[:ndim]), direction, assumed=True)
+    source = ByteSource(body)
+    head = source.peek(HEADER_BYTES)
+    return (
+        _open_array(source, head, limits, Placements(default=there), names=("labels",))
+        or _open_picture(source, head, limits, there)
+        or _open_volume(source, head, limits, reader)
+    )
+
+
+def _open_array(
+    source: ByteSource, head: bytes, limits: Limits, where: Placements, names: tuple[str, ...] = ("image", "data")
+) -> ImageSource | None:
+    if is_npy(head):
+        return open_npy(source, limits, where)
+    if not source.compressed and is_npz(head):
+        return open_npz(source.body, limits, where, names)
+    return None
+
+
+def _open_picture(source: ByteSource, head: bytes, limits: Limits, placement: Placement | None) -> ImageSource | None:
+    if source.compressed:
+        return None
+    if is_png(head):
+        return open_png(source.body, limits, placement)
+    if is_tiff(head):
+        return open_tiff(source.body, limits, placement)
+    if is_bmp(head):
+        return open_bmp(source.body, limits, placement)
+    return None
+
+
+def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str, how: str = "") -> ImageSource:
+    """A file with a geometry of its own; ``how`` ends the advice where it is none that is known."""
     if (kind := header_class(head)) is not None:
         return NiftiSource(source, kind, limits, as_nibabel=reader.startswith("Nibabel"))
     if is_nrrd(head):
@@ -78,7 +118,7 @@ def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str) -
     if is_metaimage(head):
         return MetaImageSource(source, limits)
     msg = (
-        f"{name_of(head, packed=source.compressed)}; send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG, TIFF or BMP "
-        "as the raw body or as multipart field image"
+        f"{name_of(head, packed=source.compressed)}; "
+        f"send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG, TIFF or BMP{how}"
     )
     raise UnknownFormat(msg)

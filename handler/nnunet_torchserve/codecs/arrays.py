@@ -131,13 +131,26 @@ class ArraySource:
         return np.ascontiguousarray(voxels.reshape(self.channels, *self.geometry.shape))
 
 
-def open_npy(source: ByteSource, limits: Limits, placement: Placement | None) -> ArraySource:
+@dataclass(frozen=True, slots=True)
+class Placements:
+    """Who may say where an array lies.
+
+    Attributes:
+        asked: the request.
+        default: what holds where neither it nor the file does.
+    """
+
+    asked: Placement | None = None
+    default: Placement | None = None
+
+
+def open_npy(source: ByteSource, limits: Limits, where: Placements) -> ArraySource:
     """An array in .npy: (Y, X), (Z, Y, X), or (C, Z, Y, X) as nnU-Net has it.
 
     Args:
         source: at the start of the file; nothing has been read from it.
         limits: what is allowed.
-        placement: where the request says that the array lies.
+        where: it lies.
 
     Raises:
         UnknownFormat: numbers of a type that is no image's.
@@ -151,11 +164,13 @@ def open_npy(source: ByteSource, limits: Limits, placement: Placement | None) ->
         source.finish()
         return raw
 
-    return ArraySource(header, placement, limits, fetch)
+    return ArraySource(header, where.asked or where.default, limits, fetch)
 
 
-def open_npz(body: memoryview, limits: Limits, placement: Placement | None) -> ArraySource:
-    """The image of an .npz: the array named ``image`` or ``data``, or the only one.
+def open_npz(
+    body: memoryview, limits: Limits, where: Placements, names: tuple[str, ...] = ("image", "data")
+) -> ArraySource:
+    """The image of an .npz: the array with one of the names, or the only one.
 
     ``spacing``, ``origin`` and ``direction`` beside it say where it lies, as SimpleITK gives them and as the answers
     of this server hold them.
@@ -163,7 +178,8 @@ def open_npz(body: memoryview, limits: Limits, placement: Placement | None) -> A
     Args:
         body: the file.
         limits: what is allowed; ``header_bytes`` and ``header_fields`` bound the zip's directory.
-        placement: where the request says that the array lies; only for an npz that does not say it.
+        where: it lies; the request may say it only of an npz that does not.
+        names: of the array.
 
     Raises:
         BadOption: the file and the request both say where the array lies.
@@ -171,12 +187,13 @@ def open_npz(body: memoryview, limits: Limits, placement: Placement | None) -> A
         Malformed, TooLarge, BadSpacing, WrongChannels: the directory or a header says so.
     """
     archive = _Archive(body, limits)
-    name = _image_name(archive.names)
+    name = _image_name(archive.names, names)
     inside = [key for key in _GEOMETRY_KEYS if key in archive.names]
     if inside and "spacing" not in inside:
         msg = f"the npz holds {', '.join(inside)} and no spacing; put spacing (mm along x, y, z) into it too"
         raise BadSpacing(msg)
-    if inside and placement is not None:
+    placement = where.asked or where.default
+    if inside and where.asked is not None:
         msg = f"the npz holds {', '.join(inside)} and the options say where the array lies too; send one of them"
         raise BadOption(msg)
     if "spacing" in inside:
@@ -271,13 +288,13 @@ def _read_header(peek: Callable[[int], bytes], limits: Limits) -> _Header:
     return _Header(size, tuple(int(n) for n in shape), bool(fortran_order), dtype)
 
 
-def _image_name(names: list[str]) -> str:
+def _image_name(names: list[str], usual: tuple[str, ...]) -> str:
     """Which of the arrays is the image."""
-    named = [name for name in names if name in {"image", "data"}]
+    named = [name for name in names if name in usual]
     candidates = named or [name for name in names if name not in _GEOMETRY_KEYS]
     if len(candidates) != 1:
         beside = ", ".join(_GEOMETRY_KEYS)
-        msg = f"{len(candidates)} arrays of the npz could be the image; name it image or data, beside {beside}"
+        msg = f"{len(candidates)} arrays of the npz could be the image; name it {' or '.join(usual)}, beside {beside}"
         raise Malformed(msg)
     return candidates[0]
 

@@ -196,6 +196,7 @@ class Submit(_Message):
     priority: Priority = Priority.INTERACTIVE
     deadline: float | None
     suspect: bool
+    passes_after: Annotated[int, Field(ge=0)] = 0
     watched: bool = False
     keep: Keep | None = None
 

@@ -92,7 +92,7 @@ class Compute:
         device_ledger: Ledger,
         device_bytes: int,
         tally: Tally,
-        check: Callable[[], None] = lambda: None,
+        check: Callable[[Callable[[], None]], None] = lambda _get_on: None,
         check_interval_s: float | None = None,
         weights: OpenWeights | None = None,
         unload_after_s: float | None = None,
@@ -104,7 +104,8 @@ class Compute:
             device_ledger: of the networks' device.
             device_bytes: of the device, which the networks and one forward pass take.
             tally: where it notes what it does.
-            check: of the golden patch; raises where the networks would give wrong segmentations.
+            check: of the golden patches; raises where the networks would give wrong segmentations. Calls what it gets
+                before each network.
             check_interval_s: between two checks; ``None`` checks no more.
             weights: of the networks; needed if these are to be unloaded.
             unload_after_s: without a case that has come and not left; ``None`` never unloads.
@@ -226,7 +227,7 @@ class Compute:
         if time.monotonic() < self._next_check:
             return
         with _ending_if_wrong():
-            self._check()
+            self._check(self._get_on)
         logger.info("the golden patch is as it was")
         self._next_check = time.monotonic() + self._check_interval_s
 
@@ -262,8 +263,7 @@ class Compute:
         try:
             with _ending_if_wrong():
                 networks.load(read)
-                self._get_on()
-                self._check()
+                self._check(self._get_on)
             self._device_bytes = peak_bytes(networks, self._core.batch)
         except Exception as error:
             if not isinstance(as_serving_error(error), OutOfMemory):
@@ -342,6 +342,7 @@ class Compute:
             message.deadline,
             message.suspect,
             priority=settings.priority,
+            passes_after=message.passes_after,
         )
 
     def _report(self, outcome: Outcome) -> None:

@@ -37,6 +37,7 @@ class Connection:
         self.claim = Claim(0, 0, 0)
         self.watched = False
         self.passes_ahead = 0
+        self.arrived: float | None = None
         self._listening = False
         self._lock = threading.Lock()
         self._open = True

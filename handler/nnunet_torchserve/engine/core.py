@@ -47,6 +47,7 @@ class CaseInFlight:
         suspect: see :class:`~.scheduler.Waiting`.
         first_pass: when its first pass began.
         priority: see there too.
+        passes_after: that the case needs for other members afterwards.
     """
 
     case_id: int
@@ -57,6 +58,7 @@ class CaseInFlight:
     suspect: bool = False
     first_pass: float | None = None
     priority: Priority = Priority.INTERACTIVE
+    passes_after: int = 0
 
     def waiting(self) -> Waiting:
         """How the scheduler sees it."""
@@ -64,7 +66,7 @@ class CaseInFlight:
         return Waiting(
             case_id=self.case_id,
             arrived=self.arrived,
-            remaining=len(accumulator) - accumulator.added,
+            remaining=len(accumulator) - accumulator.added + self.passes_after,
             network=(self.member, accumulator.unit(accumulator.added).fold),
             network_remaining=accumulator.same_fold,
             suspect=self.suspect,

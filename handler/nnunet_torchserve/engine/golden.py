@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -54,23 +54,29 @@ def read_golden(bundle: ModelBundle) -> dict[str, dict[str, torch.Tensor]]:
     return {name: read_tensors(member.folder / GOLDEN_FILE) for name, member in bundle.members.items()}
 
 
-def check_golden(networks: Networks, golden: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+def check_golden(
+    networks: Networks, golden: Mapping[str, Mapping[str, torch.Tensor]], get_on: Callable[[], None] = lambda: None
+) -> None:
     """Compare the networks' logits with those stored in the archive.
 
     Args:
         networks: all of the archive's.
         golden: of :func:`read_golden`.
+        get_on: called before each network.
 
     Raises:
         BundleError: they differ by more than the device's tolerance: this machine would give wrong segmentations.
     """
     for member, patch in golden.items():
-        _check_member(member, networks.of(member), patch)
+        _check_member(member, networks.of(member), patch, get_on)
 
 
-def _check_member(member: str, networks: FoldNetworks, golden: Mapping[str, torch.Tensor]) -> None:
+def _check_member(
+    member: str, networks: FoldNetworks, golden: Mapping[str, torch.Tensor], get_on: Callable[[], None]
+) -> None:
     tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
     for fold in networks.folds:
+        get_on()
         finite = golden[f"fold_{fold}"].isfinite()
         expected = golden[f"fold_{fold}"][finite]
         difference = (_golden_logits(networks, fold, golden["patch"])[finite] - expected).abs().max().item()

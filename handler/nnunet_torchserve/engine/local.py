@@ -104,12 +104,21 @@ class LocalEngine:
         deadline: float | None = None,
         watcher: Watcher | None = None,
         keep: Keep | None = None,  # noqa: ARG002 (nothing is kept here)
+        passes_after: int = 0,
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. What does not fit a GPU is summed on the host, as stock does."""
         arrived = time.monotonic()
         accumulator = self._accumulator(data, settings)
         number = next(self._numbers)
-        case = CaseInFlight(number, settings.member, accumulator, arrived, deadline, priority=settings.priority)
+        case = CaseInFlight(
+            number,
+            settings.member,
+            accumulator,
+            arrived,
+            deadline,
+            priority=settings.priority,
+            passes_after=passes_after,
+        )
         with self._lock:
             self._core.admit(case)
         try:

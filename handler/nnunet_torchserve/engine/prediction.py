@@ -135,6 +135,7 @@ class Engine(Protocol):
         deadline: float | None,
         watcher: Watcher | None = None,
         keep: Keep | None = None,
+        passes_after: int = 0,
     ) -> Prediction:
         """Predict one preprocessed case; within a reservation, once for each member.
 
@@ -144,6 +145,7 @@ class Engine(Protocol):
             deadline: ``time.monotonic()`` after which the case is given up.
             watcher: told now and then how many passes are done.
             keep: the volume for later cases.
+            passes_after: forward passes that the case needs for other members afterwards.
 
         Raises:
             Deadline: the time ran out; nothing of the case is kept.

@@ -115,7 +115,7 @@ def _load(
         Ledger(folder, device_name(networks.device)),
         peak_bytes(networks, batch),
         tally,
-        lambda: check_golden(networks, golden),
+        lambda get_on: check_golden(networks, golden, get_on),
         settings.golden_interval_s,
         weights,
         settings.unload_after_s,

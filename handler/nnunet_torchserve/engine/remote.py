@@ -116,6 +116,7 @@ class RemoteEngine:
         self._lock = threading.RLock()
         self._link: Link | None = None
         self._claim = _UNCLAIMED
+        self._strikes = 0
         with self._lock:
             self._connected(None)
 
@@ -133,6 +134,7 @@ class RemoteEngine:
         """See :meth:`~.prediction.Engine.reserve`."""
         with self._lock:
             began = time.monotonic()
+            self._strikes = 0
             self._claim = channel.Reserve(
                 bytes=price.bytes,
                 passes=price.passes,
@@ -157,23 +159,26 @@ class RemoteEngine:
         deadline: float | None = None,
         watcher: Watcher | None = None,
         keep: Keep | None = None,
+        passes_after: int = 0,
     ) -> Prediction:
         """See :meth:`~.prediction.Engine.predict`. Without a reservation the case is charged nothing."""
         with self._lock:
-            strikes = 0
+            if self._claim is _UNCLAIMED:
+                self._strikes = 0
 
             def ask() -> Prediction:
-                nonlocal strikes
                 self._reserved(deadline, watcher)  # if there is another engine now
                 link = self._connected(deadline)
                 try:
-                    return self._ask(link, data, settings, deadline, watcher, keep, suspect=strikes > 0)
+                    return self._ask(link, data, settings, deadline, watcher, keep, passes_after)
                 except _EngineGone as gone:
-                    strikes += gone.in_batch
+                    self._strikes += gone.in_batch
                     self._counts.add(STRIKES, int(gone.in_batch))
-                    if strikes >= MAX_STRIKES:
+                    if self._strikes >= MAX_STRIKES:
                         self.disconnect()
-                        msg = f"the engine died {strikes} times while it worked on this case; it is not tried again"
+                        msg = (
+                            f"the engine died {self._strikes} times while it worked on this case; it is not tried again"
+                        )
                         raise CaseFailed(msg) from gone
                     raise
 
@@ -314,8 +319,7 @@ class RemoteEngine:
         deadline: float | None,
         watcher: Watcher | None,
         keep: Keep | None,
-        *,
-        suspect: bool,
+        passes_after: int,
     ) -> Prediction:
         shape = tuple(int(n) for n in data.shape)
         shared, descriptor = channel.share(shape, torch.float32, "nnunet-volume")
@@ -333,7 +337,8 @@ class RemoteEngine:
                 accumulate=settings.accumulate,
                 priority=settings.priority,
                 deadline=deadline,
-                suspect=suspect,
+                suspect=self._strikes > 0,
+                passes_after=passes_after,
                 watched=watcher is not None,
                 keep=channel.Keep(key=keep.key, note=keep.note) if keep is not None and frozen else None,
             )

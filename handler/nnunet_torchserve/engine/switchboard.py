@@ -216,8 +216,10 @@ class Switchboard:
             connection.state, connection.watched = State.SUBMITTED, message.watched
             connection.expect()
             self._keep(message, descriptor)
-            self._compute.put(Admit(connection.case_id, message, descriptor, time.monotonic(), connection))
-            connection.passes_ahead = 0
+            if connection.arrived is None:  # its first member
+                connection.arrived = time.monotonic()
+            self._compute.put(Admit(connection.case_id, message, descriptor, connection.arrived, connection))
+            connection.passes_ahead = message.passes_after
             self._note()
         elif isinstance(message, Release) and connection.state in HOLDING:
             self._land(connection, message, descriptor)
@@ -252,7 +254,7 @@ class Switchboard:
             connection.answer(Failed.of(Busy(f"{msg}; send fewer at once, or come again", self._retry_after_s(1))))
             return
         connection.claim, connection.watched = claim, message.watched
-        connection.passes_ahead = 0
+        connection.passes_ahead, connection.arrived = 0, None
         self._owners[claim.number] = connection
         # a case that holds its memory already is computed, whoever else is
         may_wait = not claim.guaranteed

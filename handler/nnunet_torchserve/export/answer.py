@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import BadOption
-from ..options import ExportMethod, Options, ProbabilityType
+from ..options import Options, ProbabilityType
 from ..volume import Geometry, LabelMap
 from .ensemble import Predicted, labels_and_mean
 from .labels import label_map, label_map_and_probabilities
@@ -25,14 +24,11 @@ def export(
         deadline: ``time.monotonic()`` after which it is given up.
 
     Raises:
-        BadOption: the model, or an ensemble, knows no other export than ``exact``.
+        BadOption: the model knows no other export than ``exact``.
         Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
     one, is_ensemble = predicted[0], len(predicted) > 1
-    if is_ensemble and options.export is not ExportMethod.EXACT:
-        msg = "export: an ensemble's labels are those of the mean of probabilities, which only exact gives"
-        raise BadOption(msg)
     if not is_ensemble and not options.save_probabilities:
         return LabelMap(label_map(one.model, one.logits, one.properties, options.export, deadline), geometry)
     chosen: tuple[int, ...] = ()
