@@ -258,9 +258,9 @@ class AsPickled:
         return self._reduced
 
 
-def array_of(shape: object) -> AsPickled:
+def array_of(shape: object, *before: object) -> AsPickled:
     maker, arguments, state = cast("tuple[Any, ...]", np.zeros(1).__reduce__())
-    return AsPickled(maker, arguments, (state[0], shape, *state[2:]))
+    return AsPickled(maker, arguments, (*before, state[0], shape, *state[2:]))
 
 
 def number_of(*arguments: object, state: object = None) -> Call:
@@ -279,6 +279,22 @@ def number_of(*arguments: object, state: object = None) -> Call:
 def test_nothing_of_numpy_is_made_of_what_only_looks_like_its_parts(held: object, file: Path) -> None:
     torch.save(checkpoint(extra=held), file)
     with pytest.raises(ToolError, match=r"numpy|NumPy|damaged"):
+        read_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (number_of("f8", state=(3, "<", None, None, None, -1, -1, 0, *[None] * 100)), "NumPy does not write"),
+        (number_of("f8", state=[3, "<", None, None, None, -1, -1, 0]), "NumPy does not write"),
+        (number_of("M8", state=(4, "<", None, None, None, -1, -1, 0, ({}, ("s", 1, *[1] * 100)))), "an unknown unit"),
+        (array_of((1,), *[1] * 100), "NumPy does not write"),
+    ],
+)
+def test_a_state_that_is_longer_than_numpys_is_not_taken_apart(held: object, said: str, file: Path) -> None:
+    """As often as the pickle names it."""
+    torch.save(checkpoint(extra=held), file)
+    with pytest.raises(ToolError, match=said):
         read_checkpoint(file)
 
 

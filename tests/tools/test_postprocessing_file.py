@@ -319,11 +319,51 @@ def test_a_pickle_that_is_made_to_harm_is_refused(name: str, tmp_path: Path) -> 
     assert len(str(refusal.value)) < 500 + len(str(tmp_path))
 
 
-def test_a_step_of_labels_without_end_is_refused(tmp_path: Path) -> None:
-    """A list of a list, both long, is short in the file."""
-    many = list(range(1000))
-    (tmp_path / "postprocessing.pkl").write_bytes(pickle.dumps(([STOCK], [{"labels_or_regions": [many] * 1000}])))
-    with pytest.raises(ToolError, match="a step with more than 65536 labels"):
+SHARED: dict[str, list[dict[str, Any]]] = {
+    "a_list_of_a_list": [{"labels_or_regions": [list(range(1000))] * 200}],
+    "steps_of_one_list": [{"labels_or_regions": list(range(300, 3300))}] * 200,
+    "steps_of_a_list_of_nothing": [{"labels_or_regions": [()] * 2000}] * 200,
+    "steps": [{"labels_or_regions": 1}] * 5000,
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("suffix", ["pkl", "json"])
+def test_labels_and_steps_without_end_are_refused(name: str, suffix: str, tmp_path: Path) -> None:
+    """In a pickle they may share one list, so that its file is short."""
+    functions, arguments, file = [STOCK] * len(SHARED[name]), SHARED[name], tmp_path / f"postprocessing.{suffix}"
+    if suffix == "pkl":
+        file.write_bytes(pickle.dumps((functions, arguments)))
+        assert file.stat().st_size < 25_000
+    else:
+        names = [each.__name__ for each in functions]
+        file.write_text(json.dumps({"postprocessing_fns": names, "postprocessing_kwargs": arguments}))
+    said = "5000 steps, more than 4096" if name == "steps" else "more than 131072 labels in its steps"
+    with pytest.raises(ToolError, match=said):
+        read_postprocessing(file)
+
+
+def test_what_nnunet_writes_of_many_labels_is_read(tmp_path: Path) -> None:
+    """All of them in one step, and each in a step of its own."""
+    labels = list(range(1, 1001))
+    steps: list[dict[str, Any]] = [{"labels_or_regions": labels}]
+    steps += [{"labels_or_regions": label} for label in labels]
+    assert len(read_postprocessing(write(tmp_path, *steps)).steps) == 1001
+
+
+def of_numpy(size: int, count: int) -> bytes:
+    """A list of so many texts of NumPy's, all of the same bytes."""
+    spec = f"S{size}".encode()
+    dtype = b"cnumpy\ndtype\n\x8c" + bytes([len(spec)]) + spec + b"\x85Rq\x00"
+    raw = b"B" + size.to_bytes(4, "little") + b"x" * size + b"q\x01"
+    scalar = b"cnumpy._core.multiarray\nscalar\nq\x02"
+    return b"\x80\x04" + dtype + raw + scalar + b"](" + b"h\x02h\x00h\x01\x86R" * count + b"e."
+
+
+def test_a_text_of_numpys_is_not_made_again_and_again(tmp_path: Path) -> None:
+    """One of half a megabyte, named 60,000 times, would be 30 GB."""
+    (tmp_path / "postprocessing.pkl").write_bytes(of_numpy(2**19, 60_000))
+    with pytest.raises(ToolError, match="a NumPy number of more than 32 bytes"):
         read_postprocessing(tmp_path / "postprocessing.pkl")
 
 

@@ -33,6 +33,9 @@ _MOST_MEMBERS = 100
 
 _LONGEST_NAME = 200
 
+_LONGEST_STATE = 9
+"""Of what NumPy writes of a type or an array. To take a longer one apart copies it, as often as a pickle names it."""
+
 _PLAIN = ("bool", "int", "float", "str", "list", "tuple", "dict")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 
@@ -44,6 +47,10 @@ class Refused(Exception):
 def printable(text: str) -> str:
     """A text of a file's author, for a terminal."""
     return ascii(" ".join(text.split()))[1:-1][:_LONGEST_NAME]
+
+
+def _is_short(state: object) -> bool:
+    return type(state) is tuple and len(state) <= _LONGEST_STATE
 
 
 class Dtype:
@@ -61,6 +68,9 @@ class Dtype:
 
     def __setstate__(self, state: Any) -> None:
         """Byte order, and of dates their unit; what the size follows from is in the spec."""
+        if not _is_short(state):
+            msg = "a numpy.dtype with a state that NumPy does not write"
+            raise Refused(msg)
         _version, self._order, _subarray, self._names, _fields, _bytes, _alignment, _flags, *rest = state
         self._metadata = rest[0] if rest else None
 
@@ -95,7 +105,8 @@ class Dtype:
 
     def _unit(self) -> str:
         """As in ``M8[25s]``, from ``(metadata, (unit, number, numerator, denominator))``."""
-        unit, number, *_ = self._metadata[1] if self._metadata else ("generic", 1)
+        told = self._metadata[1] if self._metadata else ("generic", 1)
+        unit, number, *_ = told if _is_short(told) else (None, 0)
         unit = unit.decode("ascii", "replace") if type(unit) is bytes else unit
         if type(unit) is str and unit == "generic":
             return ""
@@ -112,6 +123,9 @@ class Array:
 
     def __setstate__(self, state: Any) -> None:
         """``(version, shape, type, column by column, bytes)``."""
+        if not _is_short(state):
+            msg = "a NumPy array with a state that NumPy does not write"
+            raise Refused(msg)
         *_, shape, dtype, by_columns, raw = state
         fits = type(shape) is tuple and len(shape) <= _MOST_AXES
         if not fits or not all(type(size) is int and 0 <= size < _LARGEST_AXIS for size in shape):

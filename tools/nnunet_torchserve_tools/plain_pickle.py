@@ -4,7 +4,9 @@ Its instructions are those of a small machine. Here they are followed by hand: o
 have, on numbers, texts and containers. Nothing is imported and nothing is called but what :mod:`.harmless` has for
 NumPy's numbers; a function's name becomes a value. The rest is refused by name.
 
-Time and memory follow from the file's length: nothing is compared, spelled or hashed but texts.
+Time and memory to read it follow from the file's length: nothing is compared, spelled or hashed but texts, and what is
+made anew has a few bytes. The value is another matter: a container may stand in it any number of times, so that a short
+file gives a long walk. Whoever walks through it counts.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ _VALUES = {
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _WITHOUT_MEANING = {"PROTO", "FRAME"}
+
+_MOST_NUMBER_BYTES = 32
+"""NumPy's longest number, of two float128. A text of its own would be copied as often as it is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +172,9 @@ class _Machine:
             raise TypeError
         if function.name not in NUMBERS:
             msg = f"a call of {function.name}"
+            raise Refused(msg)
+        if any(type(each) in {str, bytes} and len(each) > _MOST_NUMBER_BYTES for each in arguments):
+            msg = f"a NumPy number of more than {_MOST_NUMBER_BYTES} bytes"
             raise Refused(msg)
         self.stack.append(NUMBERS[function.name](*arguments))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,13 @@ _LABELS, _BACKGROUND = "labels_or_regions", "background_label"
 _MOST_BYTES = {".pkl": 2**20, ".json": 2**24}
 """By suffix. A step of 1,000 labels has 40 kB in the pickle. The JSON has the Dice of every label as well."""
 
-_MOST_LABELS = LARGEST_LABEL + 1
+_MOST_STEPS = 2**12
+"""nnU-Net writes at most one for each label or region of a model, and one for all of them."""
+
+_MOST_LABELS = 2 * (LARGEST_LABEL + 1)
+"""Of all steps together: each label among all of the foreground, and in a step of its own. In a pickle steps and labels
+cost next to nothing: they may share one list."""
+
 _FOLDS = re.compile(r"crossval_results_folds_(\d+(?:_\d+)*)")
 
 _SUPPORTED = f"nnU-Net's {_NAME} is the only function that can be served"
@@ -238,6 +244,10 @@ def _pair(value: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _steps(functions: Sequence[Any], arguments: Sequence[Any]) -> Iterator[KeepLargest]:
+    if len(functions) > _MOST_STEPS:
+        msg = f"{len(functions)} steps, more than {_MOST_STEPS}"
+        raise _NotServed(msg)
+    room = _MOST_LABELS
     for function, named in zip(functions, arguments, strict=True):
         if type(function) is not str or type(named) is not dict:
             raise ValueError
@@ -249,21 +259,25 @@ def _steps(functions: Sequence[Any], arguments: Sequence[Any]) -> Iterator[KeepL
             raise _NotServed(msg)
         if _LABELS not in named:
             raise ValueError
-        labels = sorted(set(_labels(named[_LABELS])))
-        yield KeepLargest(labels=tuple(labels), background=_label(named.get(_BACKGROUND, 0)))
+        labels, room = _labels(named[_LABELS], room)
+        yield KeepLargest(labels=tuple(sorted(labels)), background=_label(named.get(_BACKGROUND, 0)))
 
 
-def _labels(value: Any) -> Iterator[int]:
-    """All that nnU-Net unites: a label, a region (a tuple, or a list in JSON), or a list of both."""
-    count = 0
+def _labels(value: Any, room: int) -> tuple[set[int], int]:
+    """All that nnU-Net unites: a label, a region (a tuple, or a list in JSON), or a list of both.
+
+    Returns:
+        The labels, and for how many more there is room.
+    """
+    found: set[int] = set()
     for each in value if isinstance(value, list | tuple) else [value]:
-        members: Iterable[Any] = each if isinstance(each, list | tuple) else [each]
-        for member in members:
-            count += 1
-            if count > _MOST_LABELS:
-                msg = f"a step with more than {_MOST_LABELS} labels"
-                raise _NotServed(msg)
-            yield _label(member)
+        members: Sequence[Any] = each if isinstance(each, list | tuple) else [each]
+        room -= max(1, len(members))  # to look at none takes time, too
+        if room < 0:
+            msg = f"more than {_MOST_LABELS} labels in its steps"
+            raise _NotServed(msg)
+        found.update(map(_label, members))
+    return found, room
 
 
 def _label(value: Any) -> int:
