@@ -23,7 +23,7 @@ from nnunet_torchserve_tools import zip_source
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.postprocessing_file import postprocessing_of_folds
-from nnunet_torchserve_tools.zip_source import ZippedModel, is_zip, models_in, unzipped
+from nnunet_torchserve_tools.zip_source import WantedWeights, ZippedModel, is_zip, models_in, unzipped
 
 DATASET = "Dataset901_Blobs"
 FULL, LOW = "nnUNetTrainer__nnUNetPlans__3d_fullres", "nnUNetTrainer__nnUNetPlans__3d_lowres"
@@ -142,6 +142,33 @@ def test_what_is_said_of_models_can_be_had_without_their_weights(results: Path, 
     with unzipped(tmp_path / "model.zip", weights=False) as described:
         assert files_of(described.results) == expected
         assert len(described.folders) == 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "needed"),
+    [
+        (WantedWeights((1,), "checkpoint_final.pth"), ["fold_1/checkpoint_final.pth"]),
+        (WantedWeights(("all",), "checkpoint_best.pth"), ["fold_all/checkpoint_best.pth"]),
+        (
+            WantedWeights(None, "checkpoint_best.pth"),
+            ["fold_0/checkpoint_best.pth", "fold_1/checkpoint_best.pth"],
+        ),
+        (WantedWeights((2,), "checkpoint_final.pth"), []),
+    ],
+)
+def test_weights_that_are_not_asked_for_are_not_unpacked_and_do_not_count(
+    weights: WantedWeights, needed: list[str], tmp_path: Path
+) -> None:
+    """Their names are there, for messages."""
+    of_model = [
+        f"fold_{fold}/checkpoint_{which}.pth" for fold in (0, 1, "all") for which in ("final", "best", "latest")
+    ]
+    file = zip_of(tmp_path / "model.zip", *((f"{DATASET}/{FULL}/{name}", bytes(100)) for name in of_model))
+    with unzipped(file, weights=weights, most_bytes=len(b"{}") + 100 * len(needed)) as found:
+        contents = {name: len(content) for name, content in files_of(found.folders[0]).items()}
+    assert contents == {name: 100 * (name in needed) for name in of_model} | {"plans.json": 2}
+    with pytest.raises(ToolError, match="choose with --configuration or --folds"), unzipped(file, most_bytes=901):
+        pass
 
 
 def test_nothing_is_left_when_the_work_fails(results: Path, tmp_path: Path, private: Path) -> None:

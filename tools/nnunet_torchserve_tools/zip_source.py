@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunet_torchserve.options import FoldName
+
 from .errors import ToolError, UsageError
 from .harmless import printable
 
@@ -47,7 +49,7 @@ _OF_DATASETS = re.compile(
     rf"{_DATASET}/(?:inference_information\.json|ensembles/ensemble___[^/]+/postprocessing\.(?:json|pkl))"
 )
 _OF_MODELS = re.compile(
-    rf"{_DATASET}/{_MODEL}/(?:plans\.json|dataset\.json|fold_(?:\d+|all)/[^/]+\.pth"
+    rf"{_DATASET}/{_MODEL}/(?:plans\.json|dataset\.json|fold_(?P<fold>\d+|all)/(?P<checkpoint>[^/]+\.pth)"
     r"|crossval_results_folds_[\d_]+/postprocessing\.(?:json|pkl))"
 )
 _EXPECTED = "the zip of nnUNetv2_export_model_to_zip holds DATASET/TRAINER__PLANS__CONFIGURATION/plans.json and more"
@@ -76,6 +78,26 @@ class ZippedModel:
     def path(self) -> str:
         """Where nnU-Net's results folder has it, and the zip: DATASET/TRAINER__PLANS__CONFIGURATION."""
         return f"{self.dataset}/{self.folder_name}"
+
+
+@dataclass(frozen=True, slots=True)
+class WantedWeights:
+    """Which checkpoints are unpacked.
+
+    In place of each other one there is an empty file: what a message says of a folder holds for its zip.
+
+    Attributes:
+        folds: ``None`` takes every numbered one, as an archive does.
+        checkpoint: file name within each fold's folder.
+    """
+
+    folds: tuple[FoldName, ...] | None
+    checkpoint: str
+
+    def has(self, fold: str, checkpoint: str) -> bool:
+        """Whether that of this fold is one of them."""
+        wanted = fold != "all" if self.folds is None else fold in map(str, self.folds)
+        return wanted and checkpoint == self.checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +137,11 @@ def models_in(file: Path) -> tuple[ZippedModel, ...]:
 
 @contextmanager
 def unzipped(
-    file: Path, names: Sequence[str] | None = None, *, weights: bool = True, most_bytes: int = MOST_BYTES
+    file: Path,
+    names: Sequence[str] | None = None,
+    *,
+    weights: WantedWeights | bool = True,
+    most_bytes: int = MOST_BYTES,
 ) -> Iterator[UnzippedModels]:
     """Unpack what archives are made of into a private directory, which is removed in the end.
 
@@ -123,7 +149,7 @@ def unzipped(
         file: the zip.
         names: which models are unpacked, in this order, as :func:`chosen` takes them; ``None`` takes all, by their
             names.
-        weights: the checkpoints too; without them all that is said of the models is there.
+        weights: which checkpoints too, all or none of them; without them all that is said of the models is there.
         most_bytes: what may be unpacked in all.
 
     Raises:
@@ -134,13 +160,15 @@ def unzipped(
     with _opened(file) as archive:
         wanted = _wanted(file, archive)
         models = chosen(file, _models(file, wanted), names)
-        kept = [
-            entry for entry in wanted if _is_of(entry, models) and (weights or not entry.filename.endswith(_CHECKPOINT))
-        ]
+        of_models = [entry for entry in wanted if _is_of(entry, models)]
+        kept = [entry for entry in of_models if _is_kept(entry, weights)]
+        named = [] if weights is False else [entry for entry in of_models if not _is_kept(entry, weights)]
         _check_sizes(file, kept, most_bytes)
         with _private_folder(file, sum(entry.file_size for entry in kept)) as results:
             for entry in kept:
                 _unpack(file, archive, entry, results / entry.filename)
+            for entry in named:
+                _stand_in(file, entry, results / entry.filename)
             yield UnzippedModels(results, models, tuple(results / each.path for each in models))
 
 
@@ -250,10 +278,20 @@ def _is_of(entry: zipfile.ZipInfo, models: Sequence[ZippedModel]) -> bool:
     return any(entry.filename.startswith(f"{model.dataset}/") for model in models)
 
 
+def _is_kept(entry: zipfile.ZipInfo, weights: WantedWeights | bool) -> bool:
+    found = _OF_MODELS.fullmatch(entry.filename)
+    if found is None or found["checkpoint"] is None:
+        return True
+    return weights if isinstance(weights, bool) else weights.has(found["fold"], found["checkpoint"])
+
+
 def _check_sizes(file: Path, entries: Sequence[zipfile.ZipInfo], most_bytes: int) -> None:
     total = sum(entry.file_size for entry in entries)
     if total > most_bytes:
-        msg = f"{file} would expand to {total} bytes, at most {most_bytes} are unpacked; choose with --configuration"
+        msg = (
+            f"{file} would expand to {total} bytes, at most {most_bytes} are unpacked; choose with --configuration "
+            "or --folds"
+        )
         raise ToolError(msg)
     if total > max(_SMALL_BYTES, _MOST_EXPANSION * file.stat().st_size):
         msg = f"{file} has {file.stat().st_size} bytes and would expand to {total}: no weights get so much shorter"
@@ -277,6 +315,16 @@ def _private_folder(file: Path, size: int) -> Iterator[Path]:
             msg = f"{file} needs {size} bytes for a while, {free} are free for temporary files; name a place in TMPDIR"
             raise ToolError(msg)
         yield Path(name)
+
+
+def _stand_in(file: Path, entry: zipfile.ZipInfo, target: Path) -> None:
+    """An empty file in place of one that is not needed."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch(exist_ok=False)
+    except OSError as error:
+        msg = f"cannot unpack {printable(entry.filename)} of {file}: {error.strerror or error}"
+        raise ToolError(msg) from error
 
 
 def _unpack(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path) -> None:
