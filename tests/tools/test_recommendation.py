@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from typer.testing import CliRunner, Result
 
+from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
@@ -75,6 +77,11 @@ def made(folder: Path, model: Path, **fields: Any) -> bytes:
     return file.read_bytes()
 
 
+def postprocessing_of(file: Path) -> object:
+    with zipfile.ZipFile(file) as content:
+        return json.loads(content.read(BUNDLE_FILE))["postprocessing"]
+
+
 def choose(**fields: Any) -> Selection:
     with selected(Choice(dataset="950", **fields)) as selection:
         return selection
@@ -102,7 +109,7 @@ def test_the_ensemble_that_nnunet_recommends_is_the_archive_of_its_folders(home:
         f"  {folder_name(FLAT)}",
         f"  {folder_name(CASCADE)}, whose first stage is {folder_name(LOWRES)}",
         "  folds: 0, 1",
-        f"  postprocessing: 1 step ({ENSEMBLE}/postprocessing.pkl)",
+        f"m: postprocessing: 1 step: only the largest component stays of 1-3 ({ENSEMBLE}/postprocessing.pkl)",
     ]
 
 
@@ -120,7 +127,14 @@ def test_what_is_best_alone_is_packaged_alone(
 ) -> None:
     home = best_of(tmp_path, *mistakes, allow_ensembling=False)
     monkeypatch.setenv("nnUNet_results", str(home.results))
-    _, found = archive(tmp_path, "--dataset", DATASET)
+    result, found = archive(tmp_path, "--dataset", DATASET, *([] if first else ["--per-fold"]))
+    if not first:
+        assert (
+            "without postprocessing, as nnU-Net determined none for one fold alone: m_fold_0, m_fold_1" in result.stderr
+        )
+        for fold in FOLDS:
+            assert postprocessing_of(tmp_path / "said" / f"m_fold_{fold}.mar") is None
+    assert postprocessing_of(tmp_path / "said" / "m.mar")
     assert found == made(
         tmp_path,
         home.model(best),
@@ -137,6 +151,7 @@ def test_postprocessing_is_left_out_or_another_one_if_asked_for(home: Home, tmp_
     assert without.postprocessing is None
     assert without.remarks[-1] == "  postprocessing: left out"
     assert choose(postprocessing=tmp_path / "other.json").postprocessing == tmp_path / "other.json"
+    assert choose(postprocessing=tmp_path / "other.json").postprocessing_folds is None
 
 
 def test_paths_of_a_machine_with_other_separators_are_understood(home: Home) -> None:
@@ -153,6 +168,18 @@ def test_an_export_has_its_recommendation_with_it(home: Home, tmp_path: Path) ->
     shutil.move(tmp_path / "elsewhere", home.results)
     assert of_zip == archive(tmp_path, "--dataset", "950")[1]
     assert f"{folder_name(CASCADE)}, whose first stage is" in result.stderr
+
+
+def test_of_an_export_only_the_recommended_weights_are_unpacked(home: Home, tmp_path: Path) -> None:
+    for final in home.dataset.glob("*/fold_*/checkpoint_final.pth"):
+        shutil.copy(final, final.with_name("checkpoint_best.pth"))
+    exported = tmp_path / "model.zip"
+    configurations = tuple(model.configuration for model in MODELS)
+    checkpoints = ("checkpoint_final.pth", "checkpoint_best.pth")
+    export_pretrained_model(DATASET, str(exported), configurations, folds=FOLDS, save_checkpoints=checkpoints)
+    with selected(Choice((exported,), dataset="950")) as selection:
+        sizes = {file.name: file.stat().st_size for file in selection.models[0].glob("fold_0/*.pth")}
+    assert sizes["checkpoint_best.pth"] == 0 < sizes["checkpoint_final.pth"]
 
 
 # What is missing
@@ -232,7 +259,11 @@ def test_another_checkpoint_may_be_what_is_there(home: Home) -> None:
             file.rename(file.with_name("checkpoint_best.pth"))
     with pytest.raises(UsageError, match="has no checkpoint_final"):
         choose()
-    assert choose(checkpoint="checkpoint_best.pth").models
+    chosen = choose(checkpoint="checkpoint_best.pth")
+    assert chosen.models
+    assert chosen.remarks[-1].startswith(
+        "  weights: checkpoint_best.pth, not the ones that nnU-Net compared (checkpoint_final.pth, unless "
+    )
 
 
 @pytest.mark.parametrize("models", [(FLAT, CASCADE), (LOWRES,)])

@@ -86,7 +86,11 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 def test_a_zip_of_one_configuration_is_packaged_as_its_folder_is(home: Home, tmp_path: Path, private: Path) -> None:
     result = archive(tmp_path, str(export(tmp_path / "model.zip", FLAT)), "--postprocessing", "auto")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "m: postprocessing: 1 step: only the largest component stays of 1, 2 "
+        f"({home.model(FLAT).name}/crossval_results_folds_0_1/postprocessing.json)\n"
+    )
     found = (tmp_path / "m.mar").read_bytes()
     assert found == made(tmp_path, home.model(FLAT), postprocessing="auto")
     assert str(private).encode() not in found
@@ -180,6 +184,22 @@ def test_messages_name_the_zip_and_not_where_it_is_unpacked(home: Home, tmp_path
     assert f"fold 3 has no checkpoint_final.pth in {exported}/{DATASET}/{home.model(FLAT).name}" in result.stderr
     assert str(private) not in result.stderr
     assert not list(private.iterdir())
+
+
+def test_only_the_weights_that_are_asked_for_are_unpacked(home: Home, tmp_path: Path) -> None:
+    exported, first = export(tmp_path / "model.zip", CASCADE), export(tmp_path / "first.zip", LOWRES)
+    with selected(Choice((exported,), folds=(1,), previous_stages=(first,))) as selection:
+        weights = [
+            {file.parent.name: file.stat().st_size > 0 for file in folder.glob("fold_*/checkpoint_final.pth")}
+            for folder in (*selection.models, *selection.previous_stages)
+        ]
+    assert weights == [{"fold_0": False, "fold_1": True}] * 2
+
+
+def test_a_message_says_what_a_zip_has_though_it_is_not_unpacked(home: Home, tmp_path: Path) -> None:
+    result = archive(tmp_path, str(export(tmp_path / "model.zip", FLAT)), "--checkpoint", "checkpoint_best.pth")
+    assert result.exit_code == 2
+    assert "fold_0, fold_1 have checkpoint_final.pth: take it with --checkpoint checkpoint_final.pth" in result.stderr
 
 
 def test_a_file_that_is_no_zip_is_said_to_be_none(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,14 +36,14 @@ from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.painting import read_painting
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.postprocessing import Postprocessing
-from nnunet_torchserve.recipe import Cascade, Ensemble, Single
+from nnunet_torchserve.recipe import Cascade, Single
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_client.choosing import archive_name
 
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
-from .postprocessing_file import postprocessing_of_ensemble, postprocessing_of_folds, read_postprocessing
+from .postprocessing_choice import PostprocessingChoice
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
 from .trained import TrainedModel, read_trained_model
 
@@ -78,7 +78,9 @@ class ArchiveRequest:
         output: where the archives go.
         others: more such folders, which are an ensemble with the first.
         previous_stages: the folders of the first stages of the cascades among them.
-        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these models and folds.
+        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these models and folds, for each archive.
+        postprocessing_folds: for which nnU-Net determined what the file says, so that archives of others do not get it;
+            ``None``: every archive gets it.
         folds: ``None`` takes every numbered fold.
         per_fold: also make one archive for each fold.
         name: ``None`` makes one of dataset and configuration.
@@ -95,6 +97,7 @@ class ArchiveRequest:
     others: tuple[Path, ...] = ()
     previous_stages: tuple[Path, ...] = ()
     postprocessing: Path | Literal["auto"] | None = None
+    postprocessing_folds: tuple[FoldName, ...] | None = None
     folds: tuple[FoldName, ...] | None = None
     per_fold: bool = False
     name: str | None = None
@@ -105,8 +108,16 @@ class ArchiveRequest:
     serving: ServingSettings = field(default_factory=ServingSettings)
 
 
-def make_archives(request: ArchiveRequest) -> list[Path]:
+def _unheard(_line: str) -> None:
+    pass
+
+
+def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unheard) -> list[Path]:
     """Make the archives.
+
+    Args:
+        request: what is asked for.
+        tell: hears a line for people for each archive that has a postprocessing.
 
     Returns:
         The written files: the one with all chosen folds first.
@@ -117,7 +128,8 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
 
     Warns:
         ModelWarning: the values of its label maps are not those that dataset.json suggests, or do not say everything;
-            its trial did not prove that it answers; or each request must bring the first stage's labels.
+            its trial did not prove that it answers; each request must bring the first stage's labels; the models of an
+            ensemble have different folds; or an archive of one fold lacks the postprocessing that was asked for.
     """
     composition = _compose(request)
     lead = composition.lead
@@ -130,18 +142,15 @@ def make_archives(request: ArchiveRequest) -> list[Path]:
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
-    postprocessing = _postprocessing(request, composition)
+    contents = _contents(request, name, composition, tell)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         msg = f"cannot make the output folder {request.output}: {error.strerror}"
         raise UsageError(msg) from error
-    contents = [(name, composition)]
-    if request.per_fold:
-        contents += [(f"{name}_fold_{fold}", composition.of_fold(fold)) for fold in lead.folds]
     try:
         _warn_of_values(lead.plans, lead.dataset)
-        return [_make_archive(request, each, content, postprocessing) for each, content in contents]
+        return [_make_archive(request, each, content, postprocessing) for each, content, postprocessing in contents]
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
@@ -167,18 +176,23 @@ def _compose(request: ArchiveRequest) -> Composition:
     return composition
 
 
-def _postprocessing(request: ArchiveRequest, composition: Composition) -> Postprocessing | None:
-    if request.postprocessing is None:
-        return None
-    if request.postprocessing != "auto":
-        return read_postprocessing(request.postprocessing)
-    if isinstance(composition.recipe, Ensemble):
-        if len({frozenset(model.folds) for model in composition.members.values()}) > 1:
-            msg = "--postprocessing auto: the models have different folds; choose with --folds, or name a file"
-            raise UsageError(msg)
-        folders = (request.model_folder, *request.others)
-        return postprocessing_of_ensemble(folders, composition.lead.folds).postprocessing
-    return postprocessing_of_folds(request.model_folder, composition.lead.folds).postprocessing
+def _contents(
+    request: ArchiveRequest, name: str, composition: Composition, tell: Callable[[str], None]
+) -> list[tuple[str, Composition, Postprocessing | None]]:
+    """The name of each archive, its models and its postprocessing."""
+    folders = (request.model_folder, *request.others)
+    choice = PostprocessingChoice(request.postprocessing, request.postprocessing_folds, folders)
+    archives, found = {name: composition}, {name: choice.of(composition)}
+    if request.per_fold:
+        of_folds = {f"{name}_fold_{fold}": composition.of_fold(fold) for fold in composition.lead.folds}
+        archives |= of_folds
+        found |= choice.of_folds(of_folds)
+    contents: list[tuple[str, Composition, Postprocessing | None]] = []
+    for each, content in archives.items():
+        if (one := found[each]) is not None:
+            tell(choice.told(each, one))
+        contents.append((each, content, None if one is None else one.postprocessing))
+    return contents
 
 
 def _make_archive(

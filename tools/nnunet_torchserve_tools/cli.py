@@ -129,8 +129,8 @@ def archive(
     postprocessing: Annotated[
         str | None,
         typer.Option(
-            help="nnU-Net's postprocessing.pkl or .json; auto for that of exactly these models and folds; none. "
-            "Default: none, as nnUNetv2_predict does none; with --dataset what is recommended."
+            help="nnU-Net's postprocessing.pkl or .json; auto for that of exactly the models and folds of an archive; "
+            "none. Default: none, as nnUNetv2_predict does none; with --dataset what is recommended."
         ),
     ] = None,
     folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
@@ -203,13 +203,14 @@ def archive(
     )
     with _warnings_as_lines(), selected(choice) as selection:
         for line in selection.remarks:
-            typer.echo(line, err=True)
+            _tell(line)
         request = ArchiveRequest(
             model_folder=selection.models[0],
             output=output,
             others=selection.models[1:],
             previous_stages=selection.previous_stages,
             postprocessing=selection.postprocessing,
+            postprocessing_folds=selection.postprocessing_folds,
             folds=selection.folds,
             per_fold=per_fold,
             name=name,
@@ -219,9 +220,13 @@ def archive(
             input_orientation=input_orientation and input_orientation.upper(),
             serving=serving,
         )
-        files = make_archives(request)
+        files = make_archives(request, _tell)
     for file in files:
         typer.echo(f"{file}  {file.stat().st_size / _MIB:.1f} MiB")
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _postprocessing(text: str | None) -> Any:

@@ -7,6 +7,7 @@ channels or readers are not the same.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.painting import integers
 from nnunet_torchserve.recipe import Cascade, Ensemble, Recipe, Single, last_stage
 
-from .errors import ToolError, UsageError
+from .errors import ModelWarning, ToolError, UsageError
 from .trained import TrainedModel
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]+")
@@ -62,6 +63,9 @@ def compose(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]
     Raises:
         UsageError: a model is named twice; a first stage that no model has, or one that is missing in an ensemble.
         ToolError: models that do not fit together.
+
+    Warns:
+        ModelWarning: the models of an ensemble have different folds.
     """
     folders = [model.folder.resolve() for model in models]
     if len(set(folders)) != len(folders):
@@ -70,6 +74,7 @@ def compose(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]
     first_of = _first_of(models, first_stages)
     for other in models[1:]:
         _check_same(models[0], other)
+    _warn_of_folds(models)
     everybody = _with_first_stages(models, first_of)
     names = _names(everybody)
 
@@ -175,6 +180,19 @@ def _check_same(one: TrainedModel, other: TrainedModel) -> None:
         if first != second:
             msg = f"{one.folder} and {other.folder} are no ensemble: their {what} differ, {first} and {second}"
             raise ToolError(msg)
+
+
+def _warn_of_folds(models: Sequence[TrainedModel]) -> None:
+    """Each model is the mean of its own folds: one that lacks some is easily forgotten."""
+    if len({frozenset(model.folds) for model in models}) < 2:  # noqa: PLR2004
+        return
+    folds = {"/".join(model.folder.resolve().parts[-2:]): ", ".join(map(str, model.folds)) for model in models}
+    told = "; ".join(f"{name} has {its}" for name, its in folds.items())
+    msg = (
+        f"the models of the ensemble have different folds, and each model counts as one: {told}. Choose folds that all "
+        "of them have with --folds, or train the others."
+    )
+    warnings.warn(msg, ModelWarning, stacklevel=4)
 
 
 def _labels(model: TrainedModel) -> list[tuple[str, tuple[int, ...]]]:

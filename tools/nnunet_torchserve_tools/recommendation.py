@@ -24,6 +24,13 @@ from .trained import previous_stage_of
 
 INFORMATION_FILE = "inference_information.json"
 
+COMPARED = "checkpoint_final.pth"
+"""With whose predictions nnU-Net compares models; with those of ``checkpoint_best.pth`` after ``--val_best``."""
+
+_NOT_COMPARED = (
+    f"not the ones that nnU-Net compared ({COMPARED}, unless nnUNetv2_train had --val_best): the choice of models, the "
+    "Dice and the postprocessing may be others for them"
+)
 _MOST_BYTES = 2**24
 _MOST_SHOWN = 3
 
@@ -117,8 +124,16 @@ class Recommendation:
             raise UsageError(msg)
         return found
 
-    def lines(self, first_stages: dict[str, str], postprocessing: str) -> tuple[str, ...]:
-        """For people: what is packaged."""
+    def lines(
+        self, first_stages: dict[str, str], checkpoint: str, *, leaves_out_postprocessing: bool
+    ) -> tuple[str, ...]:
+        """For people: what is packaged, and in what that is not what nnU-Net recommends.
+
+        Args:
+            first_stages: cascade -> its first stage.
+            checkpoint: file name of the weights.
+            leaves_out_postprocessing: because somebody wants none.
+        """
         before, after = self.dice
         dice = "" if before is None else f", with a mean Dice of {before:.4f} in cross-validation"
         if before is not None and after is not None:
@@ -129,7 +144,8 @@ class Recommendation:
             f"nnU-Net recommends for {self.dataset}{dice}: {what}",
             *(f"  {name}{steps.get(name, '')}" for name in self.models),
             f"  folds: {_spoken(self.folds)}",
-            f"  postprocessing: {postprocessing}",
+            *(["  postprocessing: left out"] if leaves_out_postprocessing else []),
+            *([] if checkpoint == COMPARED else [f"  weights: {checkpoint}, {_NOT_COMPARED}"]),
         )
 
 

@@ -15,10 +15,10 @@ from typing import Literal
 from nnunet_torchserve.options import FoldName
 
 from .errors import ToolError, UsageError
-from .recommendation import Recommendation, check_complete, read_recommendation
+from .recommendation import check_complete, read_recommendation
 from .results_folder import datasets_in, find_dataset, results_folder
 from .trained import previous_stage_of
-from .zip_source import UnzippedModels, ZippedModel, chosen, is_zip, models_in, unzipped
+from .zip_source import UnzippedModels, WantedWeights, ZippedModel, chosen, is_zip, models_in, unzipped
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,11 @@ class Choice:
     folds: tuple[FoldName, ...] | None = None
     checkpoint: str = "checkpoint_final.pth"
 
+    @property
+    def weights(self) -> WantedWeights:
+        """What is needed of a zip's."""
+        return WantedWeights(self.folds, self.checkpoint)
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -55,14 +60,14 @@ class Selection:
     Attributes:
         models: folders: one, or those of an ensemble.
         previous_stages: folders of the cascades' first stages.
-        postprocessing: see there.
-        folds: see there.
+        postprocessing, postprocessing_folds, folds: see there.
         remarks: what was decided that nobody has asked for by name; lines for people.
     """
 
     models: tuple[Path, ...]
     previous_stages: tuple[Path, ...] = ()
     postprocessing: Path | Literal["auto"] | None = None
+    postprocessing_folds: tuple[FoldName, ...] | None = None
     folds: tuple[FoldName, ...] | None = None
     remarks: tuple[str, ...] = ()
 
@@ -74,9 +79,9 @@ class _Unpacked:
         self._stack = stack
         self._files: dict[Path, Path] = {}
 
-    def unpack(self, file: Path, models: Sequence[ZippedModel]) -> UnzippedModels:
-        """With their weights."""
-        found = self._stack.enter_context(unzipped(file, [model.path for model in models]))
+    def unpack(self, file: Path, models: Sequence[ZippedModel], weights: WantedWeights) -> UnzippedModels:
+        """With these weights."""
+        found = self._stack.enter_context(unzipped(file, [model.path for model in models], weights=weights))
         self._files[found.results] = file
         return found
 
@@ -141,7 +146,7 @@ def _named(choice: Choice, zips: _Unpacked) -> Selection:
         wanted = of_zips[source]
         first_of = {} if choice.previous_stages else _first_stages_in(source, wanted, zips)
         needed = tuple(dict.fromkeys([*wanted, *first_of.values()]))
-        unpacked = zips.unpack(source, needed)
+        unpacked = zips.unpack(source, needed, choice.weights)
         models += [unpacked.results / model.path for model in wanted]
         first_stages += [unpacked.results / first.path for first in dict.fromkeys(first_of.values())]
         remarks += [
@@ -149,9 +154,9 @@ def _named(choice: Choice, zips: _Unpacked) -> Selection:
             "taken from the zip too"
             for model, first in first_of.items()
         ]
-    first_stages += _given_first_stages(choice.previous_stages, models, zips)
+    first_stages += _given_first_stages(choice, models, zips)
     postprocessing = None if choice.postprocessing == "none" else choice.postprocessing
-    return Selection(tuple(models), tuple(first_stages), postprocessing, choice.folds, tuple(remarks))
+    return Selection(tuple(models), tuple(first_stages), postprocessing, folds=choice.folds, remarks=tuple(remarks))
 
 
 def _is_zip(source: Path) -> bool:
@@ -177,10 +182,10 @@ def _first_stages_in(file: Path, models: Sequence[ZippedModel], zips: _Unpacked)
         return {model: there[first] for model, first in first_of.items() if first in there}
 
 
-def _given_first_stages(given: Sequence[Path], models: Sequence[Path], zips: _Unpacked) -> list[Path]:
+def _given_first_stages(choice: Choice, models: Sequence[Path], zips: _Unpacked) -> list[Path]:
     """The folders that were named; of a zip the models that the cascades' plans name."""
     found: list[Path] = []
-    for source in given:
+    for source in choice.previous_stages:
         if not _is_zip(source):
             found.append(source)
             continue
@@ -191,7 +196,7 @@ def _given_first_stages(given: Sequence[Path], models: Sequence[Path], zips: _Un
         if not there:
             msg = f"--previous-stage {source}: it has no model that the plans name as previous stage"
             raise UsageError(msg)
-        found += zips.unpack(source, there).folders
+        found += zips.unpack(source, there, choice.weights).folders
     return found
 
 
@@ -220,30 +225,23 @@ def _recommended(choice: Choice, wanted: str, zips: _Unpacked) -> Selection:
         needed = [model for model in described.models if model.dataset == dataset and model.folder_name in names]
         if not needed:
             check_complete(described.results, recommendation, choice.checkpoint, str(file))
-    return _complete(choice, zips.unpack(file, needed).results, dataset, str(file))
+    weights = WantedWeights(recommendation.folds, choice.checkpoint)
+    return _complete(choice, zips.unpack(file, needed, weights).results, dataset, str(file))
 
 
 def _complete(choice: Choice, results: Path, dataset: str, zipped: str | None) -> Selection:
     recommendation = read_recommendation(results / dataset)
     check_complete(results, recommendation, choice.checkpoint, zipped)
     first_of = recommendation.first_stages(results)
-    file, told = _postprocessing(choice, results, recommendation)
+    file, is_recommended = choice.postprocessing, choice.postprocessing in {None, "auto"}
+    if is_recommended:
+        file = recommendation.postprocessing(results).file
+    left_out = file == "none"
     return Selection(
         models=tuple(results / dataset / name for name in recommendation.models),
         previous_stages=tuple(results / dataset / name for name in dict.fromkeys(first_of.values())),
-        postprocessing=file,
+        postprocessing=file if isinstance(file, Path) else None,
+        postprocessing_folds=recommendation.folds if is_recommended else None,
         folds=recommendation.folds,
-        remarks=recommendation.lines(first_of, told),
+        remarks=recommendation.lines(first_of, choice.checkpoint, leaves_out_postprocessing=left_out),
     )
-
-
-def _postprocessing(choice: Choice, results: Path, recommendation: Recommendation) -> tuple[Path | None, str]:
-    """The file, and what is said of it."""
-    if choice.postprocessing == "none":
-        return None, "left out"
-    if isinstance(choice.postprocessing, Path):
-        return choice.postprocessing, str(choice.postprocessing)
-    found = recommendation.postprocessing(results)
-    steps = len(found.postprocessing.steps)
-    spoken = {0: "none, as no step improved the Dice", 1: "1 step"}.get(steps, f"{steps} steps")
-    return found.file, f"{spoken} ({recommendation.evaluated}/{found.file.name})"
