@@ -8,9 +8,11 @@ from typing import Any
 
 from . import __version__
 from .bundle import ModelBundle
+from .intensities import value_range
 from .limits import Limits
-from .member import Member
+from .member import FoldDescription, Member
 from .options import Options
+from .recipe import in_words
 from .settings import HandlerSettings
 
 
@@ -33,6 +35,7 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "digest": f"sha256:{bundle.digest}",
         **_trained(lead),
         "channels": lead.channel_names,
+        "channel_values": {number: list(value_range(lead, int(number))) for number in lead.channel_names},
         "labels": lead.dataset["labels"],
         "regions_class_order": lead.dataset.get("regions_class_order") if lead.labels.has_regions else None,
         "classes": lead.classes,
@@ -40,8 +43,9 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "reader": lead.reader,
         "input_orientation": lead.input_orientation,
         "axis_order": "patch_size and spacing (mm) in the plan's axis order",
-        "members": {name: _trained(member) for name, member in bundle.members.items()},
+        "members": {name: _trained(member) | _stored(bundle, member) for name, member in bundle.members.items()},
         "recipe": description.recipe.model_dump(mode="json"),
+        "recipe_in_words": in_words(description.recipe),
         "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
@@ -65,6 +69,28 @@ def _trained(member: Member) -> dict[str, object]:
         "patch_size": list(member.patch_size),
         "spacing": [float(size) for size in member.configuration.spacing],
     }
+
+
+def _stored(bundle: ModelBundle, member: Member) -> dict[str, object]:
+    """What is kept of a member's weights: which checkpoints they came from, by fold, and their files."""
+    folds = member.description.folds
+    return {
+        "checkpoint_digests": {str(fold.fold): f"sha256:{fold.checkpoint_sha256}" for fold in folds},
+        "weights_digests": {str(fold.fold): f"sha256:{_checksum(bundle, member, fold)}" for fold in folds},
+        "weights_bytes": _weights_bytes(member),
+    }
+
+
+def _checksum(bundle: ModelBundle, member: Member, fold: FoldDescription) -> str:
+    return bundle.description.files[f"{member.description.folder}/{fold.weights_file}"]
+
+
+def _weights_bytes(member: Member) -> int | None:
+    """Of all folds; ``None`` if the files are not there: TorchServe deletes those of a model that it no longer has."""
+    try:
+        return sum((member.folder / fold.weights_file).stat().st_size for fold in member.description.folds)
+    except OSError:
+        return None
 
 
 def with_model_files(

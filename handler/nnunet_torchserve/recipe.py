@@ -81,3 +81,17 @@ def is_second_stage(recipe: Single | Cascade | Ensemble, member: str) -> bool:
     if isinstance(recipe, Ensemble):
         return any(is_second_stage(each, member) for each in recipe.of)
     return isinstance(recipe, Cascade) and member == recipe.member
+
+
+def in_words(recipe: Single | Cascade | Ensemble) -> str:
+    """For people, as ``ensemble of 3d_fullres and (3d_lowres, then 3d_cascade_fullres)``.
+
+    The client, which knows nothing of this package, says the same of the same recipe (its ``recipe_in_words``).
+    """
+    if isinstance(recipe, Ensemble):
+        each = [f"({in_words(model)})" if isinstance(model, Cascade) else in_words(model) for model in recipe.of]
+        return f"ensemble of {', '.join(each[:-1])} and {each[-1]}"
+    if isinstance(recipe, Cascade):
+        first = "labels that a request brings" if recipe.first is None else in_words(recipe.first)
+        return f"{first}, then {recipe.member}"
+    return recipe.member

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
+from nnunet_torchserve.recipe import Recipe, in_words
 from nnunet_torchserve_client import RemotePredictor, errors
 from nnunet_torchserve_client.description import recipe_in_words
 from nnunet_torchserve_client.events import server_event
@@ -140,8 +142,9 @@ def test_without_f_every_member_predicts_with_all_its_folds(
         ({"kind": "ensemble", "of": [FULLRES, LOWRES, FULLRES]}, "ensemble of 3d_fullres, 3d_lowres and 3d_fullres"),
     ],
 )
-def test_a_recipe_is_said_in_words(recipe: Json, words: str) -> None:
+def test_a_recipe_is_said_in_the_same_words_by_client_and_server(recipe: Json, words: str) -> None:
     assert recipe_in_words(recipe) == words
+    assert in_words(TypeAdapter(Recipe).validate_python(recipe)) == words
 
 
 def test_progress_names_the_member_that_works_if_the_server_does() -> None:

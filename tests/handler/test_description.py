@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import save_json
 
-from nnunet_torchserve.bundle import SCHEMA_VERSION
+from nnunet_torchserve.bundle import SCHEMA_VERSION, ModelBundle
 from nnunet_torchserve.errors import Draining
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -58,13 +60,46 @@ def test_members_and_recipe_are_told_and_the_model_is_what_its_one_member_is(
     [(name, member)] = description["members"].items()
     assert name == configuration
     assert member.keys() >= {"dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "patch_size"}
-    assert member == {key: description[key] for key in member}
+    told = {key: value for key, value in member.items() if key in description}
+    assert told == {key: description[key] for key in told}
+    assert member.keys() - told.keys() == {"checkpoint_digests", "weights_digests", "weights_bytes"}
     assert [member["dataset"], "__".join(member[key] for key in ("trainer", "plans", "configuration"))] == [
         models[model].parent.name,
         models[model].name,
     ]
     assert member["folds"] == list(range(len(list(models[model].glob("fold_*")))))
     assert member["checkpoint"] == "checkpoint_final.pth"
+
+
+def test_weights_are_told_by_their_digests_and_channels_by_their_values(
+    pipeline: Load, models: dict[str, Path], unpacked: Callable[[str], Path]
+) -> None:
+    description = described(pipeline("five_folds"))
+    [member] = description["members"].values()
+    folder = unpacked("five_folds") / "members" / "3d_fullres"
+    files = {
+        "checkpoint": [models["five_folds"] / f"fold_{fold}" / "checkpoint_final.pth" for fold in range(5)],
+        "weights": [folder / f"fold_{fold}.safetensors" for fold in range(5)],
+    }
+    for what, of_folds in files.items():
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in of_folds]
+        assert member[f"{what}_digests"] == {str(fold): f"sha256:{digest}" for fold, digest in enumerate(digests)}
+    assert member["weights_bytes"] == sum(file.stat().st_size for file in folder.glob("fold_*.safetensors"))
+    seen = json.loads((models["five_folds"] / "plans.json").read_text())["foreground_intensity_properties_per_channel"]
+    assert description["channel_values"] == {"0": [seen["0"]["percentile_00_5"], seen["0"]["percentile_99_5"]]}
+
+
+def test_a_model_whose_folder_is_gone_is_described_all_the_same(
+    pipeline: Load, unpacked: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A worker may outlive it for a moment, when the model is unregistered."""
+    folder = shutil.copytree(unpacked("flat"), tmp_path / "flat")
+    bundle = ModelBundle(folder)
+    served = replace(pipeline("flat"), bundle=bundle)
+    before = described(served)
+    shutil.rmtree(folder)
+    [(name, member)] = before["members"].items()
+    assert described(served) == before | {"members": {name: member | {"weights_bytes": None}}}
 
 
 LOWRES, FULLRES, FLAT = (

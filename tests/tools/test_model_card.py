@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from support.odd_models import OddModel
 SHAPE = Shape((200, 180, 40), (0.8, 0.9, 3.0))
 
 
-def test_a_card_says_what_the_model_is(archive_of: Callable[[str], Path], unpacked: Callable[[str], Path]) -> None:
+def test_a_card_says_what_the_model_is(
+    archive_of: Callable[[str], Path], unpacked: Callable[[str], Path], models: dict[str, Path]
+) -> None:
     card, bundle = model_card(archive_of("regions")), ModelBundle(unpacked("regions"))
     assert card["digest"] == f"sha256:{bundle.digest}"
     assert [channel["name"] for channel in card["channels"]] == list(bundle.lead.channel_names.values())
@@ -32,9 +35,15 @@ def test_a_card_says_what_the_model_is(archive_of: Callable[[str], Path], unpack
     [name] = bundle.members
     assert card["recipe_in_words"] == name
     assert card["members"][name]["folds"] == list(bundle.lead.folds)
-    assert card["weights_bytes"][name] == sum(
-        (bundle.lead.folder / fold.weights_file).stat().st_size for fold in bundle.lead.description.folds
-    )
+    member, [fold] = card["members"][name], bundle.lead.description.folds
+    weights = bundle.lead.folder / fold.weights_file
+    checkpoint = models["regions"] / f"fold_{fold.fold}" / "checkpoint_final.pth"
+    assert member["weights_bytes"] == weights.stat().st_size
+    for what, file in (("weights", weights), ("checkpoint", checkpoint)):
+        digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+        assert member[f"{what}_digests"] == {str(fold.fold): digest}
+        assert any(f"{fold.fold} {digest[:19]}…" in line for line in lines(card))
+    assert any(card["digest"] in line for line in lines(card))
 
 
 def test_a_case_costs_what_the_server_would_charge(
@@ -55,7 +64,7 @@ def test_a_recipe_is_told_in_words(tmp_path: Path) -> None:
         ArchiveRequest(last, tmp_path / "store", others=(flat,), previous_stages=(first,), name="both")
     )
     card = model_card(archive, Shape((60, 50, 40), (1.0, 1.0, 1.0)))
-    assert card["recipe_in_words"] == "the mean of 3d_cascade_fullres after 3d_lowres and 2d"
+    assert card["recipe_in_words"] == "ensemble of (3d_lowres, then 3d_cascade_fullres) and 2d"
     assert list(card["case"]["members"]) == ["3d_lowres", "3d_cascade_fullres", "2d"]
     assert card["case"]["forward_passes"] == sum(each["forward_passes"] for each in card["case"]["members"].values())
     assert any("3d_lowres: nnUNetTrainer" in line for line in lines(card))

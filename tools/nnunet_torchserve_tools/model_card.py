@@ -21,12 +21,10 @@ from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.cases import settings_of
 from nnunet_torchserve.description import describe
 from nnunet_torchserve.errors import BundleError, RequestError
-from nnunet_torchserve.intensities import value_range
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import DATASET_FILE, GOLDEN_FILE, MEMBERS_FOLDER, PLANS_FILE, Member
+from nnunet_torchserve.member import DATASET_FILE, PLANS_FILE, Member
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pricing import prices_of, whole_price
-from nnunet_torchserve.recipe import Cascade, Recipe, Single
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.volume import Geometry
 
@@ -38,6 +36,8 @@ _MOST_BYTES = 2**28
 
 _MIB = 1024**2
 _DIMENSIONS = 3
+_SHOWN = len("sha256:") + 12
+"""Of a digest of which there are many; JSON has the whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,38 +105,23 @@ def _card(bundle: ModelBundle, sizes: Mapping[str, int], file: Path, shape: Shap
     described = describe(bundle, Limits(), HandlerSettings(), math.inf)
     ours = ("settings", "limits", "options", "serving_core", "axis_order")  # of a server, not of a file
     card: dict[str, Any] = {name: value for name, value in described.items() if name not in ours}
+    values = card.pop("channel_values")
     card |= {
         "file": file.name,
         "bytes": file.stat().st_size,
         "channels": [
-            {"number": number, "name": name, "values": list(value_range(bundle.lead, int(number)))}
+            {"number": number, "name": name, "values": values[number]}
             for number, name in bundle.lead.channel_names.items()
         ],
-        "recipe_in_words": in_words(bundle.description.recipe),
         "requires": bundle.description.requires,
-        "weights_bytes": {
-            name: sum(
-                size
-                for entry, size in sizes.items()
-                if entry.startswith(f"{MEMBERS_FOLDER}/{name}/fold_") and not entry.endswith(GOLDEN_FILE)
-            )
-            for name in bundle.members
-        },
         "networks": {name: _network(member) for name, member in bundle.members.items()},
     }
+    for name, member in bundle.members.items():
+        files = [f"{member.description.folder}/{fold.weights_file}" for fold in member.description.folds]
+        card["members"][name]["weights_bytes"] = sum(sizes[file] for file in files)
     if shape is not None:
         card["case"] = _case(bundle, shape)
     return card
-
-
-def in_words(recipe: Recipe) -> str:
-    """A recipe as a sentence's part."""
-    if isinstance(recipe, Single):
-        return recipe.member
-    if isinstance(recipe, Cascade):
-        first = "the labels that come with a request" if recipe.first is None else recipe.first.member
-        return f"{recipe.member} after {first}"
-    return "the mean of " + " and ".join(in_words(each) for each in recipe.of)
 
 
 def _network(member: Member) -> str:
@@ -167,7 +152,8 @@ def _case(bundle: ModelBundle, shape: Shape) -> dict[str, Any]:
 
 def lines(card: Mapping[str, Any]) -> Iterator[str]:
     """A card for people."""
-    yield f"{card['name']} {card['version']}  ({card['file']}, {card['bytes'] / _MIB:.1f} MiB, {card['digest'][:19]}…)"
+    yield f"{card['name']} {card['version']}  ({card['file']}, {card['bytes'] / _MIB:.1f} MiB)"
+    yield f"  digest {card['digest']}"
     yield f"  {card['dataset']}: {card['recipe_in_words']}"
     for channel in card["channels"]:
         low, high = channel["values"]
@@ -179,8 +165,11 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         folds = ", ".join(map(str, member["folds"]))
         yield f"  {name}: {member['trainer']}, {member['plans']}, {card['networks'][name]}, folds {folds}"
         spacing, patch = _times(member["spacing"]), _times(member["patch_size"])
-        weights = card["weights_bytes"][name] / _MIB
+        weights = member["weights_bytes"] / _MIB
         yield f"    {spacing} mm, patches of {patch}, {member['checkpoint']}, weights {weights:.1f} MiB"
+        for what in ("checkpoint", "weights"):
+            digests = "; ".join(f"{fold} {value[:_SHOWN]}…" for fold, value in member[f"{what}_digests"].items())
+            yield f"    {what} of folds: {digests}"
     steps = (card["postprocessing"] or {}).get("steps")
     if steps:
         kept = "; ".join(", ".join(map(str, step["labels"])) for step in steps)
