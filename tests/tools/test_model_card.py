@@ -42,7 +42,7 @@ def test_a_card_says_what_the_model_is(
     for what, file in (("weights", weights), ("checkpoint", checkpoint)):
         digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
         assert member[f"{what}_digests"] == {str(fold.fold): digest}
-        assert any(f"{fold.fold} {digest[:19]}…" in line for line in lines(card))
+        assert f"    sha256 of each fold's {what}: {fold.fold} {digest[7:19]}…" in lines(card)
     assert any(card["digest"] in line for line in lines(card))
 
 

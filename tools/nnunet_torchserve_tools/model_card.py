@@ -36,7 +36,7 @@ _MOST_BYTES = 2**28
 
 _MIB = 1024**2
 _DIMENSIONS = 3
-_SHOWN = len("sha256:") + 12
+_SHOWN = 12
 """Of a digest of which there are many; JSON has the whole."""
 
 
@@ -168,8 +168,9 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         weights = member["weights_bytes"] / _MIB
         yield f"    {spacing} mm, patches of {patch}, {member['checkpoint']}, weights {weights:.1f} MiB"
         for what in ("checkpoint", "weights"):
-            digests = "; ".join(f"{fold} {value[:_SHOWN]}…" for fold, value in member[f"{what}_digests"].items())
-            yield f"    {what} of folds: {digests}"
+            digests = member[f"{what}_digests"].items()
+            shown = ", ".join(f"{fold} {value.partition(':')[2][:_SHOWN]}…" for fold, value in digests)
+            yield f"    sha256 of each fold's {what}: {shown}"
     steps = (card["postprocessing"] or {}).get("steps")
     if steps:
         kept = "; ".join(", ".join(map(str, step["labels"])) for step in steps)
