@@ -408,7 +408,7 @@ def test_a_model_whose_values_are_not_those_of_dataset_json_is_archived_with_a_w
 def test_a_warning_is_one_line_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nnunet_torchserve_tools import archive, cli
 
-    def warn(_request: ArchiveRequest) -> list[Path]:
+    def warn(_request: ArchiveRequest, _tell: Callable[[str], None]) -> list[Path]:
         warnings.warn("look at this", ModelWarning, stacklevel=1)
         return []
 

@@ -402,7 +402,7 @@ def test_a_path_of_another_system_is_told(file: Path) -> None:
 
 def test_the_command_blames_nobody_else(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Callable[..., None]:
-        def archive(_request: object) -> None:
+        def archive(*_arguments: object) -> None:
             raise ModuleNotFoundError(name=name)
 
         return archive
