@@ -329,7 +329,8 @@ def test_postprocessing_is_stocks_and_can_be_left_out(tmp_path: Path) -> None:
 
 def test_a_fold_that_one_member_lacks_is_named_with_it(tmp_path: Path) -> None:
     one, other = seeded(FULLRES.but(folds=(0, 1)), tmp_path), seeded(LOWRES, tmp_path)
-    pipeline = pipeline_of(tmp_path, one, others=(other,))
+    with pytest.warns(ModelWarning, match="different folds"):
+        pipeline = pipeline_of(tmp_path, one, others=(other,))
     refused = json.loads(ask(pipeline, image(), folds=[1]).body)
     assert refused["code"] == "unknown_fold"
     assert "3d_lowres" in refused["detail"]
