@@ -102,6 +102,8 @@ def serving(
     scratch: Path,
     *,
     folds: tuple[FoldName, ...] | None = (FOLD,),
+    others: tuple[Path, ...] = (),
+    previous_stages: tuple[Path, ...] = (),
     workers: int | None = None,
     settings: ServingSettings | None = None,
     config: Path | None = None,
@@ -113,6 +115,8 @@ def serving(
         model: what to serve, or its trained model folder.
         scratch: for the archive and the server's state; another one for each server that runs at the same time.
         folds: ``None`` takes all.
+        others: trained model folders that are an ensemble with the model.
+        previous_stages: the folders of first stages.
         workers: ``None`` takes the launcher's own number.
         settings: what the archive says of serving.
         config: another config.properties to start from.
@@ -120,7 +124,16 @@ def serving(
     """
     folder = model.model_folder if isinstance(model, Material) else model
     store, state_dir, runtime = scratch / "model_store", scratch / "server", scratch / "engines"
-    make_archives(ArchiveRequest(folder, store, folds=folds, name=MODEL, serving=settings or ServingSettings()))
+    archive = ArchiveRequest(
+        folder,
+        store,
+        others=others,
+        previous_stages=previous_stages,
+        folds=folds,
+        name=MODEL,
+        serving=settings or ServingSettings(),
+    )
+    make_archives(archive)
     request = launcher.ServeRequest(
         store,
         state_dir=state_dir,

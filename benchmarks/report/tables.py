@@ -58,6 +58,47 @@ def whole_request() -> str:
     return table(head, rows) + "\n\n" + source("whole_request")
 
 
+def recipes() -> str:
+    """A cascade and an ensemble beside nnU-Net's commands and its loaded predictors."""
+    rows = []
+    for case in load("recipes")["cases"].values():
+        took, ratio = case["seconds"], case["ratio_to_server"]
+        row = [f"{case['title']}, {shape(case['image']['shape'])}", seconds(took["server"]["median"])]
+        for side in ("predictors, loaded", "commands"):
+            row += [seconds(took[side]["median"]), median_and_quartiles(ratio[side])]
+        row += [mib(case["our_extra_bytes"]), mib(case["stock_extra_bytes"])]
+        rows.append((*row, sum(case["different_voxels"].values())))
+    head = (
+        "MR at 1 mm", "warm request", "stock, loaded", "times sooner (quartiles)", "stock's commands",
+        "times sooner (quartiles)", "extra MiB: here", "stock, loaded", "voxels different",
+    )  # fmt: skip
+    return table(head, rows) + "\n\n" + source("recipes")
+
+
+def postprocess() -> str:
+    """Components removed, beside nnU-Net's function."""
+    rows = []
+    for case in load("postprocess")["cases"].values():
+        is_timed = "ratio" in case
+        rows.append(
+            (
+                f"{case['title']}, {shape(case['shape'])}",
+                seconds(case["stock_seconds"]["median"]) if is_timed else "",
+                seconds(case["our_seconds"]["median"]) if is_timed else "",
+                quartiles(case["ratio"]) if is_timed else "",
+                mib(case["stock_extra_bytes"]) if is_timed else "",
+                mib(case["our_extra_bytes"]),
+                mib(case["charged_bytes"]),
+                case["different_voxels"] if is_timed else "",
+            )
+        )
+    head = (
+        "label map", "stock", "here", "times sooner, quartiles", "extra MiB: stock", "here", "charged",
+        "voxels different",
+    )  # fmt: skip
+    return table(head, rows) + "\n\n" + source("postprocess")
+
+
 def overhead() -> str:
     """What serving adds to the loaded predictor."""
 

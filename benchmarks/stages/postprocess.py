@@ -37,7 +37,7 @@ from benchmarks.harness.material import Material, find_material
 from benchmarks.harness.memory import with_extra_memory
 from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
-from benchmarks.harness.spread import spread
+from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.export.postprocessing import memory_bytes, postprocess
 from nnunet_torchserve.postprocessing import KeepLargest, Postprocessing
 
@@ -219,17 +219,19 @@ def main(arguments: Sequence[str]) -> int:
         side, file = arguments[1:]
         return be_a_process(Side(side), Path(file))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=two_or_more, default=REPEATS)
     parser.add_argument(
         "--quick", action="store_true", help="small label maps, fewer repetitions, and do not wait for an idle machine"
     )
-    quick = parser.parse_args(arguments).quick
+    chosen = parser.parse_args(arguments)
+    quick = chosen.quick
     measured = {}
     with tempfile.TemporaryDirectory(prefix="bench-postprocess-") as folder:
         scratch = Path(folder)
         material = find_material(scratch)
         for name, case in CASES.items():
             labels = case.make(material, QUICK_SHAPE if quick else SHAPE)
-            measured[name] = measure(name, labels, QUICK_REPEATS if quick else REPEATS, scratch, quick=quick)
+            measured[name] = measure(name, labels, QUICK_REPEATS if quick else chosen.repeats, scratch, quick=quick)
             print(f"  {name}: {measured[name].get('ratio', 'memory only')}")
     return write_results("postprocess", material, {"cases": measured}, targets_of(measured))
 

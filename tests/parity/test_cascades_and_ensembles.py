@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import zipfile
-from collections.abc import Sequence
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
@@ -22,9 +20,6 @@ from nnunetv2.postprocessing.remove_connected_components import (
     remove_all_but_largest_component_from_segmentation,
 )
 
-from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import Response
@@ -32,6 +27,7 @@ from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from support import stock, volumes
 from support.odd_models import OddModel
+from support.packaged import pipeline_of
 
 if TYPE_CHECKING:
     from nnunet_torchserve.engine.prediction import Engine
@@ -62,14 +58,6 @@ def seeded(model: OddModel, folder: Path, seed: int = 0) -> Path:
     return model.but(change_weights=shift).write(folder / f"seed_{seed}")
 
 
-def pipeline_of(folder: Path, model: Path, **fields: Any) -> Pipeline:
-    """The pipeline of a worker that serves the archive."""
-    [archive] = make_archives(ArchiveRequest(model, folder / "store", name="m", **fields))
-    zipfile.ZipFile(archive).extractall(folder / "unpacked")
-    bundle = ModelBundle(folder / "unpacked")
-    return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
-
-
 def ask(pipeline: Pipeline, body: bytes, previous: bytes | None = None, **options: object) -> Response:
     parts: dict[str, object] = {"image": body, "options": json.dumps({"output_format": "npz"} | options).encode()}
     if previous is not None:
@@ -94,18 +82,6 @@ def image(shape: tuple[int, int, int] = (24, 26, 20), *, cropped: bool = True) -
     return volumes.nifti_gz(array.astype(np.float32), volumes.oblique(SPACING, angle=0.0))
 
 
-def stock_cascade(first: Path, last: Path, file: Path, **how: Any) -> stock.StockAnswer:
-    """Stock's two commands, one after the other: the first one's labels as its reader reads them."""
-    labels = stock.predict(first, [file], probabilities=False, **how).labels
-    predictor = stock.loaded(last, **how)
-    reader = predictor.plans_manager.image_reader_writer_class()
-    array, properties = reader.read_images([str(file)])
-    answer = predictor.predict_single_npy_array(
-        array, properties, labels.astype(np.float32)[None], None, save_or_return_probabilities=True
-    )
-    return stock.StockAnswer(*answer)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -119,9 +95,9 @@ def stock_cascade(first: Path, last: Path, file: Path, **how: Any) -> stock.Stoc
 )
 def test_a_cascade_is_stocks_two_commands(change: dict[str, Any], tmp_path: Path) -> None:
     first, last = seeded(LOWRES.but(**change), tmp_path), seeded(CASCADE.but(**change), tmp_path)
-    pipeline = pipeline_of(tmp_path, last, previous_stages=(first,))
+    pipeline = pipeline_of(last, tmp_path, previous_stages=(first,))
     body = image()
-    expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", body))
+    expected = stock.cascade(first, last, [volumes.write(tmp_path, "case.nii.gz", body)])
     assert len(np.unique(expected.labels)) > 1
     served = arrays(ask(pipeline, body, save_probabilities=True))
     np.testing.assert_array_equal(served["labels"], expected.labels)
@@ -131,8 +107,8 @@ def test_a_cascade_is_stocks_two_commands(change: dict[str, Any], tmp_path: Path
 
 def test_stocks_own_preprocessor_gets_the_first_stage_too(tmp_path: Path) -> None:
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE.but(masked=True), tmp_path)
-    pipeline = pipeline_of(tmp_path, last, previous_stages=(first,))
-    expected = stock_cascade(first, last, volumes.write(tmp_path, "case.nii.gz", image()))
+    pipeline = pipeline_of(last, tmp_path, previous_stages=(first,))
+    expected = stock.cascade(first, last, [volumes.write(tmp_path, "case.nii.gz", image())])
     served = arrays(ask(pipeline, image(), preprocess="stock", save_probabilities=True))
     np.testing.assert_array_equal(served["probabilities"], expected.probabilities)
 
@@ -141,7 +117,7 @@ def test_a_clients_own_first_stage_is_taken(tmp_path: Path) -> None:
     """Any labels on the image's grid; without a first stage in the archive they must be there."""
     last = seeded(CASCADE, tmp_path)
     with pytest.warns(ModelWarning, match="previous_stage"):
-        pipeline = pipeline_of(tmp_path, last)
+        pipeline = pipeline_of(last, tmp_path)
     body = image()
     file = volumes.write(tmp_path, "case.nii.gz", body)
     labels = np.random.default_rng(0).integers(0, 4, (20, 26, 24)).astype(np.uint8)
@@ -173,7 +149,7 @@ def test_a_clients_own_first_stage_is_taken(tmp_path: Path) -> None:
 def test_a_first_stage_may_come_in_another_kind_of_file_than_the_image(tmp_path: Path) -> None:
     """What says itself where it lies is believed, and what does not lies where the image lies."""
     with pytest.warns(ModelWarning, match="previous_stage"):
-        pipeline = pipeline_of(tmp_path, seeded(CASCADE, tmp_path))
+        pipeline = pipeline_of(seeded(CASCADE, tmp_path), tmp_path)
     voxels = np.random.default_rng(1).normal(size=(20, 26, 24)).astype(np.float32)
     labels = np.random.default_rng(0).integers(0, 4, voxels.shape).astype(np.uint8)
     image_file, label_file = (volumes.nifti_gz(each.T, np.diag([-1.3, -1.5, 1.8, 1])) for each in (voxels, labels))
@@ -199,7 +175,7 @@ def test_a_first_stage_may_come_in_another_kind_of_file_than_the_image(tmp_path:
 
 def test_a_first_stage_hands_on_exact_labels_however_the_answer_is_made(tmp_path: Path) -> None:
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
-    pipeline, body = pipeline_of(tmp_path, last, previous_stages=(first,)), image()
+    pipeline, body = pipeline_of(last, tmp_path, previous_stages=(first,)), image()
     labels = stock.predict(first, [volumes.write(tmp_path, "case.nii.gz", body)], probabilities=False).labels
     affine = nib.Nifti1Image.from_bytes(gzip.decompress(body)).affine
     given = arrays(ask(pipeline, body, volumes.nifti_gz(labels.T, affine), export="nearest"))["labels"]
@@ -207,21 +183,9 @@ def test_a_first_stage_hands_on_exact_labels_however_the_answer_is_made(tmp_path
 
 
 def test_labels_for_a_model_that_is_no_cascade_are_refused(tmp_path: Path) -> None:
-    pipeline = pipeline_of(tmp_path, seeded(LOWRES, tmp_path))
+    pipeline = pipeline_of(seeded(LOWRES, tmp_path), tmp_path)
     refused = ask(pipeline, image(), image())
     assert (int(refused.status), json.loads(refused.body)["code"]) == (422, "wrong_channels")
-
-
-def stock_ensemble(models: Sequence[Path], file: Path) -> npt.NDArray[np.float32]:
-    """``average_probabilities`` of what each predictor gives."""
-    mean: npt.NDArray[np.float32] | None = None
-    for model in models:
-        probabilities = stock.predict(model, [file]).probabilities
-        assert probabilities is not None
-        mean = probabilities.astype(np.float32) if mean is None else mean + probabilities
-    assert mean is not None
-    mean /= len(models)
-    return mean
 
 
 FULLRES = OddModel()
@@ -242,10 +206,11 @@ def test_an_ensemble_is_the_mean_of_stocks_probabilities(
     first: OddModel, others: list[OddModel], tmp_path: Path
 ) -> None:
     folders = [seeded(model, tmp_path, seed) for seed, model in enumerate([first, *others])]
-    pipeline = pipeline_of(tmp_path, folders[0], others=tuple(folders[1:]))
+    pipeline = pipeline_of(folders[0], tmp_path, others=tuple(folders[1:]))
     body = image()
-    mean = stock_ensemble(folders, volumes.write(tmp_path, "case.nii.gz", body))
-    expected = pipeline.bundle.lead.labels.convert_probabilities_to_segmentation(mean)
+    answer = stock.ensemble(folders, [volumes.write(tmp_path, "case.nii.gz", body)])
+    expected, mean = answer.labels, answer.probabilities
+    assert mean is not None
     assert len(np.unique(expected)) > 1
     served = arrays(ask(pipeline, body, save_probabilities=True))
     np.testing.assert_array_equal(served["probabilities"], mean)
@@ -261,11 +226,11 @@ def test_an_ensemble_is_the_mean_of_stocks_probabilities(
 def test_a_cascade_may_be_a_member_and_so_may_its_first_stage(tmp_path: Path) -> None:
     """The first stage is in the archive once, and predicted once."""
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
-    pipeline = pipeline_of(tmp_path, first, others=(last,), previous_stages=(first,))
+    pipeline = pipeline_of(first, tmp_path, others=(last,), previous_stages=(first,))
     assert list(pipeline.bundle.members) == ["3d_lowres", "3d_cascade_fullres"]
     body = image()
     file = volumes.write(tmp_path, "case.nii.gz", body)
-    one, two = stock.predict(first, [file]).probabilities, stock_cascade(first, last, file).probabilities
+    one, two = stock.predict(first, [file]).probabilities, stock.cascade(first, last, [file]).probabilities
     assert one is not None
     assert two is not None
     served = arrays(ask(pipeline, body, save_probabilities=True))
@@ -314,7 +279,7 @@ def test_postprocessing_is_stocks_and_can_be_left_out(tmp_path: Path) -> None:
         "postprocessing_kwargs": [{"labels_or_regions": labels} for labels in steps],
     }
     (tmp_path / "postprocessing.json").write_text(json.dumps(document))
-    pipeline = pipeline_of(tmp_path, seeded(FULLRES, tmp_path), postprocessing=tmp_path / "postprocessing.json")
+    pipeline = pipeline_of(seeded(FULLRES, tmp_path), tmp_path, postprocessing=tmp_path / "postprocessing.json")
     body = image()
     plain = arrays(ask(pipeline, body, postprocess=False, save_probabilities=True))
     functions = [remove_all_but_largest_component_from_segmentation] * len(steps)
@@ -330,7 +295,7 @@ def test_postprocessing_is_stocks_and_can_be_left_out(tmp_path: Path) -> None:
 def test_a_fold_that_one_member_lacks_is_named_with_it(tmp_path: Path) -> None:
     one, other = seeded(FULLRES.but(folds=(0, 1)), tmp_path), seeded(LOWRES, tmp_path)
     with pytest.warns(ModelWarning, match="different folds"):
-        pipeline = pipeline_of(tmp_path, one, others=(other,))
+        pipeline = pipeline_of(one, tmp_path, others=(other,))
     refused = json.loads(ask(pipeline, image(), folds=[1]).body)
     assert refused["code"] == "unknown_fold"
     assert "3d_lowres" in refused["detail"]

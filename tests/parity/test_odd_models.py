@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -28,12 +27,12 @@ from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from nnunet_torchserve_tools.plans_check import network_builder
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import stock, volumes
-from support.odd_models import OddModel
+from support.odd_models import OddModel, old_format, resampled_by
+from support.packaged import pipeline_of
 
 SPACING = (1.5, 1.5, 1.5)
 UNIT = {"min": 0.0, "max": 1.0, "mean": 0.4, "std": 0.3, "median": 0.4, "percentile_00_5": 0.0, "percentile_99_5": 1.0}
@@ -50,14 +49,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The values in the label map",
     "ignore:.torch.jit:FutureWarning",  # of packages that nnU-Net's trainers import
 )
-
-
-def pipeline_of(model: Path, folder: Path, **fields: Any) -> Pipeline:
-    """The pipeline of a worker that serves the archive of a model."""
-    [archive] = make_archives(ArchiveRequest(model, folder / "store", name="m", **fields))
-    zipfile.ZipFile(archive).extractall(folder / "unpacked")
-    bundle = ModelBundle(folder / "unpacked")
-    return Pipeline(bundle, LocalEngine(bundle, torch.device("cpu")), Limits(), 600.0)
 
 
 def labels_of(pipeline: Pipeline, *bodies: bytes) -> npt.NDArray[Any]:
@@ -228,23 +219,6 @@ def test_a_trial_that_fails_names_stage_and_reason(tmp_path: Path) -> None:
         pipeline_of(odd, tmp_path, serving=ServingSettings(limits={"voxel": 100}))
 
 
-def old_format(plans: dict[str, Any]) -> None:
-    """The plan as nnU-Net 2.0 to 2.2 wrote it."""
-    [configuration] = plans["configurations"].values()
-    built = configuration.pop("architecture")["arch_kwargs"]
-    stages = built.get("n_blocks_per_stage") or built["n_conv_per_stage"]
-    configuration |= {
-        "UNet_class_name": "ResidualEncoderUNet" if "n_blocks_per_stage" in built else "PlainConvUNet",
-        "UNet_base_num_features": built["features_per_stage"][0],
-        "unet_max_num_features": built["features_per_stage"][-1],
-        "n_conv_per_stage_encoder": stages,
-        "n_conv_per_stage_decoder": built["n_conv_per_stage_decoder"],
-        "num_pool_per_axis": [1] * len(configuration["patch_size"]),
-        "pool_op_kernel_sizes": built["strides"],
-        "conv_kernel_sizes": built["kernel_sizes"],
-    }
-
-
 def named(name: str) -> Callable[[dict[str, Any]], None]:
     """Plans that have another name for their network."""
 
@@ -357,17 +331,6 @@ def test_a_broken_file_beside_a_trainer_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("nnUNet_extTrainer", str(trainers))
     with pytest.raises(ToolError, match=r"nnUNet_extTrainer.*no_such_package_anywhere"):
         network_builder("nnUNetTrainerMine")
-
-
-def resampled_by(name: str) -> Callable[[dict[str, Any]], None]:
-    """Plans that name a function for everything."""
-
-    def change(plans: dict[str, Any]) -> None:
-        for configuration in plans["configurations"].values():
-            for what in ("data", "seg", "probabilities"):
-                configuration |= {f"resampling_fn_{what}": name, f"resampling_fn_{what}_kwargs": {}}
-
-    return change
 
 
 def test_what_is_not_resampled_is_neither_too_thin_nor_too_large(tmp_path: Path) -> None:

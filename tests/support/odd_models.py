@@ -23,6 +23,10 @@ Json = dict[str, Any]
 LABELS: Json = {"background": 0, "low": 1, "middle": 2, "high": 3}
 
 
+RESIDUAL_BLOCKS = (1, 3, 4)
+"""Of the first stages: ``ResEncUNetPlanner.UNet_blocks_per_stage_encoder``."""
+
+
 def architecture(dimensions: int, features: Sequence[int] = (4, 8), *, residual: bool = False) -> Json:
     """The section of a plan that describes a U-Net."""
     stages = len(features)
@@ -36,7 +40,7 @@ def architecture(dimensions: int, features: Sequence[int] = (4, 8), *, residual:
             "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
             "kernel_sizes": [[3] * dimensions] * stages,
             "strides": [[1] * dimensions] + [[2] * dimensions] * (stages - 1),
-            blocks: [1] * stages,
+            blocks: list(RESIDUAL_BLOCKS[:stages]) if residual else [1] * stages,
             "n_conv_per_stage_decoder": [1] * (stages - 1),
             "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
@@ -52,6 +56,35 @@ def architecture(dimensions: int, features: Sequence[int] = (4, 8), *, residual:
 
 def _nothing(_: object) -> None:
     pass
+
+
+def old_format(plans: Json) -> None:
+    """The plan as nnU-Net 2.0 to 2.2 wrote it."""
+    [configuration] = plans["configurations"].values()
+    built = configuration.pop("architecture")["arch_kwargs"]
+    stages = built.get("n_blocks_per_stage") or built["n_conv_per_stage"]
+    configuration |= {
+        "UNet_class_name": "ResidualEncoderUNet" if "n_blocks_per_stage" in built else "PlainConvUNet",
+        "UNet_base_num_features": built["features_per_stage"][0],
+        "unet_max_num_features": built["features_per_stage"][-1],
+        "n_conv_per_stage_encoder": stages,
+        "n_conv_per_stage_decoder": built["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [1] * len(configuration["patch_size"]),
+        "pool_op_kernel_sizes": built["strides"],
+        "conv_kernel_sizes": built["kernel_sizes"],
+    }
+
+
+def resampled_by(name: str, **how: object) -> Callable[[Json], None]:
+    """Plans that name a function for everything, with arguments of its own."""
+
+    def change(plans: Json) -> None:
+        for configuration in plans["configurations"].values():
+            for what in ("data", "seg", "probabilities"):
+                arguments = how | ({"is_seg": what == "seg"} if how else {})
+                configuration |= {f"resampling_fn_{what}": name, f"resampling_fn_{what}_kwargs": arguments}
+
+    return change
 
 
 @dataclass(frozen=True)
@@ -71,12 +104,14 @@ class OddModel:
         checkpoint: file name.
         change_weights: changes each fold's state dict.
         residual: a network with residual blocks.
+        features: of each stage of the network.
         spacing: mm of the network's grid.
         named: the configuration's name, where it is not that of the dimensions.
         previous_stage: the configuration of a cascade's first stage.
         mirroring: axes that the checkpoint allows.
-        transposed: ``transpose_forward``; it is its own inverse.
+        transposed: ``transpose_forward``.
         masked: whether normalisation looks at the nonzero region only.
+        plans_name: of its planner.
     """
 
     dimensions: int = 3
@@ -91,6 +126,7 @@ class OddModel:
     checkpoint: str = "checkpoint_final.pth"
     change_weights: Callable[[dict[str, torch.Tensor]], None] = _nothing
     residual: bool = False
+    features: tuple[int, ...] = (4, 8)
     spacing: float = 1.5
     reader: str = "SimpleITKIO"
     named: str | None = None
@@ -98,6 +134,7 @@ class OddModel:
     mirroring: tuple[int, ...] | None = None
     transposed: tuple[int, int, int] = (0, 1, 2)
     masked: bool = False
+    plans_name: str = "nnUNetPlans"
 
     def but(self, **changes: Any) -> OddModel:
         """The same with other attributes."""
@@ -112,13 +149,13 @@ class OddModel:
         """As the network is built by them."""
         plans: Json = json.loads((DEMO_MODEL / "plans.json").read_text())
         configuration = copy.deepcopy(plans["configurations"]["3d_fullres"]) | {
-            "data_identifier": f"nnUNetPlans_{self.configuration}",
+            "data_identifier": f"{self.plans_name}_{self.configuration}",
             "patch_size": [16] * self.dimensions,
             "spacing": [self.spacing] * self.dimensions,
             "median_image_size_in_voxels": [24] * self.dimensions,
             "normalization_schemes": list(self.schemes),
             "use_mask_for_norm": [self.masked] * len(self.channels),
-            "architecture": architecture(self.dimensions, residual=self.residual),
+            "architecture": architecture(self.dimensions, self.features, residual=self.residual),
         }
         if self.previous_stage is not None:
             configuration["previous_stage"] = self.previous_stage
@@ -126,9 +163,10 @@ class OddModel:
         intensities = self.intensities or (known,) * len(self.channels)
         return plans | {
             "dataset_name": "Dataset950_Odd",
+            "plans_name": self.plans_name,
             "image_reader_writer": self.reader,
             "transpose_forward": list(self.transposed),
-            "transpose_backward": list(self.transposed),
+            "transpose_backward": [self.transposed.index(axis) for axis in range(3)],
             "configurations": {self.configuration: configuration},
             "foreground_intensity_properties_per_channel": {str(k): each for k, each in enumerate(intensities)},
         }
@@ -141,7 +179,7 @@ class OddModel:
 
     def write(self, folder: Path) -> Path:
         """Make nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder."""
-        model = folder / "Dataset950_Odd" / f"{self.trainer}__nnUNetPlans__{self.configuration}"
+        model = folder / "Dataset950_Odd" / f"{self.trainer}__{self.plans_name}__{self.configuration}"
         model.mkdir(parents=True)
         plans, dataset = self.plans(), self.dataset()
         (model / "dataset.json").write_text(json.dumps(dataset))

@@ -27,6 +27,7 @@ from nnunet_torchserve_tools.checkpoint import without_aliases
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from nnunet_torchserve_tools.mar import write_zip
 from nnunet_torchserve_tools.serving_settings import ServingSettings
+from support.odd_models import OddModel
 
 
 @pytest.fixture
@@ -415,3 +416,26 @@ def test_a_warning_is_one_line_of_the_command(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(archive, "make_archives", warn)
     result = CliRunner().invoke(cli.app, ["archive", str(tmp_path)])
     assert (result.exit_code, result.stderr) == (0, "warning: look at this\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plans: plans.pop("transpose_forward"), r"Dataset950_Odd/nnUNetTrainer__nnUNetPlans__2d: plans\.json"),
+        (
+            lambda plans: plans["configurations"]["2d"]["architecture"]["arch_kwargs"].update(n_stages=9),
+            r"of 2d make no network",
+        ),
+        (
+            lambda plans: plans["configurations"]["2d"]["architecture"]["arch_kwargs"].update(conv_bias=False),
+            r"weights of 2d, fold 0, do not fit",
+        ),
+    ],
+)
+def test_of_several_models_the_one_that_is_wrong_is_named(
+    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path
+) -> None:
+    sound, wrong = OddModel().write(tmp_path), OddModel(2).write(tmp_path)
+    edit_plans(wrong, change)
+    with pytest.raises(ToolError, match=said):
+        make_archives(ArchiveRequest(sound, tmp_path / "store", others=(wrong,)))

@@ -66,6 +66,10 @@ REQUIRES = {
 _BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "nnunet-torchserve")
 
 _DRY_RUN_LIMIT_S = 600.0
+
+_NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together."""
+
 _CPU = torch.device("cpu")
 
 
@@ -151,18 +155,26 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
     try:
         _warn_of_values(lead.plans, lead.dataset)
         return [_make_archive(request, each, content, postprocessing) for each, content, postprocessing in contents]
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _NO_NETWORK as error:
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
 
 
 def _compose(request: ArchiveRequest) -> Composition:
     """Read every folder."""
+    folders = (request.model_folder, *request.others)
+    are_several = len(folders) + len(request.previous_stages) > 1
 
     def read(folder: Path) -> TrainedModel:
-        return read_trained_model(folder, request.folds, request.checkpoint, trust=request.trust_checkpoint)
+        try:
+            return read_trained_model(folder, request.folds, request.checkpoint, trust=request.trust_checkpoint)
+        except ToolError as error:
+            if not are_several or str(folder) in str(error):
+                raise
+            msg = f"{'/'.join(folder.resolve().parts[-2:])}: {error}"
+            raise type(error)(msg) from error
 
-    models = [read(folder) for folder in (request.model_folder, *request.others)]
+    models = [read(folder) for folder in folders]
     composition = compose(models, [read(folder) for folder in request.previous_stages])
     if request.per_fold and not isinstance(composition.recipe, Single):
         msg = "--per-fold: a cascade or an ensemble is one model; make an archive of some folds with --folds"
@@ -247,9 +259,16 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for member in ModelBundle(stage).members.values():
-            networks = FoldNetworks(member, _CPU)
-            save_file(golden_tensors(networks, member.folds), member.folder / GOLDEN_FILE)
+        for name, member in ModelBundle(stage).members.items():
+            try:
+                save_file(golden_tensors(FoldNetworks(member, _CPU), member.folds), member.folder / GOLDEN_FILE)
+            except BundleError as error:
+                msg = str(error) if name in str(error) else f"{name}: {error}"
+                raise ToolError(msg) from error
+            except _NO_NETWORK as error:
+                what = f"plans.json, dataset.json and the checkpoints of {name}"
+                msg = f"{what} make no network: {type(error).__name__} {error}"
+                raise ToolError(msg) from error
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
