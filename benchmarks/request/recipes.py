@@ -132,11 +132,9 @@ def by_predictors(kind: Kind, predictors: Sequence[Any], image: Path, answer: Pa
         first = one.predict_single_npy_array(array, dict(properties), None, None, False)
         labels = two.predict_single_npy_array(array, dict(properties), first.astype(np.float32)[None], None, False)
     else:
-        mean = None
-        for predictor in predictors:
-            _, probabilities = predictor.predict_single_npy_array(array, dict(properties), None, None, True)
-            mean = probabilities if mean is None else np.add(mean, probabilities, out=mean)
-        mean /= len(predictors)
+        _, mean = one.predict_single_npy_array(array, dict(properties), None, None, True)
+        mean += two.predict_single_npy_array(array, dict(properties), None, None, True)[1]
+        mean /= 2
         labels = one.label_manager.convert_probabilities_to_segmentation(mean)
     reader.write_seg(labels, str(answer), properties)
 

@@ -66,7 +66,8 @@ def by_stock(row: Row, made: Made, image: Image) -> stock.StockAnswer:
     wanted = row.answer == "probabilities"
     match row.configuration:
         case matrix.CASCADE:
-            answer = stock.cascade(*made.folders, image.files, probabilities=wanted, **how)
+            first, last = made.folders
+            answer = stock.cascade(first, last, image.files, probabilities=wanted, **how)
         case matrix.ENSEMBLE:
             answer = stock.ensemble(made.folders, image.files, **how)
         case _:

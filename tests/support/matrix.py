@@ -342,7 +342,7 @@ def made(row: Row, folder: Path) -> Made:
         folds=folds,
         checkpoint=checkpoint,
         reader=row.reader,
-        transposed=_AXES[row.axes],  # type: ignore[arg-type]
+        transposed=_AXES[row.axes],
         masked=row.mask == "mask",
         **_NETWORKS[row.network],
     )
@@ -390,11 +390,13 @@ def _varied(seed: int, *, many: bool) -> Callable[[dict[str, torch.Tensor]], Non
 
 def options_of(row: Row) -> dict[str, Any]:
     """What the predictor's constructor and a request have the same names for."""
-    return {
-        "nothing": {},
-        "no mirroring": {"use_mirroring": False},
-        "other tiles": {"tile_step_size": 0.75, "use_gaussian": False},
-    }[row.asked]
+    match row.asked:
+        case "no mirroring":
+            return {"use_mirroring": False}
+        case "other tiles":
+            return {"tile_step_size": 0.75, "use_gaussian": False}
+        case _:
+            return {}
 
 
 # Its image

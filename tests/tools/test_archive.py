@@ -36,7 +36,7 @@ def folder(models: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(models["flat"], tmp_path / "Dataset902_BlobsFlat" / models["flat"].name))
 
 
-def edit_plans(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+def edit_plans(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file = folder / "plans.json"
     plans = json.loads(file.read_text())
     change(plans)
