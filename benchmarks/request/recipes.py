@@ -8,6 +8,8 @@ between the models; so what they lack against the server is only what happens to
 
 Only one configuration of each dataset was trained. The others are made of it (``benchmarks/models/configurations.py``).
 
+The result file is written after each recipe; one that a run leaves out stays as it is.
+
 Memory is that of a server's first case, and of a fresh process with two loaded predictors: how much the resident sets
 grow at most, of the server those of Java, workers and engines together, whose shared memory counts for each.
 """
@@ -15,6 +17,7 @@ grow at most, of the server those of Java, workers and engines together, whose s
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -31,12 +34,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` sets it; read 
 import numpy as np
 import torch
 
+from benchmarks import RESULTS
+from benchmarks.harness import provenance
 from benchmarks.harness.child import last_line_of
 from benchmarks.harness.label_maps import different_voxels
 from benchmarks.harness.material import CONFIGURATION, FOLD, PLANS, TRAINER, Material, describe_image, find_material
 from benchmarks.harness.memory import extra_memory_of, with_extra_memory
 from benchmarks.harness.quiet import wait_for_quiet
-from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.results import Target, print_targets, save_results
 from benchmarks.harness.served import Answer, Client, serving, stage_medians
 from benchmarks.harness.spread import spread, two_or_more
 from benchmarks.harness.stock_command import copy_to, run_command, run_ensemble
@@ -192,6 +197,9 @@ def measure(recipe: Recipe, repeats: int, scratch: Path, *, quick: bool) -> dict
     )
     return {
         "title": recipe.title,
+        "date": provenance.now(),
+        **provenance.commit(),
+        **provenance.cpu(),
         "image": describe_image(recipe.image),
         "models": recipe.material.source,
         "configurations": recipe.configurations,
@@ -250,29 +258,36 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats-cascade", type=two_or_more, default=5)
     parser.add_argument("--repeats-ensemble", type=two_or_more, default=3)
-    parser.add_argument("--only", choices=list(Kind), type=Kind, help="one of them; writes no results")
+    parser.add_argument("--cases", nargs="+", choices=list(Kind), type=Kind, default=list(Kind), metavar="CASE")
     parser.add_argument(
         "--quick", action="store_true", help="2 mm, and do not wait for an idle machine; write no results"
     )
     chosen = parser.parse_args(arguments)
-    measured: dict[Kind, dict[str, Any]] = {}
+    measured = {} if chosen.quick else measured_before()
+    different = 0
     with tempfile.TemporaryDirectory(prefix="bench-recipes-") as folder:
         scratch = Path(folder)
         material = find_material(scratch)
-        for kind in (chosen.only,) if chosen.only else Kind:
+        for kind in chosen.cases:
             print(kind)
             recipe = _RECIPES[kind](scratch, material, quick=chosen.quick)
             repeats = chosen.repeats_cascade if kind is Kind.CASCADE else chosen.repeats_ensemble
             measured[kind] = measure(recipe, repeats, scratch / kind, quick=chosen.quick)
+            different += sum(measured[kind]["different_voxels"].values())
             for side, ratio in measured[kind]["ratio_to_server"].items():
                 print(f"  {side}: {ratio['median']:.2f} times the server's seconds")
-            print(f"  extra memory: {measured[kind]['memory_share']:.3f} of stock's")
-    targets = targets_of(measured)
-    if chosen.quick or chosen.only:
-        different = sum(sum(found["different_voxels"].values()) for found in measured.values())
-        print(f"voxels that differ: {different}")
-        return 0 if different == 0 else 1
-    return write_results("recipes", material, {"threads": torch.get_num_threads(), "cases": measured}, targets)
+            print(f"  extra memory: {measured[kind]['memory_share']:.3f} of stock's; {different} voxels differ")
+            if not chosen.quick:
+                document = {"threads": torch.get_num_threads(), "cases": measured}
+                save_results("recipes", material, document, targets_of(measured))
+    return int(different != 0) if chosen.quick else print_targets(targets_of(measured))
+
+
+def measured_before() -> dict[Kind, dict[str, Any]]:
+    """The recipes of the result file."""
+    file = RESULTS / "recipes.json"
+    cases = json.loads(file.read_text())["cases"] if file.exists() else {}
+    return {kind: cases[kind] for kind in Kind if kind in cases}
 
 
 def _cascade(scratch: Path, material: Material, *, quick: bool) -> Recipe:

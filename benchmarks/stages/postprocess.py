@@ -8,11 +8,14 @@ thousand. Both sides get 8-bit labels; nnU-Net's own command gives its function 
 Memory is measured in fresh processes that hold nothing but the labels: how much the resident set grows at most. Stock
 returns a copy, ours changes what it is given. A third label map, in which every voxel is a component of its own, is the
 worst that there is: a case is charged for that much (``memory_bytes``).
+
+The result file is written after each case; cases that a run leaves out stay as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -32,11 +35,13 @@ from nnunetv2.postprocessing.remove_connected_components import (
 )
 from scipy.ndimage import zoom
 
+from benchmarks import RESULTS
+from benchmarks.harness import provenance
 from benchmarks.harness.child import last_line_of
 from benchmarks.harness.material import Material, find_material
 from benchmarks.harness.memory import with_extra_memory
 from benchmarks.harness.quiet import wait_for_quiet
-from benchmarks.harness.results import Target, write_results
+from benchmarks.harness.results import Target, print_targets, save_results
 from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.export.postprocessing import memory_bytes, postprocess
 from nnunet_torchserve.postprocessing import KeepLargest, Postprocessing
@@ -144,6 +149,9 @@ def measure(name: str, labels: Labels, repeats: int, scratch: Path, *, quick: bo
     np.save(file, labels)
     found: dict[str, Any] = {
         "title": case.title,
+        "date": provenance.now(),
+        **provenance.commit(),
+        **provenance.cpu(),
         "shape": labels.shape,
         "steps": len(STEPS),
         "foreground_share": round(np.count_nonzero(labels) / labels.size, 4),
@@ -219,21 +227,33 @@ def main(arguments: Sequence[str]) -> int:
         side, file = arguments[1:]
         return be_a_process(Side(side), Path(file))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--repeats", type=two_or_more, default=REPEATS)
     parser.add_argument(
-        "--quick", action="store_true", help="small label maps, fewer repetitions, and do not wait for an idle machine"
+        "--quick",
+        action="store_true",
+        help="small label maps, fewer repetitions, and do not wait for an idle machine; write no results",
     )
     chosen = parser.parse_args(arguments)
     quick = chosen.quick
-    measured = {}
+    measured = {} if quick else measured_before()
     with tempfile.TemporaryDirectory(prefix="bench-postprocess-") as folder:
         scratch = Path(folder)
         material = find_material(scratch)
-        for name, case in CASES.items():
-            labels = case.make(material, QUICK_SHAPE if quick else SHAPE)
+        for name in chosen.cases:
+            labels = CASES[name].make(material, QUICK_SHAPE if quick else SHAPE)
             measured[name] = measure(name, labels, QUICK_REPEATS if quick else chosen.repeats, scratch, quick=quick)
             print(f"  {name}: {measured[name].get('ratio', 'memory only')}")
-    return write_results("postprocess", material, {"cases": measured}, targets_of(measured))
+            if not quick:
+                save_results("postprocess", material, {"cases": measured}, targets_of(measured))
+    return print_targets(targets_of(measured))
+
+
+def measured_before() -> dict[str, dict[str, Any]]:
+    """The cases of the result file."""
+    file = RESULTS / "postprocess.json"
+    cases = json.loads(file.read_text())["cases"] if file.exists() else {}
+    return {name: cases[name] for name in CASES if name in cases}
 
 
 if __name__ == "__main__":
