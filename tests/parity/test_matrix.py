@@ -39,7 +39,7 @@ def parameters() -> list[Any]:
     """Every value but Primus stands in a row that is not long."""
     return [
         pytest.param(row, marks=() if row in matrix.thin() else pytest.mark.long, id=f"{number}: {row}")
-        for number, row in enumerate(matrix.rows())
+        for number, row in enumerate((*matrix.rows(), matrix.WHOLE_PRIMUS))
     ]
 
 
@@ -104,7 +104,7 @@ def assert_same(row: Row, image: Image, body: bytes, expected: stock.StockAnswer
 
 @pytest.mark.parametrize("row", parameters())
 def test_each_kind_of_model_answers_as_stock_does(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if row.network == "Primus V2":
+    if row.network == "Primus":
         matrix.shrink_primus(monkeypatch)
     made, image = matrix.made(row, tmp_path), matrix.image_of(row, tmp_path)
     first = made.folders[-1 if row.configuration == CASCADE else 0]
@@ -120,7 +120,7 @@ def test_a_live_server_answers_as_stock_does(tmp_path: Path) -> None:
     """A row for each reader and each configuration, all on one server."""
     store = tmp_path / "store"
     asked = {}
-    for number, row in enumerate(matrix.covering("reader", "configuration", but=("Primus V2",))):
+    for number, row in enumerate(matrix.covering("reader", "configuration")):
         folder = tmp_path / f"row_{number}"
         folder.mkdir()
         made, image = matrix.made(row, folder), matrix.image_of(row, folder)
