@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[OddModel, str]] = {
     ),
     "a preprocessor of one's own": (OddModel(2, change_plans=plans_say(preprocessor_name="MyPreprocessor")), "reproc"),
     "a normalisation of one's own": (OddModel(2, change_plans=plans_say(normalization_schemes=["Mine"])), "Mine"),
-    "a label manager of one's own": (OddModel(2, change_plans=plans_say(label_manager="Mine")), "label_manager"),
+    "a label manager of one's own": (OddModel(2, change_plans=plans_say(label_manager="Mine")), "label.manager"),
     "a network of nnU-Net 1": (OddModel(2, change_plans=unknown_unet), "Unknown architecture GenericUNet"),
     "a label beyond ignore": (
         OddModel(2, labels={"background": 0, "low": 1, "ignore": 2, "high": 3, "middle": 4}),
