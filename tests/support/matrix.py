@@ -146,7 +146,6 @@ RULES = (
     _rule("Primus is a network of volumes", _PRIMUS, {"configuration": ["2d"]}),
     _rule("so there are no pictures for it", _PRIMUS, _PICTURES),
     _rule("one channel has one normalisation", {"normalization": ["one each"]}, {"channels": ["one channel"]}),
-    _rule("an ensemble's labels are those of its probabilities", {"configuration": [ENSEMBLE]}, {"answer": ["labels"]}),
 )
 
 
