@@ -10,12 +10,15 @@
     │   ├── TooLarge                413 too_large
     │   ├── ResponseTooLarge        413 response_too_large
     │   ├── UnknownFormat           415 unknown_format
+    │   │   └── DicomUnavailable    415 dicom_unavailable
     │   ├── WrongChannels           422 wrong_channels
     │   ├── ChannelsDisagree        422 channels_disagree
     │   ├── NonFinite               422 non_finite
     │   ├── WrongRange              422 wrong_range
     │   ├── TooThin                 422 too_thin
     │   ├── BadSpacing              422 bad_spacing
+    │   ├── OrientationUnknown      422 orientation_unknown
+    │   ├── DicomRefused            422 dicom_…, see :class:`DicomReason`
     │   └── UnknownFold             422 unknown_fold
     ├── Busy                        429 busy
     ├── CaseFailed                  500 case_failed
@@ -33,6 +36,7 @@ holds a path, a header field's text or anything else that could name a patient.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -41,14 +45,16 @@ LONGEST_NAMES = 2000
 
 
 class ServingError(Exception):
-    """A request failed. ``status`` and ``code`` are class constants; the message is safe to send.
+    """A request failed. The message is safe to send.
 
     Attributes:
+        status: a class constant.
+        code: of the class, but for errors that have several.
         retry_after_s: seconds after which the same request may succeed, or ``None`` if waiting does not help.
     """
 
     status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
 
     def __init__(self, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -139,6 +145,56 @@ class BadSpacing(RequestError):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "bad_spacing"
+
+
+class OrientationUnknown(RequestError):
+    """DICOM for a model whose archive does not say how the images of its training lay: it might be mirrored."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "orientation_unknown"
+
+
+class DicomUnavailable(UnknownFormat):
+    """DICOM for a server without the packages that read it."""
+
+    code = "dicom_unavailable"
+
+
+class DicomReason(StrEnum):
+    """Why a DICOM series is no volume that could be segmented: the codes of :class:`DicomRefused`."""
+
+    NO_IMAGES = "dicom_no_images"
+    INCOMPLETE = "dicom_incomplete"
+    SEVERAL_SERIES = "dicom_several_series"
+    UNKNOWN_SERIES = "dicom_unknown_series"
+    SEVERAL_PATIENTS = "dicom_several_patients"
+    SEVERAL_FRAMES_OF_REFERENCE = "dicom_several_frames_of_reference"
+    LOCALIZER = "dicom_localizer"
+    SINGLE_IMAGE = "dicom_single_image"
+    NO_POSITION = "dicom_no_position"
+    UNEQUAL_IMAGES = "dicom_unequal_images"
+    MISSING_SLICES = "dicom_missing_slices"
+    DOUBLED_SLICES = "dicom_doubled_slices"
+    UNEVEN_SLICES = "dicom_uneven_slices"
+    GANTRY_TILT = "dicom_gantry_tilt"
+    TIME_SERIES = "dicom_time_series"
+    COLOUR = "dicom_colour"
+    TRUNCATED_PIXELS = "dicom_truncated_pixels"
+    UNSUPPORTED_PIXELS = "dicom_unsupported_pixels"
+
+
+class DicomRefused(RequestError):
+    """A DICOM series that is no volume, or not surely one.
+
+    Attributes:
+        code: the reason's.
+    """
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+    def __init__(self, reason: DicomReason, message: str) -> None:
+        super().__init__(message)
+        self.code = str(reason)
 
 
 class UnknownFold(RequestError):

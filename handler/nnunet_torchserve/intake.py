@@ -10,8 +10,17 @@ import numpy as np
 from . import codecs
 from .bundle import ModelBundle
 from .cases import Price, Settings
-from .codecs import ImageSource
-from .errors import ChannelsDisagree, NonFinite, RequestError, ResponseTooLarge, TooLarge, WrongChannels
+from .codecs import DicomSource, ImageSource
+from .errors import (
+    BadOption,
+    ChannelsDisagree,
+    NonFinite,
+    OrientationUnknown,
+    RequestError,
+    ResponseTooLarge,
+    TooLarge,
+    WrongChannels,
+)
 from .limits import Limits
 from .member import REORIENTING_READERS, Member
 from .options import Options
@@ -92,9 +101,15 @@ def read_headers(
     images = _open_images(member, limits, request, options)
     codecs.check_channels(images, list(member.channel_names.values()))
     turns = [_turn(member, image) for image in images]
-    geometry = _common_geometry([turn.after for turn in turns])
+    seen = [turn.after for turn in turns]
+    geometry = _common_geometry(seen)
+    series = [image for image in images if isinstance(image, DicomSource)]
+    if series:
+        codecs.check_one_body(series, seen)
     record.shape = images[0].geometry.shape
-    warnings = _warnings([turn.after for turn in turns], len(member.patch_size))
+    warnings = _warnings(seen, len(member.patch_size))
+    if any(image.left_out for image in series):
+        warnings.append(str(Warnings.DICOM_FILES_IGNORED))
     previous = _previous_stage(bundle, limits, request, images[0])
     channels = sum(image.channels for image in images)
     prices = prices_of(bundle, geometry, channels, settings, options, has_previous=previous is not None)
@@ -107,15 +122,20 @@ def read_headers(
 
 
 def _open_images(member: Member, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:
-    if len(request.parts) > limits.parts:
-        msg = f"the request has {len(request.parts)} fields, this server takes at most {limits.parts}"
+    if request.fields > limits.parts:
+        msg = f"the request has {request.fields} fields, this server takes at most {limits.parts}"
         raise TooLarge(msg)
     bodies = request.images()
-    size = sum(len(body) for body in bodies) + len(request.previous_stage() or b"")
+    size = sum(len(file) for body in bodies for file in body) + len(request.previous_stage() or b"")
     if size > limits.body_bytes:
         msg = f"the images have {size} bytes, this server takes at most {limits.body_bytes}"
         raise TooLarge(msg)
-    return [codecs.open_image(body, limits, member.reader, options.placement) for body in bodies]
+    uids = options.series_uid or (None,) * len(bodies)
+    if len(uids) != len(bodies):
+        msg = f"option series_uid names {len(uids)} series, and {len(bodies)} images came; name one for each"
+        raise BadOption(msg)
+    placement, reader = options.placement, member.reader
+    return [codecs.open_image(body, limits, reader, placement, uid) for body, uid in zip(bodies, uids, strict=True)]
 
 
 def _previous_stage(bundle: ModelBundle, limits: Limits, request: Request, image: ImageSource) -> PreviousStage | None:
@@ -144,6 +164,20 @@ def _previous_stage(bundle: ModelBundle, limits: Limits, request: Request, image
 
 
 def _turn(member: Member, image: ImageSource) -> Turn:
+    """How an image becomes what the model sees.
+
+    Raises:
+        OrientationUnknown: a DICOM series, and nobody said how the images of the training lay. Converters to NIfTI
+            store rows and columns in another order than DICOM, each in its own: the network might see a mirrored body.
+    """
+    if isinstance(image, DicomSource) and member.input_orientation is None:
+        msg = (
+            "this model does not say in which orientation it was trained, and a DICOM series might be mirrored for it. "
+            "Its owner can mend that: 'nnunet-torchserve orientation imagesTr' tells the orientation of the training "
+            "images, 'nnunet-torchserve archive MODEL_FOLDER --input-orientation' with its letters records it. Until "
+            "then send the series as the training images were made, as NIfTI for example"
+        )
+        raise OrientationUnknown(msg)
     as_itk = member.reader.startswith("SimpleITK") and member.reader in REORIENTING_READERS
     return turn_towards(image.geometry, member.input_orientation, as_itk=as_itk)
 

@@ -48,6 +48,11 @@ class Limits:
         grid_voxels: voxels of one channel on the network's grid: a header that claims a huge spacing asks for a
             huge grid with few bytes.
         passes: forward passes (patches x folds x mirrorings) of one request, and of all that an engine works on.
+        dicom_files: files in a zip or tar, or fields of a request, that hold a DICOM series.
+        dicom_frames: images of such a series, in all its files.
+        dicom_header_bytes: of one DICOM file, before its pixels.
+        dicom_elements: of all the headers of one image together.
+        dicom_nesting: sequences within sequences.
         memory_bytes: memory that all cases of a model on a device may take together, from their headers to their
             answers; those of all models together may take :func:`memory_for_cases`.
         waiting_cases: cases that may wait for that memory in an engine; the next one is refused.
@@ -63,6 +68,11 @@ class Limits:
     parts: int = 72
     grid_voxels: int = 1_000_000_000
     passes: int = 200_000
+    dicom_files: int = 10_000
+    dicom_frames: int = 10_000
+    dicom_header_bytes: int = 32 * 1024**2
+    dicom_elements: int = 5_000_000
+    dicom_nesting: int = 16
     memory_bytes: int = field(default_factory=memory_for_cases)
     waiting_cases: int = 8
 

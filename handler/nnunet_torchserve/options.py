@@ -25,6 +25,9 @@ MIN_TILE_STEP_SIZE = 0.05
 
 FoldName = int | Literal["all"]
 
+SeriesUid = Annotated[str, Field(pattern=r"^[0-9.]{1,64}$")]
+"""DICOM's (PS3.5, section 9)."""
+
 _OF_NO_CASE = frozenset({"describe", "timeout_s", "priority"})
 """Options that may stand beside ``describe``: clients send them with everything."""
 
@@ -113,6 +116,8 @@ class Options(BaseModel):
         output_format: ``None`` answers in the input's format; several of them come in one zip.
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
+        series_uid: of several DICOM series in one archive, the SeriesInstanceUID of the one that is meant; a list has
+            one for each channel.
         priority: ``interactive`` cases come first, see :mod:`.engine.scheduler` and :mod:`.engine.admission`.
         timeout_s: seconds until the request is given up with 504; never above the server's own limit.
         stream: answer with events of the request's progress, the result last; see :mod:`.events`.
@@ -138,6 +143,7 @@ class Options(BaseModel):
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
+    series_uid: tuple[SeriesUid, ...] | None = None
     priority: Priority = Priority.INTERACTIVE
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     stream: bool = False
@@ -148,7 +154,7 @@ class Options(BaseModel):
     def _lists_are_tuples(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    @field_validator("folds", "probability_channels", mode="before")
+    @field_validator("folds", "probability_channels", "series_uid", mode="before")
     @classmethod
     def _one_is_a_list_of_one(cls, value: Any) -> Any:
         if isinstance(value, list):
@@ -230,6 +236,7 @@ _EXPECTED = {
     "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",
+    "series_uid": "should be a SeriesInstanceUID, digits and dots in quotes, or a list with one for each channel",
     "priority": _one_of(Priority),
     "timeout_s": "should be a number of seconds above 0",
     "stream": _YES_OR_NO,

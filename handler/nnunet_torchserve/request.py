@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .codecs.inflate import Payload
+from .codecs.inflate import Body, Payload
 from .errors import Malformed, UnknownFormat
 from .options import HEADER, PART
 from .responses import CLIENT_REQUEST_ID, usable_request_id
@@ -18,6 +18,7 @@ RAW_BODY = "body"
 PREVIOUS_STAGE = "previous_stage"
 """The field with the labels of a cascade's first stage."""
 
+_DICOM_PART = re.compile(r"dicom_[0-9A-Za-z._-]{1,100}")
 _IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
 
 
@@ -72,7 +73,7 @@ class Request:
             return json.dumps(part).encode()
         return bytes(_payload(PART, part))
 
-    def images(self) -> list[Payload]:
+    def images(self) -> list[Body]:
         """The bodies of the images, in channel order.
 
         Raises:
@@ -85,27 +86,40 @@ class Request:
         if not self.parts:
             msg = "the request has no body; send the image as the raw body or as multipart field image"
             raise Malformed(msg)
-        numbered: dict[int, Payload] = {}
-        whole: list[Payload] = []
-        for name, content in self.parts.items():
-            match = _IMAGE_PART.fullmatch(name)
-            if name in (RAW_BODY, "image"):
-                whole.append(_payload(name, content))
-            elif match:
-                numbered[int(match[1])] = _payload(name, content)
-            elif name not in (PART, PREVIOUS_STAGE):
-                fields = f"image or image_0000, image_0001, …, {PREVIOUS_STAGE}, and {PART}"
-                msg = f"unknown field {ascii(name)[:80]}; fields are {fields}"
-                raise Malformed(msg)
+        whole, numbered = self._bodies()
         if len(whole) + bool(numbered) != 1:
-            msg = "send either one image, or image_0000, image_0001, … with one channel each"
+            msg = "send either one image, or image_0000, image_0001, … with one channel each, or dicom_… of one series"
             raise Malformed(msg)
         if whole:
             return whole
         if sorted(numbered) != list(range(len(numbered))):
             msg = f"the channels must be numbered 0000, 0001, … without a gap; got {sorted(numbered)}"
             raise Malformed(msg)
-        return [numbered[channel] for channel in sorted(numbered)]
+        return [(numbered[channel],) for channel in sorted(numbered)]
+
+    def _bodies(self) -> tuple[list[Body], dict[int, Payload]]:
+        """Images that came as a whole, and files by the number of their channel."""
+        whole: list[Body] = []
+        numbered: dict[int, Payload] = {}
+        series: list[Payload] = []
+        for name, content in self.parts.items():
+            match = _IMAGE_PART.fullmatch(name)
+            if name in (RAW_BODY, "image"):
+                whole.append((_payload(name, content),))
+            elif match:
+                numbered[int(match[1])] = _payload(name, content)
+            elif _DICOM_PART.fullmatch(name):
+                series.append(_payload(name, content))
+            elif name not in (PART, PREVIOUS_STAGE):
+                fields = f"image or image_0000, image_0001, …, dicom_… of one series, {PREVIOUS_STAGE}, and {PART}"
+                msg = f"unknown field {ascii(name)[:80]}; fields are {fields}"
+                raise Malformed(msg)
+        return whole + ([tuple(series)] if series else []), numbered
+
+    @property
+    def fields(self) -> int:
+        """How many there are, without the files of a DICOM series."""
+        return sum(not _DICOM_PART.fullmatch(name) for name in self.parts)
 
     def previous_stage(self) -> Payload | None:
         """The labels of a cascade's first stage, where they were sent.

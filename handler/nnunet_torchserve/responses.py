@@ -51,6 +51,7 @@ class Warnings(StrEnum):
     CHANNELS_MISALIGNED = "channels_misaligned"
     SINGLE_SLICE = "single_slice"
     SPACING_ASSUMED = "spacing_assumed"
+    DICOM_FILES_IGNORED = "dicom_files_ignored"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from .codecs.inflate import Payload
+from .codecs.inflate import Body, Payload
 from .engine.prediction import Keep, KeptVolume, Keys
 from .options import Options
 from .preprocess import PreprocessedCase
@@ -31,7 +31,7 @@ _DECIDES_NO_VOLUME = _DECIDES_NO_LABELS | {*("folds", "use_mirroring", "tile_ste
 
 
 def keys_of(
-    images: Sequence[Payload],
+    images: Sequence[Body],
     options: Options,
     recipe: Recipe | None,
     *,
@@ -52,7 +52,9 @@ def keys_of(
     content = hashlib.sha256()
     for image in images:
         content.update(len(image).to_bytes(8, "big"))
-        content.update(image)
+        for file in image:
+            content.update(len(file).to_bytes(8, "big"))
+            content.update(file)
     with_previous = content.copy()
     if previous is not None:
         with_previous.update(b"previous stage")  # not to be taken for one more image

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nnunet_torchserve.codecs.arrays import ArraySource, Placements, encode_npz, is_npy, is_npz, open_npy, open_npz
+from nnunet_torchserve.codecs.arrays import ArraySource, Placements, encode_npz, is_npy, open_npy, open_npz
 from nnunet_torchserve.codecs.geometry import make_geometry
 from nnunet_torchserve.codecs.inflate import SLACK_BYTES, ByteSource
+from nnunet_torchserve.codecs.zips import is_zip
 from nnunet_torchserve.errors import (
     BadOption,
     BadSpacing,
@@ -48,7 +49,7 @@ def npz(save: Any = np.savez, **arrays: Any) -> bytes:
 
 
 def open_array(body: bytes, placement: Placement | None = HERE, limits: Limits = LIMITS) -> ArraySource:
-    if is_npz(body):
+    if is_zip(body):
         return open_npz(memoryview(body), limits, Placements(placement))
     assert is_npy(body)
     return open_npy(ByteSource(body), limits, Placements(placement))

@@ -193,13 +193,13 @@ def test_whatever_decides_the_volume_is_in_its_key(caching: Fleet) -> None:
 
 def test_a_channel_more_is_another_key() -> None:
     options = parse_options(None)
-    first = keys_of([b"ab", b"c"], options, SINGLE, answers=True)
-    assert first != keys_of([b"a", b"bc"], options, SINGLE, answers=True)
-    assert first == keys_of([b"ab", memoryview(b"c")], options, SINGLE, answers=True)
-    assert keys_of([b"abc"], options, None, answers=False) == NO_KEYS
+    first = keys_of([(b"ab",), (b"c",)], options, SINGLE, answers=True)
+    assert first != keys_of([(b"a",), (b"bc",)], options, SINGLE, answers=True)
+    assert first == keys_of([(b"ab",), (memoryview(b"c"),)], options, SINGLE, answers=True)
+    assert keys_of([(b"abc",)], options, None, answers=False) == NO_KEYS
     patient = parse_options(b'{"timeout_s": 5, "stream": true, "tile_step_size": 0.5}')
-    assert first == keys_of([b"ab", b"c"], patient, SINGLE, answers=True)
-    coarse = keys_of([b"ab", b"c"], parse_options(b'{"tile_step_size": 0.75}'), SINGLE, answers=True)
+    assert first == keys_of([(b"ab",), (b"c",)], patient, SINGLE, answers=True)
+    coarse = keys_of([(b"ab",), (b"c",)], parse_options(b'{"tile_step_size": 0.75}'), SINGLE, answers=True)
     assert (coarse.volumes == first.volumes, coarse.answer == first.answer) == (True, False)
 
 
@@ -367,7 +367,7 @@ def test_each_option_is_in_the_keys_of_what_it_decides(name: str) -> None:
     """An option that is new must be added here: only then is it known what it decides."""
     plain, other = NEED.get(name, {}), NEED.get(name, {}) | {name: OPTION_VALUES[name]}
     before, after = (
-        keys_of([b"image"], parse_options(json.dumps(options).encode()), CASCADE, answers=True)
+        keys_of([(b"image",)], parse_options(json.dumps(options).encode()), CASCADE, answers=True)
         for options in (plain, other)
     )
     changed = {member for member, key in before.volumes.items() if key != after.volumes[member]}

@@ -96,10 +96,10 @@ def test_each_members_volume_is_kept_and_a_first_stage_is_not_predicted_again(
 def test_a_last_stages_key_has_the_clients_labels_and_no_options_of_a_first_stage_that_is_not_predicted() -> None:
     def keys(options: Mapping[str, object], previous: bytes | None) -> dict[str, str]:
         asked = parse_options(json.dumps(options).encode())
-        return dict(keys_of([b"image"], asked, RECIPE.of[1], answers=False, previous=previous).volumes)
+        return dict(keys_of([(b"image",)], asked, RECIPE.of[1], answers=False, previous=previous).volumes)
 
     own = keys(PLAIN, b"labels")["3d_cascade_fullres"]
     assert own == keys(COARSE, b"labels")["3d_cascade_fullres"]
     assert len({own, keys(PLAIN, b"others")["3d_cascade_fullres"], keys(PLAIN, None)["3d_cascade_fullres"]}) == 3
-    members = keys_of([b"image"], parse_options(None), RECIPE, answers=False).volumes
+    members = keys_of([(b"image",)], parse_options(None), RECIPE, answers=False).volumes
     assert len(set(members.values())) == 3

@@ -6,13 +6,17 @@ only: no byte of a request is written to a disk, and no name in it is ever opene
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import BadOption, UnknownFormat
 from ..limits import Limits
 from ..volume import Geometry, Placement
 from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
-from .arrays import Placements, is_npy, is_npz, open_npy, open_npz
+from .arrays import Placements, holds_arrays, is_npy, open_npy, open_npz
 from .bmp import is_bmp, open_bmp
 from .channels import check_channels
+from .dicom import DicomSource, check_one_body, is_dicom, is_tar, open_series
+from .dicom.container import DIRECTORY_BYTES
 from .foreign import name_of
 from .inflate import ByteSource, Payload
 from .metaimage import MetaImageSource, is_metaimage
@@ -21,10 +25,11 @@ from .nrrd import NrrdSource, is_nrrd
 from .png import is_png, open_png
 from .source import ImageSource
 from .tiff import is_tiff, open_tiff
+from .zips import is_zip, open_zip
 
 __all__ = [
-    "AnswerForm", "EncodedFile", "ImageSource", "answer_form", "check_channels", "encode", "open_image",
-    "open_labels", "smallest_answer",
+    "AnswerForm", "DicomSource", "EncodedFile", "ImageSource", "answer_form", "check_channels", "check_one_body",
+    "encode", "open_image", "open_labels", "smallest_answer",
 ]  # fmt: skip
 
 _PICTURE_READERS = {
@@ -34,31 +39,64 @@ _PICTURE_READERS = {
 """nnU-Net's readers of files without a spacing, and the one that they make up."""
 
 
-def open_image(body: Payload, limits: Limits, reader: str, placement: Placement | None = None) -> ImageSource:
+def open_image(
+    body: Payload | Sequence[Payload],
+    limits: Limits,
+    reader: str,
+    placement: Placement | None = None,
+    series_uid: str | None = None,
+) -> ImageSource:
     """Recognise an encoded image and read its header.
 
     Args:
-        body: the encoded image.
+        body: the encoded image; a DICOM series may come in several pieces.
         limits: voxels, channels and expanded bytes are checked against the header.
         reader: nnU-Net's reader class in the model's plans, whose conventions are followed.
         placement: where the request says that an array or a picture lies.
+        series_uid: which of several DICOM series is meant.
 
     Raises:
         UnknownFormat: no format that this server reads.
-        Malformed, TooLarge, BadSpacing, WrongChannels: the header says so.
-        BadOption: a place was given for a file that says itself where it lies.
+        Malformed, TooLarge, BadSpacing, WrongChannels, DicomRefused: the header says so.
+        BadOption: a place was given for a file that says itself where it lies, or a series for one that is none.
     """
-    source = ByteSource(body)
+    pieces = [body] if isinstance(body, bytes | bytearray | memoryview) else list(body)
+    if len(pieces) > 1 or _is_series(pieces[0], limits):
+        _refuse_placement(placement)
+        return open_series(pieces, limits, series_uid)
+    if series_uid is not None:
+        msg = "option series_uid chooses a DICOM series, and this image is none; leave it out"
+        raise BadOption(msg)
+    return _open_file(ByteSource(pieces[0]), limits, reader, placement)
+
+
+def _open_file(source: ByteSource, limits: Limits, reader: str, placement: Placement | None) -> ImageSource:
+    """One file, of any format but DICOM."""
     head = source.peek(HEADER_BYTES)
     if (array := _open_array(source, head, limits, Placements(placement))) is not None:
         return array
     if (picture := _open_picture(source, head, limits, placement or _PICTURE_READERS.get(reader))) is not None:
         return picture
-    image = _open_volume(source, head, limits, reader, " as the raw body or as multipart field image")
+    image = _open_volume(
+        source, head, limits, reader, " or a DICOM series (zip, tar) as the raw body or as field image"
+    )
+    _refuse_placement(placement)
+    return image
+
+
+def _is_series(body: Payload, limits: Limits) -> bool:
+    """Whether it holds DICOM, or is an archive that may: a zip without arrays, or a tar."""
+    source = ByteSource(body)
+    head = source.peek(HEADER_BYTES)
+    if source.compressed or not is_zip(head):
+        return is_tar(head) or (is_dicom(head) and not source.compressed)
+    return not holds_arrays(open_zip(source.body, limits.dicom_files, limits.dicom_files * DIRECTORY_BYTES))
+
+
+def _refuse_placement(placement: Placement | None) -> None:
     if placement is not None:
         msg = "options spacing, origin and direction are for arrays and pictures; this file says itself where it lies"
         raise BadOption(msg)
-    return image
 
 
 def open_labels(body: Payload, limits: Limits, reader: str, image: Geometry) -> ImageSource:
@@ -92,7 +130,7 @@ def _open_array(
 ) -> ImageSource | None:
     if is_npy(head):
         return open_npy(source, limits, where)
-    if not source.compressed and is_npz(head):
+    if not source.compressed and is_zip(head):
         return open_npz(source.body, limits, where, names)
     return None
 

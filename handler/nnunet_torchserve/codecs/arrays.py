@@ -13,7 +13,6 @@ import struct
 import tokenize
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +25,12 @@ from ..limits import Limits
 from ..options import OutputFormat
 from ..volume import LabelMap, Placement
 from .channels import array_advice
-from .foreign import DICOM_HEAD_BYTES, is_dicom
 from .geometry import check_size, place
-from .inflate import SLACK_BYTES, ByteSource, MemoryFile, refuse_damage
+from .inflate import SLACK_BYTES, ByteSource
+from .zips import ENCRYPTED, open_zip, refuse_damaged_zip
 
 _NPY_MAGIC = b"\x93NUMPY"
-_ZIP_MAGIC = b"PK\x03\x04"
+_ENDING = ".npy"
 
 _LENGTH_FIELD = {1: "<H", 2: "<I", 3: "<I"}
 """How an npy file of each major version stores the length of its header."""
@@ -48,16 +47,7 @@ _GEOMETRY_KEYS = ("spacing", "origin", "direction")
 _MOST_NUMBERS = 9
 """Of a geometry array: a 3×3 direction."""
 
-_END_RECORD = struct.Struct("<4s4H2LH")
-"""ZIP's end of central directory: signature, four counts, the directory's size and offset, the comment's length."""
-
-_ZIP64_LOCATOR_BYTES = 20
-_ENCRYPTED = 1
 _CHUNK_BYTES = 1024**2
-_ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, OverflowError, RuntimeError,
-)  # fmt: skip
-"""What zipfile raises for archives that are damaged, encrypted or newer than it knows."""
 
 
 def is_npy(head: bytes) -> bool:
@@ -65,9 +55,9 @@ def is_npy(head: bytes) -> bool:
     return head.startswith(_NPY_MAGIC)
 
 
-def is_npz(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is a zip, as every .npz is."""
-    return head.startswith(_ZIP_MAGIC)
+def holds_arrays(archive: zipfile.ZipFile) -> bool:
+    """Whether a zip is an .npz."""
+    return any(name.endswith(_ENDING) for name in archive.namelist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +173,7 @@ def open_npz(
 
     Raises:
         BadOption: the file and the request both say where the array lies.
-        UnknownFormat: a zip without arrays, or numbers of a type that is no image's.
+        UnknownFormat: numbers of a type that is no image's.
         Malformed, TooLarge, BadSpacing, WrongChannels: the directory or a header says so.
     """
     archive = _Archive(body, limits)
@@ -299,48 +289,28 @@ def _image_name(names: list[str], usual: tuple[str, ...]) -> str:
     return candidates[0]
 
 
-def _refuse_damaged_zip() -> refuse_damage:
-    return refuse_damage(_ZIP_ERRORS, "the zip is damaged, cut off or encrypted")
-
-
 class _Archive:
     """The arrays of an npz by name; each is unpacked no further than its own header says."""
 
     def __init__(self, body: memoryview, limits: Limits) -> None:
-        _check_directory(body, limits)
         self._limits = limits
-        with _refuse_damaged_zip():
-            self._zip = zipfile.ZipFile(io.BufferedReader(MemoryFile(body)))
-        arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
-        self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
-        if not arrays:
-            what = "a zip of DICOM files; convert the series first, with dcm2niix for example, and send one file"
-            msg = (
-                "a zip without any array (.npy); send the .npz that numpy.savez writes, or unpack it and send the image"
-            )
-            raise UnknownFormat(what if self._holds_dicom() else msg)
+        self._zip = open_zip(body, limits.header_fields, limits.header_bytes)
+        arrays = [info for info in self._zip.infolist() if info.filename.endswith(_ENDING)]
+        self._members = {info.filename.removesuffix(_ENDING): info for info in arrays}
         if len(self._members) != len(arrays):
             msg = "the npz holds two arrays of the same name"
             raise Malformed(msg)
         self.names = list(self._members)
 
-    def _holds_dicom(self) -> bool:
-        """Whether the first file of the zip is DICOM."""
-        files = [info for info in self._zip.infolist() if not info.is_dir()][:1]
-        if not files or files[0].flag_bits & _ENCRYPTED:
-            return False
-        with _refuse_damaged_zip(), self._zip.open(files[0]) as member:
-            return is_dicom(member.read(DICOM_HEAD_BYTES))
-
     def header(self, name: str) -> _Header:
         """Of one array; its size and packing are checked against the zip's directory."""
         info = self._members[name]
-        if info.flag_bits & _ENCRYPTED or info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        if info.flag_bits & ENCRYPTED or info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             msg = "an array in the npz is encrypted or packed in a way that numpy.savez does not use"
             raise Malformed(msg)
 
         def peek(size: int) -> bytes:
-            with _refuse_damaged_zip(), self._zip.open(info) as member:
+            with refuse_damaged_zip(), self._zip.open(info) as member:
                 return member.read(size)
 
         header = _read_header(peek, self._limits)
@@ -356,7 +326,7 @@ class _Archive:
         """The bytes of one array's numbers, uint8 (data_bytes,); its checksum is verified."""
         raw = np.empty(header.data_bytes, np.uint8)
         filled = 0
-        with _refuse_damaged_zip(), self._zip.open(self._members[name]) as member:
+        with refuse_damaged_zip(), self._zip.open(self._members[name]) as member:
             member.read(header.size)
             while chunk := member.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
                 kept = np.frombuffer(chunk, np.uint8)[: raw.size - filled]
@@ -375,27 +345,3 @@ class _Archive:
             msg = f"{name} in the npz has shape {header.shape}; 2 or 3 numbers were expected, for direction 4 or 9"
             raise Malformed(msg)
         return tuple(float(number) for number in header.array(self.data(name, header)).ravel())
-
-
-def _check_directory(body: memoryview, limits: Limits) -> None:
-    """Bound what zipfile will read as the directory, from the record at the very end.
-
-    That record is the one that zipfile takes, because it has no comment.
-    """
-    end = len(body) - _END_RECORD.size
-    if end < 0:
-        msg = "the zip is cut off"
-        raise Malformed(msg)
-    signature, *_, entries, directory_bytes, _offset, comment = _END_RECORD.unpack_from(body, end)
-    if signature != b"PK\x05\x06" or comment:
-        msg = "the zip is cut off, or something follows its directory; send the .npz that numpy.savez writes"
-        raise Malformed(msg)
-    if bytes(body[max(0, end - _ZIP64_LOCATOR_BYTES) : end]).startswith(b"PK\x06\x07"):
-        msg = "a zip64 archive; an npz below 4 GiB needs none"
-        raise TooLarge(msg)
-    if entries > limits.header_fields or directory_bytes > limits.header_bytes:
-        msg = (
-            f"the zip's directory has {entries} entries, this server takes at most {limits.header_fields}; "
-            "send one image: an npz, or a series of DICOM files converted to NIfTI"
-        )
-        raise TooLarge(msg)

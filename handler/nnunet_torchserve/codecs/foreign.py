@@ -6,11 +6,6 @@ Only the first bytes are looked at, and nothing is parsed.
 from __future__ import annotations
 
 _DICOM_AT = 128
-_DICOM = b"DICM"
-DICOM_HEAD_BYTES = _DICOM_AT + len(_DICOM)
-"""First bytes by which :func:`is_dicom` knows a file."""
-
-_TAR_AT = 257
 _UNPACK = "unpack it and send the image"
 
 _STARTS = {
@@ -49,11 +44,6 @@ _IN_GZIP = {
 """The same of what is taken, but not in gzip."""
 
 
-def is_dicom(head: bytes) -> bool:
-    """Whether a file that begins with ``head`` is DICOM with its preamble."""
-    return head[_DICOM_AT:].startswith(_DICOM)
-
-
 def name_of(head: bytes, *, packed: bool) -> str:
     """What such a body is.
 
@@ -63,10 +53,8 @@ def name_of(head: bytes, *, packed: bool) -> str:
     """
     if not head:
         return "an empty file in gzip" if packed else "an empty body"
-    if is_dicom(head):
-        return "a DICOM file; convert its series first, with dcm2niix for example"
-    if head[_TAR_AT:].startswith(b"ustar"):
-        return f"a tar archive; {_UNPACK}"
+    if packed and head[_DICOM_AT:].startswith(b"DICM"):
+        return "a DICOM file packed by gzip; send it as it is, or the series in a zip"
     for names in (_IN_GZIP, _STARTS) if packed else (_STARTS,):
         for magic, name in names.items():
             if head.startswith(magic):

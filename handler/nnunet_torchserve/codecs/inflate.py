@@ -15,6 +15,8 @@ from isal import igzip, isal_zlib
 from ..errors import Malformed, TooLarge
 
 Payload = bytes | bytearray | memoryview
+Body = tuple[Payload, ...]
+"""One image: one file, or the files of a DICOM series."""
 
 GZIP_MAGIC = b"\x1f\x8b"
 SLACK_BYTES = 1024**2
@@ -37,7 +39,12 @@ class Compression(Enum):
     NONE = "none"
     GZIP = "gzip"
     ZLIB = "zlib"
+    DEFLATE = "deflate"
     BZIP2 = "bzip2"
+
+
+_WINDOW_BITS = {Compression.ZLIB: 15, Compression.DEFLATE: -15}
+"""zlib's; below 0 for a stream without zlib's header."""
 
 
 def gzipped(content: Any) -> bytes:
@@ -52,8 +59,14 @@ class ByteSource:
     Raises :class:`Malformed` from every method when the packed stream is damaged or ends early.
     """
 
-    def __init__(self, body: Payload, compression: Compression | None = None) -> None:
-        """Read from the start of ``body``; ``None`` unpacks it if it begins like gzip."""
+    def __init__(self, body: Payload, compression: Compression | None = None, checksum: int | None = None) -> None:
+        """Read from the start of ``body``.
+
+        Args:
+            body: the bytes.
+            compression: how they are packed; ``None`` unpacks them if they begin like gzip.
+            checksum: CRC-32 of what they are unpacked, compared by :meth:`finish`.
+        """
         if compression is None:
             compression = Compression.GZIP if bytes(body[:2]) == GZIP_MAGIC else Compression.NONE
         self.body = memoryview(body)
@@ -61,6 +74,14 @@ class ByteSource:
         self._ahead = b""
         self._position = 0
         self._stream: Any = _stream(self.body, compression)
+        self._checked = None if checksum is None else _Checked(self._stream, checksum)
+        if self._checked is not None:
+            self._stream = self._checked
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether :meth:`finish` compares a checksum that was given."""
+        return self._checked is not None
 
     def peek(self, size: int) -> bytes:
         """The next ``size`` bytes, which stay to be read; fewer only at the end."""
@@ -107,6 +128,7 @@ class ByteSource:
 
         Raises:
             TooLarge: far more bytes follow than the image's header declares.
+            Malformed: the checksum is another one.
         """
         rest = 0
         while chunk := self.read(_CHUNK_BYTES):
@@ -114,10 +136,33 @@ class ByteSource:
             if rest > SLACK_BYTES:
                 msg = "far more data follows the voxels than the image's header declares"
                 raise TooLarge(msg)
+        if self._checked is not None and not self._checked.is_right:
+            raise Malformed(_DAMAGED)
 
     def _take(self, size: int) -> bytes:
         with refuse_damage():
             return bytes(self._stream.read(size))
+
+
+class _Checked:
+    """A stream whose CRC-32 is summed as it is read."""
+
+    def __init__(self, stream: Any, expected: int) -> None:
+        self._stream, self._expected, self._sum = stream, expected, 0
+
+    @property
+    def is_right(self) -> bool:
+        return self._sum == self._expected
+
+    def read(self, size: int) -> bytes:
+        chunk: bytes = self._stream.read(size)
+        self._sum = isal_zlib.crc32(chunk, self._sum)
+        return chunk
+
+    def readinto(self, buffer: memoryview) -> int:
+        count: int = self._stream.readinto(buffer)
+        self._sum = isal_zlib.crc32(buffer[:count], self._sum)
+        return count
 
 
 def _stream(body: memoryview, compression: Compression) -> Any:
@@ -126,8 +171,8 @@ def _stream(body: memoryview, compression: Compression) -> Any:
         return igzip.IGzipFile(fileobj=plain, mode="rb")
     if compression is Compression.BZIP2:
         return bz2.BZ2File(plain)
-    if compression is Compression.ZLIB:
-        return io.BufferedReader(_ZlibReader(plain), _CHUNK_BYTES)
+    if compression in _WINDOW_BITS:
+        return io.BufferedReader(_ZlibReader(plain, _WINDOW_BITS[compression]), _CHUNK_BYTES)
     return plain
 
 
@@ -181,11 +226,11 @@ class MemoryFile(io.RawIOBase):
 
 
 class _ZlibReader(io.RawIOBase):
-    """A zlib stream, unpacked as far as it is read."""
+    """A zlib or deflate stream, unpacked as far as it is read."""
 
-    def __init__(self, packed: Any) -> None:
+    def __init__(self, packed: Any, window_bits: int) -> None:
         self._packed = packed
-        self._inflate = isal_zlib.decompressobj()
+        self._inflate = isal_zlib.decompressobj(window_bits)
 
     def readable(self) -> bool:
         return True

@@ -1,0 +1,27 @@
+"""DICOM series in: a zip, a tar, or files of CT, MR or PET images become one volume, or are refused.
+
+pydicom reads the elements; what makes a volume of images is checked here, because readers that do not check answer on
+the wrong side of the body, or with a hole in it (docs/dicom.md has what is refused and why).
+
+==============  ====================================================================================================
+``container``   files of a zip, a tar or fields, walked through from memory, bounded
+``elements``    a file's elements, counted and bounded before pydicom sees any
+``library``     pydicom, loaded late and kept quiet
+``header``      what an image's header says
+``series``      which images belong together
+``planes``      whether they are a volume, in mm
+``pixels``      stored numbers; ``compressed``: those that were compressed
+``rescale``     stored numbers to values
+``volume``      all of it, as an image source
+``body``        whether several series, the channels of a case, show one body
+==============  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+from .body import check_one_body
+from .container import TAR_HEAD_BYTES, is_tar
+from .elements import HEAD_BYTES, is_dicom
+from .volume import DicomSource, open_series
+
+__all__ = ["HEAD_BYTES", "TAR_HEAD_BYTES", "DicomSource", "check_one_body", "is_dicom", "is_tar", "open_series"]

@@ -1,0 +1,339 @@
+"""What the header of one DICOM image says, as far as a volume depends on it.
+
+Of the patient only a digest is kept, to tell one from another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import DicomReason, DicomRefused, Malformed, RequestError
+from ...limits import Limits
+from .elements import PIXEL_DATA, Encoding, Walk
+from .library import data_set, quietly
+from .planes import Plane
+from .rescale import IDENTITY, Linear, Rescale, Table
+
+SPECIFIC_TAGS = frozenset({
+    0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x00100010, 0x00100020, 0x00100030, 0x0020000D, 0x0020000E,
+    0x00200032, 0x00200037, 0x00200052, 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
+    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00281052, 0x00281053, 0x00283000, 0x52009229, 0x52009230,
+    0x7FE00001, 0x7FE00002,
+})  # fmt: skip
+"""The elements that are read."""
+
+_UID = re.compile(r"[0-9.]{1,64}")
+_MONOCHROME = frozenset({"MONOCHROME1", "MONOCHROME2"})
+_MOST_BITS = 32
+
+
+class Modality(StrEnum):
+    """What made the image, by the class of the object."""
+
+    CT = "CT"
+    MR = "MR"
+    PET = "PT"
+
+
+_CLASS = "1.2.840.10008.5.1.4.1.1."
+IMAGE_CLASSES = {
+    f"{_CLASS}2": Modality.CT,
+    f"{_CLASS}2.1": Modality.CT,
+    f"{_CLASS}2.2": Modality.CT,
+    f"{_CLASS}4": Modality.MR,
+    f"{_CLASS}4.1": Modality.MR,
+    f"{_CLASS}4.3": Modality.MR,
+    f"{_CLASS}4.4": Modality.MR,
+    f"{_CLASS}128": Modality.PET,
+    f"{_CLASS}130": Modality.PET,
+    f"{_CLASS}128.1": Modality.PET,
+}
+"""Classes of images (PS3.4, annex B.5): single-frame, enhanced, enhanced colour, converted from single frames."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """How an object's pixels are stored.
+
+    Attributes:
+        encoding: of the file.
+        rows, columns, frames: their extent.
+        bits_allocated, bits_stored: of one number.
+        signed: whether it has a sign.
+        at: first byte of the pixels' value, in the data set.
+        length: of the value in bytes; ``None`` where frames are compressed, each a piece of its own.
+        offsets: the extended table of offsets and lengths of compressed frames, uint64 each, if there is one.
+    """
+
+    encoding: Encoding
+    rows: int
+    columns: int
+    frames: int
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    at: int
+    length: int | None
+    offsets: tuple[bytes, bytes] | None = None
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of one frame, uncompressed."""
+        return self.rows * self.columns * self.bits_allocated // 8
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored numbers, in the file's byte order."""
+        order = "<" if self.encoding.little else ">"
+        return np.dtype(f"{order}{'i' if self.signed else 'u'}{self.bits_allocated // 8}")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """One object of a series.
+
+    Attributes:
+        file: its number in the container, from 0.
+        sop_class, sop_instance, study, series: UIDs; empty where the file has none.
+        frame_of_reference: UID; ``None`` if there is none.
+        modality: by its class.
+        patient: digest of name, number and birth date.
+        localizer: it was made to plan others.
+        pixels: how they are stored.
+        planes: where each frame lies.
+        rescales: of each frame.
+        problem: why the object is none that could be used. Whether that matters is not known yet.
+    """
+
+    file: int
+    sop_class: str
+    sop_instance: str
+    study: str
+    series: str
+    frame_of_reference: str | None
+    modality: Modality
+    patient: str
+    localizer: bool
+    pixels: Pixels | None = None
+    planes: Sequence[Plane] = ()
+    rescales: Sequence[Rescale] = ()
+    problem: RequestError | None = None
+
+    @property
+    def has_uids(self) -> bool:
+        """Whether every UID is there that tells objects and series apart."""
+        return all(_UID.fullmatch(uid) for uid in (self.sop_instance, self.study, self.series))
+
+
+def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> ImageHeader:
+    """The header of an object whose class is one of :data:`IMAGE_CLASSES`.
+
+    Args:
+        file: its number.
+        size: bytes of its data set; ``None`` if they are deflated, so that nobody knows.
+        walk: over its elements, to their end.
+        encoding: how they are stored.
+        limits: what is allowed.
+
+    Raises:
+        Malformed: elements that cannot be read.
+        TooLarge: more frames than allowed.
+    """
+    found = data_set(walk.wanted, encoding)
+    with quietly():
+        words = [str(found.get(name, "")).strip() for name in ("PatientID", "PatientName", "PatientBirthDate")]
+        image_type = _values(found, "ImageType")
+        header = {
+            "file": file,
+            "sop_class": walk.sop_class or "",
+            "sop_instance": _text(found, "SOPInstanceUID"),
+            "study": _text(found, "StudyInstanceUID"),
+            "series": _text(found, "SeriesInstanceUID"),
+            "frame_of_reference": _text(found, "FrameOfReferenceUID") or None,
+            "modality": IMAGE_CLASSES[walk.sop_class or ""],
+            "patient": hashlib.sha256("\0".join(words).casefold().encode()).hexdigest(),
+            "localizer": "LOCALIZER" in {str(word).strip() for word in image_type[2:3]},
+        }
+    try:
+        pixels = _pixels(found, size, walk, encoding, limits)
+        frames = range(pixels.frames)
+        shared, own = _functional_groups(found, pixels.frames)
+        planes = [_plane(found, shared, own[frame], pixels) for frame in frames]
+        rescales = [_rescale(found, shared, own[frame], pixels) for frame in frames]
+    except (DicomRefused, Malformed) as problem:
+        return ImageHeader(**header, problem=problem)
+    return ImageHeader(**header, pixels=pixels, planes=planes, rescales=rescales)
+
+
+def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> Pixels:
+    if walk.pixels is None:
+        msg = "an image has no pixels"
+        raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
+    samples, photometric = _integer(found, "SamplesPerPixel", 1), _text(found, "PhotometricInterpretation")
+    if samples != 1 or photometric not in _MONOCHROME:
+        msg = "the images are in colour; send the grey images that the scanner made"
+        raise DicomRefused(DicomReason.COLOUR, msg)
+    if walk.pixels != PIXEL_DATA:
+        msg = "the pixels are floating point numbers; CT, MR and PET images have integers"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    allocated, stored = _integer(found, "BitsAllocated"), _integer(found, "BitsStored")
+    high, signed = _integer(found, "HighBit", stored - 1), _integer(found, "PixelRepresentation")
+    if (
+        allocated not in {8, 16, _MOST_BITS}
+        or not 1 <= stored <= allocated
+        or high != stored - 1
+        or signed not in {0, 1}
+    ):
+        msg = f"pixels of {stored} bits in {allocated}, the highest being bit {high}; 8, 16 or 32 were expected, the "
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, f"{msg}lowest of them in use")
+    rows, columns = _integer(found, "Rows"), _integer(found, "Columns")
+    frames = _integer(found, "NumberOfFrames", 1)
+    if min(rows, columns, frames) < 1:
+        msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels; each must be at least 1"
+        raise Malformed(msg)
+    if frames > limits.dicom_frames or rows * columns * frames > limits.voxels:
+        msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels, far more than its series may have"
+        raise Malformed(msg)
+    with quietly():
+        table = (found.get("ExtendedOffsetTable"), found.get("ExtendedOffsetTableLengths"))
+        offsets = (bytes(table[0]), bytes(table[1])) if table[0] and table[1] else None
+    undefined = walk.pixels_length == 0xFFFFFFFF
+    length = None if undefined else walk.pixels_length
+    pixels = Pixels(encoding, rows, columns, frames, allocated, stored, bool(signed), walk.pixels_at, length, offsets)
+    ends = walk.pixels_at + (length or 0)
+    if (length is not None and length < pixels.frame_bytes * frames) or (size is not None and ends > size):
+        msg = f"the pixels of an image are cut off: {frames} × {rows} × {columns} were declared"
+        raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
+    return pixels
+
+
+def _functional_groups(found: Any, frames: int) -> tuple[Any, Sequence[Any]]:
+    """The groups that all frames share, and those of each frame (PS3.3, C.7.6.16); empty for a single-frame object."""
+    with quietly():
+        shared = found.get("SharedFunctionalGroupsSequence")
+        own = found.get("PerFrameFunctionalGroupsSequence")
+        if own and len(own) != frames:
+            msg = f"a DICOM file declares {frames} frames, and describes {len(own)}"
+            raise Malformed(msg)
+        return (shared[0] if shared else None), (list(own) if own else [None] * frames)
+
+
+def _group(name: str, shared: Any, own: Any) -> Any:
+    """The first item of a functional group, the frame's own before the shared one."""
+    for groups in (own, shared):
+        if groups is not None and (sequence := groups.get(name)):
+            return sequence[0]
+    return None
+
+
+def _plane(found: Any, shared: Any, own: Any, pixels: Pixels) -> Plane:
+    is_classic = shared is None and own is None
+    if is_classic and pixels.frames > 1:
+        msg = "an object of several frames does not say where each of them lies"
+        raise DicomRefused(DicomReason.NO_POSITION, msg)
+    parts = {
+        "ImagePositionPatient": ("PlanePositionSequence", 3),
+        "ImageOrientationPatient": ("PlaneOrientationSequence", 6),
+        "PixelSpacing": ("PixelMeasuresSequence", 2),
+    }
+    numbers: list[npt.NDArray[np.float64]] = []
+    with quietly():
+        for name, (group, count) in parts.items():
+            place = found if is_classic else _group(group, shared, own)
+            values = [] if place is None else _values(place, name)
+            if len(values) != count:
+                msg = (
+                    f"an image has no {name}; without it nobody knows where it lies in the patient, or how large it is"
+                )
+                raise DicomRefused(DicomReason.NO_POSITION, msg)
+            numbers.append(np.array([float(value) for value in values], np.float64))
+    position, orientation, (between_rows, between_columns) = numbers
+    return Plane(
+        rows=pixels.rows,
+        columns=pixels.columns,
+        position=position,
+        along_row=orientation[:3],
+        along_column=orientation[3:],
+        spacing=(float(between_columns), float(between_rows)),
+    )
+
+
+def _rescale(found: Any, shared: Any, own: Any, pixels: Pixels) -> Rescale:
+    with quietly():
+        place = found if shared is None and own is None else _group("PixelValueTransformationSequence", shared, own)
+        tables = found.get("ModalityLUTSequence")
+        if tables:
+            return _table(tables[0], pixels)
+        slope, intercept = (
+            [] if place is None else _values(place, name) for name in ("RescaleSlope", "RescaleIntercept")
+        )
+        if not slope and not intercept:
+            return IDENTITY
+        numbers = [float(values[0]) if values else default for values, default in ((slope, 1), (intercept, 0))]
+    if not np.isfinite(numbers).all() or numbers[0] == 0:
+        msg = f"an image is rescaled by slope {numbers[0]:g} and intercept {numbers[1]:g}, which makes no values"
+        raise Malformed(msg)
+    return Linear(*numbers)
+
+
+def _table(item: Any, pixels: Pixels) -> Table:
+    """A Modality LUT (PS3.3, C.11.1.1): its descriptor and data are bytes where the file says no representation."""
+    order = "<" if pixels.encoding.little else ">"
+    descriptor = _words(item, 0x00283002, f"{order}u2")
+    if len(descriptor) != 3:
+        msg = "a Modality LUT has no descriptor of three numbers"
+        raise Malformed(msg)
+    entries, first, bits = (int(number) for number in descriptor)
+    entries = entries or 2**16
+    if pixels.signed and first >= 2**15:
+        first -= 2**16
+    values = _words(item, 0x00283006, f"{order}u2")
+    if len(values) * 2 == entries and bits <= 8:  # one byte each
+        values = values.astype(f"{order}u2").view(np.uint8)
+    if len(values) < entries:
+        msg = f"a Modality LUT of {entries} entries has {len(values)}"
+        raise Malformed(msg)
+    return Table(first, values[:entries].astype(np.float32))
+
+
+def _words(item: Any, tag: int, dtype: str) -> npt.NDArray[Any]:
+    raw = item.get_item(tag)
+    if raw is None:
+        return np.empty(0, dtype)
+    value = raw.value
+    if isinstance(value, bytes):
+        return np.frombuffer(value[: len(value) // 2 * 2], dtype)
+    numbers = [value] if isinstance(value, int) else list(value)
+    return np.array(numbers, np.int64).astype(dtype)
+
+
+def _integer(found: Any, name: str, default: int | None = None) -> int:
+    with quietly():
+        values = _values(found, name)
+        if not values and default is None:
+            msg = f"an image has no {name}"
+            raise Malformed(msg)
+        return int(values[0]) if values else int(default or 0)
+
+
+def _text(found: Any, name: str) -> str:
+    with quietly():
+        return str(found.get(name) or "").strip()
+
+
+def _values(found: Any, name: str) -> Sequence[Any]:
+    """An element's values; none if it is empty or not there."""
+    value = found.get(name)
+    if value is None or value == "":
+        return []
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return [value]
+    return list(value)

@@ -1,0 +1,212 @@
+"""Which objects of a container are the series that is asked for, and whether they belong together.
+
+Objects that are no CT, MR or PET images (structured reports, segmentations, DICOMDIR) and files that are no DICOM are
+left out and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ...errors import DicomReason, DicomRefused, TooLarge, UnknownFormat
+from ...limits import Limits
+from ..inflate import ByteSource, Compression
+from .container import Container, File, Stream, walk
+from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
+from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, read_header
+
+_FIRST_BYTES = 16 * 1024
+_MOST_NAMED = 20
+_CHUNK_BYTES = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The images of one series.
+
+    Attributes:
+        images: in the container's order, each object once.
+        ignored: files beside them that are no images of CT, MR or PET.
+        others: images of other series, which were not asked for.
+    """
+
+    images: Sequence[ImageHeader]
+    ignored: int
+    others: int
+
+    @property
+    def patient(self) -> str:
+        """A digest of who it is."""
+        return self.images[0].patient
+
+    @property
+    def frame_of_reference(self) -> str | None:
+        """UID, if there is one."""
+        return self.images[0].frame_of_reference
+
+
+def find_series(container: Container, limits: Limits, uid: str | None) -> Series:
+    """Read all headers, and choose.
+
+    Args:
+        container: the files.
+        limits: what is allowed.
+        uid: of the series; ``None`` if there is only one.
+
+    Raises:
+        UnknownFormat: no file is DICOM.
+        DicomRefused: there is no such series, or more than one, or it is none that could be a volume.
+        Malformed, TooLarge: a header says so.
+    """
+    found: list[ImageHeader] = []
+    ignored = dicom = 0
+    budget = Budget.of(limits)
+    for number, file in enumerate(walk(container, limits)):
+        stream = file.open()
+        if not is_dicom(stream.peek(HEAD_BYTES)):
+            ignored += 1
+            continue
+        dicom += 1
+        header = _read(number, file, stream, budget, limits)
+        ignored += header is None
+        found += [] if header is None else [header]
+    if not found:
+        raise _no_images(ignored, dicom)
+    images = _chosen(found, uid)
+    images = _each_once(images, container, limits)
+    _check_one(images)
+    return Series(images, ignored, len(found) - len(images))
+
+
+def data_set_stream(stream: Stream, size: int, encoding: Encoding) -> Stream:
+    """A file's data set, which may be deflated.
+
+    Args:
+        stream: the file, from its first byte.
+        size: its bytes.
+        encoding: how it is stored.
+    """
+    stream.skip(encoding.start)
+    if encoding.transfer_syntax != DEFLATED:
+        return stream
+    return ByteSource(memoryview(stream.read_exactly(size - encoding.start)), Compression.DEFLATE)
+
+
+def _read(number: int, file: File, stream: Stream, budget: Budget, limits: Limits) -> ImageHeader | None:
+    """One header; ``None`` if the object is no image of CT, MR or PET."""
+    encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
+    stream = data_set_stream(stream, file.size, encoding)
+    wanted = _FIRST_BYTES
+    while True:
+        data = stream.peek(wanted)
+        is_all = len(data) < wanted
+        found = walk_elements(data, encoding, SPECIFIC_TAGS, budget, is_all=is_all)
+        if found.sop_class is not None and found.sop_class not in IMAGE_CLASSES:
+            return None
+        if found.is_whole or is_all:
+            break
+        wanted *= 4
+        if wanted > budget.header_bytes * 4:
+            msg = f"the header of a DICOM file has more than {budget.header_bytes} bytes, the limit"
+            raise TooLarge(msg)
+    budget.take(found.elements)
+    if found.sop_class is None:
+        return _without_class(found)
+    deflated = encoding.transfer_syntax == DEFLATED
+    return read_header(number, None if deflated else file.size - encoding.start, found, encoding, limits)
+
+
+def _without_class(found: Walk) -> None:
+    """A DICOMDIR has no class and no pixels; an image without a class is broken."""
+    if found.pixels is not None:
+        msg = (
+            "an image has no SOPClassUID, so nobody knows what it is; send the files as the scanner or PACS wrote them"
+        )
+        raise DicomRefused(DicomReason.INCOMPLETE, msg)
+
+
+def _no_images(ignored: int, dicom: int) -> UnknownFormat | DicomRefused:
+    if dicom:
+        msg = f"none of {dicom} DICOM files is an image of CT, MR or PET"
+        return DicomRefused(DicomReason.NO_IMAGES, f"{msg}; {ignored - dicom} other files were not looked at")
+    msg = f"none of the {ignored} files in the archive is DICOM, and it is no .npz; send a DICOM series, the .npz that "
+    return UnknownFormat(f"{msg}numpy.savez writes, or unpack it and send the image")
+
+
+def _chosen(found: Sequence[ImageHeader], uid: str | None) -> Sequence[ImageHeader]:
+    if missing := sum(not header.has_uids for header in found):
+        msg = f"{missing} of {len(found)} images have no valid UID of the object, the study or the series, so nobody "
+        raise DicomRefused(DicomReason.INCOMPLETE, f"{msg}knows what belongs together")
+    counts = Counter((header.study, header.series, header.modality) for header in found)
+    if uid is None and len({key[:2] for key in counts}) == 1:
+        return found
+    listed = "; ".join(
+        f"{series} ({modality}, {number} image{'' if number == 1 else 's'})"
+        for (_, series, modality), number in counts.most_common(_MOST_NAMED)
+    )
+    listed += "; …" if len(counts) > _MOST_NAMED else ""
+    if uid is None:
+        several = len({key[:2] for key in counts})
+        msg = f"there are {several} series: {listed}. Send one, or name it with option series_uid"
+        raise DicomRefused(DicomReason.SEVERAL_SERIES, msg)
+    chosen = [header for header in found if header.series == uid]
+    if not chosen:
+        msg = f"no image belongs to the series that option series_uid names; there are {listed}"
+        raise DicomRefused(DicomReason.UNKNOWN_SERIES, msg)
+    if len({header.study for header in chosen}) > 1:
+        msg = "the series that option series_uid names is in several studies; send one of them"
+        raise DicomRefused(DicomReason.SEVERAL_SERIES, msg)
+    return chosen
+
+
+def _each_once(images: Sequence[ImageHeader], container: Container, limits: Limits) -> Sequence[ImageHeader]:
+    """Without copies of one object; two objects of one UID that differ are refused."""
+    counts = Counter(header.sop_instance for header in images)
+    twice = {header.file: header for header in images if counts[header.sop_instance] > 1}
+    if not twice:
+        return images
+    digests = _digests(twice.keys(), container, limits)
+    kept: dict[str, ImageHeader] = {}
+    for header in images:
+        before = kept.setdefault(header.sop_instance, header)
+        if before is not header and digests[before.file] != digests[header.file]:
+            msg = "two images have one SOPInstanceUID and differ; send the files as the scanner or PACS wrote them"
+            raise DicomRefused(DicomReason.DOUBLED_SLICES, msg)
+    return list(kept.values())
+
+
+def _digests(files: Collection[int], container: Container, limits: Limits) -> dict[int, str]:
+    """sha256 of the data sets of some files: what stands before says only who sent them."""
+    digests = {}
+    for number, file in enumerate(walk(container, limits)):
+        if number not in files:
+            continue
+        stream, digest = file.open(), hashlib.sha256()
+        encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
+        stream.skip(encoding.start)
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+        digests[number] = digest.hexdigest()
+    return digests
+
+
+def _check_one(images: Sequence[ImageHeader]) -> None:
+    """Refuse what is no series of one body."""
+    if (patients := len({header.patient for header in images})) > 1:
+        msg = f"the images of the series name {patients} different patients; send those of one"
+        raise DicomRefused(DicomReason.SEVERAL_PATIENTS, msg)
+    if (frames := len({header.frame_of_reference for header in images})) > 1:
+        msg = f"the images have {frames} different frames of reference: their positions have nothing to do with each "
+        raise DicomRefused(DicomReason.SEVERAL_FRAMES_OF_REFERENCE, f"{msg}other. Send those of one")
+    if localizers := sum(header.localizer for header in images):
+        msg = f"{localizers} of {len(images)} images are localizers; send the series that was planned with them"
+        raise DicomRefused(DicomReason.LOCALIZER, msg)
+    for header in images:
+        if header.problem is not None:
+            raise header.problem
+    if len({header.modality for header in images}) > 1:
+        msg = "the series holds images of several modalities; send those of one"
+        raise DicomRefused(DicomReason.UNEQUAL_IMAGES, msg)

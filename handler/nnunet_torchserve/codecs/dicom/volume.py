@@ -1,0 +1,135 @@
+"""A DICOM series as an image: its header at once, its voxels on demand.
+
+The headers are read first and the pixels in a second walk, so that neither an archive that is not wanted after all nor
+its unpacked bytes are ever in memory: beside the volume there is one frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import DicomReason, DicomRefused, TooLarge
+from ...limits import Limits
+from ...options import OutputFormat
+from ..geometry import check_size
+from ..inflate import Payload
+from .compressed import compressed_frames, is_supported
+from .container import Container, Several, Stream, open_container, walk
+from .elements import DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
+from .header import ImageHeader, Pixels
+from .library import require_pydicom
+from .pixels import Stored, check_range, native_frames
+from .planes import Stack, stacked
+from .series import Series, data_set_stream, find_series
+
+_NATIVE = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED})
+
+
+class DicomSource:
+    """One series of CT, MR or PET images, as an :class:`~..source.ImageSource`.
+
+    Attributes:
+        series: its objects, for whoever writes an answer that refers to them.
+        stack: their frames in the order of the slices, and the grid.
+        geometry: of that: x along a row and y along a column of the pixels as stored, z along their cross product.
+    """
+
+    nifti_header = None
+    native_format = OutputFormat.NIFTI_GZ
+    channels = 1
+
+    def __init__(self, container: Container, limits: Limits, series_uid: str | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            container: the files.
+            limits: what is allowed.
+            series_uid: which series; ``None`` if there is only one.
+
+        Raises:
+            DicomUnavailable: pydicom is not installed.
+            UnknownFormat: no file is DICOM.
+            DicomRefused: there is no such series, or it is no volume.
+            Malformed, TooLarge, BadSpacing: a header says so.
+        """
+        require_pydicom()
+        self._container, self._limits = container, limits
+        self.series: Series = find_series(container, limits, series_uid)
+        images = self.series.images
+        if (frames := sum(len(image.planes) for image in images)) > limits.dicom_frames:
+            msg = f"the series has {frames} frames, this server takes at most {limits.dicom_frames}"
+            raise TooLarge(msg)
+        for image in images:
+            _check_syntax(_pixels(image))
+        self.stack: Stack = stacked([plane for image in images for plane in image.planes])
+        self.geometry = self.stack.geometry
+        check_size(self.geometry.shape, 1, max(_pixels(image).bits_allocated // 8 for image in images), limits)
+
+    @property
+    def left_out(self) -> int:
+        """Files that were ignored, and images of other series."""
+        return self.series.ignored + self.series.others
+
+    def channels_advice(self, wanted: int) -> str:
+        """What would be right for a model of so many channels."""
+        return f"a DICOM series is one channel: send a zip for each of {wanted} series (image_0000, image_0001, …)"
+
+    def read(self) -> npt.NDArray[np.float32]:
+        """Decode the pixels: float32 (1, Z, Y, X) of the modality's values (Hounsfield units of CT).
+
+        Raises:
+            Malformed: they are damaged.
+            DicomRefused: they end early, or are none that this server decodes.
+            MemoryError: there is no memory for them.
+        """
+        voxels = np.empty((1, *self.geometry.shape), np.float32)
+        slices = np.argsort(self.stack.order)  # where each frame goes
+        images = {image.file: image for image in self.series.images}
+        first = {}
+        count = 0
+        for image in self.series.images:
+            first[image.file] = count
+            count += len(image.planes)
+        for number, file in enumerate(walk(self._container, self._limits)):
+            if (image := images.get(number)) is None:
+                continue
+            start = first[number]
+            stream = file.open()
+            for frame, stored in enumerate(_frames(stream, file.size, _pixels(image))):
+                image.rescales[frame].apply(stored, voxels[0, slices[start + frame]])
+            stream.finish()
+        return voxels
+
+
+def open_series(bodies: Sequence[Payload], limits: Limits, series_uid: str | None = None) -> DicomSource:
+    """A series in a zip, a tar, one file, or several of those; see :class:`DicomSource`."""
+    return DicomSource(Several([open_container(body, limits) for body in bodies]), limits, series_uid)
+
+
+def _pixels(image: ImageHeader) -> Pixels:
+    assert image.pixels is not None  # noqa: S101 (else it had a problem)
+    return image.pixels
+
+
+def _check_syntax(pixels: Pixels) -> None:
+    syntax = pixels.encoding.transfer_syntax
+    if syntax not in _NATIVE and not is_supported(pixels):
+        msg = "the pixels are compressed in a way that this server does not decode; send them uncompressed, or as RLE, "
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, f"{msg}JPEG-LS, JPEG 2000 or lossless JPEG")
+    if (pixels.length is None) is (syntax in _NATIVE):
+        msg = "pixels are stored in frames and not compressed, or the other way round; send the files as written"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+
+
+def _frames(stream: Stream, size: int, pixels: Pixels) -> Iterator[Stored]:
+    stream = data_set_stream(stream, size, pixels.encoding)
+    stream.skip(pixels.at)
+    if pixels.length is not None:
+        yield from native_frames(stream, pixels)
+        return
+    for stored in compressed_frames(stream, size - pixels.encoding.start - pixels.at, pixels):
+        check_range(stored, pixels)
+        yield stored
