@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, FileMetaDataset, dcmwrite
 from pydicom.dataset import FileDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import (
     CTImageStorage,
@@ -29,7 +30,7 @@ from pydicom.uid import (
 Matrix = npt.NDArray[np.float64]
 Voxels = npt.NDArray[Any]
 
-SECRET = "DOE^JANE^CANARY"
+SECRET = "DOE^JANE^CANARY"  # noqa: S105 (a name)
 """Stands wherever a text of a patient may stand."""
 
 SECRET_ID, SECRET_DATE = "CANARY4711", "19530427"
@@ -259,3 +260,19 @@ def enhanced(
     ds.PerFrameFunctionalGroupsSequence = Items(frames)
     set_pixels(ds, np.ascontiguousarray(voxels[list(order)]), bits)
     return change(ds, **changes)
+
+
+def compressed(ds: Dataset, frames: Sequence[bytes], syntax: str, *, fragments: int = 1, table: bool = True) -> bytes:
+    """A file whose pixels are these compressed frames.
+
+    Args:
+        ds: with the pixels' description; its pixels are replaced.
+        frames: codestreams.
+        syntax: what they are.
+        fragments: pieces of each.
+        table: whether the basic offset table says where each begins.
+    """
+    whole = change(ds, PixelData=encapsulate(list(frames), fragments_per_frame=fragments, has_bot=table))
+    whole["PixelData"].VR = "OB"
+    whole["PixelData"].is_undefined_length = True
+    return file_of(whole, syntax)

@@ -142,8 +142,9 @@ def archive(
     input_orientation: Annotated[
         str | None,
         typer.Option(
-            help="Orientation that the model was trained in, what the axes run towards, as RAS; every image is brought "
-            "into it and the answer back. Default: images are taken as they are sent, as nnU-Net takes them."
+            help="Orientation that the model was trained in, what the axes run towards, as RAS (command orientation "
+            "tells it); every image is brought into it and the answer back. Without it images are taken as they are "
+            "sent, as nnU-Net takes them, and no DICOM."
         ),
     ] = None,
     workers: Annotated[
@@ -414,6 +415,26 @@ def describe_(
     else:
         for line in lines(card):
             typer.echo(line)
+
+
+@app.command(name="orientation")
+@_reports_errors
+def orientation_(
+    images: Annotated[list[Path], typer.Argument(help="Training images, or the folder imagesTr.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Tell how training images are stored, and whether all agree: what archive --input-orientation wants to know."""
+    from .orientation import survey
+
+    found = survey(images)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        for line in found.lines():
+            typer.echo(line)
+    if found.agreed is None:
+        msg = "the images do not agree, or not all say how they lie: no single orientation is right for this model"
+        raise ToolError(msg)
 
 
 def _warn(text: str) -> None:

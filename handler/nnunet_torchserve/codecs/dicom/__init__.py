@@ -10,7 +10,10 @@ the wrong side of the body, or with a hole in it (docs/dicom.md has what is refu
 ``header``      what an image's header says
 ``series``      which images belong together
 ``planes``      whether they are a volume, in mm
-``pixels``      stored numbers; ``compressed``: those that were compressed
+``pixels``      stored numbers
+``fragments``   compressed frames in their pieces
+``compressed``  compressed frames to stored numbers
+``crew``        threads that do that
 ``rescale``     stored numbers to values
 ``volume``      all of it, as an image source
 ``body``        whether several series, the channels of a case, show one body

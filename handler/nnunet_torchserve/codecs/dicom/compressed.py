@@ -1,20 +1,165 @@
-"""Compressed frames."""
+"""Compressed frames become stored numbers, by imagecodecs: RLE, JPEG-LS, JPEG 2000, lossless JPEG.
+
+Why imagecodecs: the server has it already, its licence is free, it takes and gives memory, and it raises where gdcm
+ends the process. What a codestream's own header declares is compared with the DICOM header before a decoder sees it,
+so that none takes memory for more than was promised.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from .container import Stream
+from ...errors import DicomReason, DicomRefused
+from ..inflate import refuse_damage
 from .header import Pixels
+
+_BASE = "1.2.840.10008.1.2."
+RLE = f"{_BASE}5"
+JPEG_LOSSLESS = frozenset({f"{_BASE}4.57", f"{_BASE}4.70"})
+JPEG_LS = frozenset({f"{_BASE}4.80", f"{_BASE}4.81"})
+JPEG_2000 = frozenset({f"{_BASE}4.90", f"{_BASE}4.91"})
+
+_END, _PADDING = b"\xff\xd9", 16
+"""What every codestream but RLE's ends with, and bytes that may be there from it to the end of the frame. libjpeg takes
+one without it, and makes up the rest."""
+
+_MOST_TILES = 1024
+"""Of a JPEG 2000 frame; the decoder takes some kilobytes for each."""
+
+_DAMAGED = "the compressed pixels of an image are damaged, or of another kind than its header says"
+
+Stored = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """What a codestream's own header says."""
+
+    rows: int
+    columns: int
+    components: int
+    bits: int
 
 
 def is_supported(pixels: Pixels) -> bool:
-    return False
+    """Whether frames of this transfer syntax are decoded here."""
+    return pixels.encoding.transfer_syntax in {RLE} | JPEG_LOSSLESS | JPEG_LS | JPEG_2000
 
 
-def compressed_frames(stream: Stream, size: int, pixels: Pixels) -> Iterator[npt.NDArray[Any]]:
-    raise NotImplementedError
-    yield
+def decompress(frame: bytes, pixels: Pixels) -> Stored:
+    """The stored numbers of one frame (rows, columns). Needs no lock: several threads may call it.
+
+    Args:
+        frame: its codestream.
+        pixels: what the DICOM header says of it.
+
+    Raises:
+        Malformed: it is damaged.
+        DicomRefused: it is of a kind that is not decoded, or not what the header says.
+    """
+    syntax = pixels.encoding.transfer_syntax
+    if syntax == RLE:
+        return _of_rle(frame, pixels)
+    if _END not in frame[-_PADDING:]:
+        msg = "a compressed frame ends before its codestream does; send the files as the scanner wrote them"
+        raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
+    declared = _of_jpeg_2000(frame) if syntax in JPEG_2000 else _of_jpeg(frame)
+    if (declared.rows, declared.columns) != (pixels.rows, pixels.columns) or declared.components != 1:
+        msg = f"a frame has {declared.rows} × {declared.columns} pixels of {declared.components} components by itself, "
+        msg += f"and {pixels.rows} × {pixels.columns} of one by its DICOM header"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    if not 2 <= declared.bits <= min(pixels.bits_allocated, 16):
+        msg = f"a compressed frame has {declared.bits} bits a pixel; 2 to 16 were expected, and no more than allocated"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    with refuse_damage((Exception,), _DAMAGED):
+        found = np.asarray(_decoder(syntax)(frame)).reshape(pixels.rows, pixels.columns)
+    return _with_sign(found, declared.bits, pixels)
+
+
+def _decoder(syntax: str) -> Callable[[bytes], Any]:
+    import imagecodecs
+
+    if syntax in JPEG_2000:
+        return imagecodecs.jpeg2k_decode
+    return imagecodecs.jpegls_decode if syntax in JPEG_LS else imagecodecs.jpeg8_decode
+
+
+def _of_rle(frame: bytes, pixels: Pixels) -> Stored:
+    """Byte planes, each packed by itself (PS3.5, annex G); the decoder fills what it is given, and no more."""
+    import imagecodecs
+
+    segments = int.from_bytes(frame[:4], "little")
+    if segments != pixels.bits_allocated // 8:
+        msg = f"a frame in RLE has {segments} planes, and {pixels.bits_allocated // 8} bytes a pixel"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    planes = np.zeros(pixels.frame_bytes, np.uint8)
+    with refuse_damage((Exception,), _DAMAGED):
+        found = imagecodecs.dicomrle_decode(frame, pixels.dtype, out=planes)
+        stored = np.frombuffer(found, pixels.dtype)
+        return stored.reshape(pixels.rows, pixels.columns)
+
+
+def _with_sign(found: Stored, bits: int, pixels: Pixels) -> Stored:
+    """Numbers as the DICOM header means them: most codecs know no sign, JPEG 2000 has one of its own.
+
+    Some writers hand a codec the stored bits only, others all that are allocated, with the sign repeated above.
+    """
+    kind = f"{'i' if pixels.signed else 'u'}{pixels.bits_allocated // 8}"
+    numbers = found.astype(np.int32) & ((1 << bits) - 1)
+    if not pixels.signed:
+        return numbers.astype(kind)
+    extended = np.where(
+        numbers < 1 << pixels.bits_stored, _extended(numbers, pixels.bits_stored), _extended(numbers, bits)
+    )
+    return extended.astype(kind)
+
+
+def _extended(numbers: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.int32]:
+    """Numbers of so many bits, the highest of which is their sign."""
+    sign = 1 << bits - 1
+    return (numbers ^ sign) - sign
+
+
+def _of_jpeg(frame: bytes) -> _Declared:
+    """The frame header of a JPEG or JPEG-LS codestream: lossless (SOF3) or JPEG-LS (SOF55)."""
+    position = 2
+    if not frame.startswith(b"\xff\xd8"):
+        raise _no_codestream()
+    while position + 4 <= len(frame):
+        marker, kind, length = struct.unpack_from(">BBH", frame, position)
+        if marker != 0xFF:
+            break
+        if kind == 0xFF:  # fill
+            position += 1
+            continue
+        if kind in {0xC3, 0xF7} and position + 10 <= len(frame):
+            bits, rows, columns, components = struct.unpack_from(">BHHB", frame, position + 4)
+            return _Declared(rows, columns, components, bits)
+        if 0xC0 <= kind <= 0xCF and kind not in {0xC4, 0xC8, 0xCC}:
+            msg = "a frame is JPEG of a lossy kind; send the series without loss"
+            raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+        position += 2 + length
+    raise _no_codestream()
+
+
+def _of_jpeg_2000(frame: bytes) -> _Declared:
+    """The SIZ segment, which comes first in a codestream (ISO/IEC 15444-1, A.5.1)."""
+    if not frame.startswith(b"\xff\x4f\xff\x51") or len(frame) < 45:
+        raise _no_codestream()
+    x, y, x0, y0, tile_x, tile_y, tile_x0, tile_y0, components, depth, dx, dy = struct.unpack_from(">8LH3B", frame, 8)
+    tiles = -(-(x - tile_x0) // max(tile_x, 1)) * -(-(y - tile_y0) // max(tile_y, 1))
+    if not 1 <= tiles <= _MOST_TILES or (dx, dy) != (1, 1):
+        msg = f"a JPEG 2000 frame has {tiles} tiles, and takes each pixel {dx} × {dy} times; such are not decoded"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    return _Declared(y - y0, x - x0, components, (depth & 0x7F) + 1)
+
+
+def _no_codestream() -> DicomRefused:
+    msg = "a compressed frame does not begin as its transfer syntax says; send the files as the scanner wrote them"
+    return DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)

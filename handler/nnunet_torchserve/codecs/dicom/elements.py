@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ...errors import Malformed, TooLarge
 from ...limits import Limits
+from ..inflate import refuse_damage
 
 PREAMBLE_BYTES = 128
 _MAGIC = b"DICM"
@@ -130,7 +131,8 @@ def encoding_of(head: bytes) -> Encoding:
     position = HEAD_BYTES if head[PREAMBLE_BYTES:HEAD_BYTES] == _MAGIC else 0
     syntax = None
     while head[position : position + 2] == b"\x02\x00":
-        tag, _, start, length = _element(head, position, "<", implicit=False)
+        with refuse_damage((struct.error,), _DAMAGED):
+            tag, _, start, length = _element(head, position, "<", implicit=False)
         if length == UNDEFINED or start + length > len(head):
             raise Malformed(_DAMAGED)
         if tag == _TRANSFER_SYNTAX:

@@ -22,13 +22,41 @@ from .library import data_set, quietly
 from .planes import Plane
 from .rescale import IDENTITY, Linear, Rescale, Table
 
-SPECIFIC_TAGS = frozenset({
-    0x00080005, 0x00080008, 0x00080016, 0x00080018, 0x00100010, 0x00100020, 0x00100030, 0x0020000D, 0x0020000E,
-    0x00200032, 0x00200037, 0x00200052, 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011, 0x00280030,
-    0x00280100, 0x00280101, 0x00280102, 0x00280103, 0x00281052, 0x00281053, 0x00283000, 0x52009229, 0x52009230,
-    0x7FE00001, 0x7FE00002,
-})  # fmt: skip
-"""The elements that are read."""
+_ELEMENTS = {
+    "ImageType": (0x00080008, "CS"),
+    "SOPInstanceUID": (0x00080018, "UI"),
+    "PatientName": (0x00100010, "PN"),
+    "PatientID": (0x00100020, "LO"),
+    "PatientBirthDate": (0x00100030, "DA"),
+    "StudyInstanceUID": (0x0020000D, "UI"),
+    "SeriesInstanceUID": (0x0020000E, "UI"),
+    "ImagePositionPatient": (0x00200032, "DS"),
+    "ImageOrientationPatient": (0x00200037, "DS"),
+    "FrameOfReferenceUID": (0x00200052, "UI"),
+    "SamplesPerPixel": (0x00280002, "US"),
+    "PhotometricInterpretation": (0x00280004, "CS"),
+    "NumberOfFrames": (0x00280008, "IS"),
+    "Rows": (0x00280010, "US"),
+    "Columns": (0x00280011, "US"),
+    "PixelSpacing": (0x00280030, "DS"),
+    "BitsAllocated": (0x00280100, "US"),
+    "BitsStored": (0x00280101, "US"),
+    "HighBit": (0x00280102, "US"),
+    "PixelRepresentation": (0x00280103, "US"),
+    "RescaleIntercept": (0x00281052, "DS"),
+    "RescaleSlope": (0x00281053, "DS"),
+}
+"""Tag and value representation (PS3.6), which files of implicit encoding do not say."""
+
+_SEQUENCES = {0x00283000, 0x52009229, 0x52009230}
+_OFFSET_TABLES = {0x7FE00001, 0x7FE00002}
+_CHARACTER_SET = 0x00080005
+SPECIFIC_TAGS = frozenset(
+    {_CHARACTER_SET, 0x00080016} | {tag for tag, _ in _ELEMENTS.values()} | _SEQUENCES | _OFFSET_TABLES
+)
+"""The elements at the top that are read."""
+
+_TEXT = frozenset({"CS", "UI", "PN", "LO", "DA", "DS", "IS"})
 
 _UID = re.compile(r"[0-9.]{1,64}")
 _MONOCHROME = frozenset({"MONOCHROME1", "MONOCHROME2"})
@@ -149,7 +177,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
     """
     found = data_set(walk.wanted, encoding)
     with quietly():
-        words = [str(found.get(name, "")).strip() for name in ("PatientID", "PatientName", "PatientBirthDate")]
+        words = [_text(found, name) for name in ("PatientID", "PatientName", "PatientBirthDate")]
         image_type = _values(found, "ImageType")
         header = {
             "file": file,
@@ -160,7 +188,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
             "frame_of_reference": _text(found, "FrameOfReferenceUID") or None,
             "modality": IMAGE_CLASSES[walk.sop_class or ""],
             "patient": hashlib.sha256("\0".join(words).casefold().encode()).hexdigest(),
-            "localizer": "LOCALIZER" in {str(word).strip() for word in image_type[2:3]},
+            "localizer": "LOCALIZER" in image_type[2:3],
         }
     try:
         pixels = _pixels(found, size, walk, encoding, limits)
@@ -175,7 +203,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
 
 def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> Pixels:
     if walk.pixels is None:
-        msg = "an image has no pixels"
+        msg = "an image has no pixels; send the files as the scanner or PACS wrote them"
         raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
     samples, photometric = _integer(found, "SamplesPerPixel", 1), _text(found, "PhotometricInterpretation")
     if samples != 1 or photometric not in _MONOCHROME:
@@ -277,7 +305,7 @@ def _rescale(found: Any, shared: Any, own: Any, pixels: Pixels) -> Rescale:
         )
         if not slope and not intercept:
             return IDENTITY
-        numbers = [float(values[0]) if values else default for values, default in ((slope, 1), (intercept, 0))]
+        numbers = [float(values[0]) if values else default for values, default in ((slope, 1.0), (intercept, 0.0))]
     if not np.isfinite(numbers).all() or numbers[0] == 0:
         msg = f"an image is rescaled by slope {numbers[0]:g} and intercept {numbers[1]:g}, which makes no values"
         raise Malformed(msg)
@@ -326,14 +354,26 @@ def _integer(found: Any, name: str, default: int | None = None) -> int:
 
 def _text(found: Any, name: str) -> str:
     with quietly():
-        return str(found.get(name) or "").strip()
+        return str(next(iter(_values(found, name)), ""))
 
 
 def _values(found: Any, name: str) -> Sequence[Any]:
-    """An element's values; none if it is empty or not there."""
-    value = found.get(name)
+    """An element's values; none if it is empty or not there.
+
+    pydicom has them as bytes until somebody asks; what texts and numbers of two bytes say needs none of its classes.
+    """
+    tag, usual = _ELEMENTS[name]
+    item = found.get_item(tag)
+    if item is None:
+        return []
+    if isinstance(item.value, bytes):
+        vr = item.VR or usual
+        if vr in _TEXT:
+            text = item.value.decode("latin-1").strip("\0 ")
+            return [part.strip("\0 ") for part in text.split("\\")] if text else []
+        if vr == "US":
+            return np.frombuffer(item.value, "<u2" if item.is_little_endian else ">u2").tolist()
+    value = found[tag].value
     if value is None or value == "":
         return []
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        return [value]
-    return list(value)
+    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)

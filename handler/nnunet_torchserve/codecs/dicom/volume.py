@@ -6,7 +6,7 @@ its unpacked bytes are ever in memory: beside the volume there is one frame.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,16 @@ from ...limits import Limits
 from ...options import OutputFormat
 from ..geometry import check_size
 from ..inflate import Payload
-from .compressed import compressed_frames, is_supported
-from .container import Container, Several, Stream, open_container, walk
+from .compressed import decompress, is_supported
+from .container import Container, File, Several, open_container, walk
+from .crew import Crew
 from .elements import DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
+from .fragments import frames_of
 from .header import ImageHeader, Pixels
 from .library import require_pydicom
-from .pixels import Stored, check_range, native_frames
+from .pixels import check_range, native_frames
 from .planes import Stack, stacked
+from .rescale import Rescale
 from .series import Series, data_set_stream, find_series
 
 _NATIVE = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED})
@@ -88,19 +91,15 @@ class DicomSource:
         voxels = np.empty((1, *self.geometry.shape), np.float32)
         slices = np.argsort(self.stack.order)  # where each frame goes
         images = {image.file: image for image in self.series.images}
-        first = {}
-        count = 0
+        places: dict[int, npt.NDArray[np.intp]] = {}
+        first = 0
         for image in self.series.images:
-            first[image.file] = count
-            count += len(image.planes)
-        for number, file in enumerate(walk(self._container, self._limits)):
-            if (image := images.get(number)) is None:
-                continue
-            start = first[number]
-            stream = file.open()
-            for frame, stored in enumerate(_frames(stream, file.size, _pixels(image))):
-                image.rescales[frame].apply(stored, voxels[0, slices[start + frame]])
-            stream.finish()
+            places[image.file] = slices[first : first + len(image.planes)]
+            first += len(image.planes)
+        with Crew() as crew:
+            for number, file in enumerate(walk(self._container, self._limits)):
+                if number in images:
+                    _read_image(file, images[number], [voxels[0, place] for place in places[number]], crew)
         return voxels
 
 
@@ -124,12 +123,24 @@ def _check_syntax(pixels: Pixels) -> None:
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
 
 
-def _frames(stream: Stream, size: int, pixels: Pixels) -> Iterator[Stored]:
-    stream = data_set_stream(stream, size, pixels.encoding)
+def _read_image(file: File, image: ImageHeader, out: Sequence[npt.NDArray[np.float32]], crew: Crew) -> None:
+    """One object's frames, each into its slice; compressed ones by the crew."""
+    pixels = _pixels(image)
+    opened = file.open()
+    stream = data_set_stream(opened, file.size, pixels.encoding)
     stream.skip(pixels.at)
     if pixels.length is not None:
-        yield from native_frames(stream, pixels)
-        return
-    for stored in compressed_frames(stream, size - pixels.encoding.start - pixels.at, pixels):
-        check_range(stored, pixels)
-        yield stored
+        for stored, rescale, target in zip(native_frames(stream, pixels), image.rescales, out, strict=True):
+            rescale.apply(stored, target)
+    else:
+        size = file.size - pixels.encoding.start - pixels.at
+        frames = frames_of(memoryview(stream.read_exactly(size)), pixels)
+        for frame, rescale, target in zip(frames, image.rescales, out, strict=True):
+            crew.do(_read_frame, frame, pixels, rescale, target)
+    opened.finish()
+
+
+def _read_frame(frame: bytes, pixels: Pixels, rescale: Rescale, target: npt.NDArray[np.float32]) -> None:
+    stored = decompress(frame, pixels)
+    check_range(stored, pixels)
+    rescale.apply(stored, target)
