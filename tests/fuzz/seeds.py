@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import nibabel as nib
 import nrrd
 import numpy as np
@@ -30,7 +31,7 @@ import tifffile
 from isal import igzip, isal_zlib
 from PIL import Image, PngImagePlugin
 
-from support import volumes
+from support import dicom_files, volumes
 
 from .guard import CANARY
 
@@ -63,6 +64,7 @@ def _images() -> dict[str, bytes]:
         "png": _png,
         "bmp": _bmp,
         "tiff": _tiff,
+        "dicom": _dicom,
         "other": _other,
     }
     return {f"{kind}/{name}": body for kind, maker in makers.items() for name, body in maker()}
@@ -311,6 +313,51 @@ def _mha() -> Iterator[tuple[str, bytes]]:
         "absolute": f"/proc/self/cwd/{CANARY}",
     }.items():
         yield name, f"{plain}{where}\n".encode() + voxels.tobytes()
+
+
+def _dicom() -> Iterator[tuple[str, bytes]]:
+    affine = dicom_files.ACQUISITIONS["oblique"].affine((0.7, 1.3, 2.9))
+    voxels = _voxels((3, 8, 6), "int16")
+    plain = {str(z): dicom_files.file_of(ds) for z, ds in enumerate(dicom_files.series(voxels, affine))}
+    yield "zip", dicom_files.zipped(plain)
+    yield "zip deflated", dicom_files.zipped(plain, zipfile.ZIP_DEFLATED)
+    yield "tar", dicom_files.tarred(plain)
+    yield "tar gz", dicom_files.tarred(plain, "w:gz")
+    for name, syntax in {
+        "implicit": "1.2.840.10008.1.2",
+        "big endian": "1.2.840.10008.1.2.2",
+        "deflated": "1.2.840.10008.1.2.1.99",
+    }.items():
+        stored = voxels.byteswap() if name == "big endian" else voxels
+        files = dicom_files.files_of(dicom_files.series(stored, affine, "MR", rescale=None), syntax)
+        yield name, dicom_files.tarred(files)
+    for modality in ("enhanced CT", "enhanced MR"):
+        yield modality, dicom_files.file_of(dicom_files.enhanced(voxels, affine, modality))
+    encoders: dict[str, tuple[str, Callable[[Array], bytes]]] = {
+        "jpeg 2000": ("4.90", lambda one: imagecodecs.jpeg2k_encode(one, level=0, codecformat="j2k")),
+        "jpeg ls": ("4.80", lambda one: imagecodecs.jpegls_encode(one.view("u2"))),
+        "jpeg": ("4.70", lambda one: imagecodecs.jpeg8_encode(one.view("u2"), lossless=True, bitspersample=16)),
+        "rle": ("5", _rle),
+    }
+    for name, (syntax, encode) in encoders.items():
+        for pieces in (1, 3):
+            frames = [encode(one) for one in voxels]
+            whole = dicom_files.enhanced(voxels, affine)
+            yield (
+                f"{name} {pieces}",
+                dicom_files.compressed(whole, frames, f"1.2.840.10008.1.2.{syntax}", fragments=pieces),
+            )
+
+
+def _rle(frame: Array) -> bytes:
+    """Two byte planes, the high one first, of literal runs (PS3.5, annex G)."""
+    planes = []
+    for plane in (frame.view("u2") >> 8, frame.view("u2") & 0xFF):
+        raw = plane.astype(np.uint8).tobytes()
+        runs = b"".join(bytes([len(raw[at : at + 128]) - 1]) + raw[at : at + 128] for at in range(0, len(raw), 128))
+        planes.append(runs + b"\0" * (len(runs) % 2))
+    header = struct.pack("<16L", 2, 64, 64 + len(planes[0]), *[0] * 13)
+    return header + b"".join(planes)
 
 
 def _npy() -> Iterator[tuple[str, bytes]]:

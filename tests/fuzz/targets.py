@@ -42,6 +42,10 @@ LIMITS = Limits(
     channels=8,
     header_bytes=2**14,
     header_fields=64,
+    dicom_files=64,
+    dicom_frames=64,
+    dicom_header_bytes=2**16,
+    dicom_elements=2**14,
     memory_bytes=2**30,
 )
 """Small, so that memory beyond what they promise stands out."""

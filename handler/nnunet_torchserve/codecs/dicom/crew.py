@@ -10,6 +10,9 @@ from typing import Any, Self
 
 from ...machine import usable_threads
 
+MOST_THREADS = 4
+"""Other workers decode too."""
+
 
 class Crew:
     """A context in which work is done by threads; at its end all is done. Used by one thread.
@@ -18,7 +21,7 @@ class Crew:
     """
 
     def __init__(self) -> None:
-        self._threads = usable_threads()
+        self._threads = min(MOST_THREADS, usable_threads())
         self._pool = ThreadPoolExecutor(self._threads, "dicom")
         self._pending: deque[Future[None]] = deque()
 

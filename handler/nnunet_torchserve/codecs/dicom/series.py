@@ -130,8 +130,8 @@ def _without_class(found: Walk) -> None:
 
 def _no_images(ignored: int, dicom: int) -> UnknownFormat | DicomRefused:
     if dicom:
-        msg = f"none of {dicom} DICOM files is an image of CT, MR or PET"
-        return DicomRefused(DicomReason.NO_IMAGES, f"{msg}; {ignored - dicom} other files were not looked at")
+        msg = f"none of {dicom} DICOM files is an image of CT, MR or PET; {ignored - dicom} other files lay beside them"
+        return DicomRefused(DicomReason.NO_IMAGES, msg)
     msg = f"none of the {ignored} files in the archive is DICOM, and it is no .npz; send a DICOM series, the .npz that "
     return UnknownFormat(f"{msg}numpy.savez writes, or unpack it and send the image")
 
