@@ -352,12 +352,13 @@ OPTION_VALUES: dict[str, object] = {
     "describe": True,
     "properties": True,
     "priority": "batch",
+    "series_uid": "1.2.3",
 }
 NEED: dict[str, dict[str, object]] = {
     **{f"probability_{what}": {"save_probabilities": True} for what in ("channels", "dtype", "format")},
     **{what: {"spacing": [1, 1, 1]} for what in ("origin", "direction")},
 }
-DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction"}
+DECIDES_THE_VOLUME = {"preprocess", "spacing", "origin", "direction", "series_uid"}
 DECIDES_THE_LABELS = {"folds", "use_mirroring", "tile_step_size", "use_gaussian", "accumulate"}
 DECIDES_NOTHING = {"timeout_s", "stream", "describe"}
 
