@@ -73,10 +73,18 @@ class ByteSource:
         self.compressed = compression is not Compression.NONE
         self._ahead = b""
         self._position = 0
-        self._stream: Any = _stream(self.body, compression)
+        self._stream: Any = _unpacked(io.BufferedReader(MemoryFile(self.body), _CHUNK_BYTES), compression)
         self._checked = None if checksum is None else _Checked(self._stream, checksum)
         if self._checked is not None:
             self._stream = self._checked
+
+    @classmethod
+    def over(cls, file: io.RawIOBase, compression: Compression) -> ByteSource:
+        """What a file holds, unpacked as it is read; no more of it than that is ever in memory."""
+        source = cls(b"", Compression.NONE)
+        source.compressed = compression is not Compression.NONE
+        source._stream = _unpacked(io.BufferedReader(file, _CHUNK_BYTES), compression)
+        return source
 
     @property
     def is_checked(self) -> bool:
@@ -165,8 +173,7 @@ class _Checked:
         return count
 
 
-def _stream(body: memoryview, compression: Compression) -> Any:
-    plain = io.BufferedReader(MemoryFile(body), _CHUNK_BYTES)
+def _unpacked(plain: io.BufferedReader, compression: Compression) -> Any:
     if compression is Compression.GZIP:
         return igzip.IGzipFile(fileobj=plain, mode="rb")
     if compression is Compression.BZIP2:

@@ -7,10 +7,11 @@ the pixels when they are wanted.
 
 from __future__ import annotations
 
+import io
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -215,6 +216,23 @@ class _TarredFile:
 
     def open(self) -> Stream:
         return _Part(self._part, self.size)
+
+
+class StreamFile(io.RawIOBase):
+    """A stream as a file that libraries read."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._packed = stream
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As every raw file's: up to ``len(buffer)`` bytes, 0 at the end."""
+        chunk = self._packed.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
 
 
 class _Part:

@@ -177,7 +177,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
     """
     found = data_set(walk.wanted, encoding)
     with quietly():
-        words = [_text(found, name) for name in ("PatientID", "PatientName", "PatientBirthDate")]
+        words = [_text(found, name).strip("^ ") for name in ("PatientID", "PatientName", "PatientBirthDate")]
         image_type = _values(found, "ImageType")
         header = {
             "file": file,

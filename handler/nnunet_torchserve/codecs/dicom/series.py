@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...errors import DicomReason, DicomRefused, TooLarge, UnknownFormat
 from ...limits import Limits
 from ..inflate import ByteSource, Compression
-from .container import Container, File, Stream, walk
+from .container import Container, File, Stream, StreamFile, walk
 from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
 from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, read_header
 
@@ -81,38 +81,38 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     return Series(images, ignored, len(found) - len(images))
 
 
-def data_set_stream(stream: Stream, size: int, encoding: Encoding) -> Stream:
+def data_set_stream(stream: Stream, encoding: Encoding) -> Stream:
     """A file's data set, which may be deflated.
 
     Args:
         stream: the file, from its first byte.
-        size: its bytes.
         encoding: how it is stored.
     """
     stream.skip(encoding.start)
     if encoding.transfer_syntax != DEFLATED:
         return stream
-    return ByteSource(memoryview(stream.read_exactly(size - encoding.start)), Compression.DEFLATE)
+    return ByteSource.over(StreamFile(stream), Compression.DEFLATE)
 
 
 def _read(number: int, file: File, stream: Stream, budget: Budget, limits: Limits) -> ImageHeader | None:
     """One header; ``None`` if the object is no image of CT, MR or PET."""
     encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
-    stream = data_set_stream(stream, file.size, encoding)
+    stream = data_set_stream(stream, encoding)
     wanted = _FIRST_BYTES
     while True:
         data = stream.peek(wanted)
         is_all = len(data) < wanted
         found = walk_elements(data, encoding, SPECIFIC_TAGS, budget, is_all=is_all)
-        if found.sop_class is not None and found.sop_class not in IMAGE_CLASSES:
-            return None
-        if found.is_whole or is_all:
+        is_other = found.sop_class is not None and found.sop_class not in IMAGE_CLASSES
+        if found.is_whole or is_all or is_other:
             break
-        wanted *= 4
-        if wanted > budget.header_bytes * 4:
+        if wanted >= budget.header_bytes:
             msg = f"the header of a DICOM file has more than {budget.header_bytes} bytes, the limit"
             raise TooLarge(msg)
+        wanted = min(4 * wanted, budget.header_bytes)
     budget.take(found.elements)
+    if is_other:
+        return None
     if found.sop_class is None:
         return _without_class(found)
     deflated = encoding.transfer_syntax == DEFLATED

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DicomReason, DicomRefused, TooLarge
+from ...errors import DicomReason, DicomRefused, Malformed, TooLarge
 from ...limits import Limits
 from ...options import OutputFormat
 from ..geometry import check_size
-from ..inflate import Payload
+from ..inflate import SLACK_BYTES, Payload
 from .compressed import decompress, is_supported
 from .container import Container, File, Several, open_container, walk
 from .crew import Crew
@@ -27,6 +27,9 @@ from .pixels import check_range, native_frames
 from .planes import Stack, stacked
 from .rescale import Rescale
 from .series import Series, data_set_stream, find_series
+
+_MOST_TIMES = 2
+"""Of the uncompressed bytes: noise grows a little when it is compressed, and a table and fragments have headers."""
 
 _NATIVE = frozenset({IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG, DEFLATED})
 
@@ -127,13 +130,16 @@ def _read_image(file: File, image: ImageHeader, out: Sequence[npt.NDArray[np.flo
     """One object's frames, each into its slice; compressed ones by the crew."""
     pixels = _pixels(image)
     opened = file.open()
-    stream = data_set_stream(opened, file.size, pixels.encoding)
+    stream = data_set_stream(opened, pixels.encoding)
     stream.skip(pixels.at)
     if pixels.length is not None:
         for stored, rescale, target in zip(native_frames(stream, pixels), image.rescales, out, strict=True):
             rescale.apply(stored, target)
     else:
         size = file.size - pixels.encoding.start - pixels.at
+        if size > _MOST_TIMES * pixels.frame_bytes * pixels.frames + SLACK_BYTES:
+            msg = "the compressed pixels of an image have far more bytes than they would have uncompressed"
+            raise Malformed(msg)
         frames = frames_of(memoryview(stream.read_exactly(size)), pixels)
         for frame, rescale, target in zip(frames, image.rescales, out, strict=True):
             crew.do(_read_frame, frame, pixels, rescale, target)
