@@ -70,7 +70,7 @@ def test_a_nifti_whose_forms_disagree_is_no_orientation(tmp_path: Path) -> None:
     image.set_qform(np.eye(4), 1)
     nib.save(image, tmp_path / "a.nii")
     found = look_at(tmp_path / "a.nii")
-    assert (found.letters, found.remark[:27]) == (None, "RAS for SimpleITK, LAS for n")
+    assert (found.letters, found.remark[:28]) == (None, "RAS for SimpleITK, LAS for n")
 
 
 def test_what_has_no_orientation_is_named(tmp_path: Path) -> None:

@@ -108,8 +108,9 @@ def survey(paths: Sequence[Path]) -> Survey:
 def look_at(file: Path) -> Found:
     """One image's orientation, as each kind of reader has it."""
     try:
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            both = [_letters(mapped, reader) for reader in _READERS]
+        with file.open("rb") as opened:
+            content = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        both = [_letters(content, reader) for reader in _READERS]
     except BadSpacing:
         return Found(file.name, None, "says nothing of how it lies")
     except RequestError as error:
@@ -127,11 +128,8 @@ def in_words(letters: str) -> str:
     return ", ".join(f"{axis} runs to {_WORDS[letter]}" for axis, letter in towards)
 
 
-def _letters(mapped: mmap.mmap, reader: str) -> str | None:
-    with memoryview(mapped) as view:
-        image = open_image(view, Limits(), reader)
-        geometry = image.geometry
-        del image
+def _letters(content: memoryview, reader: str) -> str | None:
+    geometry = open_image(content, Limits(), reader).geometry
     if geometry.is_flat or geometry.assumed:
         return None
     return "".join(nib.aff2axcodes(RAS_TO_LPS @ geometry.affine))

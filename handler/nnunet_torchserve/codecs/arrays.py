@@ -173,7 +173,7 @@ def open_npz(
 
     Raises:
         BadOption: the file and the request both say where the array lies.
-        UnknownFormat: numbers of a type that is no image's.
+        UnknownFormat: a zip without arrays, or numbers of a type that is no image's.
         Malformed, TooLarge, BadSpacing, WrongChannels: the directory or a header says so.
     """
     archive = _Archive(body, limits)
@@ -297,6 +297,9 @@ class _Archive:
         self._zip = open_zip(body, limits.header_fields, limits.header_bytes)
         arrays = [info for info in self._zip.infolist() if info.filename.endswith(_ENDING)]
         self._members = {info.filename.removesuffix(_ENDING): info for info in arrays}
+        if not arrays:
+            msg = "a zip without any array (.npy); send the .npz that numpy.savez writes, or unpack it"
+            raise UnknownFormat(msg)
         if len(self._members) != len(arrays):
             msg = "the npz holds two arrays of the same name"
             raise Malformed(msg)
