@@ -157,11 +157,13 @@ def test_other_files_are_left_out_and_counted() -> None:
     images = series(VOXELS, AFFINE)
     report = series(VOXELS[:1], AFFINE, SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11", PixelData=None)[0]
     capture = series(VOXELS[:1], AFFINE, SOPClassUID="1.2.840.10008.5.1.4.1.1.7")[0]
-    beside = {"a.txt": b"no image", "empty": b"", "sr": file_of(report), "sc": file_of(capture)}
-    inner = {"inner.zip": zip_of(images)}
+    broken = file_of(report)[:-20]
+    directory = file_of(report).replace(b"1.2.840.10008.5.1.4.1.1.88.11\0", b"1.2.840.10008.1.3.10".ljust(30, b"\0"))
+    beside = {"a.txt": b"no image", "empty": b"", "sr": file_of(report), "sc": file_of(capture), "cut": broken}
+    inner = {"inner.zip": zip_of(images), "DICOMDIR": directory[:-20]}
     source = open_series(zipped(beside | files_of(images) | inner))
     check(source)
-    assert source.left_out == 5
+    assert source.left_out == 7
 
 
 def test_series_uid_chooses_among_several_series() -> None:

@@ -22,7 +22,8 @@ HEAD_BYTES = PREAMBLE_BYTES + len(_MAGIC)
 IMPLICIT_LITTLE, EXPLICIT_LITTLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 DEFLATED, EXPLICIT_BIG = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 
-_TRANSFER_SYNTAX = 0x00020010
+_MEDIA_CLASS, _TRANSFER_SYNTAX = 0x00020002, 0x00020010
+_DIRECTORY = "1.2.840.10008.1.3.10"
 _SOP_CLASS = 0x00080016
 _META_GROUP, _PIXEL_GROUP = 0x0002, 0x7FE0
 PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS = 0x7FE00010, 0x7FE00008, 0x7FE00009
@@ -81,12 +82,14 @@ class Encoding:
         implicit: without value representations.
         little: the byte order of numbers.
         start: first byte of the data set in the file; what follows may be deflated.
+        is_directory: a DICOMDIR, which lists other files and is no object.
     """
 
     transfer_syntax: str
     implicit: bool
     little: bool
     start: int
+    is_directory: bool = False
 
 
 @dataclass(slots=True)
@@ -99,6 +102,7 @@ class Walk:
         pixels: tag of the pixels that follow; ``None`` if there are none so far.
         pixels_at: first byte of their value.
         pixels_length: of their value, or :data:`UNDEFINED`.
+        is_other: the object is of none of the classes, and was walked over no further.
         is_whole: the end of the header was reached; else more bytes are needed.
         elements: how many there were.
     """
@@ -108,6 +112,7 @@ class Walk:
     pixels: int | None = None
     pixels_at: int = 0
     pixels_length: int = 0
+    is_other: bool = False
     is_whole: bool = False
     elements: int = 0
 
@@ -129,7 +134,7 @@ def encoding_of(head: bytes) -> Encoding:
         Malformed: that is damaged or far too long.
     """
     position = HEAD_BYTES if head[PREAMBLE_BYTES:HEAD_BYTES] == _MAGIC else 0
-    syntax = None
+    syntax, media = None, ""
     while head[position : position + 2] == b"\x02\x00":
         with refuse_damage((struct.error,), _DAMAGED):
             tag, _, start, length = _element(head, position, "<", implicit=False)
@@ -137,6 +142,8 @@ def encoding_of(head: bytes) -> Encoding:
             raise Malformed(_DAMAGED)
         if tag == _TRANSFER_SYNTAX:
             syntax = _uid(head[start : start + length])
+        if tag == _MEDIA_CLASS:
+            media = _uid(head[start : start + length])
         position = start + length
     shown = head[position + 4 : position + 6]
     implicit = shown not in _SHORT and shown not in _LONG
@@ -144,16 +151,25 @@ def encoding_of(head: bytes) -> Encoding:
         syntax = IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE
     if syntax == DEFLATED:
         implicit = False
-    return Encoding(syntax, implicit, syntax != EXPLICIT_BIG, position)
+    return Encoding(syntax, implicit, syntax != EXPLICIT_BIG, position, media == _DIRECTORY)
 
 
-def walk_elements(data: bytes, encoding: Encoding, wanted: Collection[int], budget: Budget, *, is_all: bool) -> Walk:
+def walk_elements(
+    data: bytes,
+    encoding: Encoding,
+    wanted: Collection[int],
+    classes: Collection[str],
+    budget: Budget,
+    *,
+    is_all: bool,
+) -> Walk:
     """Walk over a data set's elements up to its pixels.
 
     Args:
         data: the data set's first bytes.
         encoding: how it is stored.
         wanted: tags of elements at the top, which are handed on whole.
+        classes: of objects; the walk ends where it meets another one.
         budget: how deep sequences may go; elements are not taken from it here, for ``data`` may come again with more.
         is_all: no bytes follow.
 
@@ -161,10 +177,10 @@ def walk_elements(data: bytes, encoding: Encoding, wanted: Collection[int], budg
         Malformed: elements that do not follow each other, or end beyond the file.
         TooLarge: deeper than allowed, or more elements.
     """
-    walker = _Walker(data, encoding, wanted, budget)
+    walker = _Walker(data, encoding, wanted, classes, budget)
     while walker.step():
         pass
-    if is_all and walker.walk.pixels is None:
+    if is_all and walker.walk.pixels is None and not walker.walk.is_other:
         walker.end()
     return walker.walk
 
@@ -187,9 +203,11 @@ class _Level:
 class _Walker:
     """A place in a data set, and the levels above it."""
 
-    def __init__(self, data: bytes, encoding: Encoding, wanted: Collection[int], budget: Budget) -> None:
+    def __init__(
+        self, data: bytes, encoding: Encoding, wanted: Collection[int], classes: Collection[str], budget: Budget
+    ) -> None:
         self.walk = Walk()
-        self._data, self._wanted, self._budget = data, wanted, budget
+        self._data, self._wanted, self._classes, self._budget = data, wanted, classes, budget
         self._order, self._implicit = "<" if encoding.little else ">", encoding.implicit
         self._levels: list[_Level] = []
         self._position = self._element_at = self._element = 0
@@ -258,7 +276,7 @@ class _Walker:
             raise TooLarge(msg)
 
     def _is_found(self, tag: int, start: int, length: int) -> bool:
-        """Note an element at the top; true if these are the pixels."""
+        """Note an element at the top; true if the walk ends there: at the pixels, or in an object of another class."""
         self._element = tag
         if tag in _PIXELS:
             self.walk.pixels, self.walk.pixels_at, self.walk.pixels_length = tag, start, length
@@ -266,7 +284,8 @@ class _Walker:
             return True
         if tag == _SOP_CLASS and start + length <= len(self._data):
             self.walk.sop_class = _uid(self._data[start : start + length])
-        return False
+            self.walk.is_other = self.walk.sop_class not in self._classes
+        return self.walk.is_other
 
     def _keep(self) -> None:
         """The element that ended here, if it is wanted."""

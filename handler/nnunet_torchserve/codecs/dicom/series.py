@@ -97,21 +97,22 @@ def data_set_stream(stream: Stream, encoding: Encoding) -> Stream:
 def _read(number: int, file: File, stream: Stream, budget: Budget, limits: Limits) -> ImageHeader | None:
     """One header; ``None`` if the object is no image of CT, MR or PET."""
     encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
+    if encoding.is_directory:
+        return None
     stream = data_set_stream(stream, encoding)
     wanted = _FIRST_BYTES
     while True:
         data = stream.peek(wanted)
         is_all = len(data) < wanted
-        found = walk_elements(data, encoding, SPECIFIC_TAGS, budget, is_all=is_all)
-        is_other = found.sop_class is not None and found.sop_class not in IMAGE_CLASSES
-        if found.is_whole or is_all or is_other:
+        found = walk_elements(data, encoding, SPECIFIC_TAGS, IMAGE_CLASSES, budget, is_all=is_all)
+        if found.is_whole or is_all or found.is_other:
             break
         if wanted >= budget.header_bytes:
             msg = f"the header of a DICOM file has more than {budget.header_bytes} bytes, the limit"
             raise TooLarge(msg)
         wanted = min(4 * wanted, budget.header_bytes)
     budget.take(found.elements)
-    if is_other:
+    if found.is_other:
         return None
     if found.sop_class is None:
         return _without_class(found)
