@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import nibabel as nib
 import numpy as np
 
-from . import volumes
+from . import dicom_files, volumes
 
 IMAGE, _ = volumes.blobs((40, 38, 36), seed=3)
 INT16 = IMAGE.astype(np.int16)
 GOOD = volumes.nifti_gz(INT16, np.diag([1.5, 1.5, 1.5, 1]))
+SERIES = dicom_files.series(INT16[:8, :8, :6].T.copy(), dicom_files.ACQUISITIONS["axial"].affine())
 FAST = '{"folds": [0], "use_mirroring": false}'
 
 
@@ -80,6 +81,20 @@ BAD_REQUESTS = {
     "not an image": BadRequest(415, "unknown_format", b"this is not an image", says="NIfTI"),
     "a JPEG": BadRequest(415, "unknown_format", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(600)),
     "a PNG that is none": BadRequest(400, "malformed", b"\x89PNG\r\n\x1a\n" + bytes(600)),
+    "a series for a model without orientation": BadRequest(
+        422, "orientation_unknown", dicom_files.zip_of(SERIES), says="--input-orientation"
+    ),
+    "a series as fields": BadRequest(
+        422, "orientation_unknown", files={f"dicom_{z}": dicom_files.file_of(ds) for z, ds in enumerate(SERIES)}
+    ),
+    "a series with a gap": BadRequest(
+        422,
+        "dicom_missing_slices",
+        dicom_files.tarred(dicom_files.files_of([*SERIES[:3], *SERIES[4:]]), "w:gz"),
+        says="mm",
+    ),
+    "an image of a series": BadRequest(422, "dicom_single_image", dicom_files.file_of(SERIES[0])),
+    "a zip of texts": BadRequest(415, "unknown_format", dicom_files.zipped({"a.txt": b"no image"}), says="DICOM"),
     "zeros": BadRequest(415, "unknown_format", bytes(5000)),
     "an Analyze pair's header": BadRequest(415, "unknown_format", header(magic=b"ni1"), says=".hdr"),
     "complex voxels": BadRequest(415, "unknown_format", header(datatype=32, bitpix=64)),
