@@ -92,14 +92,15 @@ def measure(folder: Path, kind: str, rounds: int, *, quick: bool) -> dict[str, A
     for number in range(rounds):
         if not quick:
             wait_for_quiet()
-        found, taken = {}, {}
+        found: dict[str, npt.NDArray[np.float32]] = {}
+        taken: dict[str, float] = {}
         for side in list(sides)[:: -1 if number % 2 else 1]:
             began = time.perf_counter()
             found[side] = sides[side]()
             taken[side] = round(time.perf_counter() - began, 4)
         different += int(np.count_nonzero(found["ours"] != found["SimpleITK"]))
         seconds.append(taken)
-    del found
+        del found
     memory = json.loads(last_line_of("benchmarks.stages.dicom", "--memory-of", str(folder / "series.zip")))
     result = {
         "file_bytes": len(body),

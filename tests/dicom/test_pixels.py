@@ -138,7 +138,8 @@ def rle(frame: Voxels) -> bytes:
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds.compress(RLELossless, encoding_plugin="pydicom", generate_instance_uid=False)
-    return next(generate_frames(ds.PixelData, number_of_frames=1))
+    packed: bytes = next(generate_frames(ds.PixelData, number_of_frames=1))
+    return packed
 
 
 ENCODERS: dict[str, tuple[str, Callable[[Voxels], bytes]]] = {

@@ -56,9 +56,9 @@ PACKED: dict[str, Callable[[dict[str, bytes]], bytes | tuple[bytes, ...]]] = {
     "zip": zipped,
     "zip, deflated": lambda files: zipped(files, zipfile.ZIP_DEFLATED),
     "tar, pax": tarred,
-    "tar, GNU": lambda files: tarred(files, form=tarfile.GNU_FORMAT),
-    "tar, ustar": lambda files: tarred(files, form=tarfile.USTAR_FORMAT),
-    "tar.gz": lambda files: tarred(files, "w:gz"),
+    "tar, GNU": lambda files: tarred(files, tarfile.GNU_FORMAT),
+    "tar, ustar": lambda files: tarred(files, tarfile.USTAR_FORMAT),
+    "tar.gz": lambda files: tarred(files, packed=True),
     "fields": lambda files: tuple(files.values()),
     "fields of zips": lambda files: tuple(zipped({name: file}) for name, file in files.items()),
 }
@@ -209,7 +209,7 @@ def test_reading_takes_little_more_than_the_volume() -> None:
     import tracemalloc
 
     voxels = np.zeros((60, 256, 256), np.int16)
-    body = tarred(files_of(series(voxels, AFFINE)), "w:gz")
+    body = tarred(files_of(series(voxels, AFFINE)), packed=True)
     open_series(body).read()
     source = open_series(body)
     tracemalloc.start()

@@ -322,7 +322,7 @@ def _dicom() -> Iterator[tuple[str, bytes]]:
     yield "zip", dicom_files.zipped(plain)
     yield "zip deflated", dicom_files.zipped(plain, zipfile.ZIP_DEFLATED)
     yield "tar", dicom_files.tarred(plain)
-    yield "tar gz", dicom_files.tarred(plain, "w:gz")
+    yield "tar gz", dicom_files.tarred(plain, packed=True)
     for name, syntax in {
         "implicit": "1.2.840.10008.1.2",
         "big endian": "1.2.840.10008.1.2.2",

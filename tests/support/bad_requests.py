@@ -90,7 +90,7 @@ BAD_REQUESTS = {
     "a series with a gap": BadRequest(
         422,
         "dicom_missing_slices",
-        dicom_files.tarred(dicom_files.files_of([*SERIES[:3], *SERIES[4:]]), "w:gz"),
+        dicom_files.tarred(dicom_files.files_of([*SERIES[:3], *SERIES[4:]]), packed=True),
         says="mm",
     ),
     "an image of a series": BadRequest(422, "dicom_single_image", dicom_files.file_of(SERIES[0])),

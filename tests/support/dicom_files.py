@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import warnings
@@ -210,16 +211,15 @@ def zipped(files: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> byte
     return body.getvalue()
 
 
-def tarred(files: Mapping[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
-    """A tar of them; ``mode`` ``w:gz`` packs it."""
+def tarred(files: Mapping[str, bytes], form: int = tarfile.PAX_FORMAT, *, packed: bool = False) -> bytes:
+    """A tar of them, in gzip or not."""
     body = io.BytesIO()
-    packing = {"compresslevel": 1} if mode.endswith("gz") else {}
-    with tarfile.open(mode=mode, fileobj=body, format=form, **packing) as archive:  # type: ignore[call-overload]
+    with tarfile.open(mode="w", fileobj=body, format=form) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    return body.getvalue()
+    return gzip.compress(body.getvalue(), 1, mtime=0) if packed else body.getvalue()
 
 
 def zip_of(datasets: Iterable[Dataset], syntax: str = ExplicitVRLittleEndian) -> bytes:

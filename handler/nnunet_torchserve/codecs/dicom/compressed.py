@@ -85,9 +85,12 @@ def decompress(frame: bytes, pixels: Pixels) -> Stored:
 def _decoder(syntax: str) -> Callable[[bytes], Any]:
     import imagecodecs
 
+    decoder: Callable[[bytes], Any] = imagecodecs.jpeg8_decode
     if syntax in JPEG_2000:
-        return imagecodecs.jpeg2k_decode
-    return imagecodecs.jpegls_decode if syntax in JPEG_LS else imagecodecs.jpeg8_decode
+        decoder = imagecodecs.jpeg2k_decode
+    elif syntax in JPEG_LS:
+        decoder = imagecodecs.jpegls_decode
+    return decoder
 
 
 def _of_rle(frame: bytes, pixels: Pixels) -> Stored:

@@ -179,7 +179,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
     with quietly():
         words = [_text(found, name).strip("^ ") for name in ("PatientID", "PatientName", "PatientBirthDate")]
         image_type = _values(found, "ImageType")
-        header = {
+        header: dict[str, Any] = {
             "file": file,
             "sop_class": walk.sop_class or "",
             "sop_instance": _text(found, "SOPInstanceUID"),

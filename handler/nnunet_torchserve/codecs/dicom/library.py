@@ -9,7 +9,6 @@ import io
 import logging
 import warnings
 from functools import cache
-from types import TracebackType
 from typing import Any
 
 from ...errors import DicomUnavailable, ServingError
@@ -57,16 +56,10 @@ class quietly(refuse_damage):  # noqa: N801 (reads as a statement)
         self._silence.__enter__()
         warnings.simplefilter("ignore")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._silence.__exit__(kind, error, traceback)
-        if isinstance(error, ServingError | MemoryError):
-            return
-        super().__exit__(kind, error, traceback)
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._silence.__exit__(None, None, None)
+        if not isinstance(error, ServingError | MemoryError):
+            super().__exit__(kind, error, traceback)
 
 
 def data_set(elements: list[bytes], encoding: Encoding) -> Any:
