@@ -39,7 +39,7 @@ QUICK_SHAPE = (40, 256, 256)
 MOST_TIMES, MOST_VOLUMES = 1.5, 1.5
 """Promised: of SimpleITK's time, and of float32 volumes beside the body."""
 
-ROUNDS = {"uncompressed": 5, "JPEG 2000": 2}
+ROUNDS = {"uncompressed": 3, "JPEG 2000": 2}
 SYNTAXES = {"uncompressed": "1.2.840.10008.1.2.1", "JPEG 2000": "1.2.840.10008.1.2.4.90"}
 _AFFINE = np.diag([*CT_SPACING_MM, 1.0])
 
