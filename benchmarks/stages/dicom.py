@@ -52,8 +52,7 @@ def write_series(folder: Path, kind: str, voxels: npt.NDArray[np.int16]) -> Path
     else:
 
         def encode(frame: npt.NDArray[np.int16]) -> bytes:
-            packed: bytes = imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k")
-            return packed
+            return bytes(imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"))
 
         with ThreadPoolExecutor() as pool:
             frames = pool.map(encode, voxels)
@@ -77,7 +76,8 @@ def by_simpleitk(folder: Path) -> npt.NDArray[np.float32]:
 
 def by_us(body: bytes) -> npt.NDArray[np.float32]:
     """As a worker reads it."""
-    return codecs.open_image(body, Limits(), "SimpleITKIO").read()[0]
+    voxels: npt.NDArray[np.float32] = codecs.open_image(body, Limits(), "SimpleITKIO").read()[0]
+    return voxels
 
 
 def measure(folder: Path, kind: str, rounds: int, *, quick: bool) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def numbers(dtype: str, bits: int, shape: tuple[int, ...] = SHAPE) -> Voxels:
 def read(body: bytes) -> npt.NDArray[np.float32]:
     found = codecs.open_image(body, Limits(), "SimpleITKIO").read()
     assert found.dtype == np.float32
-    return found[0]
+    volume: npt.NDArray[np.float32] = found[0]
+    return volume
 
 
 def code(body: bytes) -> str:
@@ -117,19 +118,16 @@ def test_what_gdcm_compresses_is_exact(syntax: str, dtype: str, bits: int, tmp_p
 
 def jpeg_ls(frame: Voxels) -> bytes:
     """Of 12 bits, as its own header says: the codestream knows no sign."""
-    packed: bytes = imagecodecs.jpegls_encode((frame & 0xFFF).astype(np.uint16))
-    return packed
+    return bytes(imagecodecs.jpegls_encode((frame & 0xFFF).astype(np.uint16)))
 
 
 def jpeg_2000(frame: Voxels) -> bytes:
-    packed: bytes = imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k")
-    return packed
+    return bytes(imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k"))
 
 
 def jpeg_lossless(frame: Voxels, predictor: int = 1) -> bytes:
     unsigned = frame.view(np.uint16)
-    packed: bytes = imagecodecs.jpeg8_encode(unsigned, lossless=True, predictor=predictor, bitspersample=16)
-    return packed
+    return bytes(imagecodecs.jpeg8_encode(unsigned, lossless=True, predictor=predictor, bitspersample=16))
 
 
 def rle(frame: Voxels) -> bytes:
@@ -200,7 +198,7 @@ def test_twelve_bit_jpeg_is_refused() -> None:
 def test_a_codestream_that_claims_a_huge_image_is_not_decoded() -> None:
     """Limits of the DICOM header are those of the decoder."""
     stored = numbers("int16", 16)
-    bomb = imagecodecs.jpeg2k_encode(np.zeros((4096, 4096), np.uint8), level=0, codecformat="j2k")
+    bomb = bytes(imagecodecs.jpeg2k_encode(np.zeros((4096, 4096), np.uint8), level=0, codecformat="j2k"))
     files = {str(z): compressed(ds, [bomb], JPEG2000Lossless) for z, ds in enumerate(series(stored, AFFINE))}
     with pytest.raises(DicomRefused, match="4096 × 4096"):
         read(zipped(files))

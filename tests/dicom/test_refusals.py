@@ -366,7 +366,8 @@ def served(pipeline: Callable[[str], Pipeline]) -> Callable[[str], Pipeline]:
 def ask(served: Pipeline, parts: dict[str, bytes], **options: object) -> dict[str, Any]:
     asked = json.dumps({"folds": [0], "use_mirroring": False, "output_format": "json"} | options).encode()
     response = served.answer(Request(parts | {"options": asked}, {}))
-    return {"status": int(response.status), "headers": dict(response.headers)} | json.loads(response.body)
+    found: dict[str, Any] = json.loads(response.body)
+    return {"status": int(response.status), "headers": dict(response.headers)} | found
 
 
 def volumes(shape: tuple[int, int, int] = (16, 16, 16)) -> npt.NDArray[np.int16]:

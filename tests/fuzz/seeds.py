@@ -334,9 +334,9 @@ def _dicom() -> Iterator[tuple[str, bytes]]:
     for modality in ("enhanced CT", "enhanced MR"):
         yield modality, dicom_files.file_of(dicom_files.enhanced(voxels, affine, modality))
     encoders: dict[str, tuple[str, Callable[[Array], bytes]]] = {
-        "jpeg 2000": ("4.90", lambda one: imagecodecs.jpeg2k_encode(one, level=0, codecformat="j2k")),
-        "jpeg ls": ("4.80", lambda one: imagecodecs.jpegls_encode(one.view("u2"))),
-        "jpeg": ("4.70", lambda one: imagecodecs.jpeg8_encode(one.view("u2"), lossless=True, bitspersample=16)),
+        "jpeg 2000": ("4.90", lambda one: bytes(imagecodecs.jpeg2k_encode(one, level=0, codecformat="j2k"))),
+        "jpeg ls": ("4.80", lambda one: bytes(imagecodecs.jpegls_encode(one.view("u2")))),
+        "jpeg": ("4.70", lambda one: bytes(imagecodecs.jpeg8_encode(one.view("u2"), lossless=True, bitspersample=16))),
         "rle": ("5", _rle),
     }
     for name, (syntax, encode) in encoders.items():

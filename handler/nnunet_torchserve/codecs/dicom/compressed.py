@@ -101,7 +101,7 @@ def _of_rle(frame: bytes, pixels: Pixels) -> Stored:
     if segments != pixels.bits_allocated // 8:
         msg = f"a frame in RLE has {segments} planes, and {pixels.bits_allocated // 8} bytes a pixel"
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
-    planes = np.zeros(pixels.frame_bytes, np.uint8)
+    planes = bytearray(pixels.frame_bytes)
     with refuse_damage((Exception,), _DAMAGED):
         found = imagecodecs.dicomrle_decode(frame, pixels.dtype, out=planes)
         stored = np.frombuffer(found, pixels.dtype)

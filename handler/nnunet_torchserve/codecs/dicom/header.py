@@ -372,7 +372,8 @@ def _values(found: Any, name: str) -> Sequence[Any]:
             text = item.value.decode("latin-1").strip("\0 ")
             return [part.strip("\0 ") for part in text.split("\\")] if text else []
         if vr == "US":
-            return np.frombuffer(item.value, "<u2" if item.is_little_endian else ">u2").tolist()
+            words: list[int] = np.frombuffer(item.value, "<u2" if item.is_little_endian else ">u2").tolist()
+            return words
     value = found[tag].value
     if value is None or value == "":
         return []

@@ -115,12 +115,13 @@ def _read(number: int, file: File, stream: Stream, budget: Budget, limits: Limit
     if found.is_other:
         return None
     if found.sop_class is None:
-        return _without_class(found)
+        _check_without_class(found)
+        return None
     deflated = encoding.transfer_syntax == DEFLATED
     return read_header(number, None if deflated else file.size - encoding.start, found, encoding, limits)
 
 
-def _without_class(found: Walk) -> None:
+def _check_without_class(found: Walk) -> None:
     """A DICOMDIR has no class and no pixels; an image without a class is broken."""
     if found.pixels is not None:
         msg = (

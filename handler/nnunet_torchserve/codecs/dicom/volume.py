@@ -140,7 +140,7 @@ def _read_image(file: File, image: ImageHeader, out: Sequence[npt.NDArray[np.flo
         if size > _MOST_TIMES * pixels.frame_bytes * pixels.frames + SLACK_BYTES:
             msg = "the compressed pixels of an image have far more bytes than they would have uncompressed"
             raise Malformed(msg)
-        frames = frames_of(memoryview(stream.read_exactly(size)), pixels)
+        frames = frames_of(stream.read_exactly(size).data, pixels)
         for frame, rescale, target in zip(frames, image.rescales, out, strict=True):
             crew.do(_read_frame, frame, pixels, rescale, target)
     opened.finish()
