@@ -428,7 +428,9 @@ def test_nothing_of_a_patient_leaves_but_in_the_answer(
     caplog.set_level(logging.DEBUG)
     model = served("five_folds")
     whole = series(volumes(), ACQUISITIONS["axial"].affine())
-    broken = [change(ds, RescaleSlope=SECRET) for ds in series(volumes(), ACQUISITIONS["axial"].affine())]
+    broken = series(volumes(), ACQUISITIONS["axial"].affine(), rescale=None)
+    for ds in broken:
+        ds.add_new(0x00281053, "LO", SECRET)  # RescaleSlope
     answers = [ask(model, {"image": zip_of(whole)})]
     bodies: Iterator[bytes] = (zip_of(make()) for make, _, _ in SERIES.values())
     answers += [ask(model, {"image": body}) for body in (*bodies, zip_of(broken), zip_of(whole)[:-5000])]

@@ -142,7 +142,7 @@ class Zipped:
         """Read the directory."""
         self._body = body
         archive = open_zip(body, limits.dicom_files, limits.dicom_files * DIRECTORY_BYTES)
-        self._members = [info for info in archive.infolist() if not info.is_dir()]
+        self._members = [info for info in archive.infolist() if not info.filename.endswith("/")]
 
     def files(self) -> Iterator[File]:
         """As the directory lists them.
