@@ -144,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == ["--memory-of"]:
         return memory_of(Path(arguments[1]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a trial: a small series, one round; may miss targets")
+    parser.add_argument("--quick", action="store_true", help="a trial: a small series, two rounds; may miss targets")
     quick = parser.parse_args(arguments).quick
     where, place = fast_folder()
     measured: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
         for kind, rounds in ROUNDS.items():
             folder = Path(name) / kind.replace(" ", "-")
             write_series(folder, kind, voxels)
-            measured[kind] = measure(folder, kind, 1 if quick else rounds, quick=quick)
+            measured[kind] = measure(folder, kind, 2 if quick else rounds, quick=quick)
     document = {"files_on": place, "shape": list(shape), "series": measured}
     return write_results("dicom", material, document, targets_of(measured))
 
