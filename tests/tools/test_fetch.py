@@ -106,7 +106,7 @@ def store(https: Store) -> Store:
 
 
 def wanted(store: Store, into: Path, path: str = "/models/brain.mar", **other: Any) -> Wanted:
-    given = {"sha256": DIGEST, "max_bytes": len(ARCHIVE), "authorities": store.certificate} | other
+    given: dict[str, Any] = {"sha256": DIGEST, "max_bytes": len(ARCHIVE), "authorities": store.certificate} | other
     return Wanted(store.url(path), into=into, **given)
 
 
@@ -203,7 +203,7 @@ def test_two_that_fetch_the_same_load_it_once(store: Store, tmp_path: Path) -> N
 def test_what_cannot_be_meant_is_refused_before_anything_is_asked(
     tmp_path: Path, url: str, other: dict[str, Any], said: str
 ) -> None:
-    given = {"sha256": DIGEST, "max_bytes": 1} | other
+    given: dict[str, Any] = {"sha256": DIGEST, "max_bytes": 1} | other
     with pytest.raises(UsageError, match=said) as caught:
         get(Wanted(url, into=tmp_path, **given))
     assert SECRET not in str(caught.value)
