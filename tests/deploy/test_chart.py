@@ -267,6 +267,13 @@ def test_the_grace_period_covers_the_hook_and_the_longest_request() -> None:
     assert serve({"stop": {"terminationGracePeriodSeconds": 1265}}).pod["terminationGracePeriodSeconds"] == 1265
 
 
+def test_with_the_proxy_the_grace_period_covers_its_end_too() -> None:
+    row = serve(PROXY)
+    hook = row.container()["lifecycle"]["preStop"]["exec"]["command"][-1]
+    waits = [int(re.findall(pattern, hook)[0]) for pattern in (r"sleep (\d+)", r"--timeout (\d+)", r"seq (\d+)")]
+    assert sum(waits) < row.pod["terminationGracePeriodSeconds"]
+
+
 def test_a_start_has_time_for_the_archives() -> None:
     def seconds(*values: Values) -> int:
         probe = serve(*values).container()["startupProbe"]

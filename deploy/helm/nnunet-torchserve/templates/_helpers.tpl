@@ -35,6 +35,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- add .Values.stop.endpointSeconds .Values.server.longestRequestSeconds .Values.stop.marginSeconds -}}
 {{- end }}
 
+{{- /* Of the margin, what a drained server waits for nginx. */ -}}
+{{- define "nnunet.proxyEndSeconds" -}}
+{{- div .Values.stop.marginSeconds 2 -}}
+{{- end }}
+
 {{- define "nnunet.grace" -}}
 {{- $least := include "nnunet.leastGrace" . | int -}}
 {{- $given := .Values.stop.terminationGracePeriodSeconds -}}
