@@ -54,14 +54,14 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     if nginx is None:
         pytest.skip("nginx is not installed")
     folder = tmp_path_factory.mktemp("proxy")
-    for name in ("tls", "tokens", "prefix", "run"):
+    for name in ("tls", "prefix", "run"):
         (folder / name).mkdir()
     certificate = folder / "tls" / "tls.crt"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-keyout", str(folder / "tls" / "tls.key"), "-out", str(certificate), "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
     subprocess.run(command, check=True, capture_output=True)
-    (folder / "tokens" / "tokens.conf").write_text(f'"Bearer {TOKEN}" hospital-a;\n"Bearer {OTHER}" hospital-b;\n')
+    (folder / "tokens").write_text(f'"Bearer {TOKEN}" hospital-a;\n"Bearer {OTHER}" hospital-b;\n')
     port = free_port()
     rendered = serve(
         {
@@ -77,7 +77,6 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
             text,
             {
                 "server 127.0.0.1:8080": f"server 127.0.0.1:{peer.port}",
-                "/etc/nnunet-proxy/": f"{folder}/",
                 f"listen {port} ssl": f"listen 127.0.0.1:{port} ssl",
             },
         )

@@ -111,12 +111,12 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- $wait := add .Values.server.longestRequestSeconds 60 -}}
 {{- $swaps := list
   (list "listen 127.0.0.1:8443;" "# listen: below")
-  (list "#tls " "")
+  (list "# tls: " "")
   (list "listen 8443 ssl;" (printf "listen %d ssl;" (int .Values.proxy.port)))
   (list "client_max_body_size 537919488;" (printf "client_max_body_size %d;" $body))
   (list "limit_conn per_address 16;" (printf "limit_conn per_address %d;" (int .Values.proxy.perAddress)))
   (list "proxy_read_timeout 1260s;" (printf "proxy_read_timeout %ds;" $wait)) -}}
-{{- if .Values.proxy.tokens.secretName }}{{ $swaps = append $swaps (list "#tokens " "") }}{{ end -}}
+{{- if .Values.proxy.tokens.secretName }}{{ $swaps = append $swaps (list "# auth: " "") }}{{ end -}}
 {{- range $swaps -}}
 {{- if not (contains (first .) $text) }}{{ fail (printf "files/nginx.conf has no %q any more: it and templates/_helpers.tpl belong together" (first .)) }}{{ end -}}
 {{- $text = replace (first .) (last .) $text -}}
