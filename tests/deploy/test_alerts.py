@@ -42,6 +42,7 @@ def device_memory(used: int) -> Series:
 
 
 FIRES: dict[str, list[tuple[int, Series]]] = {
+    "NnunetNoServer": [(10, {}), (10, {'up{job="nnunet", instance="a"}': "1 1 0x20"})],
     "NnunetServerDown": [(6, {'up{job="nnunet", instance="a"}': "1 1 0x20"})],
     "NnunetEngineDown": [(10, on_device("nnunet_engine_up", "1 0x20"))],
     "NnunetStuck": [(20, on_device("nnunet_passes_waiting", "10x40") | on_device("nnunet_passes_total", "100x40"))],
@@ -73,6 +74,7 @@ FIRES: dict[str, list[tuple[int, Series]]] = {
 """Alert -> series, one sample a minute, and the minute in which it fires."""
 
 SILENT: dict[str, list[tuple[int, Series]]] = {
+    "NnunetNoServer": [(10, {'up{job="nnunet", instance="a"}': "0x20", 'up{job="nnunet", instance="b"}': "1x20"})],
     "NnunetServerDown": [
         (6, {'up{job="nnunet", instance="a"}': "1 0 1x20"}),
         (6, {'up{job="other", instance="a"}': "0x20"}),

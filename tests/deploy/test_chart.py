@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def validated(manifests: list[Values], versions: list[str]) -> list[str]:
 
 def test_every_pair_of_values_renders_to_what_the_newest_kubernetes_know(rows: list[Rendered]) -> None:
     versions = newest_versions(3)
-    rendered = [*rows, hpa(versions[-1]), folders(versions[0]), folders(versions[-1])]
+    on_gpu = render(SERVER_CHART, STORE, "--values", str(SERVER_CHART / "values-gpu.yaml"))
+    rendered = [*rows, on_gpu, hpa(versions[-1]), folders(versions[0]), folders(versions[-1])]
     unique = {json.dumps(each, sort_keys=True) for row in rendered for each in row.manifests}
     known = [each for each in map(json.loads, unique) if each["kind"] not in UNKNOWN_TO_KUBERNETES]
     assert len(known) > len(rows)
@@ -220,6 +222,7 @@ def test_every_number_has_its_reason_beside_it(chart: Path) -> None:
         ({"stop": {"terminationGracePeriodSeconds": 1264}}, "would cut requests"),
         ({"proxy": {"enabled": True}}, "proxy.tls.secretName"),
         (merged(TOKENS, {"management": {"enabled": True}}), "choose one of them"),
+        ({"service": {"type": "LoadBalancer"}}, "proxy.enabled asks who they are"),
         ({"metrics": {"monitor": "pod"}}, "metrics.enabled"),
         ({"autoscaling": {"kind": "keda"}}, "metrics.enabled"),
         (merged(METRICS, {"autoscaling": {"kind": "hpa"}}), "metrics.rules.enabled"),
@@ -408,6 +411,13 @@ def test_replicas_are_left_to_whoever_scales() -> None:
 def test_the_chart_has_the_projects_own_files(file: str) -> None:
     source = DEPLOY / file
     assert (SERVER_CHART / "files" / source.name).read_bytes() == source.read_bytes(), "make chart copies them"
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.name)
+def test_the_chart_is_of_this_version(chart: Path) -> None:
+    described = yaml.safe_load((chart / "Chart.yaml").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (described["version"], described["appVersion"]) == (version, version)
 
 
 # The folder's chart

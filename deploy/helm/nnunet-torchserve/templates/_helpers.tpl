@@ -96,6 +96,7 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- end -}}
 {{- end -}}
 {{- if and .Values.proxy.enabled (not .Values.proxy.tls.secretName) }}{{ fail "proxy.enabled: proxy.tls.secretName is a Secret of type kubernetes.io/tls; tokens and images do not travel in the clear" }}{{ end -}}
+{{- if and (ne .Values.service.type "ClusterIP") (not .Values.proxy.enabled) }}{{ fail (printf "service.type %s lets whoever reaches the node send images: proxy.enabled asks who they are, or leave it ClusterIP" .Values.service.type) }}{{ end -}}
 {{- if and .Values.management.enabled .Values.proxy.enabled .Values.proxy.tokens.secretName }}{{ fail "management.enabled has TorchServe ask every client for its own token, in the header that proxy.tokens takes: choose one of them" }}{{ end -}}
 {{- if and .Values.metrics.monitor (not .Values.metrics.enabled) }}{{ fail "metrics.monitor: metrics.enabled opens the port that it looks at" }}{{ end -}}
 {{- if and (eq .Values.autoscaling.kind "hpa") (not .Values.metrics.rules.enabled) }}{{ fail "autoscaling.kind hpa: metrics.rules.enabled makes nnunet_waiting_seconds, which a metrics adapter must hand on (docs/kubernetes.md)" }}{{ end -}}
