@@ -38,14 +38,16 @@ with zipfile.ZipFile(io.BytesIO(layer)) as programs:
 END
 fi
 
-# An environment of their own: what they need is not what the project needs.
+# Environments of their own: what they need is not what the project needs. Made anew when their list changes.
 install() {
-    [ -e ".tools/$1/ready" ] && return
+    local list="tests/deploy/$1.txt"
+    cmp -s "$list" ".tools/$1/ready" && return
+    rm -rf ".tools/$1"
     "$python" -m venv ".tools/$1"
-    run_pip ".tools/$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
-    touch ".tools/$1/ready"
+    run_pip ".tools/$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$list"
+    cp "$list" ".tools/$1/ready"
 }
-install lint -r tests/deploy/tools.txt
+install lint
 if [ "${1:-}" = --checkov ]; then
-    install checkov "checkov==3.3.30"
+    install checkov
 fi

@@ -168,6 +168,21 @@ def test_yamllint_has_nothing_to_say(chart: Path) -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_shellcheck_has_nothing_to_say(tmp_path: Path) -> None:
+    row = serve(TOKENS)
+    hooks = [each["lifecycle"]["preStop"]["exec"]["command"] for each in row.pod["containers"]]
+    commands = [*hooks, row.container("proxy")["command"]]
+    assert {tuple(command[:2]) for command in commands} == {("/bin/sh", "-c")}
+    files = [Path(__file__).with_name("install_tools.sh")]
+    for number, command in enumerate(commands):
+        files.append(tmp_path / f"{number}.sh")
+        files[-1].write_text(f"#!/bin/sh\n{command[2]}\n")
+    run = subprocess.run(
+        [tool("shellcheck", "lint/bin"), *map(str, files)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout
+
+
 def test_schemas_are_schemas() -> None:
     command = [tool("check-jsonschema", "lint/bin"), "--check-metaschema"]
     files = [str(chart / "values.schema.json") for chart in CHARTS]
@@ -251,7 +266,10 @@ def test_what_cannot_be_meant_is_refused_with_the_reason(values: Values, said: s
         {"url": "https://models.example.org/brain.mar", "urlFrom": {"secret": "s3", "key": "url"}, "name": "b.mar"},
     ],
 )
-@pytest.mark.parametrize("schema", [[], ["--skip-schema-validation"]], ids=["schema", "template"])
+@pytest.mark.parametrize(
+    "schema",
+    [pytest.param([], id="schema", marks=pytest.mark.long), pytest.param(["--skip-schema-validation"], id="template")],
+)
 def test_no_archive_is_fetched_without_https_and_sha256(wrong: Values, schema: list[str]) -> None:
     archive = {"sha256": SHA256, "maxBytes": GIB} | wrong
     values = {"models": {"store": {"kind": "fetch", "fetch": {"archives": [archive]}}}}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Rendered:
     @property
     def manifests(self) -> list[Values]:
         assert not self.refusal, self.refusal
-        return [each for each in yaml.safe_load_all(self.text) if each]
+        return [each for each in yaml.load_all(self.text, Loader=yaml.CSafeLoader) if each]
 
     def kind(self, kind: str, suffix: str = "") -> Values:
         """The one manifest of a kind, whose name ends so."""
@@ -96,8 +97,13 @@ def _ends(manifest: Values, suffix: str) -> bool:
 
 def render(chart: Path, values: Mapping[str, Any], *arguments: str) -> Rendered:
     """Have helm render a chart."""
+    return _rendered(chart, json.dumps(values, sort_keys=True), arguments)
+
+
+@cache
+def _rendered(chart: Path, values: str, arguments: tuple[str, ...]) -> Rendered:
     command = [tool("helm"), "template", RELEASE, str(chart), "--namespace", NAMESPACE, "--values", "-", *arguments]
-    run = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=False)
+    run = subprocess.run(command, input=values, capture_output=True, text=True, check=False)
     return Rendered(run.stderr if run.returncode else "", run.stdout)
 
 
