@@ -53,8 +53,9 @@ FIRES: dict[str, list[tuple[int, Series]]] = {
         (30, requests(504, "deadline", 1)),
     ],
     "NnunetFrontEndErrors": [
-        (30, front_end("5", 12) | front_end("2", 60) | requests(500, "internal", 2)),
-        (30, front_end("5", 12) | front_end("2", 60)),
+        (30, front_end("5", 12) | requests(200, "none", 60) | requests(500, "internal", 2)),
+        (30, front_end("5", 12) | requests(200, "none", 60)),
+        (30, front_end("5", 12)),
     ],
     "NnunetBusy": [(60, requests(200, "none", 60) | requests(429, "busy", 30))],
     "NnunetWorkWaits": [
@@ -95,8 +96,9 @@ SILENT: dict[str, list[tuple[int, Series]]] = {
         (30, requests(200, "none", 60) | requests(422, "wrong_channels", 60)),
     ],
     "NnunetFrontEndErrors": [
-        (30, front_end("5", 12) | front_end("2", 60) | requests(500, "internal", 12)),
-        (30, front_end("5", 0) | front_end("2", 0)),  # nobody asks: 0 / 0
+        (30, front_end("5", 12) | requests(200, "none", 60) | requests(500, "internal", 12)),
+        (30, front_end("5", 1) | requests(200, "none", 60)),
+        (30, front_end("5", 0) | requests(200, "none", 0)),  # nobody asks: 0 / 0
     ],
     "NnunetBusy": [(60, requests(200, "none", 60) | requests(429, "busy", 6))],
     "NnunetWorkWaits": [
@@ -189,7 +191,7 @@ def test_the_rules_name_metrics_that_there_are_and_one_job() -> None:
     assert len(selectors) > 20
     assert all('job="nnunet"' in labels for _, labels in selectors)
     ours = {name for name, _ in selectors}
-    assert ours - set(configured()) == {"up", "Requests2XX", "Requests5XX"}
+    assert ours - set(configured()) == {"up", "Requests5XX"}
 
 
 def test_the_charts_rules_are_these_for_its_own_pods(tmp_path: Path) -> None:
