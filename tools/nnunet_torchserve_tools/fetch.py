@@ -85,6 +85,11 @@ def wanted_url(given: str | None, environ: Mapping[str, str] = os.environ) -> st
     return url
 
 
+def given_token(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The bearer token of the environment, if there is one."""
+    return environ.get(TOKEN_VARIABLE) or None
+
+
 def fetch(wanted: Wanted, *, tell: Callable[[str], None], pause_s: float = _FIRST_PAUSE_S) -> Path:
     """Have the file in its folder.
 
