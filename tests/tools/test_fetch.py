@@ -78,6 +78,13 @@ def _handler(store: Store) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+class Listener(ThreadingHTTPServer):
+    """With nothing to say of clients that leave in the middle."""
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def https(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("https")
@@ -88,7 +95,7 @@ def https(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     store = Store(0, certificate)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(store))
+    server = Listener(("127.0.0.1", 0), _handler(store))
     server.socket = context.wrap_socket(server.socket, server_side=True)
     store.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
