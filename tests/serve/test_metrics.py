@@ -168,8 +168,8 @@ def test_every_query_of_the_documentation_and_the_dashboard_returns_data(measure
         try:
             wait_for(has_scraped)
             ask_all(measured, WORKERS)
-            wait_for(lambda: bool(result("nnunet_answers_total")))
-            ask_all(measured, WORKERS)  # what a counter has when it is first seen is no rate
+            wait_for(lambda: bool(result("ts_inference_requests_total")))
+            ask_all(measured, WORKERS)  # what TorchServe's counters have when they are first seen is no rate
             for options, status in ((UNKNOWN_FOLD, 422), (TOO_LATE, 504)):
                 assert measured.live.predict("five_folds", GOOD, options=options).status_code == status
             wait_for(lambda: bool(result("sum(rate(nnunet_passes_total[5m])) > 0")))
