@@ -27,7 +27,11 @@ endef
 	@touch $@
 	@echo "  done: .venv takes $$(du -sh .venv | cut -f1)"
 
-.PHONY: help setup demo archive serve stop test test-long lint type parity bench figures fuzz soak clean
+# What a Helm chart can read lies in its own folder.
+CHART := deploy/helm/nnunet-torchserve
+COPIED := deploy/nginx.conf deploy/prometheus/alerts.yaml deploy/grafana/dashboard.json config.properties
+
+.PHONY: help setup demo archive serve stop test test-long lint type parity bench figures fuzz soak chart clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -47,9 +51,11 @@ stop: ## stop that server
 	$(NT) stop
 
 test: .venv/ready ## run the tests (about 8 minutes on two cores)
+	@tests/deploy/install_tools.sh || echo "make test: tools for tests/deploy are missing; its tests are skipped" >&2
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads"
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples
+	@tests/deploy/install_tools.sh --checkov || echo "make test-long: tools for tests/deploy are missing; its tests are skipped" >&2
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long
 
 lint: .venv/ready ## ruff, and the layers of the serving core
@@ -76,6 +82,9 @@ fuzz: .venv/ready ## fuzz decoders, options and requests (10 minutes); finds go 
 soak: .venv/ready ## 1,000 requests while engines and workers are killed (a quarter of an hour)
 	$(BIN)/python -m benchmarks.load.soak
 
+chart: ## copy what the Helm chart shares with others into its folder
+	cp $(COPIED) $(CHART)/files/
+
 clean: ## remove what these verbs made (stops the server first)
 	test ! -x $(NT) || $(NT) stop
-	rm -rf .venv model_store/*.mar demo/output .nnunet-torchserve .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .tools model_store/*.mar demo/output .nnunet-torchserve .pytest_cache .mypy_cache .ruff_cache

@@ -230,6 +230,38 @@ def _tell(line: str) -> None:
     typer.echo(line, err=True)
 
 
+@app.command()
+@_reports_errors
+def fetch(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            help="https address of the archive; default: NNUNET_TORCHSERVE_FETCH_URL, where it is a secret."
+        ),
+    ] = None,
+    sha256: Annotated[str, typer.Option(help="Of the file, as sha256sum prints it.")] = "",
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest file that is taken; default: 8 GiB.")] = 8 * 1024**3,
+    into: Annotated[Path, typer.Option(help="The model store.")] = Path("model_store"),
+    name: Annotated[str | None, typer.Option(help="Name of the file there; default: the address's last part.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Authorities (PEM) that may sign the server's certificate.")
+    ] = None,
+) -> None:
+    """Load an archive into a model store, if it is the one with this sha256."""
+    from . import fetch as fetching
+
+    wanted = fetching.Wanted(
+        url=fetching.wanted_url(url),
+        sha256=sha256,
+        max_bytes=max_bytes,
+        into=into,
+        name=name,
+        authorities=verify,
+        token=fetching.given_token(),
+    )
+    typer.echo(fetching.fetch(wanted, tell=_warn))
+
+
 def _postprocessing(text: str | None) -> Any:
     """The option of that name: a file, ``"auto"``, ``"none"`` or nothing."""
     return text if text in {None, "auto", "none"} else Path(str(text))

@@ -1,0 +1,140 @@
+{{- define "nnunet.name" -}}
+{{- $name := .Release.Name -}}
+{{- if not (contains .Chart.Name $name) }}{{ $name = printf "%s-%s" $name .Chart.Name }}{{ end -}}
+{{- $name | trunc 50 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "nnunet.selector" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "nnunet.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{ include "nnunet.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end }}
+
+{{- /* An image by its digest, else its tag. */ -}}
+{{- define "nnunet.image" -}}
+{{- if .digest }}{{ printf "%s@%s" .repository .digest }}{{ else }}{{ printf "%s:%s" .repository .tag }}{{ end -}}
+{{- end }}
+
+{{- define "nnunet.serverImage" -}}
+{{- $image := .Values.image -}}
+{{- include "nnunet.image" (dict "repository" $image.repository "tag" ($image.tag | default .Chart.AppVersion) "digest" $image.digest) -}}
+{{- end }}
+
+{{- define "nnunet.serviceAccount" -}}
+{{ .Values.serviceAccount.name | default (include "nnunet.name" .) }}
+{{- end }}
+
+{{- /* The least grace period with which nothing is lost: the preStop hook and the longest request within it, and a margin. */ -}}
+{{- define "nnunet.leastGrace" -}}
+{{- add .Values.stop.endpointSeconds .Values.server.longestRequestSeconds .Values.stop.marginSeconds -}}
+{{- end }}
+
+{{- /* Of the margin, what a drained server waits for nginx. */ -}}
+{{- define "nnunet.proxyEndSeconds" -}}
+{{- div .Values.stop.marginSeconds 2 -}}
+{{- end }}
+
+{{- define "nnunet.grace" -}}
+{{- $least := include "nnunet.leastGrace" . | int -}}
+{{- $given := .Values.stop.terminationGracePeriodSeconds -}}
+{{- if kindIs "invalid" $given }}{{ $least }}
+{{- else if lt (int $given) $least -}}
+{{- fail (printf "stop.terminationGracePeriodSeconds %d would cut requests: the preStop hook (stop.endpointSeconds %d), the longest request (server.longestRequestSeconds %d) and stop.marginSeconds %d need %d" (int $given) (int .Values.stop.endpointSeconds) (int .Values.server.longestRequestSeconds) (int .Values.stop.marginSeconds) $least) -}}
+{{- else }}{{ int $given }}{{ end -}}
+{{- end }}
+
+{{- /* How long a start may take: by the number of archives and their size. */ -}}
+{{- define "nnunet.startupSeconds" -}}
+{{- $archives := .Values.models.archives -}}
+{{- $gibibytes := .Values.models.gibibytes -}}
+{{- if eq .Values.models.store.kind "fetch" -}}
+{{- $archives = len .Values.models.store.fetch.archives -}}
+{{- $gibibytes = divf (include "nnunet.fetchBytes" .) 1073741824 -}}
+{{- end -}}
+{{- addf .Values.startup.baseSeconds (mulf $archives .Values.startup.secondsPerArchive) (mulf $gibibytes .Values.startup.secondsPerGibibyte) | ceil | int -}}
+{{- end }}
+
+{{- define "nnunet.fetchBytes" -}}
+{{- $bytes := 0 -}}
+{{- range .Values.models.store.fetch.archives }}{{ $bytes = add $bytes (int64 .maxBytes) }}{{ end -}}
+{{- $bytes -}}
+{{- end }}
+
+{{- /* The series of this release's pods, as a monitor of the Prometheus operator labels them. */ -}}
+{{- define "nnunet.series" -}}
+namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9]+-[a-z0-9]+"
+{{- end }}
+
+{{- /* Seconds that the work in hand takes at the pace of the last five minutes. A fleet that has done nothing yet is taken to
+     have a pace all the same, of its pods: else an idle one would divide by zero, and one that has just got its first case
+     by next to nothing. */ -}}
+{{- define "nnunet.waitingSeconds" -}}
+{{- $series := include "nnunet.series" . -}}
+{{- printf "sum(nnunet_passes_waiting{%s}) / clamp_min(sum(rate(nnunet_passes_total{%s}[5m])) or vector(0), scalar(count(count by (pod) (nnunet_passes_waiting{%s}))) * %s)" $series $series $series (toString .Values.autoscaling.floorPassesPerSecond) -}}
+{{- end }}
+
+{{- /* What cannot be meant; each sentence says what would be right. */ -}}
+{{- define "nnunet.check" -}}
+{{- $store := .Values.models.store -}}
+{{- if not $store.kind }}{{ fail "where are the archives? models.store.kind: claim (with models.store.claim.name), fetch (with models.store.fetch.archives) or image" }}{{ end -}}
+{{- if and (eq $store.kind "claim") (not $store.claim.name) }}{{ fail "models.store.kind is claim: models.store.claim.name is the PersistentVolumeClaim that has the archives" }}{{ end -}}
+{{- if eq $store.kind "fetch" -}}
+{{- if not $store.fetch.archives }}{{ fail "models.store.kind is fetch: models.store.fetch.archives lists them, each with url, sha256 and maxBytes" }}{{ end -}}
+{{- range $number, $archive := $store.fetch.archives -}}
+{{- if and $archive.url (not (hasPrefix "https://" $archive.url)) }}{{ fail (printf "models.store.fetch.archives[%d].url: an archive is code, and comes over https only" $number) }}{{ end -}}
+{{- if not (or $archive.url $archive.urlFrom) }}{{ fail (printf "models.store.fetch.archives[%d]: url, or urlFrom, says where it is" $number) }}{{ end -}}
+{{- if and $archive.url $archive.urlFrom }}{{ fail (printf "models.store.fetch.archives[%d]: url or urlFrom, not both" $number) }}{{ end -}}
+{{- if and $archive.urlFrom (not $archive.name) }}{{ fail (printf "models.store.fetch.archives[%d]: name says what the file shall be called, as brain.mar; with urlFrom nobody else knows" $number) }}{{ end -}}
+{{- if not (regexMatch "^[0-9a-fA-F]{64}$" (toString $archive.sha256)) }}{{ fail (printf "models.store.fetch.archives[%d].sha256: 64 hexadecimal digits, as sha256sum prints them" $number) }}{{ end -}}
+{{- if not $archive.maxBytes }}{{ fail (printf "models.store.fetch.archives[%d].maxBytes: the largest file that is taken" $number) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.proxy.enabled (not .Values.proxy.tls.secretName) }}{{ fail "proxy.enabled: proxy.tls.secretName is a Secret of type kubernetes.io/tls; tokens and images do not travel in the clear" }}{{ end -}}
+{{- if and (ne .Values.service.type "ClusterIP") (not .Values.proxy.enabled) }}{{ fail (printf "service.type %s lets whoever reaches the node send images: proxy.enabled asks who they are, or leave it ClusterIP" .Values.service.type) }}{{ end -}}
+{{- if and .Values.management.enabled .Values.proxy.enabled .Values.proxy.tokens.secretName }}{{ fail "management.enabled has TorchServe ask every client for its own token, in the header that proxy.tokens takes: choose one of them" }}{{ end -}}
+{{- if and .Values.metrics.monitor (not .Values.metrics.enabled) }}{{ fail "metrics.monitor: metrics.enabled opens the port that it looks at" }}{{ end -}}
+{{- if and (eq .Values.autoscaling.kind "hpa") (not .Values.metrics.rules.enabled) }}{{ fail "autoscaling.kind hpa: metrics.rules.enabled makes nnunet_waiting_seconds, which a metrics adapter must hand on (docs/kubernetes.md)" }}{{ end -}}
+{{- if and .Values.autoscaling.kind (not .Values.metrics.enabled) }}{{ fail "autoscaling.kind: metrics.enabled, or there is nothing to scale on" }}{{ end -}}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}{{ fail "autoscaling.minReplicas is above maxReplicas" }}{{ end -}}
+{{- if and (eq (toString .Values.rollout.maxSurge) "0") (eq (toString .Values.rollout.maxUnavailable) "0") }}{{ fail "rollout: maxSurge or maxUnavailable must be above 0, or no pod can ever be replaced" }}{{ end -}}
+{{- end }}
+
+{{- /* deploy/nginx.conf with what differs here. Each line that is looked for must be there once. */ -}}
+{{- define "nnunet.nginx" -}}
+{{- $text := .Files.Get "files/nginx.conf" -}}
+{{- $body := mul (add (.Values.server.bodyLimitMiB | default 512) 1) 1048576 -}}
+{{- $wait := add .Values.server.longestRequestSeconds 60 -}}
+{{- $swaps := list
+  (list "listen 127.0.0.1:8443;" "# listen: below")
+  (list "# tls: " "")
+  (list "listen 8443 ssl;" (printf "listen %d ssl;" (int .Values.proxy.port)))
+  (list "client_max_body_size 537919488;" (printf "client_max_body_size %d;" $body))
+  (list "limit_conn per_address 16;" (printf "limit_conn per_address %d;" (int .Values.proxy.perAddress)))
+  (list "proxy_read_timeout 1260s;" (printf "proxy_read_timeout %ds;" $wait)) -}}
+{{- if .Values.proxy.tokens.secretName }}{{ $swaps = append $swaps (list "# auth: " "") }}{{ end -}}
+{{- range $swaps -}}
+{{- if not (contains (first .) $text) }}{{ fail (printf "files/nginx.conf has no %q any more: it and templates/_helpers.tpl belong together" (first .)) }}{{ end -}}
+{{- $text = replace (first .) (last .) $text -}}
+{{- end -}}
+{{- $text -}}
+{{- end }}
+
+{{- define "nnunet.config" -}}
+{{ .Files.Get "files/config.properties" }}
+# Of the chart's server.settings: the last of two lines counts.
+{{ range $key, $value := .Values.server.settings }}{{ $key }}={{ $value }}
+{{ end }}
+{{- end }}
+
+{{- define "nnunet.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
