@@ -24,7 +24,7 @@ import httpx
 import psutil
 
 from nnunet_torchserve.draining import EVERY_MODEL, ORDERS, order_name
-from nnunet_torchserve.engine.folder import is_alive
+from nnunet_torchserve.engine.folder import living
 from nnunet_torchserve.engine.greeting import greets
 from nnunet_torchserve.engine.roster import Used, engines_of
 
@@ -113,7 +113,7 @@ class Health:
         self._found: tuple[Server, psutil.Process, httpx.Client] | None = None
         self._front_end: tuple[float, str] = (-math.inf, "nothing is known of the JVM yet")
         self._workers: tuple[float, Mapping[Version, Sequence[Worker]]] = (-math.inf, {})
-        self._engines: tuple[float, Mapping[str, bool]] = (-math.inf, {})
+        self._engines: tuple[float, Mapping[str, int | None]] = (-math.inf, {})
         self._away: dict[tuple[str, str, str], float] = {}
 
     def close(self) -> None:
@@ -161,7 +161,8 @@ class Health:
     def look_at_engines(self) -> None:
         """Listen for the hello of each engine that a worker uses."""
         used = {each.folder for engines in self._used().values() for each in engines}
-        self._engines = (time.monotonic(), {folder: greets(Path(folder), HELLO_S) for folder in sorted(used)})
+        heard = {folder: _greeting(Path(folder)) for folder in sorted(used)}
+        self._engines = (time.monotonic(), heard)
 
     @property
     def has_old_news(self) -> bool:
@@ -245,12 +246,13 @@ class Health:
         return None
 
     def _without_engine(self, workers: Mapping[Version, Sequence[Worker]]) -> Verdict | None:
-        at, greeting = self._engines
+        at, heard = self._engines
         if time.monotonic() - at > VERY_OLD_S:
             return Verdict(False, "engine", "nothing is known of the engines")
         for (model, version), engines in self._used().items():
             if (model, version) in workers and not any(
-                greeting.get(each.folder) and is_alive(Path(each.folder)) for each in engines
+                heard.get(each.folder) is not None and heard[each.folder] == living(Path(each.folder))
+                for each in engines
             ):
                 devices = " and ".join(sorted({each.device for each in engines}))
                 return Verdict(False, "engine", f"no engine of {model}/{version} on {devices} says hello")
@@ -282,6 +284,12 @@ class Health:
         process = None if server is None else server.process()
         if server is not None and process is not None:
             self._found = server, process, management(server.management_url, Path(server.control_dir), ANSWER_S)
+
+
+def _greeting(folder: Path) -> int | None:
+    """The process id of the engine that says hello there; ``None`` if none does, or if it is another one meanwhile."""
+    process = living(folder)
+    return process if greets(folder, HELLO_S) and living(folder) == process else None
 
 
 def _trouble_of(client: httpx.Client) -> str:
