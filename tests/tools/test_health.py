@@ -23,7 +23,7 @@ from nnunet_torchserve.engine.roster import ENGINES
 from nnunet_torchserve_tools import health
 from nnunet_torchserve_tools.health import Health
 from nnunet_torchserve_tools.probes import Probe, Verdict
-from nnunet_torchserve_tools.server import Server
+from nnunet_torchserve_tools.server import Server, read_state
 
 Models = dict[tuple[str, str], list[tuple[int, str]]]
 
@@ -157,7 +157,7 @@ def test_a_worker_that_is_away_for_longer_than_torchserve_tries_is_a_reason_to_r
 
 
 def test_a_server_whose_start_has_not_ended_is_live_and_not_ready(site: Site) -> None:
-    server = health.read_state(site.state_dir)
+    server = read_state(site.state_dir)
     assert server is not None
     replace(server, ready=False).write(site.state_dir)
     assert site.ask(Probe.LIVE).code == "loading"
