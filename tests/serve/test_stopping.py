@@ -52,7 +52,8 @@ def test_what_a_stop_does_not_wait_for_is_said_and_ends_with_3(how: str, started
         assert code == 3, said
         assert "the server was ended although there was a request of flat/1.0 with worker" in said
         if how == "the grace is over":
-            assert (case.result().status_code, case.result().json()["message"]) == (500, "Worker died.")
+            assert case.result().status_code in (500, 507)
+            assert case.result().json()["message"] == "Worker died."
         else:
             assert isinstance(case.exception(), httpx.TransportError)
         assert launcher.read_state(serve.state_dir) is None

@@ -157,7 +157,7 @@ class _Stop:
         return ""
 
     def let_workers_go(self, front_end: psutil.Process) -> None:
-        """Kill the workers, so that TorchServe answers what they had with 500 "Worker died." before it ends itself."""
+        """Kill the workers, so that TorchServe answers what they had, "Worker died.", before it ends itself."""
         with suppress(psutil.NoSuchProcess):
             for worker in front_end.children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
