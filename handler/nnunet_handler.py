@@ -137,7 +137,9 @@ def _load(context: Any, model_dir: Path) -> Any:
 
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
+        from nnunet_torchserve.engine.keeper import Keeper
         from nnunet_torchserve.engine.remote import RemoteEngine
+        from nnunet_torchserve.engine.roster import Used, note_engine
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.machine import torch_threads
@@ -189,7 +191,9 @@ def _load(context: Any, model_dir: Path) -> Any:
         served=partial(read_served, control_dir()),
     )
     pipeline.dry_run()
+    note_engine(control_dir(), Used(str(engine.folder), str(device)))
     gate.report(_waits_for_a_request)
+    Keeper(engine).start()
     if relay is not None:
         relay.start()
     return pipeline

@@ -4,20 +4,27 @@ TorchServe loses requests when a worker is scaled away, a model unregistered or 
 wait for them. ``nnunet-torchserve drain`` and the workers therefore speak through a private directory of the server:
 
 - ``draining/<model>``, ``draining/<model>@<version>`` or ``draining/@all`` orders it; its content is JSON;
-- ``workers/<pid>`` is written by each worker of a draining model, several times a second: whether it is idle.
+- ``workers/<pid>`` is written by each worker of a draining model, several times a second: whether it is idle, whether
+  it works on a request that came before the order, and how many it has refused.
 
 A worker is idle while TorchServe's loop waits for the first byte of a request, and not before: an answer that is still
 being handed to the front end, or a request that is being taken from it, would be lost with the worker.
 
-Threads: one daemon thread a worker watches for the order; ``refuse`` is called by the worker's main thread and shares
-nothing with it.
+An order says after how many seconds a refused client shall come again; or, with ``together_s``, that all refused
+clients shall come again together, when the clock next passes a multiple of that: for the rest of each such period
+nobody comes who was refused, which is when a server may end.
+
+Threads: one daemon thread a worker watches for the order; ``refuse`` is called by the worker's main thread, which alone
+writes the two numbers that they share.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +58,8 @@ class Gate:
         self._folder = folder
         names = (EVERY_MODEL, order_name(model), order_name(model, version))
         self._orders = [] if folder is None else [folder / ORDERS / name for name in names]
+        self._took = False
+        self._refused = 0
 
     def refuse(self) -> None:
         """Raise :class:`Draining` while an order stands."""
@@ -59,8 +68,11 @@ class Gate:
                 text = order.read_text()
             except OSError:
                 continue
+            self._took = False
+            self._refused += 1
             msg = "this model is being drained: it takes no new requests until the server has changed; come again"
-            raise Draining(msg, _retry_after_s(text))
+            raise Draining(msg, retry_after_s(text, time.time()))
+        self._took = True
 
     def report(self, is_idle: Callable[[], bool], wait: Callable[[float], object] | None = None) -> None:
         """Start to report, for as long as an order stands, whether this worker is idle.
@@ -79,7 +91,14 @@ class Gate:
             while True:
                 if any(order.exists() for order in self._orders):
                     number += 1
-                    _write(file, json.dumps({"report": number, "idle": is_idle()}))
+                    idle = is_idle()
+                    report = {
+                        "report": number,
+                        "idle": idle,
+                        "works": self._took and not idle,
+                        "refused": self._refused,
+                    }
+                    _write(file, json.dumps(report))
                 elif number:
                     number = 0
                     file.unlink(missing_ok=True)
@@ -88,10 +107,22 @@ class Gate:
         threading.Thread(target=watch, name="drain-watch", daemon=True).start()
 
 
-def _retry_after_s(order: str) -> int:
+def retry_after_s(order: str, now: float) -> int:
+    """After how many seconds a client that is refused now shall come again.
+
+    Args:
+        order: its text.
+        now: seconds of the wall clock.
+
+    >>> [retry_after_s('{"together_s": 4}', now) for now in (8.0, 8.1, 10.5, 11.9)]
+    [4, 4, 2, 1]
+    """
     try:
-        return max(1, int(json.loads(order)["retry_after_s"]))
-    except (ValueError, KeyError, TypeError):
+        content = json.loads(order)
+        if (period := content.get("together_s")) is not None:
+            return max(1, math.ceil(float(period) - now % float(period)))
+        return max(1, int(content["retry_after_s"]))
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
         return DEFAULT_RETRY_AFTER_S
 
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 import zipfile
 from http import HTTPStatus
@@ -249,45 +245,6 @@ def test_a_model_that_does_not_load_is_explained_and_leaves_nothing(
     left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "ts" in str(p.info["cmdline"])]
     assert not [p for p in left if str(tmp_path) in str(p.info["cmdline"])]
     assert launcher.read_state(tmp_path / "state") is None
-
-
-@pytest.mark.parametrize(
-    "how", ["SIGTERM", pytest.param("stop", marks=pytest.mark.long)]
-)  # tests/serve/test_start.py has the command
-def test_serve_in_the_foreground_prints_ready_and_ends_with_0(how: str, model_store: Path, tmp_path: Path) -> None:
-    ports = free_ports()
-    command = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "serve", "--foreground", "--device", "cpu"]
-    command += ["--model-store", str(model_store), "--models", "mine=flat.mar", "--state-dir", str(tmp_path / "state")]
-    command += ["--inference-port", str(ports.inference), "--management-port", str(ports.management)]
-    command += ["--metrics-port", str(ports.metrics), "--grpc-inference-port", str(ports.grpc_inference)]
-    command += ["--grpc-management-port", str(ports.grpc_management), "--workers", "2"]
-    environment = {key: value for key, value in os.environ.items() if key != "JAVA_HOME"}
-    environment |= {"PYTHONPATH": str(tmp_path / "evil")}
-    (tmp_path / "evil" / "nnunet_torchserve").mkdir(parents=True)
-    serving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert serving.stdout is not None
-    try:
-        line = serving.stdout.readline()
-        assert line == f"ready http://127.0.0.1:{ports.inference} mine\n", serving.stderr and serving.stderr.read()
-        server = launcher.read_state(tmp_path / "state")
-        assert server is not None
-        assert len(LiveServer(server, tmp_path / "state").workers("mine")) == 2
-        jvm = server.process()
-        assert jvm is not None
-        family = [jvm, *jvm.children(recursive=True)]
-        if how == "stop":
-            stop = [sys.executable, "-m", "nnunet_torchserve_tools.cli", "stop", "--state-dir", str(tmp_path / "state")]
-            subprocess.run(stop, check=True, timeout=600)
-        else:
-            serving.send_signal(signal.SIGTERM)
-        assert serving.wait(timeout=600) == 0, serving.stderr and serving.stderr.read()
-        assert not psutil.wait_procs(family, timeout=120)[1]
-        assert not Path(server.temp_dir).exists()
-        assert launcher.read_state(tmp_path / "state") is None
-    finally:
-        serving.kill()
-        serving.communicate()
-        launcher.stop(tmp_path / "state")
 
 
 @pytest.mark.long  # tests/chaos kills workers under load

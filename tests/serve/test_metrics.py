@@ -114,7 +114,8 @@ def test_a_killed_engine_is_one_restart_and_its_passes_are_counted_once(measured
     before = settled(measured)
     ask_all(measured, 1)
     measured.engine(MODEL).kill()
-    wait_for(lambda: now(measured).value("nnunet_engine_up") == 0)
+    restarts = before.value("nnunet_engine_restarts_total")
+    wait_for(lambda: now(measured).value("nnunet_engine_restarts_total") == restarts + 1)  # although nobody asks
     ask_all(measured, REQUESTS)
     after = settled(measured)
     for name in ("nnunet_engine_starts_total", "nnunet_engine_restarts_total"):

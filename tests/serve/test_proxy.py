@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import secrets
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,16 @@ import numpy as np
 import psutil
 import pytest
 
+from nnunet_torchserve_client.client import Client
+from nnunet_torchserve_client.credentials import TOKEN_VARIABLE
+from nnunet_torchserve_tools import drain
+from nnunet_torchserve_tools.asking_health import ask
+from nnunet_torchserve_tools.list_models import Sources, list_models, of_state_dir
 from support import volumes
 from support.bad_requests import FAST, GOOD
 from support.chaos import wait_for
 from support.ports import free_port
-from support.server import LiveServer
+from support.server import SERVED, LiveServer
 
 pytestmark = pytest.mark.serve
 
@@ -65,6 +71,13 @@ class Proxy:
 
 @pytest.fixture(scope="module")
 def proxy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    with proxying(server, tmp_path_factory.mktemp("nginx")) as proxy:
+        yield proxy
+
+
+@contextmanager
+def proxying(server: LiveServer, folder: Path, tokens: str | None = None) -> Iterator[Proxy]:
+    """Run nginx with the project's file, and with authentication if there are tokens for it."""
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
@@ -80,7 +93,10 @@ def proxy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ):
         assert text.count(ours) == 1, ours
         text = text.replace(ours, here)
-    folder = tmp_path_factory.mktemp("nginx")
+    if tokens is not None:
+        assert text.count("# auth: ") == 13
+        text = text.replace("# auth: ", "")
+        volumes.write(folder, "tokens", tokens.encode())
     config = volumes.write(folder, "nginx.conf", text.encode())
     log = folder / "requests.log"
     command = [nginx, "-p", str(folder), "-c", str(config), "-g", f"daemon off; user {getpass.getuser()};"]
@@ -211,6 +227,30 @@ def test_a_form_is_refused_before_torchserve_writes_it_to_its_log(server: LiveSe
     assert answer.status_code == 415
     assert "PATIENT" not in answer.text
     assert "PATIENT^NAME" not in (Path(server.server.log_dir) / "ts_log.log").read_text()
+
+
+def test_with_authentication_only_who_has_a_token_may_predict_and_our_commands_need_none(
+    server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    ours = secrets.token_hex(32)
+    with proxying(server, tmp_path, f'"Bearer {ours}" 1;\n') as proxy:
+        for shown in ({}, {"Authorization": "Bearer of-theirs"}, {"Authorization": ours}):
+            assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST} | shown).status_code == 401
+        with proxy.upload(b"", 1_000_000) as upload:
+            assert upload.recv(12) == b"HTTP/1.1 401", "before the body is sent"
+        allowed = proxy.predict(GOOD, {"X-Nnunet-Options": FAST, "Authorization": f"Bearer {ours}"})
+        assert (allowed.status_code, allowed.content) == (200, server.predict("five_folds", GOOD, options=FAST).content)
+        with Client(f"http://127.0.0.1:{proxy.port}", "five_folds", token=ours) as client:
+            assert client.describe().model.name == "five_folds"
+        assert ask(None, server.state_dir, live=False).ok
+        listed = list_models(of_state_dir(server.state_dir, Sources(None)))
+        assert {each.name for each in listed.models} == set(SERVED)
+        assert listed.not_seen == []
+        target = drain.find_target(server.state_dir, None, "five_folds")
+        drain.drain(target, 300, 1)
+        assert drain.resume(target) == ["five_folds"]
+    assert ours not in proxy.log.read_text()
 
 
 def test_ping_passes(proxy: Proxy) -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from nnunet_torchserve_tools.addresses import Addresses, AskedPorts, Ports, check_free, choose, free_ports
+from nnunet_torchserve_tools.addresses import Addresses, AskedPorts, Hosts, Ports, check_free, choose, free_ports
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.properties import Properties
 
 
 def chosen(lines: str = "", host: str | None = None, ports: Ports | AskedPorts | None = None) -> Addresses:
-    return choose(Properties.parse(lines.encode(), "my.properties"), host, ports or AskedPorts())
+    return choose(Properties.parse(lines.encode(), "my.properties"), Hosts(host), ports or AskedPorts())
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,35 @@ def test_a_host_that_makes_no_sense_is_refused(host: str, reason: str) -> None:
         ("inference_address=https://127.0.0.1:8443", "needs keystore"),
         ("inference_address=https://127.0.0.1:8443\nkeystore=keys.p12", "absolute path of a file"),
         ("inference_address=http://no-such-machine.invalid:8080", "not known"),
-        ("management_address=http://0.0.0.0:8081", "management port stays .* write http://127.0.0.1:8081"),
-        ("metrics_address=http://10.0.0.1:8082", "metrics port stays .* write http://127.0.0.1:8082"),
-        ("management_address=https://127.0.0.1:8444", "management port stays"),
-        ("grpc_inference_address=0.0.0.0", "gRPC inference port stays .* write 127.0.0.1"),
-        ("grpc_management_address=::", "gRPC management port stays"),
+        ("management_address=https://127.0.0.1:8444", "should be http; end TLS in a proxy"),
+        ("metrics_address=https://127.0.0.1:8444", "should be http; end TLS in a proxy"),
+        ("grpc_inference_address=0.0.0.0", "no gRPC port to other machines.* write 127.0.0.1"),
+        ("grpc_management_address=::", "no gRPC port to other machines"),
         ("grpc_inference_port=many", "should be a number"),
     ],
 )
 def test_an_address_of_the_file_that_cannot_be_honoured_is_refused(line: str, reason: str) -> None:
     with pytest.raises(UsageError, match=rf"my\.properties: .*{reason}"):
         chosen(line)
+
+
+@pytest.mark.parametrize("lines", ["", "management_address=http://0.0.0.0:8081"])
+def test_a_management_port_is_open_to_others_with_tokens_only(lines: str) -> None:
+    config = Properties.parse(lines.encode(), "my.properties")
+    hosts = Hosts(management=None if lines else "0.0.0.0")
+    with pytest.raises(UsageError, match=r"management port at 0\.0\.0\.0 .* --tokens"):
+        choose(config, hosts, AskedPorts())
+    chosen = choose(config, hosts, AskedPorts(), tokens=True)
+    assert chosen.settings()["management_address"] == "http://0.0.0.0:8081"
+    assert chosen.management_url == "http://127.0.0.1:8081"
+
+
+def test_each_port_has_an_address_of_its_own() -> None:
+    config = Properties.parse(b"metrics_address=http://0.0.0.0:9002", "my.properties")
+    settings = choose(config, Hosts(management="127.0.0.2"), AskedPorts()).settings()
+    addresses = [settings[f"{name}_address"] for name in ("inference", "management", "metrics")]
+    assert addresses == ["http://127.0.0.1:8080", "http://127.0.0.2:8081", "http://0.0.0.0:9002"]
+    assert choose(config, Hosts(metrics="127.0.0.3"), AskedPorts()).metrics_url == "http://127.0.0.3:9002"
 
 
 @pytest.mark.parametrize("port", [0, 65535, 99999])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nnunet_torchserve.draining import EVERY_MODEL, ORDERS
-from nnunet_torchserve_tools.drain import Target, others_standing, resume
+from nnunet_torchserve_tools.drain import others_standing, resume
+from nnunet_torchserve_tools.orders import Target
 
 STANDING = {"brain", "brain@1.0", "brain@2.0", "brain_2", "brainstem@1.0", EVERY_MODEL}
 

@@ -1,7 +1,7 @@
 """Where a server listens: what was asked for by flags and in config.properties, checked before anything starts.
 
-The inference port may be open to other machines. The others stay on this one: whoever reaches the management port can
-load models, and nothing here authenticates anybody.
+The inference and the metrics port may be open to other machines, the management port only where TorchServe's tokens are
+on: whoever reaches it can load models. gRPC stays on this machine.
 """
 
 from __future__ import annotations
@@ -54,46 +54,66 @@ class AskedPorts:
 
 
 @dataclass(frozen=True, slots=True)
+class Hosts:
+    """Addresses of this machine; ``None`` takes the one in config.properties, else loopback.
+
+    Attributes:
+        inference, management, metrics: of each port, an IPv4 address or a name.
+    """
+
+    inference: str | None = None
+    management: str | None = None
+    metrics: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Addresses:
     """Where a server listens.
 
     Attributes:
         scheme: of the inference port, ``http`` or ``https``.
-        host: of the inference port, an IPv4 address; the other ports are on loopback.
+        host: of the inference port, an IPv4 address; gRPC's ports are on loopback.
         ports: see :class:`Ports`.
+        management_host, metrics_host: of those ports.
     """
 
     scheme: str = "http"
     host: str = LOOPBACK
     ports: Ports = Ports()
+    management_host: str = LOOPBACK
+    metrics_host: str = LOOPBACK
 
     @property
     def inference_url(self) -> str:
         """What a client on this machine calls."""
-        host = LOOPBACK if self.host == EVERY_ADDRESS else self.host
-        return f"{self.scheme}://{host}:{self.ports.inference}"
+        return f"{self.scheme}://{on_this_machine(self.host)}:{self.ports.inference}"
 
     @property
     def management_url(self) -> str:
-        """Of the management API."""
-        return f"http://{LOOPBACK}:{self.ports.management}"
+        """Of the management API, for this machine."""
+        return f"http://{on_this_machine(self.management_host)}:{self.ports.management}"
 
     @property
     def metrics_url(self) -> str:
-        """Of the metrics API."""
-        return f"http://{LOOPBACK}:{self.ports.metrics}"
+        """Of the metrics API, for this machine."""
+        return f"http://{on_this_machine(self.metrics_host)}:{self.ports.metrics}"
 
     @property
     def is_open(self) -> bool:
         """Whether other machines may reach the inference port."""
-        return not ipaddress.IPv4Address(self.host).is_loopback
+        return _is_open(self.host)
+
+    def host_of(self, port: str) -> str:
+        """The address of a port, by its name in :class:`Ports`."""
+        hosts = {"inference": self.host, "management": self.management_host, "metrics": self.metrics_host}
+        return hosts.get(port, LOOPBACK)
 
     def settings(self) -> dict[str, object]:
         """The keys of config.properties that say all this."""
         return {
             "inference_address": f"{self.scheme}://{self.host}:{self.ports.inference}",
-            "management_address": self.management_url,
-            "metrics_address": self.metrics_url,
+            "management_address": f"http://{self.management_host}:{self.ports.management}",
+            "metrics_address": f"http://{self.metrics_host}:{self.ports.metrics}",
             "grpc_inference_address": LOOPBACK,
             "grpc_management_address": LOOPBACK,
             "grpc_inference_port": self.ports.grpc_inference,
@@ -101,27 +121,35 @@ class Addresses:
         }
 
 
-def choose(config: Properties, host: str | None, asked: Ports | AskedPorts) -> Addresses:
-    """What holds: a flag before config.properties before the default, each port for itself.
+def choose(config: Properties, hosts: Hosts, asked: Ports | AskedPorts, *, tokens: bool = False) -> Addresses:
+    """What holds: a flag before config.properties before the default, each for itself.
 
     Args:
         config: the file to start from.
-        host: an address or name of this machine for the inference port.
+        hosts: addresses or names of this machine.
         asked: ports.
+        tokens: whether TorchServe asks for its tokens.
 
     Raises:
-        UsageError: an address that cannot be meant, or that this machine does not have; a port on loopback that the
-            file has elsewhere.
+        UsageError: an address that cannot be meant, or that this machine does not have; a gRPC port that the file does
+            not have on loopback; a management port open to other machines without tokens.
     """
     scheme, configured_host, inference = _inference(config)
-    if host is None:
-        address = LOOPBACK if configured_host is None else _resolve(configured_host, config.name)
-    else:
-        address = _resolve(host, f"--host {host}")
+    management_host, management = _plain(config, "management")
+    metrics_host, metrics = _plain(config, "metrics")
+    address = _host(hosts.inference, "--host", configured_host, config)
+    management_address = _host(hosts.management, "--management-host", management_host, config)
+    metrics_address = _host(hosts.metrics, "--metrics-host", metrics_host, config)
+    if _is_open(management_address) and not tokens:
+        msg = (
+            f"the management port at {management_address} would let every machine that reaches it load models: give "
+            f"--tokens, so that it asks for TorchServe's own, or leave it on {LOOPBACK}"
+        )
+        raise UsageError(msg)
     configured = AskedPorts(
         inference,
-        _loopback_url(config, "management"),
-        _loopback_url(config, "metrics"),
+        management,
+        metrics,
         _grpc(config, "inference"),
         _grpc(config, "management"),
     )
@@ -134,7 +162,7 @@ def choose(config: Properties, host: str | None, asked: Ports | AskedPorts) -> A
         if not 1 <= port <= largest:
             msg = f"the {name.replace('_', '-')} port {port} should be from 1 to {largest}"
             raise UsageError(msg)
-    return Addresses(scheme, address, ports)
+    return Addresses(scheme, address, ports, management_address, metrics_address)
 
 
 def check_free(addresses: Addresses) -> None:
@@ -150,7 +178,7 @@ def check_free(addresses: Addresses) -> None:
         raise UsageError(msg)
     taken = []
     for name, port in numbers.items():
-        host = addresses.host if name == "inference" else LOOPBACK
+        host = addresses.host_of(name)
         flag = f"--{name.replace('_', '-')}-port"
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -213,16 +241,24 @@ def _check_keys(config: Properties) -> None:
             raise UsageError(msg)
 
 
-def _loopback_url(config: Properties, name: str) -> int | None:
-    """The port that a file has for an API that stays on loopback."""
+def _plain(config: Properties, name: str) -> tuple[str | None, int | None]:
+    """Host and port that a file has for an API without TLS, ``None`` what it has not."""
     key = f"{name}_address"
     value = config.get(key)
     if value is None:
-        return None
+        return None, None
     scheme, host, port = _split(config, key, value)
-    if scheme != "http" or not _is_loopback(host):
-        raise _stays_here(config, key, value, name, f"http://{LOOPBACK}:{port}")
-    return port
+    if scheme != "http":
+        msg = f"{config.name}: {key}={value} should be http; end TLS in a proxy"
+        raise UsageError(msg)
+    return host, port
+
+
+def _host(asked: str | None, flag: str, configured: str | None, config: Properties) -> str:
+    """The IPv4 address that holds for a port."""
+    if asked is not None:
+        return _resolve(asked, f"{flag} {asked}")
+    return LOOPBACK if configured is None else _resolve(configured, config.name)
 
 
 def _grpc(config: Properties, name: str) -> int | None:
@@ -230,7 +266,11 @@ def _grpc(config: Properties, name: str) -> int | None:
     address, port = f"grpc_{name}_address", f"grpc_{name}_port"
     host = config.get(address)
     if host is not None and not _is_loopback(host):
-        raise _stays_here(config, address, host, f"gRPC {name}", LOOPBACK)
+        msg = (
+            f"{config.name}: {address}={host}: serve opens no gRPC port to other machines, so write {LOOPBACK}, and "
+            "put a proxy with authentication in front if need be"
+        )
+        raise UsageError(msg)
     value = config.get(port)
     if value is None:
         return None
@@ -244,12 +284,14 @@ def _is_loopback(host: str) -> bool:
     return host.lower() in (LOOPBACK, "localhost")
 
 
-def _stays_here(config: Properties, key: str, value: str, name: str, right: str) -> UsageError:
-    msg = (
-        f"{config.name}: {key}={value}: serve opens the inference port alone to other machines; "
-        f"the {name} port stays on this one, so write {right}, and put a proxy with authentication in front if need be"
-    )
-    return UsageError(msg)
+def _is_open(host: str) -> bool:
+    """Whether other machines may reach an address."""
+    return not ipaddress.IPv4Address(host).is_loopback
+
+
+def on_this_machine(host: str) -> str:
+    """Where a client on this machine finds who listens at an address."""
+    return LOOPBACK if host == EVERY_ADDRESS else host
 
 
 def _resolve(host: str, source: str) -> str:

@@ -1,13 +1,15 @@
-"""``nnunet-torchserve``: the verbs, wired. Exit codes: 0 done, 1 failed, 2 wrong usage."""
+"""``nnunet-torchserve``: the verbs, wired.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 stopped although not everything was answered.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -16,12 +18,12 @@ import typer
 
 from nnunet_torchserve.draining import EVERY_MODEL
 
-from .errors import ModelWarning, ToolError, UsageError
+from .errors import Lost, ModelWarning, ToolError, UsageError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from nnunet_torchserve.options import FoldName
+
+    from .stopping import Outcome
 
 app = typer.Typer(
     help="Serve trained nnU-Net v2 models with TorchServe.",
@@ -288,6 +290,10 @@ def serve(
         str | None,
         typer.Option(help="Address of this machine for the inference port; default: that of --config, else 127.0.0.1."),
     ] = None,
+    management_host: Annotated[
+        str | None, typer.Option(help="The same for the management port; any but loopback needs --tokens.")
+    ] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="The same for the metrics port.")] = None,
     inference_port: Annotated[int | None, _http_port(8080)] = None,
     management_port: Annotated[int | None, _http_port(8081)] = None,
     metrics_port: Annotated[int | None, _http_port(8082)] = None,
@@ -296,9 +302,22 @@ def serve(
     queue: Annotated[int | None, typer.Option(min=1, help="Waiting requests; default: twice the workers.")] = None,
     body_limit: Annotated[int | None, typer.Option(min=1, help="MiB of a request; default: from the memory.")] = None,
     heap: Annotated[int | None, typer.Option(min=256, help="MiB of the JVM; default: a quarter of the memory.")] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="TorchServe asks for its own tokens, for predictions too.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="Another config.properties to start from.")] = None,
     state_dir: Annotated[Path, typer.Option(help="State and logs of this server.")] = Path(".nnunet-torchserve"),
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay until SIGTERM or stop.")] = False,
+    health_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of /live and /ready, with --foreground; default: 8083.")
+    ] = None,
+    health_host: Annotated[
+        str | None, typer.Option(help="Address of this machine for them; default: 127.0.0.1.")
+    ] = None,
+    grace: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for what is in hand at SIGTERM; default: the response timeout."),
+    ] = None,
     testing: Annotated[bool, typer.Option("--testing", hidden=True)] = False,
 ) -> None:
     """Start TorchServe and wait until every worker can answer."""
@@ -307,6 +326,9 @@ def serve(
     if device not in list(launcher.DeviceKind):
         msg = f"--device {device}: auto, cpu or cuda was expected"
         raise UsageError(msg)
+    if not foreground and (health_port, health_host, grace) != (None, None, None):
+        msg = "--health-port, --health-host and --grace are for --foreground: without it, give stop its --grace"
+        raise UsageError(msg)
     request = launcher.ServeRequest(
         model_store=model_store,
         models=tuple(models or ("all",)),
@@ -314,7 +336,8 @@ def serve(
         ports=launcher.AskedPorts(
             inference_port, management_port, metrics_port, grpc_inference_port, grpc_management_port
         ),
-        host=host,
+        hosts=launcher.Hosts(host, management_host, metrics_host),
+        tokens=tokens,
         workers=workers,
         queue=queue,
         device=launcher.DeviceKind(device),
@@ -323,35 +346,66 @@ def serve(
         config=config,
         testing=testing,
     )
-    with suppress(_Stopped):
-        if foreground:
-            signal.signal(signal.SIGTERM, _stop_serving)
-            signal.signal(signal.SIGINT, _stop_serving)
-        server = launcher.start(request, _warn, tell=lambda _: None)
+
+    def started(server: launcher.Server) -> None:
         for name in server.several:
             _warn(f"{name} has several versions in the model store; one of them is its default")
         typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
-        if not foreground:
-            return
-        if launcher.wait(server, state_dir):
-            return
-        msg = f"TorchServe ended by itself; see {server.log_dir}"
-        raise ToolError(msg)
-    launcher.stop(state_dir)
+
+    if not foreground:
+        started(launcher.start(request, _warn, tell=lambda _: None))
+        return
+    from .foreground import Watchfulness, serve_in_foreground
+
+    default = Watchfulness(grace_s=grace)
+    care = Watchfulness(health_host or default.health_host, health_port or default.health_port, grace)
+    _say_what_was_lost(serve_in_foreground(request, care, started, _warn, _say))
 
 
 @app.command()
 @_reports_errors
 def stop(
+    grace: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for what is in hand; default: the response timeout; 0 ends it now."),
+    ] = None,
     state_dir: Annotated[Path, typer.Option(help="The server's state directory.")] = Path(".nnunet-torchserve"),
 ) -> None:
-    """Stop the server that was started here."""
-    from . import launcher
+    """Stop the server that was started here: new requests are refused, what is in hand is finished."""
+    from .stopping import stop_gracefully
 
-    if launcher.stop(state_dir):
-        typer.echo("stopped")
-    else:
+    outcome = stop_gracefully(state_dir, grace, tell=_say)
+    if not outcome.was_running:
         typer.echo(f"no server of {state_dir.resolve()} is running", err=True)
+        return
+    _say_what_was_lost(outcome)
+    typer.echo("stopped")
+
+
+def _say_what_was_lost(outcome: Outcome) -> None:
+    """Raise :class:`Lost` if anything was in hand when the server was ended."""
+    if outcome.lost:
+        msg = f"the server was ended although there was {outcome.lost}; --grace allows more time"
+        raise Lost(msg)
+
+
+@app.command()
+@_reports_errors
+def health(
+    live: Annotated[
+        bool, typer.Option("--live/--ready", help="Whether it need not be restarted, or whether it takes requests.")
+    ] = False,
+    url: Annotated[str | None, typer.Option(help="Of the health port, instead of the state directory.")] = None,
+    state_dir: Annotated[Path, typer.Option(help="Of a server of this machine.")] = Path(".nnunet-torchserve"),
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Say whether a server is well; exit code 0 if it is."""
+    from .asking_health import ask
+
+    verdict = ask(url, state_dir, live=live)
+    typer.echo(json.dumps(verdict.document()) if as_json else verdict.detail)
+    if not verdict.ok:
+        raise typer.Exit(ToolError.exit_code)
 
 
 _STATE_DIR = typer.Option(help="The server's state directory.")
@@ -469,18 +523,12 @@ def orientation_(
         raise ToolError(msg)
 
 
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
 def _warn(text: str) -> None:
     typer.echo(f"warning: {text}", err=True)
-
-
-class _Stopped(Exception):
-    """SIGTERM or SIGINT arrived."""
-
-
-def _stop_serving(_signal: int, _frame: FrameType | None) -> Any:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # stopping takes a moment: once is enough
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise _Stopped
 
 
 def _folds(text: str | None) -> tuple[FoldName, ...] | None:

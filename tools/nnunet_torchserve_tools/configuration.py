@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -39,6 +40,7 @@ def settings(plan: Plan) -> dict[str, object]:
     """The keys of config.properties that are not left to the file; ``None`` where a key must not be there."""
     heap = plan.sizes.heap // 1024**2
     return plan.addresses.settings() | {
+        "disable_token_authorization": str(not plan.tokens).lower(),
         "allowed_urls": _allowed_urls(plan.store),
         "job_queue_size": plan.queue,
         "max_request_size": plan.sizes.front_end_limit,
@@ -66,6 +68,23 @@ def _worker_ports() -> int:
     return _WORKER_PORTS[os.getpid() % len(_WORKER_PORTS)]
 
 
+def _homes(server: Server) -> dict[str, str]:
+    """A name and a home for a user who has none, as in a container that is run as any number, or in a read-only one.
+
+    Libraries ask for both when they are imported, to name the directories of their caches, and fail without.
+    """
+    homes = {}
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the latter from Python 3.13 on
+        homes["USER"] = str(os.getuid())
+    try:
+        usable = os.access(Path.home(), os.W_OK | os.X_OK)
+    except RuntimeError:
+        usable = False
+    return homes if usable else homes | {"HOME": server.temp_dir}
+
+
 def environment(plan: Plan, server: Server) -> dict[str, str]:
     """The environment of TorchServe and its workers."""
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
@@ -74,6 +93,7 @@ def environment(plan: Plan, server: Server) -> dict[str, str]:
     variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # libraries look at the host's processors when they are loaded, not at a container's quota
     variables[THREADS_VARIABLE] = str(usable_threads())
+    variables |= _homes(server)
     body_limit = plan.sizes.body_limit
     limits = {"body_bytes": body_limit, "response_bytes": body_limit, "waiting_cases": plan.waiting_cases}
     return (

@@ -6,21 +6,18 @@ API; the workers say themselves, in the server's private directory (:mod:`nnunet
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import psutil
 
-from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S, EVERY_MODEL, ORDERS, REPORTS, order_name
+from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S, EVERY_MODEL, ORDERS, order_name
 from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE
 
 from .errors import ToolError, UsageError
+from .orders import Target, give_order, reports, versions
 from .server import read_state
 
 DEFAULT_TIMEOUT_S = 1260.0
@@ -30,35 +27,6 @@ _POLL_S = 0.1
 _QUIET_POLLS = 5
 """So often in a row nothing may be in flight: TorchServe holds a request for an instant between its queue and a
 worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is to be drained.
-
-    Attributes:
-        management_url: of the server.
-        control: its private directory.
-        model: TorchServe's name; ``None`` is every model.
-        version: ``None`` is every version.
-    """
-
-    management_url: str
-    control: Path
-    model: str | None = None
-    version: str | None = None
-
-    @property
-    def order(self) -> Path:
-        """The file that orders it."""
-        return self.control / ORDERS / order_name(self.model, self.version)
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        if self.model is None:
-            return "every model"
-        return self.model if self.version is None else f"{self.model}/{self.version}"
 
 
 def find_target(state_dir: Path, management_url: str | None, model: str | None, *, served: bool = True) -> Target:
@@ -85,7 +53,7 @@ def find_target(state_dir: Path, management_url: str | None, model: str | None, 
     name, _, version = (model or "").partition("/")
     target = Target(management_url, control, name or None, version or None)
     if model is not None and served:
-        _versions(target)
+        versions(target)
     return target
 
 
@@ -101,9 +69,9 @@ def drain(target: Target, timeout_s: float = DEFAULT_TIMEOUT_S, retry_after_s: i
     Raises:
         ToolError: something was still in flight at the end; the order stands.
     """
-    _order(target, retry_after_s)
+    give_order(target, {"retry_after_s": retry_after_s})
     deadline = time.monotonic() + timeout_s
-    first = {pid: report.number for pid, report in _reports(target).items()}
+    first = {pid: report.number for pid, report in reports(target.control).items()}
     quiet = 0
     while quiet < _QUIET_POLLS:
         time.sleep(_POLL_S)
@@ -143,25 +111,6 @@ def others_standing(target: Target) -> list[str]:
     return [name for name in wider if target.model is not None and (orders / name).exists()]
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """What a worker wrote last.
-
-    Attributes:
-        number: it counts up while an order stands.
-        idle: it has no request, and none is on its way to or from it.
-    """
-
-    number: int
-    idle: bool
-
-
-def _order(target: Target, retry_after_s: int) -> None:
-    unfinished = target.order.with_name(f".{target.order.name}")
-    unfinished.write_text(json.dumps({"retry_after_s": retry_after_s}))
-    unfinished.replace(target.order)
-
-
 def _in_flight(target: Target, first: Mapping[int, int]) -> str:
     """What there is, in words; nothing if the model is drained.
 
@@ -169,8 +118,8 @@ def _in_flight(target: Target, first: Mapping[int, int]) -> str:
         target: what is drained.
         first: numbers of reports from before the order: they say nothing.
     """
-    reports = _reports(target)
-    for state in _versions(target):
+    reported = reports(target.control)
+    for state in versions(target):
         name = f"{state['modelName']}/{state['modelVersion']}"
         if pending := int((state.get("jobQueueStatus") or {}).get("pendingRequests", 0)):
             return f"{pending} requests of {name} in the queue"
@@ -178,49 +127,10 @@ def _in_flight(target: Target, first: Mapping[int, int]) -> str:
             pid = int(worker["pid"])
             if worker["status"] != "READY" or not psutil.pid_exists(pid):
                 continue  # it takes no requests
-            report = reports.get(pid)
+            report = reported.get(pid)
             if report is None or report.number == first.get(pid) or not report.idle:
                 return f"a request of {name} with worker {pid}"
     return ""
-
-
-def _reports(target: Target) -> dict[int, _Report]:
-    reports = {}
-    for file in (target.control / REPORTS).glob("[0-9]*"):
-        try:
-            content = json.loads(file.read_text())
-            reports[int(file.name)] = _Report(int(content["report"]), bool(content["idle"]))
-        except (OSError, ValueError, KeyError):
-            continue  # gone, or of a worker that ends
-    return reports
-
-
-def _versions(target: Target) -> list[dict[str, Any]]:
-    """The management API's description of each model version that is drained."""
-    try:
-        with httpx.Client(base_url=target.management_url, timeout=30, trust_env=False) as management:
-            if target.model is not None:
-                return _described(management, target.model, target.version)
-            listed = management.get("/models", params={"limit": 1000})
-            listed.raise_for_status()
-            names = [str(each["modelName"]) for each in listed.json()["models"]]
-            return [state for name in names for state in _described(management, name, None)]
-    except httpx.TransportError as error:
-        msg = f"the management API at {target.management_url} does not answer: {type(error).__name__}"
-        raise UsageError(msg) from error
-    except (httpx.HTTPStatusError, KeyError, ValueError) as error:
-        msg = f"the management API at {target.management_url} gave no list of models"
-        raise ToolError(msg) from error
-
-
-def _described(management: httpx.Client, model: str, version: str | None) -> list[dict[str, Any]]:
-    answer = management.get(f"/models/{model}/{version or 'all'}")
-    if answer.status_code == httpx.codes.NOT_FOUND:
-        msg = f"the server has no model {model if version is None else f'{model}/{version}'}"
-        raise UsageError(msg)
-    answer.raise_for_status()
-    states: list[dict[str, Any]] = answer.json()
-    return states
 
 
 def _control_of(management_url: str) -> Path:

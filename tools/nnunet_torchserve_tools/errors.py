@@ -3,7 +3,8 @@
 ::
 
     ToolError           exit code 1
-    └── UsageError      exit code 2
+    ├── UsageError      exit code 2
+    └── Lost            exit code 3
 """
 
 from __future__ import annotations
@@ -25,3 +26,9 @@ class UsageError(ToolError):
     """The command was asked for something that cannot be meant."""
 
     exit_code = 2
+
+
+class Lost(ToolError):
+    """A server was stopped although not everything was answered."""
+
+    exit_code = 3

@@ -15,31 +15,32 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from nnunet_torchserve.draining import ORDERS, REPORTS
+from nnunet_torchserve.engine.roster import ENGINES
 from nnunet_torchserve.environment import FAULTS_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.served import write_served
 
-from .addresses import AskedPorts, Ports, free_ports
+from .addresses import AskedPorts, Hosts, Ports, free_ports
 from .configuration import configure, environment
+from .ending import STOPPING_FILE, stop
 from .errors import ToolError, UsageError
 from .model_store import Archive, find_archives
 from .plan import DeviceKind, Plan, ServeRequest, make_plan
 from .readiness import Tell, tail, wait_ready
-from .server import STATE_FILE, Server, read_state, runs
+from .server import Server, read_state
 from .temporary import make_private_dir
+from .tokens import KEY_FILE, WORK_DIR
 
 __all__ = [
     "Archive",
     "AskedPorts",
     "DeviceKind",
+    "Hosts",
     "Ports",
     "ServeRequest",
     "Server",
@@ -48,23 +49,19 @@ __all__ = [
     "read_state",
     "start",
     "stop",
-    "wait",
 ]
 
 logger = logging.getLogger(__name__)
 
-STOPPING_FILE = "stopping"
-"""Tells a ``serve`` in the foreground that its server ended on purpose."""
 
-STOP_TIMEOUT_S = 60
-_POLL_S = 0.2
-
-
-def start(request: ServeRequest, warn: Tell = logger.warning, tell: Tell = logger.info) -> Server:
+def start(
+    request: ServeRequest, warn: Tell = logger.warning, tell: Tell = logger.info, health_url: str | None = None
+) -> Server:
     """Start TorchServe and return when every worker of every model is READY.
 
     Args:
         request: what, and how.
+        health_url: where this process answers for the server's health, if it does.
         warn: is told what a person should know although it goes on.
         tell: is told how far it is.
 
@@ -86,7 +83,7 @@ def start(request: ServeRequest, warn: Tell = logger.warning, tell: Tell = logge
             f"the inference port is open to other machines at {plan.addresses.host} and nothing authenticates them: "
             "put a TLS proxy with authentication in front"
         )
-    server = _prepare(plan, warn)
+    server = replace(_prepare(plan, warn), health_url=health_url)
     configure(plan, request.config, warn)
     variables = environment(plan, server)
     if request.testing:
@@ -97,61 +94,24 @@ def start(request: ServeRequest, warn: Tell = logger.warning, tell: Tell = logge
         tell("starting TorchServe")
         _launch(plan, variables)
         wait_ready(server, plan.workers, {a: a.workers or plan.default_workers for a in plan.archives}, warn, tell)
+        server = replace(server, ready=True)
+        server.write(plan.state_dir)
     except BaseException:
         stop(plan.state_dir)
         raise
     return server
 
 
-def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
-    """Stop the server of a state directory and remove its temporary files.
-
-    Returns:
-        Whether one was running.
-
-    Raises:
-        ToolError: it did not end in time.
-    """
-    server = read_state(state_dir)
-    if server is None:
-        return False
-    (state_dir / STOPPING_FILE).touch()
-    process = server.process()
-    if process is not None:
-        family = [process]
-        with suppress(psutil.NoSuchProcess):
-            family += process.children(recursive=True)
-            process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=timeout_s)
-        for leftover in alive:
-            with suppress(psutil.NoSuchProcess):
-                leftover.kill()
-        if psutil.wait_procs(alive, timeout=5)[1]:
-            msg = f"TorchServe (process {process.pid}) did not end"
-            raise ToolError(msg)
-    for folder in (server.temp_dir, *server.made):
-        shutil.rmtree(folder, ignore_errors=True)
-    (state_dir / STATE_FILE).unlink(missing_ok=True)
-    return process is not None
-
-
-def wait(server: Server, state_dir: Path) -> bool:
-    """Block until the server is gone; returns whether it was stopped on purpose."""
-    process = server.process()
-    while process is not None and runs(process):
-        time.sleep(_POLL_S)
-    return (state_dir / STOPPING_FILE).exists()
-
-
 def _prepare(plan: Plan, warn: Tell) -> Server:
     """The directories of a server."""
-    log_dir, work_dir = plan.state_dir / "logs", plan.state_dir / "work"
+    log_dir, work_dir = plan.state_dir / "logs", plan.state_dir / WORK_DIR
     if log_dir.exists():  # the last server's log may be what somebody looks for
         previous = plan.state_dir / "logs.previous"
         shutil.rmtree(previous, ignore_errors=True)
         log_dir.rename(previous)
     for folder in (log_dir, work_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    (work_dir / KEY_FILE).unlink(missing_ok=True)  # the last server's tokens
     control_dir = _new_control_dir(plan.state_dir)
     write_served(control_dir, [archive.model for archive in plan.archives])
     private = make_private_dir(warn)
@@ -165,14 +125,15 @@ def _prepare(plan: Plan, warn: Tell) -> Server:
         control_dir=str(control_dir),
         several=sorted(name for name, versions in Counter(a.name for a in plan.archives).items() if versions > 1),
         made=[str(folder) for folder in private.made],
+        response_timeout_s=max(archive.response_timeout_s for archive in plan.archives),
     )
 
 
 def _new_control_dir(state_dir: Path) -> Path:
-    """An empty directory for draining; the last server's orders do not stand."""
+    """An empty directory for orders and reports; the last server's do not stand."""
     control = state_dir / "control"
     shutil.rmtree(control, ignore_errors=True)
-    for folder in (control, control / ORDERS, control / REPORTS):
+    for folder in (control, control / ORDERS, control / REPORTS, control / ENGINES):
         folder.mkdir(mode=0o700)
     return control
 
@@ -186,7 +147,7 @@ def _launch(plan: Plan, variables: Mapping[str, str]) -> None:
         starter = subprocess.run(
             command,
             env=variables,
-            cwd=plan.state_dir / "work",
+            cwd=plan.state_dir / WORK_DIR,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -24,6 +24,7 @@ from nnunet_torchserve_client.errors import ClientError, UnknownModel, WrongUse
 from nnunet_torchserve_client.progress import printable
 
 from .errors import ToolError, UsageError
+from .management import management
 
 _PATIENCE_S = 30.0
 """For a description, which may wait in a queue behind cases."""
@@ -106,6 +107,7 @@ class Sources:
         model: a model of the server, through which it is asked.
         management_url, metrics_url: of the server; ``None`` leaves that out.
         verify: see the client.
+        control: the server's private directory, beside which its tokens are.
     """
 
     urls: str | None
@@ -113,6 +115,7 @@ class Sources:
     management_url: str | None = None
     metrics_url: str | None = None
     verify: str | None = None
+    control: Path | None = None
 
 
 @dataclass(slots=True)
@@ -185,7 +188,8 @@ def of_state_dir(state_dir: Path, sources: Sources) -> Sources:
         msg = f"no server of {state_dir.resolve()} is running"
         raise UsageError(msg)
     urls = sources.urls or server.inference_url
-    return Sources(urls, sources.model, server.management_url, server.metrics_url, sources.verify)
+    control = Path(server.control_dir)
+    return Sources(urls, sources.model, server.management_url, server.metrics_url, sources.verify, control)
 
 
 def list_models(sources: Sources) -> Listing:
@@ -197,7 +201,7 @@ def list_models(sources: Sources) -> Listing:
     """
     listing = Listing()
     if sources.management_url is not None:
-        listing.models = _managed(sources.management_url)
+        listing.models = _managed(sources.management_url, sources.control)
         if sources.model is not None and sources.model not in [each.name for each in listing.models]:
             msg = f"the server has no model {sources.model}"
             raise UsageError(msg)
@@ -248,7 +252,7 @@ def _describe_managed(sources: Sources, listing: Listing) -> None:
         elif sources.urls is not None:
             _describe(sources, listed, listing)
         else:
-            _describe_by_management(str(sources.management_url), listed, listing)
+            _describe_by_management(sources, listed, listing)
 
 
 def _describe(sources: Sources, listed: Listed, listing: Listing) -> None:
@@ -260,26 +264,48 @@ def _describe(sources: Sources, listed: Listed, listing: Listing) -> None:
 
 def _description(sources: Sources, model: str, version: str | None) -> Description:
     verify = True if sources.verify is None else sources.verify
-    with Client(sources.urls, model, version, verify=verify, deadline_s=_PATIENCE_S, first_contact_s=5.0) as client:
+    with Client(
+        sources.urls,
+        model,
+        version,
+        token=_token(sources),
+        verify=verify,
+        deadline_s=_PATIENCE_S,
+        first_contact_s=5.0,
+    ) as client:
         return client.describe()
 
 
-def _describe_by_management(url: str, listed: Listed, listing: Listing) -> None:
+def _token(sources: Sources) -> str | None:
+    """TorchServe's own key for predictions, where the server has one; ``None`` takes that of the environment."""
+    if sources.control is None or sources.management_url is None:
+        return None
+    from .tokens import inference_token
+
+    try:
+        return inference_token(sources.management_url, sources.control)
+    except httpx.HTTPError as error:
+        msg = f"{sources.management_url} gives no new token: {type(error).__name__}"
+        raise ToolError(msg) from error
+
+
+def _describe_by_management(sources: Sources, listed: Listed, listing: Listing) -> None:
     with suppress(ToolError, KeyError, TypeError, IndexError):
-        [state] = _get(url, f"/models/{listed.name}/{listed.version}", customized="true")
+        path = f"/models/{listed.name}/{listed.version}"
+        [state] = _get(str(sources.management_url), sources.control, path, customized="true")
         metadata = state["customizedMetadata"]
         listed.take_description(metadata)
         return
     listing.not_seen.append(f"what {listed.name} {listed.version} is: no worker described it")
 
 
-def _managed(url: str) -> list[Listed]:
+def _managed(url: str, control: Path | None) -> list[Listed]:
     """The models of the management port, with workers and queues."""
     found = []
-    for each in _get(url, "/models", limit="1000")["models"]:
+    for each in _get(url, control, "/models", limit="1000")["models"]:
         name = str(each["modelName"])
-        default = str(_get(url, f"/models/{name}")[0]["modelVersion"])
-        for state in _get(url, f"/models/{name}/all"):
+        default = str(_get(url, control, f"/models/{name}")[0]["modelVersion"])
+        for state in _get(url, control, f"/models/{name}/all"):
             listed = Listed(name, str(state["modelVersion"]), str(state["modelVersion"]) == default)
             statuses = [str(worker["status"]) for worker in state["workers"]]
             listed.workers = {status: statuses.count(status) for status in set(statuses)}
@@ -288,11 +314,12 @@ def _managed(url: str) -> list[Listed]:
     return found
 
 
-def _get(url: str, path: str, **parameters: str) -> Any:
+def _get(url: str, control: Path | None, path: str, **parameters: str) -> Any:
     try:
-        answer = httpx.get(url.rstrip("/") + path, params=parameters, timeout=_PATIENCE_S, trust_env=False)
-        answer.raise_for_status()
-        return answer.json()
+        with management(url, control, _PATIENCE_S) as client:
+            answer = client.get(path, params=parameters)
+            answer.raise_for_status()
+            return answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         msg = f"{url} does not answer as TorchServe's management port does: {type(error).__name__}"
         raise ToolError(msg) from error

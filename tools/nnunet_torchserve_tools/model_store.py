@@ -17,6 +17,7 @@ from nnunet_torchserve.settings import HandlerSettings
 
 from .errors import UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME
+from .server import DEFAULT_RESPONSE_TIMEOUT_S
 from .serving_settings import MODEL_CONFIG_FILE, check_device_ids
 
 WORKERS_ON_CPU, WORKERS_PER_GPU = 4, 8
@@ -36,6 +37,7 @@ class Archive:
         model: what it says of itself.
         workers: in all; ``None`` if it does not say.
         device_ids: the GPUs that serve it; empty for all.
+        response_timeout_s: what a request may take.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Archive:
     model: ServedModel
     workers: int | None
     device_ids: tuple[int, ...] = ()
+    response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
 
     def gpus_of(self, gpus: int) -> int:
         """How many of so many GPUs serve it."""
@@ -113,12 +116,13 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             msg = f"minWorkers: {workers!r} should be a number from 1"
             raise UsageError(msg)
         ids = check_device_ids(config.get("deviceIds"))
+        timeout_s = float(config.get("responseTimeout") or DEFAULT_RESPONSE_TIMEOUT_S)
         name, version = name or model["modelName"], model["modelVersion"]
-        return Archive(name, version, file, served_model(name, version, bundle), workers, ids)
+        return Archive(name, version, file, served_model(name, version, bundle), workers, ids, timeout_s)
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
-    except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
+    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
 

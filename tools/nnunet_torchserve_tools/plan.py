@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.machine import memory_bytes
 
-from .addresses import Addresses, AskedPorts, Ports, check_free, choose
+from .addresses import Addresses, AskedPorts, Hosts, Ports, check_free, choose
 from .errors import ToolError, UsageError
 from .java import java_home, utf8_environment
 from .model_store import WORKERS_ON_CPU, WORKERS_PER_GPU, Archive, check_gpus, find_archives
@@ -40,7 +40,8 @@ class ServeRequest:
         models: ``NAME=FILE.mar`` or ``FILE.mar`` each, or the one word ``all``.
         state_dir: where the server's state and logs go.
         ports: see :class:`AskedPorts`.
-        host: an address or name of this machine for the inference port; ``None`` takes ``config``'s, else loopback.
+        hosts: see :class:`Hosts`.
+        tokens: whether TorchServe shall ask for its tokens; they are on too where ``config`` has them on.
         workers: per device and model; ``None`` takes the archive's number, else 4 on a CPU and 8 a GPU.
         queue: waiting requests a model; ``None`` is twice its workers.
         device: see :class:`DeviceKind`.
@@ -53,7 +54,8 @@ class ServeRequest:
     models: Sequence[str] = ("all",)
     state_dir: Path = Path(".nnunet-torchserve")
     ports: Ports | AskedPorts = field(default_factory=AskedPorts)
-    host: str | None = None
+    hosts: Hosts = field(default_factory=Hosts)
+    tokens: bool = False
     workers: int | None = None
     queue: int | None = None
     device: DeviceKind = DeviceKind.AUTO
@@ -70,6 +72,7 @@ class Plan:
     Attributes:
         archives: to serve.
         addresses: to listen at.
+        tokens: whether TorchServe asks for its tokens.
         gpus: to use.
         workers: of each archive, in all.
         default_workers: as many as TorchServe starts for an archive that does not say.
@@ -84,6 +87,7 @@ class Plan:
 
     archives: Sequence[Archive]
     addresses: Addresses
+    tokens: bool
     gpus: int
     workers: Mapping[Archive, int]
     default_workers: int
@@ -114,12 +118,14 @@ def make_plan(request: ServeRequest) -> Plan:
     queue = request.queue or 2 * max(workers.values())
     held = sum(workers.values()) + queue * len(archives)
     sizes = compute_sizes(memory_bytes(), held, heap=request.heap, body_limit=request.body_limit)
-    addresses = choose(config, request.host, request.ports)
+    tokens = request.tokens or (config.get("disable_token_authorization") or "").lower() == "false"
+    addresses = choose(config, request.hosts, request.ports, tokens=tokens)
     check_free(addresses)
     paths = [request.model_store.resolve(), request.state_dir.resolve(), runtime_dir()]
     return Plan(
         archives=archives,
         addresses=addresses,
+        tokens=tokens,
         gpus=gpus,
         workers=workers,
         default_workers=(request.workers or (WORKERS_PER_GPU if gpus else WORKERS_ON_CPU)) * max(1, gpus),

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from .errors import ToolError
+from .management import management
 from .model_store import Archive
 from .server import Server
 from .worker_log import Death, early_deaths, load_failure
@@ -51,16 +52,16 @@ def wait_ready(
     ready = dict.fromkeys(workers, 0)
     watch = _Watch(server, warn)
     said = -1
-    with httpx.Client(base_url=server.management_url, timeout=_ANSWER_S, trust_env=False) as management:
+    with management(server.management_url, Path(server.control_dir), _ANSWER_S) as client:
         while waiting:
             for archive, count in list(waiting.items()):
-                state = _model_state(management, archive)
+                state = _model_state(client, archive)
                 if state is None:
                     continue
                 if not state:
                     msg = f"TorchServe refused {archive.file}: {_load_warning(Path(server.log_dir), archive.file)}"
                     raise ToolError(msg)
-                if count != started[archive] and archive not in resized and _resize(management, archive, count):
+                if count != started[archive] and archive not in resized and _resize(client, archive, count):
                     resized.add(archive)
                 statuses = [worker["status"] for worker in state["workers"]]
                 ready[archive] = min(count, statuses.count("READY"))
@@ -130,11 +131,11 @@ class _Watch:
         self._warn(f"{death.worker} died before it had loaded its model; {said}; TorchServe tries again")
 
 
-def _resize(management: httpx.Client, archive: Archive, count: int) -> bool:
+def _resize(client: httpx.Client, archive: Archive, count: int) -> bool:
     """Order that many workers; whether TorchServe has taken the order."""
     path = f"/models/{archive.name}/{archive.version}"
     try:
-        scaled = management.put(path, params={"min_worker": count, "max_worker": count})
+        scaled = client.put(path, params={"min_worker": count, "max_worker": count})
     except httpx.TransportError:
         return False
     if scaled.is_error:
@@ -143,14 +144,14 @@ def _resize(management: httpx.Client, archive: Archive, count: int) -> bool:
     return True
 
 
-def _model_state(management: httpx.Client, archive: Archive) -> dict[str, Any] | None:
+def _model_state(client: httpx.Client, archive: Archive) -> dict[str, Any] | None:
     """A model as the management API describes it.
 
     ``None`` while the API does not answer; empty if there is no such model. TorchServe unpacks the archives of its
     command line before it opens its ports, so what is missing then was refused.
     """
     try:
-        answer = management.get(f"/models/{archive.name}/{archive.version}")
+        answer = client.get(f"/models/{archive.name}/{archive.version}")
     except httpx.TransportError:
         return None
     if answer.status_code == httpx.codes.NOT_FOUND:

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 
 STATE_FILE = "server.json"
+DEFAULT_RESPONSE_TIMEOUT_S = 1200.0
+"""Of a model that does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,9 @@ class Server:
         control_dir: for draining.
         several: the models of which it was started with more than one version.
         made: further directories that are to be removed in the end.
+        response_timeout_s: the longest of its models: what a request may take.
+        health_url: where ``serve --foreground`` answers for its health; ``None`` without.
+        ready: whether every worker has been READY.
     """
 
     temp_dir: str
@@ -35,6 +40,9 @@ class Server:
     control_dir: str
     several: list[str] = field(default_factory=list)
     made: list[str] = field(default_factory=list)
+    response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
+    health_url: str | None = None
+    ready: bool = False
 
     def process(self) -> psutil.Process | None:
         """The JVM, ``None`` if it is not there."""

@@ -111,6 +111,14 @@ def is_alive(folder: Path) -> bool:
     return False
 
 
+def living(folder: Path) -> int | None:
+    """The process id of the engine that holds the lock of its life in this directory; ``None`` if none does."""
+    try:
+        return int((folder / ALIVE).read_text()) if is_alive(folder) else None
+    except (OSError, ValueError):
+        return None
+
+
 def kill_engine(folder: Path) -> None:
     """Kill the engine that holds the lock of its life in this directory, whether it still answers or not."""
     with suppress(OSError, ValueError):

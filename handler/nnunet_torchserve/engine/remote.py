@@ -1,7 +1,8 @@
 """A worker's side of the engine process: hand cases over, and survive its death.
 
 Threads: a worker has one connection and one case at a time; ``reserve`` and ``predict`` hold a lock for as long as
-they last. A connection that was in use when something went wrong is closed, which also drops the case in the engine.
+they last, ``keep`` and ``give_up`` take it only if it is free, and for a moment. A connection that was in use when
+something went wrong is closed, which also drops the case in the engine.
 
 Faults. If the engine dies, or is silent for ``SILENCE_S``, the worker kills what is left of it, starts another and
 hands its case in again, from the beginning. The flight record says whose passes were running: only those cases get a
@@ -18,8 +19,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
 import numpy as np
@@ -46,6 +48,8 @@ MAX_STRIKES = 2
 MAX_DEATHS = 8
 _WAIT_S = 0.5
 _SHARING_S, _FIRST_WAIT_S = 1.0, 0.01
+_KEEP_S = 1.0
+"""For which a look after the engine may hold up a request."""
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
@@ -190,6 +194,39 @@ class RemoteEngine:
             finally:
                 if self._claim is _UNCLAIMED:
                     self._release()
+
+    @property
+    def folder(self) -> Path:
+        """The engine's own directory."""
+        return self._starter.folder
+
+    def keep(self) -> bool:
+        """Find or start an engine if the last one has ended; while a case is in hand, that case does it.
+
+        Returns:
+            Whether there was one and nothing was to be done.
+        """
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            if self._link is not None and not self._link.is_over():
+                return True
+            self.disconnect()
+            with suppress(Deadline, NoEngine):  # the next look goes on with it
+                self._connected(time.monotonic() + _KEEP_S)
+            return False
+        finally:
+            self._lock.release()
+
+    def give_up(self) -> None:
+        """Kill the engine, which does not greet any more; while a case is in hand, that case notices it."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._link is not None:
+                self._link.kill()
+        finally:
+            self._lock.release()
 
     def disconnect(self) -> None:
         """Leave the engine; a case in flight is dropped there."""

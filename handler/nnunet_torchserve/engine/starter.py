@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import math
 import os
+import select
 import signal
 import socket
 import stat
@@ -86,6 +87,12 @@ class Link:
     case_id: int | None = None
     in_use: bool = False
 
+    def is_over(self) -> bool:
+        """Whether the engine has ended."""
+        poll = select.poll()
+        poll.register(self.process, select.POLLIN)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
         """Leave the engine."""
         self.endpoint.close()
@@ -119,6 +126,11 @@ class Starter:
         self._device, self._outage = settings.device, Outage(runtime_dir() / self._name)
         self._has_served = False
         self._waits_since = self._waited_until = -math.inf
+
+    @property
+    def folder(self) -> Path:
+        """The engine's own directory, which may not be there."""
+        return runtime_dir() / self._name
 
     def link(self, deadline: float | None) -> Link:
         """A link to a living engine or to one that is started, unless there is an outage.
