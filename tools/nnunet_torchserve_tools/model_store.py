@@ -36,6 +36,7 @@ class Archive:
         model: what it says of itself.
         workers: in all; ``None`` if it does not say.
         device_ids: the GPUs that serve it; empty for all.
+        code: files of somebody's own that it brings along.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Archive:
     model: ServedModel
     workers: int | None
     device_ids: tuple[int, ...] = ()
+    code: tuple[str, ...] = ()
 
     def gpus_of(self, gpus: int) -> int:
         """How many of so many GPUs serve it."""
@@ -114,11 +116,12 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             raise UsageError(msg)
         ids = check_device_ids(config.get("deviceIds"))
         name, version = name or model["modelName"], model["modelVersion"]
-        return Archive(name, version, file, served_model(name, version, bundle), workers, ids)
+        model_of, code = served_model(name, version, bundle), json.loads(bundle).get("code") or {}
+        return Archive(name, version, file, model_of, workers, ids, tuple(map(str, code.get("files") or ())))
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
-    except (zipfile.BadZipFile, KeyError, ValueError, yaml.YAMLError) as error:
+    except (zipfile.BadZipFile, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
 
