@@ -41,6 +41,7 @@ from nnunet_torchserve_tools.model_card import Shape, lines, model_card
 from nnunet_torchserve_tools.model_store import find_archives
 from support import stock, volumes
 from support.odd_models import OddModel
+from support.server import running
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* goes into the archive as code",
@@ -307,8 +308,9 @@ class ReadingPreprocessor(DefaultPreprocessor):
         return super().run_case(*arguments)
 
 def shared_resampling(data, new_shape, current_spacing, new_spacing, **how):
-    resampled = resample_data_or_seg_to_shape(data, new_shape, current_spacing, new_spacing, is_seg=False, order=1)
-    return resampled - 2 * np.asarray(resampled).mean(0, keepdims=True, dtype=np.float32) ** 2
+    data = np.asarray(data)
+    values = resample_data_or_seg_to_shape(data, new_shape, current_spacing, new_spacing, is_seg=False, order=1)
+    return values - 2 * values.mean(0, keepdims=True, dtype=np.float32) ** 2
 """
 
 
@@ -571,3 +573,43 @@ def test_the_engine_process_and_its_worker_have_the_code(archived: Path, tmp_pat
         np.testing.assert_array_equal(ask(pipeline)["labels"], expected)
     finally:
         engine.disconnect()
+
+
+def test_files_serve_all_members_of_a_recipe(tmp_path: Path) -> None:
+    """A cascade of a trainer and a normalisation of one's own, in an ensemble with the trainer's flat network."""
+    file = written(tmp_path / "own", trainer().replace(", kernel=3, dimensions=2)", ", kernel=3, dimensions=3)"))
+    norm = written(tmp_path / "own", OWN_STEPS, "steps.py")
+    odd = OddModel(trainer="nnUNetTrainerMine", schemes=("RankNormalization",), mirroring=(0,))
+    with external(file.parent):
+        first = odd.but(named="3d_lowres", spacing=3.0).write(tmp_path)
+        last = odd.but(named="3d_cascade_fullres", previous_stage="3d_lowres").write(tmp_path)
+        other = odd.but(named="3d_fullres").write(tmp_path)
+        case = volumes.write(tmp_path, "case_0000.nii.gz", image())
+        with in_nnunetv2(norm, RankNormalization=default_normalization_schemes):
+            labels = stock.predict(first, [case], probabilities=False).labels
+            predictor = stock.loaded(last)
+            array, properties = predictor.plans_manager.image_reader_writer_class().read_images([str(case)])
+            _, cascade = predictor.predict_single_npy_array(
+                array, properties, labels.astype(np.float32)[None], None, save_or_return_probabilities=True
+            )
+            alone = stock.predict(other, [case], probabilities=True).probabilities
+    mean = (np.float32(cascade) + alone) / 2
+    pipeline = served(last, tmp_path, file, norm, others=(other,), previous_stages=(first,))
+    answer = ask(pipeline, save_probabilities=True)
+    np.testing.assert_array_equal(answer["probabilities"], mean)
+    np.testing.assert_array_equal(answer["labels"], mean.argmax(0))
+
+
+@pytest.mark.long
+@pytest.mark.serve
+def test_torchserve_serves_it_whatever_lies_in_the_environment(archived: Path, tmp_path: Path) -> None:
+    bundle = ModelBundle(unpack(archived, tmp_path / "unpacked"))
+    expected = ask(Pipeline(bundle, LocalEngine(bundle, CPU), Limits(), 600.0))["labels"]
+    trap = written(tmp_path / "trap", "raise RuntimeError('a served archive has looked at nnUNet_extTrainer')")
+    with external(trap.parent), running(archived.parent, tmp_path / "server", models=["m.mar"]) as live:
+        answer = live.predict("m", image(), options='{"output_format": "npz"}')
+        described = live.describe("m")
+    assert answer.status_code == HTTPStatus.OK, answer.content
+    with np.load(io.BytesIO(answer.content)) as arrays:
+        np.testing.assert_array_equal(arrays["labels"], expected)
+    assert "nnUNetTrainerMine" in json.dumps(described)

@@ -88,6 +88,8 @@ class TrainerFiles:
                 module = self.code.module(file)
             except BundleError as error:
                 msg = f"--trainer-file {error}"
+                if isinstance(error.__cause__, ModuleNotFoundError):
+                    msg += "; if it is a file of your own, name it with another --trainer-file"
                 raise ToolError(msg) from error
             if (found := getattr(module, short, None)) is not None:
                 having[file] = found
