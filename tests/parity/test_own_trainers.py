@@ -33,6 +33,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.previous_stage import labels_of
 from nnunet_torchserve.request import Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.cli import app
@@ -424,6 +425,7 @@ def test_a_label_manager_is_called_as_stock_calls_it_and_read_without_being_run(
     pipeline = served(model, tmp_path, file)
     np.testing.assert_array_equal(ask(pipeline)["labels"], expected.labels)
     assert expected.labels.max() > 6
+    assert expected.labels.max() in labels_of(pipeline.bundle.lead), "a next stage would be given it"
     both = ask(pipeline, save_probabilities=True)
     np.testing.assert_array_equal(both["labels"], expected.labels)
     np.testing.assert_array_equal(both["probabilities"], expected.probabilities)
