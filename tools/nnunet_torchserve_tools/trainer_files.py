@@ -264,7 +264,7 @@ def _requirement(text: str) -> tuple[str, str]:
 def _warn_of_packages(files: TrainerFiles) -> None:
     """A package that the code imports and nobody has named may be missing on a server, or another one there."""
     known = {canonicalize_name(name) for name in (*files.requires, *_of_nnunet())}
-    distributions = importlib.metadata.packages_distributions()
+    distributions = _distributions()
     for file in files.sources:
         try:
             imported = files.code.imports(file)[1]
@@ -277,6 +277,12 @@ def _warn_of_packages(files: TrainerFiles) -> None:
                 need = f"--requires {having[0]}=={importlib.metadata.version(having[0])}"
                 msg = f"{file} imports {module}: with {need} a server that has another version, or none, says so"
                 warnings.warn(msg, ModelWarning, stacklevel=4)
+
+
+@cache
+def _distributions() -> Mapping[str, Sequence[str]]:
+    """Module -> the installed packages that have it."""
+    return importlib.metadata.packages_distributions()
 
 
 def _of_nnunet() -> Iterator[str]:
