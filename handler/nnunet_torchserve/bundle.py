@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import BundleError
 from .member import Member, MemberDescription
+from .own_code import CODE_FOLDER, CodeDescription, OwnCode
 from .postprocessing import Postprocessing
 from .recipe import Recipe, last_stage, members_of
 
@@ -34,6 +35,7 @@ class BundleDescription(BaseModel):
         members: in the order in which the recipe names them.
         recipe: what is made of them.
         postprocessing: what is done to the labels then, unless a request says otherwise.
+        code: what the archive brings along of somebody's own, if anything.
         requires: package -> version specifier, checked at load.
         built_with: package -> version, for the record.
         files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
@@ -47,6 +49,7 @@ class BundleDescription(BaseModel):
     members: tuple[MemberDescription, ...]
     recipe: Recipe
     postprocessing: Postprocessing | None = None
+    code: CodeDescription | None = None
     requires: dict[str, str]
     built_with: dict[str, str]
     files: dict[str, str]
@@ -73,7 +76,8 @@ class ModelBundle:
 
         Args:
             folder: of the archive.
-            verify: ``False`` leaves requirements and checksums to whoever only reads what the archive says.
+            verify: ``False`` leaves requirements and checksums to whoever only reads what the archive says; no code of
+                the archive's own is run then.
 
         Raises:
             BundleError: damaged, of another schema, or its requirements are not met; the message says which.
@@ -94,29 +98,59 @@ class ModelBundle:
             msg = f"{BUNDLE_FILE} is not valid: {error}"
             raise BundleError(msg) from error
         self.digest = hashlib.sha256(text).hexdigest()
+        code = None
         if verify:
             self._verify()
-        self.members = {member.name: Member(folder, member) for member in self.description.members}
+            code = self._own_code()
+        own = self.description.code.names if self.description.code is not None else ()
+        self.members = {member.name: Member(folder, member, own, code) for member in self.description.members}
         self.lead = self.members[last_stage(self.description.recipe)]
+
+    def _own_code(self) -> OwnCode | None:
+        """The archive's own code as the checksums know it, whatever becomes of the files; nothing is run."""
+        if self.description.code is None:
+            return None
+        sources = {}
+        for file in self.description.code.files:
+            name = f"{CODE_FOLDER}/{file}"
+            try:
+                sources[file] = (self.folder / name).read_bytes()
+            except OSError as error:
+                msg = f"{name} is missing from the archive"
+                raise BundleError(msg) from error
+            _check_digest(name, hashlib.sha256(sources[file]).hexdigest(), self.description.files.get(name))
+        return OwnCode(sources)
 
     def _verify(self) -> None:
         check_requirements(self.description.requires)
+        if self.description.code is not None:
+            check_requirements(self.description.code.requires, "the archive's own code")
         for name, expected in self.description.files.items():
-            if (actual := sha256_of_file(self.folder / name)) != expected:
-                msg = f"{name} has sha256 {actual[:12]}…, the archive was made with {expected[:12]}…: it is damaged"
-                raise BundleError(msg)
+            _check_digest(name, sha256_of_file(self.folder / name), expected)
 
 
-def check_requirements(requires: Mapping[str, str]) -> None:
-    """Raise :class:`BundleError` unless every package is installed in a version that fits."""
+def _check_digest(name: str, actual: str, expected: str | None) -> None:
+    if actual != expected:
+        was = "without it" if expected is None else f"with {expected[:12]}…"
+        msg = f"{name} has sha256 {actual[:12]}…, the archive was made {was}: it is damaged"
+        raise BundleError(msg)
+
+
+def check_requirements(requires: Mapping[str, str], who: str = "the archive") -> None:
+    """Raise :class:`BundleError` unless every package is installed in a version that fits; nothing is installed.
+
+    Args:
+        requires: package -> version specifier.
+        who: needs them, for the message.
+    """
     for package, specifier in requires.items():
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            msg = f"the archive needs {package}{specifier}, which is not installed"
+            msg = f"{who} needs {package}{specifier}, which is not installed"
             raise BundleError(msg) from None
         if not SpecifierSet(specifier).contains(installed, prereleases=True):
-            msg = f"the archive needs {package}{specifier}; {installed} is installed"
+            msg = f"{who} needs {package}{specifier}; {installed} is installed"
             raise BundleError(msg)
 
 

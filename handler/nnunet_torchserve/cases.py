@@ -146,7 +146,7 @@ def settings_for(member: Member, options: Options) -> Settings:
         names = ", ".join(f"{number} {ascii(name)[1:-1]}" for number, name in enumerate(member.output_names))
         msg = f"probability_channels: {last} is no channel of this model; they are {names[:LONGEST_NAMES]}"
         raise BadOption(msg)
-    if options.export is not ExportMethod.EXACT and member.has_own_label_manager:
+    if options.export is not ExportMethod.EXACT and member.has_own_export:
         msg = "export: this model's own way from logits to labels allows exact only"
         raise BadOption(msg)
     allowed = member.fold(folds[0]).mirroring_axes or ()
@@ -284,7 +284,7 @@ def export_bytes(member: Member, shape: Sequence[int], grid: Sequence[int], opti
     function = member.configuration.resampling_fn_probabilities
     arguments = spline_arguments(function)
     stays = target_of(function) is Target.UNCHANGED and list(grid) == list(shape)
-    if (stays or (arguments is not None and arguments.order == 1)) and not member.has_own_label_manager:
+    if (stays or (arguments is not None and arguments.order == 1)) and not member.has_own_export:
         return export
     # nnU-Net's own function: slices by torch, other splines, or a whole export
     all_classes = classes * (grid_voxels * _FLOAT64 + voxels * 3 * _FLOAT32)

@@ -12,6 +12,7 @@ from .intensities import value_range
 from .limits import Limits
 from .member import FoldDescription, Member
 from .options import Options
+from .own_code import CODE_FOLDER
 from .recipe import in_words
 from .settings import HandlerSettings
 
@@ -47,11 +48,30 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "recipe": description.recipe.model_dump(mode="json"),
         "recipe_in_words": in_words(description.recipe),
         "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
+        "code": _own_code(bundle),
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
         "options": Options.model_json_schema(),
         "serving_core": __version__,
         "built_with": description.built_with,
+    }
+
+
+def _own_code(bundle: ModelBundle) -> dict[str, object] | None:
+    """Somebody's own code that the archive brings along: its files, what is taken from each, what it needs."""
+    code, checksums = bundle.description.code, bundle.description.files
+    if code is None:
+        return None
+    return {
+        "files": [
+            {
+                "file": file,
+                "sha256": checksums.get(f"{CODE_FOLDER}/{file}"),
+                "names": [{"kind": str(own.kind), "name": own.name} for own in code.names if own.file == file],
+            }
+            for file in code.files
+        ],
+        "requires": code.requires,
     }
 
 

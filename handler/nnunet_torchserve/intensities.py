@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import nnunetv2
 import numpy as np
 import numpy.typing as npt
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import RGBTo01Normalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
 from .member import Member
 
@@ -29,24 +25,14 @@ _UNIT = (0.0, 1.0)
 """Where nothing is known: every normalisation takes it, and a network without one is least likely to overflow."""
 
 
-@cache
-def normalization_class(name: str) -> Any:
-    """The class of a normalisation, found as ``DefaultPreprocessor`` finds it.
-
-    Raises:
-        RuntimeError: nnU-Net has none of that name.
-    """
-    folder = Path(nnunetv2.__path__[0], "preprocessing", "normalization")
-    scheme = recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing.normalization")
-    if scheme is None:
-        msg = f"nnU-Net has no normalisation {name!r}"
-        raise RuntimeError(msg)
-    return scheme
-
-
 def takes_pictures(scheme: Any) -> bool:
-    """Whether a normalisation refuses what has no 8 bits."""
+    """Whether a normalisation is one of pictures with 8 bits."""
     return isinstance(scheme, type) and issubclass(scheme, RGBTo01Normalization)
+
+
+def refuses_others(scheme: Any) -> bool:
+    """Whether it asserts that they have 8 bits, as nnU-Net's own does; a class derived from that may not."""
+    return takes_pictures(scheme) and scheme.run is RGBTo01Normalization.run
 
 
 def value_range(member: Member, channel: int) -> tuple[float, float]:
@@ -55,7 +41,7 @@ def value_range(member: Member, channel: int) -> tuple[float, float]:
     Pictures (by the plan's normalisation or the channel's name) have 0 to 255; else the fingerprint's percentiles of
     the training images' foreground decide, or its range; where that says nothing, it is 0 to 1.
     """
-    schemes = [normalization_class(member.configuration.normalization_schemes[channel])]
+    schemes = [member.normalizations[channel]]
     channels = list(member.channel_names.values())
     schemes += [get_normalization_scheme(channels[channel])] if channel < len(channels) else []
     if any(takes_pictures(scheme) for scheme in schemes):

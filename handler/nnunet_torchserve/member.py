@@ -21,12 +21,15 @@ from safetensors import safe_open
 
 from .errors import BundleError
 from .options import FoldName
-from .painting import Painting, integers, read_painting
+from .own_code import Kind, OwnCode, OwnName
+from .painting import Painting, integers, read_painting, unknown_painting
 
 if TYPE_CHECKING:
     import torch
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+    from .names import Names
 
 MEMBERS_FOLDER = "members"
 PLANS_FILE = "plans.json"
@@ -39,6 +42,10 @@ REORIENTING_READERS = {"SimpleITKIOWithReorient": "RAS", "NibabelIOWithReorient"
 """nnU-Net's readers that turn every image, and where to."""
 
 _HASH_CHUNK_BYTES = 1024**2
+
+_UINT8_CLASSES = 255
+_LARGEST = {False: 2**8 - 1, True: 2**16 - 1}
+"""What fits the type that nnU-Net writes labels in: 16 bits from so many foreground labels on."""
 
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
 """A folder's name, and what requests and messages call the member."""
@@ -80,8 +87,10 @@ class MemberDescription(BaseModel):
         dataset, trainer, plans, configuration: nnU-Net's names.
         network_class: full name of the network's class, as nnU-Net resolved the name in plans.json when the archive was
             made; ``None`` if the plans name none.
-        network_trainer: the class of nnunetv2 whose ``build_network_architecture`` builds the network, where the plans
-            alone do not say what is built.
+        network_trainer: the class, of nnunetv2 or the archive's own code, whose ``build_network_architecture`` builds
+            the network, where the plans alone do not say what is built.
+        output_names: of the network's channels, where a label manager of the archive's own code says how many there
+            are.
         source: trained model folder (its last two names) and checkpoint file name.
         input_orientation: nibabel's letters of the orientation that every image is brought into; ``None``: as sent.
     """
@@ -99,6 +108,7 @@ class MemberDescription(BaseModel):
     input_orientation: str | None = None
     network_class: str | None = None
     network_trainer: str | None = None
+    output_names: tuple[str, ...] | None = None
 
     @property
     def folder(self) -> str:
@@ -109,15 +119,23 @@ class MemberDescription(BaseModel):
 class Member:
     """A member of an unpacked archive."""
 
-    def __init__(self, archive: Path, description: MemberDescription) -> None:
+    _own: tuple[OwnName, ...] = ()
+    _code: OwnCode | None = None
+
+    def __init__(
+        self, archive: Path, description: MemberDescription, own: Iterable[OwnName] = (), code: OwnCode | None = None
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             archive: the folder of the archive.
             description: what ``bundle.json`` says.
+            own: names that the archive's own code has.
+            code: that code; ``None`` if it is not to be run.
         """
         self.description = description
         self.folder = archive / description.folder
+        self._own, self._code = tuple(own), code
 
     def __repr__(self) -> str:
         return f"Member({self.name!r})"
@@ -133,11 +151,16 @@ class Member:
         return self._json(DATASET_FILE)
 
     @cached_property
+    def names(self) -> Names:
+        """What the names in its files mean."""
+        from .names import Names
+
+        return Names(self._own, self._code)
+
+    @cached_property
     def plans(self) -> PlansManager:
         """nnU-Net's plans."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        return PlansManager(self._json(PLANS_FILE))
+        return self.names.plans(self._json(PLANS_FILE))
 
     @cached_property
     def configuration(self) -> ConfigurationManager:
@@ -164,11 +187,14 @@ class Member:
     @property
     def classes(self) -> int:
         """Output channels of the network: labels with background, or regions without."""
-        return int(self.labels.num_segmentation_heads)
+        recorded = self.description.output_names
+        return int(self.labels.num_segmentation_heads) if recorded is None else len(recorded)
 
     @property
     def largest_value(self) -> int:
         """The largest value that a segmentation may have."""
+        if not paints_as_default(self.labels):
+            return _LARGEST[len(self.labels.foreground_labels) >= _UINT8_CLASSES]
         if self.labels.has_regions:
             return max((int(value) for value in self.dataset.get("regions_class_order") or ()), default=0)
         return self.classes - 1
@@ -176,19 +202,14 @@ class Member:
     @property
     def output_names(self) -> list[str]:
         """The name of each output channel: labels by value, with background; or regions in dataset.json's order."""
-        declared = {name: label for name, label in self.dataset["labels"].items() if name != "ignore"}
-        if self.labels.has_regions:
-            return [name for name, label in declared.items() if self.labels.filter_background([label])]
-        named = {name: integers(label) for name, label in declared.items()}
-        return [
-            " / ".join(name for name, values in named.items() if value in values) for value in self.labels.all_labels
-        ]
+        if self.description.output_names is not None:
+            return list(self.description.output_names)
+        return output_names(self.dataset, self.labels)
 
     @property
     def painting(self) -> Painting:
         """What the values of a segmentation mean."""
-        order = self.dataset.get("regions_class_order")
-        return read_painting(self.dataset["labels"], order, has_regions=self.labels.has_regions)
+        return painting_of(self.dataset, self.labels)
 
     @property
     def reader(self) -> str:
@@ -201,10 +222,18 @@ class Member:
         """The orientation that the model sees, in nibabel's letters; ``None`` for the image's own."""
         return REORIENTING_READERS.get(self.reader) or self.description.input_orientation
 
+    @cached_property
+    def normalizations(self) -> list[Any]:
+        """The class that normalises each channel."""
+        return [self.names.needed(Kind.NORMALIZATION, name) for name in self.configuration.normalization_schemes]
+
     @property
-    def has_own_label_manager(self) -> bool:
-        """Whether the plan names another label manager than nnU-Net's default."""
-        return not decides_as_default(self.labels)
+    def has_own_export(self) -> bool:
+        """Whether somebody's own label manager or resampling function leads from logits to labels."""
+        from .resampling import is_somebodys_own
+
+        own_function = is_somebodys_own(self.configuration.resampling_fn_probabilities)
+        return own_function or not decides_as_default(self.labels)
 
     @property
     def patch_size(self) -> tuple[int, ...]:
@@ -287,6 +316,53 @@ class OpenWeights:
             except BundleError as error:  # the checksum says that nothing is wrong with it
                 msg = f"no memory to read {name}"
                 raise MemoryError(msg) from error
+
+
+def output_names(dataset: Mapping[str, Any], labels: LabelManager) -> list[str]:
+    """The name of each of a network's output channels.
+
+    Args:
+        dataset: nnU-Net's dataset.json.
+        labels: its label manager; one whose channels are not labels or regions of that file has numbers for names.
+    """
+    declared = {name: label for name, label in dataset["labels"].items() if name != "ignore"}
+    if labels.has_regions:
+        names = [name for name, label in declared.items() if labels.filter_background([label])]
+    else:
+        named = {name: integers(label) for name, label in declared.items()}
+        names = [" / ".join(name for name, values in named.items() if value in values) for value in labels.all_labels]
+    count = int(labels.num_segmentation_heads)
+    return names if len(names) == count else [f"channel {number}" for number in range(count)]
+
+
+def painting_of(dataset: Mapping[str, Any], labels: LabelManager) -> Painting:
+    """What the values of a segmentation mean.
+
+    Args:
+        dataset: nnU-Net's dataset.json.
+        labels: its label manager.
+    """
+    if not paints_as_default(labels):
+        return unknown_painting(dataset["labels"], type(labels).__name__)
+    return read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=labels.has_regions)
+
+
+def paints_as_default(labels: LabelManager) -> bool:
+    """Whether the values of a segmentation mean what they mean to nnU-Net's default label manager.
+
+    Another nonlinearity changes nothing of that.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    kind = type(labels)
+    if kind is LabelManager:
+        return True
+    paint = ("convert_probabilities_to_segmentation", "convert_logits_to_segmentation")
+    if any(getattr(kind, name, None) is not getattr(LabelManager, name) for name in paint):
+        return False
+    default = LabelManager(labels.label_dict, labels.regions_class_order)
+    says = ("has_regions", "all_regions", "all_labels", "num_segmentation_heads", "regions_class_order")
+    return all(getattr(labels, name) == getattr(default, name) for name in says)
 
 
 def decides_as_default(labels: LabelManager) -> bool:

@@ -74,6 +74,18 @@ def read_painting(labels: Mapping[str, Any], order: Sequence[Any] | None, *, has
     return Painting(structures, remarks)
 
 
+def unknown_painting(labels: Mapping[str, Any], manager: str) -> Painting:
+    """Of a model whose own label manager decides what is painted: nobody knows.
+
+    Args:
+        labels: dataset.json's.
+        manager: the class's name.
+    """
+    structures = {name: None for name, value in labels.items() if name != _IGNORE and not _is_background(value)}
+    remark = f"The model's own label manager, {manager}, decides which values are painted: what they mean is not known."
+    return Painting(structures, (remark,))
+
+
 _OTHER_NUMBERS = "The values in the label map are not dataset.json's label numbers"
 
 

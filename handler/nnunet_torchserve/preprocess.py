@@ -4,11 +4,13 @@
 its resampling), with fewer copies, and with :mod:`.resampling`. A cascade's last stage has the labels of the stage
 before as more channels, one for each label. The normalisation classes are nnU-Net's own and see
 arrays of the same layout in memory, because it decides the last bit of a float32 mean. A plan with another
-preprocessor class gets that class as it is.
+preprocessor class gets that class as it is, and one with other normalisations or resampling functions calls them as
+nnU-Net's preprocessor does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 
 from .cases import network_grid, too_thin_message
 from .errors import TooThin, WrongRange
-from .intensities import normalization_class, takes_pictures
+from .intensities import refuses_others
 from .label_resampling import resample_labels
 from .member import Member
 from .options import PreprocessMethod
@@ -86,8 +88,8 @@ def preprocess(
 
 def _check_pictures(member: Member, volume: Volume) -> None:
     """nnU-Net asserts this when it normalises."""
-    for channel, name in enumerate(member.configuration.normalization_schemes[: len(volume.array)]):
-        if not takes_pictures(normalization_class(name)):
+    for channel, scheme in enumerate(member.normalizations[: len(volume.array)]):
+        if not refuses_others(scheme):
             continue
         low, high = volume.array[channel].min(), volume.array[channel].max()
         if low < 0 or high > _WHITE:
@@ -101,7 +103,7 @@ def _check_pictures(member: Member, volume: Volume) -> None:
 def _exact(member: Member, volume: Volume, previous: LabelArray | None) -> PreprocessedCase:
     """``DefaultPreprocessor.run_case_npy``, without its sampling of foreground, which is for a training."""
     configuration, order = member.configuration, member.plans.transpose_forward
-    schemes = [normalization_class(name) for name in configuration.normalization_schemes]
+    schemes = member.normalizations
     data = _own_array(volume.array).transpose(0, *(axis + 1 for axis in order))
     spacing = [volume.geometry.spacing_zyx[axis] for axis in order]
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
@@ -134,15 +136,20 @@ def _exact(member: Member, volume: Volume, previous: LabelArray | None) -> Prepr
     resampled = resample_image(data, new_shape, spacing, target, configuration.resampling_fn_data)
     if previous is not None and mask is not None:
         stage = resample_labels(mask[None], new_shape, spacing, target, configuration.resampling_fn_seg)
-        resampled = np.vstack((resampled, _one_hot(member, stage)))
-    return PreprocessedCase(torch.from_numpy(resampled), properties)
+        stage = stage.astype(np.int16 if np.max(stage) > _INT8_LABELS else np.int8)
+        resampled = np.vstack((resampled, _one_hot(member, stage, resampled.dtype)))
+    return PreprocessedCase(_as_float32(resampled), properties)
 
 
-def _one_hot(member: Member, stage: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _one_hot(member: Member, stage: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A channel for each foreground label of a segmentation (1, z, y, x) on the network's grid, as nnU-Net has it."""
-    labels = stage[0].astype(np.int16 if stage.max() > _INT8_LABELS else np.int8)
-    channels: npt.NDArray[np.float32] = convert_labelmap_to_one_hot(labels, member.labels.foreground_labels, np.float32)
+    channels: npt.NDArray[Any] = convert_labelmap_to_one_hot(stage[0], member.labels.foreground_labels, dtype)
     return channels
+
+
+def _as_float32(data: npt.NDArray[Any]) -> torch.Tensor:
+    """What nnU-Net makes of an array for its network, whatever somebody's own code has made it of."""
+    return torch.from_numpy(data).to(torch.float32)
 
 
 def _own_array(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -167,19 +174,30 @@ def _nonzero_box(data: npt.NDArray[np.float32]) -> list[list[int]]:
 
 def _stock(member: Member, volume: Volume, previous: LabelArray | None) -> PreprocessedCase:
     """The plan's own preprocessor, in memory."""
-    preprocessor = member.configuration.preprocessor_class(verbose=False)
+    preprocessor = member.names.preprocessor(member.configuration)
+    copies = member.configuration.preprocessor_class is DefaultPreprocessor
+    image = volume.array if copies else _own_array(volume.array)  # which another class may write to
     properties: dict[str, Any] = {"spacing": list(volume.geometry.spacing_zyx)}
     try:
         labels = None if previous is None else previous.astype(np.float32)[None]
         data, stage, properties = preprocessor.run_case_npy(
-            volume.array, labels, properties, member.plans, member.configuration, member.dataset
+            image, labels, properties, member.plans, member.configuration, member.dataset
         )
         if previous is not None:
-            data = np.vstack((data, _one_hot(member, stage)))
+            data = np.vstack((data, _one_hot(member, stage, data.dtype)))
     except Exception as error:
         shape = properties.get("shape_after_cropping_and_before_resampling")
         spacing = [properties["spacing"][axis] for axis in member.plans.transpose_forward]
         if shape is not None and min(network_grid(member, shape, spacing)) < 1:
             raise TooThin(too_thin_message(shape, spacing, volume.geometry)) from error
         raise
-    return PreprocessedCase(torch.from_numpy(data), properties)
+    _check_shape(properties, volume, member)
+    return PreprocessedCase(_as_float32(data), properties)
+
+
+def _check_shape(properties: Mapping[str, Any], volume: Volume, member: Member) -> None:
+    """Somebody's own preprocessor must lead back to the image that came."""
+    shape = [volume.geometry.shape[axis] for axis in member.plans.transpose_forward]
+    if (said := list(properties["shape_before_cropping"])) != shape:
+        msg = f"the preprocessor says that the image had {said} voxels, it has {shape}: the labels would not fit it"
+        raise ValueError(msg)

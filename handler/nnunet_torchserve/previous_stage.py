@@ -9,7 +9,7 @@ import numpy as np
 from .codecs import ImageSource
 from .errors import LONGEST_NAMES, ChannelsDisagree, WrongChannels, WrongRange
 from .export.canvas import written
-from .member import Member
+from .member import Member, paints_as_default
 from .orientation import Turn
 from .postprocessing import LARGEST_LABEL
 from .request import PREVIOUS_STAGE
@@ -55,8 +55,13 @@ class PreviousStage:
 
 
 def labels_of(member: Member) -> frozenset[int]:
-    """The labels that a first stage may give: the dataset's, and those that its regions are painted with."""
+    """The labels that a first stage may give: the dataset's, and those that its regions are painted with.
+
+    Somebody's own label manager may paint anything.
+    """
     manager = member.labels
+    if not paints_as_default(manager):
+        return frozenset(range(LARGEST_LABEL + 1))
     painted = manager.regions_class_order if manager.has_regions else ()
     return frozenset({0, *map(int, manager.foreground_labels), *map(int, painted)})
 

@@ -134,7 +134,7 @@ def mean_in_blocks(bundle: ModelBundle) -> bool:
     def in_blocks(member: Member) -> bool:
         arguments = spline_arguments(member.configuration.resampling_fn_probabilities)
         known = arguments is not None and arguments.order == 1
-        is_default = not member.labels.has_regions and not member.has_own_label_manager
+        is_default = not member.labels.has_regions and not member.has_own_export
         return known and is_default and member.plans.transpose_forward == bundle.lead.plans.transpose_forward
 
     return all(in_blocks(member) for member in members)

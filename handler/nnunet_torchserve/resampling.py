@@ -179,6 +179,12 @@ def target_of(function: ResamplingFunction) -> Target:
     return _TARGETS.get(function.func if isinstance(function, partial) else function, Target.UNKNOWN)
 
 
+def is_somebodys_own(function: ResamplingFunction) -> bool:
+    """Whether a plan's function is none of nnunetv2's: it may do anything, to all classes together for instance."""
+    bare = function.func if isinstance(function, partial) else function
+    return not str(getattr(bare, "__module__", "")).startswith("nnunetv2.")
+
+
 def spline_arguments(function: ResamplingFunction) -> SplineArguments | None:
     """The arguments of a plan's function, or ``None`` if this module doesn't compute what it does."""
     arguments = default_arguments(function)

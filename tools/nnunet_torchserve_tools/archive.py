@@ -10,13 +10,12 @@ import hashlib
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from safetensors.torch import save_file
 
 import nnunet_handler
@@ -30,10 +29,11 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import (
     GOLDEN_FILE,
     REORIENTING_READERS,
+    painting_of,
 )
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.orientation import is_orientation
-from nnunet_torchserve.painting import read_painting
+from nnunet_torchserve.own_code import CODE_FOLDER, CodeDescription
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.postprocessing import Postprocessing
 from nnunet_torchserve.recipe import Cascade, Single
@@ -46,6 +46,7 @@ from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .postprocessing_choice import PostprocessingChoice
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
 from .trained import TrainedModel, read_trained_model
+from .trainer_files import TrainerFiles, read_trainer_files, say_aloud
 
 REQUIRES = {
     "nnunetv2": ">=2.8,<3",
@@ -68,7 +69,8 @@ _BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "nnunet
 _DRY_RUN_LIMIT_S = 600.0
 
 _NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together."""
+"""What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
+anything."""
 
 _CPU = torch.device("cpu")
 
@@ -91,6 +93,8 @@ class ArchiveRequest:
         version: TorchServe model version.
         checkpoint: file name within each fold's folder.
         trust_checkpoint: open checkpoints as ordinary pickles.
+        trainer_files: somebody's own code, which the models need and every server of the archive runs.
+        requires: what that needs, as ``PACKAGE==VERSION``.
         input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
         serving: what goes to model-config.yaml.
@@ -108,6 +112,8 @@ class ArchiveRequest:
     version: str = "1.0"
     checkpoint: str = "checkpoint_final.pth"
     trust_checkpoint: bool = False
+    trainer_files: tuple[Path, ...] = ()
+    requires: tuple[str, ...] = ()
     input_orientation: str | None = None
     serving: ServingSettings = field(default_factory=ServingSettings)
 
@@ -131,11 +137,14 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
 
     Warns:
-        ModelWarning: the values of its label maps are not those that dataset.json suggests, or do not say everything;
-            its trial did not prove that it answers; each request must bring the first stage's labels; the models of an
-            ensemble have different folds; or an archive of one fold lacks the postprocessing that was asked for.
+        ModelWarning: it holds somebody's own code; the values of its label maps are not those that dataset.json
+            suggests, or do not say everything; its trial did not prove that it answers; each request must bring the
+            first stage's labels; the models of an ensemble have different folds; or an archive of one fold lacks the
+            postprocessing that was asked for.
     """
-    composition = _compose(request)
+    files = read_trainer_files(request.trainer_files, request.requires)
+    composition = _compose(request, files)
+    code = files.described(model.names for model in composition.members.values()) if files.sources else None
     lead = composition.lead
     name = request.name or archive_name(lead.dataset_name, composition.name)
     if not MODEL_NAME.fullmatch(name):
@@ -153,21 +162,29 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         msg = f"cannot make the output folder {request.output}: {error.strerror}"
         raise UsageError(msg) from error
     try:
-        _warn_of_values(lead.plans, lead.dataset)
-        return [_make_archive(request, each, content, postprocessing) for each, content, postprocessing in contents]
-    except _NO_NETWORK as error:
+        if code is not None:
+            say_aloud(code)
+        _warn_of_values(lead)
+        own = (code, files.sources)
+        return [_make_archive(request, each, content, steps, own) for each, content, steps in contents]
+    except (ToolError, Warning):
+        raise
+    except Exception as error:
+        if code is None and not isinstance(error, _NO_NETWORK):
+            raise
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
 
 
-def _compose(request: ArchiveRequest) -> Composition:
+def _compose(request: ArchiveRequest, files: TrainerFiles) -> Composition:
     """Read every folder."""
     folders = (request.model_folder, *request.others)
     are_several = len(folders) + len(request.previous_stages) > 1
 
     def read(folder: Path) -> TrainedModel:
         try:
-            return read_trained_model(folder, request.folds, request.checkpoint, trust=request.trust_checkpoint)
+            trust = request.trust_checkpoint
+            return read_trained_model(folder, request.folds, request.checkpoint, trust=trust, files=files)
         except ToolError as error:
             if not are_several or str(folder) in str(error):
                 raise
@@ -208,13 +225,22 @@ def _contents(
 
 
 def _make_archive(
-    request: ArchiveRequest, name: str, composition: Composition, postprocessing: Postprocessing | None
+    request: ArchiveRequest,
+    name: str,
+    composition: Composition,
+    postprocessing: Postprocessing | None,
+    own: tuple[CodeDescription | None, Mapping[str, bytes]],
 ) -> Path:
+    code, sources = own
     with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
         stage = Path(scratch)
         for file, source in serving_core_files().items():
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             (stage / file).write_bytes(source.read_bytes())
+        if code is not None:
+            (stage / CODE_FOLDER).mkdir()
+        for file, content in sources.items():
+            (stage / CODE_FOLDER / file).write_bytes(content)
         members = tuple(
             model.describe(member, request.input_orientation) for member, model in composition.members.items()
         )
@@ -227,8 +253,9 @@ def _make_archive(
             members=members,
             recipe=composition.recipe,
             postprocessing=postprocessing,
+            code=code,
             requires=REQUIRES,
-            built_with=_installed_versions(),
+            built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
         )
         _add_golden_patches(stage, bundle, request.serving.handler)
@@ -293,10 +320,10 @@ def _write_bundle(stage: Path, description: BundleDescription) -> None:
     (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
 
 
-def _warn_of_values(plans: dict[str, Any], dataset: Mapping[str, Any]) -> None:
-    has_regions = PlansManager(plans).get_label_manager(dataset).has_regions
+def _warn_of_values(model: TrainedModel) -> None:
+    labels = model.manager().get_label_manager(model.dataset)
     try:
-        painting = read_painting(dataset["labels"], dataset.get("regions_class_order"), has_regions=has_regions)
+        painting = painting_of(model.dataset, labels)
     except (LookupError, TypeError, ValueError) as error:
         msg = f"dataset.json: labels and regions_class_order cannot be read: {error}"
         raise ToolError(msg) from error
@@ -315,9 +342,9 @@ def _check_orientation(letters: str | None, reader: str) -> None:
         raise UsageError(msg)
 
 
-def _installed_versions() -> dict[str, str]:
+def _installed_versions(others: Iterable[str]) -> dict[str, str]:
     versions = {}
-    for package in _BUILT_WITH:
+    for package in (*_BUILT_WITH, *others):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -178,6 +178,21 @@ def archive(
     trust_checkpoint: Annotated[
         bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
     ] = False,
+    trainer_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="What the model needs and nnunetv2 does not have: its trainer, network, preprocessor, normalisation, "
+            "resampling or label manager; repeatable. It is run now, and by every server of the archive.",
+        ),
+    ] = None,
+    requires: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE==VERSION",
+            help="What those files import; a server checks it and installs nothing; repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Package what nnU-Net trained for TorchServe."""
     from .archive import ArchiveRequest, make_archives
@@ -220,6 +235,8 @@ def archive(
             version=version,
             checkpoint=checkpoint,
             trust_checkpoint=trust_checkpoint,
+            trainer_files=tuple(trainer_file or ()),
+            requires=tuple(requires or ()),
             input_orientation=input_orientation and input_orientation.upper(),
             serving=serving,
         )

@@ -83,6 +83,10 @@ def start(
             f"the inference port is open to other machines at {plan.addresses.host} and nothing authenticates them: "
             "put a TLS proxy with authentication in front"
         )
+    for archive in plan.archives:
+        if archive.code:
+            files = ", ".join(archive.code)
+            warn(f"{archive.file} brings code of its own, which this server will run: {files}; 'describe' says more")
     server = replace(_prepare(plan, warn), health_url=health_url)
     configure(plan, request.config, warn)
     variables = environment(plan, server)

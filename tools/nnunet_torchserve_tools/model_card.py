@@ -171,6 +171,7 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
             digests = member[f"{what}_digests"].items()
             shown = ", ".join(f"{fold} {value.partition(':')[2][:_SHOWN]}…" for fold, value in digests)
             yield f"    sha256 of each fold's {what}: {shown}"
+    yield from _code_lines(card["code"])
     steps = (card["postprocessing"] or {}).get("steps")
     if steps:
         kept = "; ".join(", ".join(map(str, step["labels"])) for step in steps)
@@ -185,6 +186,14 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         memory = case["memory_bytes"] / _MIB
         yield f"  a case of {_times(case['shape'])} voxels (x, y, z) of {_times(case['spacing'])} mm{guess}:"
         yield f"    {case['forward_passes']} forward passes, at most {memory:.0f} MiB in worker and engine"
+
+
+def _code_lines(code: Mapping[str, Any] | None) -> Iterator[str]:
+    for file in (code or {}).get("files", ()):
+        taken = ", ".join(f"{own['kind'].replace('_', ' ')} {own['name']}" for own in file["names"])
+        yield f"  code that its servers run: {file['file']}, {file['sha256'][:12]}…: {taken or 'for the others'}"
+    if code and code["requires"]:
+        yield f"  that code needs {', '.join(f'{package}{version}' for package, version in code['requires'].items())}"
 
 
 def _times(numbers: Sequence[float]) -> str:

@@ -38,6 +38,7 @@ class Archive:
         workers: in all; ``None`` if it does not say.
         device_ids: the GPUs that serve it; empty for all.
         response_timeout_s: what a request may take.
+        code: files of somebody's own that it brings along.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Archive:
     workers: int | None
     device_ids: tuple[int, ...] = ()
     response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
+    code: tuple[str, ...] = ()
 
     def gpus_of(self, gpus: int) -> int:
         """How many of so many GPUs serve it."""
@@ -118,11 +120,13 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
         ids = check_device_ids(config.get("deviceIds"))
         timeout_s = float(config.get("responseTimeout") or DEFAULT_RESPONSE_TIMEOUT_S)
         name, version = name or model["modelName"], model["modelVersion"]
-        return Archive(name, version, file, served_model(name, version, bundle), workers, ids, timeout_s)
+        model_of, code = served_model(name, version, bundle), json.loads(bundle).get("code") or {}
+        own = tuple(map(str, code.get("files") or ()))
+        return Archive(name, version, file, model_of, workers, ids, timeout_s, own)
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
-    except (zipfile.BadZipFile, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (zipfile.BadZipFile, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
 

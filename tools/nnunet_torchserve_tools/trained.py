@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from safetensors.torch import save_file
 
-from nnunet_torchserve.member import ALIASES_KEY, DATASET_FILE, PLANS_FILE, FoldDescription, MemberDescription
+from nnunet_torchserve.member import (
+    ALIASES_KEY,
+    DATASET_FILE,
+    PLANS_FILE,
+    FoldDescription,
+    MemberDescription,
+    output_names,
+)
+from nnunet_torchserve.names import Names
 from nnunet_torchserve.options import FoldName
+from nnunet_torchserve.own_code import Kind
 
 from .checkpoint import Checkpoint, without_aliases
 from .errors import ToolError, UsageError
 from .folds import numbered_folds, read_checkpoints
 from .plans_check import check_mirroring, check_plans, network_builder
+from .trainer_files import NO_FILES, TrainerFiles, wanted_names, warn_of_copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +40,7 @@ class TrainedModel:
         plans, dataset: the content of nnU-Net's files.
         checkpoints: of the chosen folds, in their order.
         network_class: see :class:`~nnunet_torchserve.member.MemberDescription`.
+        names: what the names in its files mean.
     """
 
     folder: Path
@@ -38,6 +49,7 @@ class TrainedModel:
     dataset: dict[str, Any]
     checkpoints: Mapping[FoldName, Checkpoint]
     network_class: str | None
+    names: Names
 
     @property
     def folds(self) -> tuple[FoldName, ...]:
@@ -70,7 +82,7 @@ class TrainedModel:
 
     def manager(self) -> PlansManager:
         """nnU-Net's view of the plans."""
-        return PlansManager(self.plans)
+        return self.names.plans(self.plans)
 
     def settings(self) -> ConfigurationManager:
         """nnU-Net's view of the configuration."""
@@ -79,11 +91,11 @@ class TrainedModel:
     def of_folds(self, folds: tuple[FoldName, ...]) -> TrainedModel:
         """The same with some of its folds."""
         checkpoints = {fold: self.checkpoints[fold] for fold in folds}
-        return TrainedModel(self.folder, self.checkpoint, self.plans, self.dataset, checkpoints, self.network_class)
+        return replace(self, checkpoints=checkpoints)
 
     def describe(self, name: str, input_orientation: str | None) -> MemberDescription:
         """As a member of that name."""
-        builder, network_trainer = network_builder(self.trainer)
+        builder, network_trainer = network_builder(self.trainer, self.names)
         return MemberDescription(
             name=name,
             dataset=self.dataset_name,
@@ -99,7 +111,14 @@ class TrainedModel:
             input_orientation=input_orientation,
             network_class=self.network_class,
             network_trainer=network_trainer,
+            output_names=self._output_names(),
         )
+
+    def _output_names(self) -> tuple[str, ...] | None:
+        """Written down where nobody could tell them without running somebody's code."""
+        if not self.names.has(Kind.LABEL_MANAGER, self.plans.get("label_manager")):
+            return None
+        return tuple(output_names(self.dataset, self.manager().get_label_manager(self.dataset)))
 
     def write(self, folder: Path, description: MemberDescription) -> None:
         """Write a member's folder: nnU-Net's files and the weights."""
@@ -114,7 +133,7 @@ class TrainedModel:
 
 
 def read_trained_model(
-    folder: Path, folds: tuple[FoldName, ...] | None, checkpoint: str, *, trust: bool
+    folder: Path, folds: tuple[FoldName, ...] | None, checkpoint: str, *, trust: bool, files: TrainerFiles = NO_FILES
 ) -> TrainedModel:
     """Read and check a trained model folder.
 
@@ -123,6 +142,7 @@ def read_trained_model(
         folds: ``None`` takes every numbered fold.
         checkpoint: file name within each fold's folder.
         trust: open checkpoints as ordinary pickles.
+        files: somebody's own code.
 
     Raises:
         UsageError: the folder or a fold does not exist or cannot be meant.
@@ -134,12 +154,23 @@ def read_trained_model(
     plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
     chosen = folds or numbered_folds(folder, checkpoint)
     checkpoints = read_checkpoints(folder, chosen, checkpoint, trust=trust)
-    configuration = next(iter(checkpoints.values())).configuration
-    network_class = check_plans(plans, configuration)
-    patch = PlansManager(plans).get_configuration(configuration).patch_size
+    first = next(iter(checkpoints.values()))
+    wanted = list(wanted_names(plans, _raw_configuration(plans, first.configuration), first.trainer))
+    names = files.names(wanted)
+    network_class = check_plans(plans, first.configuration, names)
+    warn_of_copies(wanted, names)
+    patch = names.plans(plans).get_configuration(first.configuration).patch_size
     for each in checkpoints.values():
         check_mirroring(each.mirroring_axes, len(patch))
-    return TrainedModel(folder, checkpoint, plans, dataset, checkpoints, network_class)
+    return TrainedModel(folder, checkpoint, plans, dataset, checkpoints, network_class, names)
+
+
+def _raw_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """A configuration as plans.json has it, with what it inherits; empty if that cannot be said."""
+    try:
+        return dict(PlansManager(plans)._internal_resolve_configuration_inheritance(name))  # noqa: SLF001
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return {}  # check_plans says why
 
 
 def previous_stage_of(folder: Path) -> Path | None:

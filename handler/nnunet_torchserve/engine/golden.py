@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,16 @@ def _check_member(
 @torch.inference_mode()
 def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
     with networks.autocast():
-        logits = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+        logits: Any = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+    expected = (1, networks.classes, *networks.patch_size)
+    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
+        is_tensor = isinstance(logits, torch.Tensor)
+        made = f"logits of shape {tuple(logits.shape)}" if is_tensor else f"a {type(logits).__name__}"
+        msg = (
+            f"golden patch: the network of fold {fold} makes {made} of a patch, and not logits of shape {expected}; "
+            "without deep supervision it must give one tensor"
+        )
+        raise BundleError(msg)
     flat = logits[0].float().cpu().flatten(1)
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
@@ -21,6 +20,7 @@ from ..bundle import ModelBundle
 from ..errors import BundleError
 from ..member import Member, NetworkBuilder
 from ..options import FoldName
+from ..own_code import Kind
 
 _BATCHES = (1, 2, 4, 8, 16)
 _BATCH_MEMORY_SHARE = 0.5
@@ -254,12 +254,13 @@ def build_network(member: Member, input_channels: int, classes: int) -> torch.nn
     """The untrained network that the model's trainer makes of plans.json, without deep supervision."""
     configuration = member.configuration
     from_plans = (
-        member.description.network_class or configuration.network_arch_class_name,  # it may have moved since
+        # it may have moved since
+        member.names.located(member.description.network_class or configuration.network_arch_class_name),
         configuration.network_arch_init_kwargs,
         configuration.network_arch_init_kwargs_req_import,
     )
     if member.description.network_builder is NetworkBuilder.TRAINER:
-        trainer = recursive_find_trainer_class_by_name(member.description.network_trainer)
+        trainer = member.names.needed(Kind.TRAINER, member.description.network_trainer or member.description.trainer)
         build = trainer.build_network_architecture
         # nnU-Net before 2.6 had the plans' parts as arguments; trainers written for it are still called so
         takes_plans = "plans_manager" in inspect.signature(build).parameters

@@ -17,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..member import decides_as_default
 from ..volume import LabelArray
 from . import probabilities
 from .canvas import Canvas, crop_box, to_image, written
 from .grid import Resampling, TrainedModel, resampling_of
-from .labels import label_map_and_probabilities
+from .labels import exports_as_default, label_map_and_probabilities
 from .rules import ArgMax, check_finite, rule_of
 from .threads import check, in_threads
 
@@ -93,7 +92,7 @@ def in_blocks(members: Sequence[Predicted], steps: Sequence[Resampling]) -> bool
     first = members[0]
     return all(
         step.taps is not None
-        and decides_as_default(each.model.labels)
+        and exports_as_default(each.model)
         and isinstance(rule_of(each.model), ArgMax)
         and step.shape == steps[0].shape
         and list(each.model.plans.transpose_forward) == list(first.model.plans.transpose_forward)

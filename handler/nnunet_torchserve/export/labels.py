@@ -12,6 +12,7 @@ import torch
 from ..errors import BadOption
 from ..member import decides_as_default
 from ..options import ExportMethod
+from ..resampling import is_somebodys_own
 from ..volume import LabelArray
 from . import dense, nearest, probabilities, sparse, stock, streamed
 from .canvas import Canvas, crop_box, to_image
@@ -41,11 +42,11 @@ def label_map(
         Labels (Z, Y, X) on the input's grid, uint8, or uint16 if one is above 254.
 
     Raises:
-        BadOption: a label manager of the model's own knows no other method than ``EXACT``.
+        BadOption: a label manager or a resampling function of the model's own knows no other method than ``EXACT``.
         Deadline: the time ran out.
         NonFiniteLogits: a logit is NaN or infinite.
     """
-    if not decides_as_default(model.labels):
+    if not exports_as_default(model):
         if method is not ExportMethod.EXACT:
             msg = "export: this model's own way from logits to labels allows exact only"
             raise BadOption(msg)
@@ -94,7 +95,7 @@ def label_map_and_probabilities(
     """
     channels = range(len(logits)) if chosen is None else chosen
     resampling = resampling_of(model, logits, properties)
-    if not decides_as_default(model.labels) or not resampling.known:
+    if not exports_as_default(model) or not resampling.known:
         labels, every = stock.label_map_and_probabilities(model, logits, properties)
         return labels, cast("probabilities.Probabilities", every[list(channels)].astype(dtype, copy=False))
     rule = _rule(model, logits)
@@ -103,6 +104,11 @@ def label_map_and_probabilities(
     crop = out[:, *crop_box(properties)]
     probabilities.export(logits.cpu(), resampling, rule, canvas, channels, crop, deadline)
     return canvas.finish(), cast("probabilities.Probabilities", to_image(out, model))
+
+
+def exports_as_default(model: TrainedModel) -> bool:
+    """Whether nothing on the way from logits to labels is somebody's own code, which only stock's function calls."""
+    return decides_as_default(model.labels) and not is_somebodys_own(model.configuration.resampling_fn_probabilities)
 
 
 def _rule(model: TrainedModel, logits: torch.Tensor) -> ArgMax | Regions:

@@ -1,4 +1,4 @@
-"""Export by nnU-Net's own function, for label managers that are not nnU-Net's default."""
+"""Export by nnU-Net's own function, which calls somebody's label manager or resampling function as it always does."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ def label_map(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str
 def label_map_and_probabilities(
     model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any]
 ) -> tuple[LabelArray, npt.NDArray[np.float32]]:
-    """Labels (Z, Y, X) and probabilities (C, Z, Y, X) of all classes.
-
-    How torch splits a softmax among threads decides its last bit, so it runs on as many as stock's.
-    """
+    """Labels (Z, Y, X) and probabilities (C, Z, Y, X) of all classes."""
     labels, probabilities = _convert(model, logits, properties, probabilities=True)
     return written(labels), probabilities
 
 
 def _convert(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str, Any], *, probabilities: bool) -> Any:
+    """How torch splits its work among threads may decide the last bit, so it runs on as many as stock's."""
     check_finite(logits)
     threads = torch.get_num_threads()
     try:
@@ -44,7 +42,7 @@ def _convert(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str,
             model.labels,
             properties,
             return_probabilities=probabilities,
-            num_threads_torch=STOCK_THREADS if probabilities else threads,
+            num_threads_torch=STOCK_THREADS,
         )
     finally:
         torch.set_num_threads(threads)  # which stock forgets when it fails
