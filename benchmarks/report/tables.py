@@ -381,6 +381,60 @@ def _idle() -> Iterator[tuple[str, str, str]]:
     yield what, f"{idle['given_back_mib']:.0f} MiB; {later}", link("idle")
 
 
+def client() -> str:
+    """What the Python client and the folder command were measured at."""
+    return table(("", "measured", "result file"), [*_folder(), *_outage(), *_footprint(), *_transfer(), *_priority()])
+
+
+def _folder() -> Iterator[tuple[str, str, str]]:
+    folder, file = load("folder"), link("folder")
+    cases = sum(folder["cases"].values())
+    sides = [each["seconds"]["median"] for each in folder["sides"].values()]
+    what = f"a folder of {cases} mixed cases by `nnunet-torchserve predict`, and by `nnUNetv2_predict_from_modelfolder`"
+    yield what, f"{seconds(sides[1])}, {seconds(sides[0])}: {_spread_of(folder['ratio'])} times sooner", file
+    yield "its first result, times sooner", _spread_of(folder["ratio_of_first_results"]), file
+    yield "four parts at once, times one call's time", _spread_of(folder["ratio_of_parts_to_one_call"]), file
+
+
+def _outage() -> Iterator[tuple[str, str, str]]:
+    outage = load("outage")
+    cases, different = sum(outage["cases"].values()), _measured(outage, "voxels that differ")
+    away = seconds(outage["server_away_seconds"][0])
+    what = f"a folder of {cases} while the server is killed and started again (away for {away})"
+    there = _measured(outage, "label maps of")
+    yield what, f"{there:.0f} label maps, {different:.0f} voxels different", link("outage")
+
+
+def _footprint() -> Iterator[tuple[str, str, str]]:
+    footprint, file = load("footprint"), link("footprint")
+    counts = footprint["cases"]
+    what = f"the command's peak memory with {counts['many']} cases, times that with {counts['few']}"
+    yield what, _spread_of(footprint["growth_of_rounds"]), file
+    import_s = footprint["import_seconds"]["RemotePredictor"]["median"]
+    yield "`from nnunet_torchserve_client import RemotePredictor`", seconds(import_s), file
+
+
+def _transfer() -> Iterator[tuple[str, str, str]]:
+    transfer = load("transfer")
+    what = f"{transfer['bytes']['image'] / 1e6:.0f} MB there and back by the client, times curl's time"
+    yield what, _spread_of(transfer["ratio"]), link("transfer")
+
+
+def _priority() -> Iterator[tuple[str, str, str]]:
+    found = load("priority")
+    what = "p95 of a small interactive case beside a folder of large batch cases, times that alone"
+    yield what, f"{_measured(found, 'beside a folder of batch cases'):.2f}", link("priority")
+
+
+def _measured(result: Mapping[str, Any], claim: str) -> float:
+    return float(next(each["measured"] for each in result["targets"] if claim in each["claim"]))
+
+
+def _spread_of(found: Mapping[str, Any]) -> str:
+    """Median and quartiles."""
+    return f"{found['median']:.2f} ({found['q1']:.2f} to {found['q3']:.2f})"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (

@@ -157,8 +157,8 @@ def _previous_stage(bundle: ModelBundle, limits: Limits, request: Request, image
     try:
         labels = codecs.open_labels(body, limits, bundle.lead.reader, image.geometry)
     except RequestError as error:
-        msg = f"{PREVIOUS_STAGE}: {error}"
-        raise type(error)(msg) from error
+        error.args = (f"{PREVIOUS_STAGE}: {error}",)
+        raise
     check_grid(labels, image.geometry)
     return PreviousStage(labels, _turn(bundle.lead, labels), labels_of(bundle.lead))
 

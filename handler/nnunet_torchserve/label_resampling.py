@@ -12,18 +12,24 @@ Any other function or order is left to the plan's function as it is.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from batchgenerators.augmentations.utils import resize_segmentation
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
 from .resampling import ResamplingFunction, SplineArguments, default_arguments
 from .taps import Taps, linear_taps, nearest_inputs, nearest_slices
 
 Labels = npt.NDArray[np.float32]
+
+_TIEBREAK = inspect.signature(resize_segmentation).parameters.get("seg_tiebreak")
+_IS_KNOWN = _TIEBREAK is not None and _TIEBREAK.default == "nearest"
+"""Whether batchgenerators gives a voxel the label with the largest value; older versions had another rule."""
 
 
 def resample_labels(
@@ -77,11 +83,16 @@ def resample_labels(
 def resamples_boundaries(function: ResamplingFunction) -> bool:
     """Whether this module computes what a plan's ``resampling_fn_seg`` does."""
     arguments = default_arguments(function)
-    return arguments is not None and arguments == SplineArguments(
-        is_seg=True,
-        order=1,
-        force_separate_z=arguments.force_separate_z,
-        separate_z_anisotropy_threshold=arguments.separate_z_anisotropy_threshold,
+    return (
+        _IS_KNOWN
+        and arguments is not None
+        and arguments
+        == SplineArguments(
+            is_seg=True,
+            order=1,
+            force_separate_z=arguments.force_separate_z,
+            separate_z_anisotropy_threshold=arguments.separate_z_anisotropy_threshold,
+        )
     )
 
 

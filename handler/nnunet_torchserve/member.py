@@ -360,7 +360,10 @@ def paints_as_default(labels: LabelManager) -> bool:
     paint = ("convert_probabilities_to_segmentation", "convert_logits_to_segmentation")
     if any(getattr(kind, name, None) is not getattr(LabelManager, name) for name in paint):
         return False
-    default = LabelManager(labels.label_dict, labels.regions_class_order)
+    try:
+        default = LabelManager(labels.label_dict, labels.regions_class_order)
+    except AssertionError:  # labels that it does not take
+        return False
     says = ("has_regions", "all_regions", "all_labels", "num_segmentation_heads", "regions_class_order")
     return all(getattr(labels, name) == getattr(default, name) for name in says)
 

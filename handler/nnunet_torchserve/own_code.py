@@ -41,8 +41,8 @@ _NAMED_BY = 16
 
 _MEANS_A_PACKAGE = sys.stdlib_module_names | {
     "SimpleITK", "acvl_utils", "batchgenerators", "batchgeneratorsv2", "blosc2", "dynamic_network_architectures",
-    "einops", "matplotlib", "nibabel", "nnunetv2", "numpy", "pandas", "scipy", "skimage", "sklearn", "tifffile",
-    "torch", "tqdm",
+    "einops", "graphviz", "imagecodecs", "matplotlib", "nibabel", "nnunetv2", "numpy", "pandas", "requests", "scipy",
+    "seaborn", "skimage", "sklearn", "tifffile", "torch", "tqdm", "yacs",
 }  # fmt: skip
 """What an import of such a name means, also where a file has that name."""
 

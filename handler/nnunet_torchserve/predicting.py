@@ -114,7 +114,7 @@ class CaseInHand:
         """
         if name in self._predicted:
             return self._predicted[name]
-        member, cost = self.bundle.members[name], self._ahead.pop(name)
+        member, cost = self.bundle.members[name], self._ahead[name]
         case = self._preprocessed(member, first_stage)
         if cost.is_guess:
             self._price_again(name, case)
@@ -122,6 +122,7 @@ class CaseInHand:
         self._check(cost.export_s, "preprocessing")
         clock, settings = self.record.clock, self.settings[name]
         clock.begin(Stage.NETWORK)
+        del self._ahead[name]
         passes = forward_passes(member, case.data.shape[1:], settings)
         with self.progress.stage(Stage.NETWORK, passes, self._spoken(name)):
             keep = keep_of(case, self.keys.volumes.get(name), constant=self._constant)

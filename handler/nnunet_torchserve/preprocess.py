@@ -80,7 +80,8 @@ def preprocess(
         TooThin: cropped to its nonzero region, the volume has no voxel left on an axis of the network's grid.
         WrongRange: a channel is normalised as an 8-bit picture and is none.
     """
-    _check_pictures(member, volume)
+    if member.configuration.preprocessor_class is DefaultPreprocessor:
+        _check_pictures(member, volume)  # somebody's own may make pictures of an image
     if method is PreprocessMethod.EXACT and member.configuration.preprocessor_class is DefaultPreprocessor:
         return _exact(member, volume, previous)
     return _stock(member, volume, previous)

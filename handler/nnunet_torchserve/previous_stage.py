@@ -62,7 +62,8 @@ def labels_of(member: Member) -> frozenset[int]:
     manager = member.labels
     if not paints_as_default(manager):
         return frozenset(range(LARGEST_LABEL + 1))
-    painted = manager.regions_class_order if manager.has_regions else ()
+    # nnU-Net paints the numbers of channels, also where those of dataset.json have gaps
+    painted = manager.regions_class_order if manager.has_regions else range(manager.num_segmentation_heads)
     return frozenset({0, *map(int, manager.foreground_labels), *map(int, painted)})
 
 

@@ -180,9 +180,11 @@ def target_of(function: ResamplingFunction) -> Target:
 
 
 def is_somebodys_own(function: ResamplingFunction) -> bool:
-    """Whether a plan's function is none of nnunetv2's: it may do anything, to all classes together for instance."""
-    bare = function.func if isinstance(function, partial) else function
-    return not str(getattr(bare, "__module__", "")).startswith("nnunetv2.")
+    """Whether a plan's function is none of those that nnU-Net comes with, wherever it was put.
+
+    It may do anything, to all classes together for instance.
+    """
+    return (function.func if isinstance(function, partial) else function) not in _TARGETS
 
 
 def spline_arguments(function: ResamplingFunction) -> SplineArguments | None:

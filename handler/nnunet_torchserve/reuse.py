@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .codecs.inflate import Body, Payload
@@ -106,7 +107,10 @@ def keep_of(case: PreprocessedCase, key: str | None, *, constant: bool) -> Keep 
     ours = {"constant": constant, "key": key}
     if key is None or set(case.properties) | set(ours) != set(_VolumeNote.model_fields):
         return None
-    note = _VolumeNote.model_validate_json(json.dumps(case.properties | ours, default=_plain))
+    try:
+        note = _VolumeNote.model_validate_json(json.dumps(case.properties | ours, default=_plain))
+    except (TypeError, ValueError):  # properties of other kinds than nnU-Net's
+        return None
     return Keep(key, note.model_dump_json())
 
 
@@ -142,5 +146,8 @@ def read_answer_note(note: str) -> tuple[str, Sequence[str]]:
 
 
 def _plain(number: Any) -> Any:
-    """NumPy's numbers as Python's."""
-    return number.item()
+    """NumPy's numbers, and arrays of them, as Python's."""
+    if not isinstance(number, np.ndarray | np.generic):
+        msg = f"no {type(number).__name__} can be noted"
+        raise TypeError(msg)
+    return number.tolist()

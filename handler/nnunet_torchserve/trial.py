@@ -12,6 +12,7 @@ import numpy as np
 from .bundle import ModelBundle
 from .intensities import made_up_image
 from .member import Member
+from .previous_stage import labels_of
 from .recipe import Cascade
 from .request import PREVIOUS_STAGE, RAW_BODY
 
@@ -28,8 +29,8 @@ def trial_parts(bundle: ModelBundle) -> dict[str, bytes]:
     if not isinstance(recipe, Cascade) or recipe.first is not None:
         return {RAW_BODY: image}
     read = nib.Nifti1Image.from_bytes(image)
-    largest = max(bundle.lead.labels.foreground_labels)
-    labels = np.random.default_rng(_SEED).integers(0, largest + 1, read.shape[:3]).astype(np.uint16)
+    known = sorted(labels_of(bundle.lead))[: 1 + len(bundle.lead.labels.foreground_labels)]
+    labels = np.random.default_rng(_SEED).choice(known, read.shape[:3]).astype(np.uint16)
     return {"image": image, PREVIOUS_STAGE: nib.Nifti1Image(labels, read.affine).to_bytes()}
 
 

@@ -320,7 +320,7 @@ def request(data: bytes) -> str:
         bodies = made.images()
     except ServingError as error:
         return _refused(error, made.id)
-    if not bodies or not all(isinstance(body, bytes) for body in bodies):
+    if not bodies or not all(isinstance(file, bytes) for body in bodies for file in body) or not all(bodies):
         msg = f"accepted {parts} with images {bodies}"
         raise Find(msg)
     return ACCEPTED

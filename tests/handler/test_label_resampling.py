@@ -16,7 +16,7 @@ from nnunet_torchserve.label_resampling import Labels, resample_labels
 from nnunet_torchserve.resampling import ResamplingFunction
 
 DEFAULT = partial(resample_data_or_seg_to_shape, is_seg=True, order=1, order_z=0, force_separate_z=None)
-ISOTROPIC, THICK, THICK_LAST = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0), (1.0, 1.0, 5.0)
+ISOTROPIC, THICK, THICK_MIDDLE, THICK_LAST = (1.0, 1.0, 1.0), (5.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 5.0)
 
 
 def labels_of(shape: tuple[int, ...], values: list[int], seed: int, grain: int) -> Labels:
@@ -32,7 +32,8 @@ sizes = st.tuples(*[st.integers(1, 9)] * 3)
 @given(
     before=sizes,
     after=sizes,
-    spacing=st.sampled_from([ISOTROPIC, THICK, THICK_LAST]),
+    spacings=st.permutations([ISOTROPIC, THICK, THICK_MIDDLE, THICK_LAST]),
+    separate=st.sampled_from([None, True, False]),
     values=st.sampled_from([[0, 1], [-1, 0, 1, 2, 3], [0, 7, 300, 65535], [5]]),
     seed=st.integers(0, 99),
     grain=st.integers(1, 3),
@@ -40,14 +41,16 @@ sizes = st.tuples(*[st.integers(1, 9)] * 3)
 def test_every_voxel_has_the_label_that_nnunet_gives_it(
     before: tuple[int, ...],
     after: tuple[int, ...],
-    spacing: tuple[float, ...],
+    spacings: list[tuple[float, ...]],
+    separate: bool | None,
     values: list[int],
     seed: int,
     grain: int,
 ) -> None:
-    labels = labels_of(before, values, seed, grain)
-    expected = DEFAULT(labels.copy(), after, spacing, ISOTROPIC)
-    found = resample_labels(labels, after, spacing, ISOTROPIC, DEFAULT)
+    labels, (have, want, *_) = labels_of(before, values, seed, grain), spacings
+    function = partial(DEFAULT.func, **DEFAULT.keywords | {"force_separate_z": separate})
+    expected = function(labels.copy(), after, have, want)
+    found = resample_labels(labels, after, have, want, function)
     assert found.dtype == expected.dtype
     np.testing.assert_array_equal(found, expected)
 

@@ -7,11 +7,14 @@ import inspect
 import json
 import sys
 import traceback
+from functools import partial
 
 import pytest
+from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_simple
 
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.own_code import OwnCode
+from nnunet_torchserve.resampling import is_somebodys_own
 
 
 def code(**files: str) -> OwnCode:
@@ -86,3 +89,12 @@ def test_what_keeps_a_file_from_being_imported_is_said(text: str, reason: str) -
 def test_what_a_file_imports_is_known_without_running_it() -> None:
     text = "import helper, numpy.linalg\nfrom os import path\nfrom . import other\nraise SystemExit"
     assert code(main=text, helper="", other="").imports("main.py") == ({"helper.py", "other.py"}, {"numpy", "os"})
+
+
+def test_a_function_that_nnunet_does_not_come_with_is_somebodys_own_wherever_it_lies() -> None:
+    def copied(*_: object) -> None:
+        pass
+
+    copied.__module__ = "nnunetv2.preprocessing.resampling.mine"
+    assert is_somebodys_own(partial(copied))
+    assert not is_somebodys_own(partial(resample_torch_simple))

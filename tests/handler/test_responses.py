@@ -25,6 +25,9 @@ EXPECTED = {
     "TooThin": (422, "too_thin"),
     "BadSpacing": (422, "bad_spacing"),
     "UnknownFold": (422, "unknown_fold"),
+    "OrientationUnknown": (422, "orientation_unknown"),
+    "DicomUnavailable": (415, "dicom_unavailable"),
+    "DicomRefused": (422, "malformed"),  # each has its reason's
     "Busy": (429, "busy"),
     "NoEngine": (503, "internal"),
     "Draining": (503, "draining"),
@@ -47,7 +50,8 @@ def test_every_error_has_its_status_and_code() -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_problem_says_what_was_wrong(name: str) -> None:
-    error: ServingError = getattr(errors, name)("what was wrong")
+    reason = (errors.DicomReason.NO_IMAGES,) if name == "DicomRefused" else ()
+    error: ServingError = getattr(errors, name)(*reason, "what was wrong")
     response = MAKER.problem(error, "id-1")
     document = json.loads(response.body)
     assert response.content_type == "application/problem+json"

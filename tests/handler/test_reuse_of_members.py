@@ -8,12 +8,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
@@ -91,6 +94,23 @@ def test_each_members_volume_is_kept_and_a_first_stage_is_not_predicted_again(
     assert "the engine is gone" not in caplog.text
     assert len(engine_processes(runtime)) == 1
     engine.disconnect()
+
+
+def test_the_engine_knows_how_many_passes_a_case_needs_afterwards(
+    bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a first stage runs, whose last stage has begun with it."""
+    asked: dict[str, int] = {}
+    predict = LocalEngine.predict
+
+    def noted(self: LocalEngine, data: torch.Tensor, settings: Settings, *more: Any) -> Prediction:
+        asked[settings.member] = more[-1]
+        return predict(self, data, settings, *more)
+
+    monkeypatch.setattr(LocalEngine, "predict", noted)
+    ask(Pipeline(bundle, LocalEngine(bundle, CPU), Limits(), 600.0))
+    assert list(asked) == ["3d_fullres", "3d_lowres", "3d_cascade_fullres"]
+    assert asked["3d_fullres"] > asked["3d_lowres"] > asked["3d_cascade_fullres"] == 0
 
 
 def test_a_last_stages_key_has_the_clients_labels_and_no_options_of_a_first_stage_that_is_not_predicted() -> None:

@@ -173,6 +173,17 @@ def test_a_first_stage_may_come_in_another_kind_of_file_than_the_image(tmp_path:
         np.testing.assert_array_equal(arrays(ask(pipeline, array.getvalue(), sent, **place))["labels"], expected)
 
 
+def test_labels_with_a_gap_are_those_that_nnunet_paints(tmp_path: Path) -> None:
+    """It paints the numbers of channels, whatever dataset.json says; the archive's own trial sends them too."""
+    gap = CASCADE.but(labels={"background": 0, "low": 1, "high": 3})
+    with pytest.warns(ModelWarning, match="previous_stage"):
+        pipeline = pipeline_of(seeded(gap, tmp_path), tmp_path)
+    body = image()
+    affine = nib.Nifti1Image.from_bytes(gzip.decompress(body)).affine
+    painted = np.random.default_rng(0).integers(0, 3, (24, 26, 20)).astype(np.uint8)
+    assert ask(pipeline, body, volumes.nifti_gz(painted, affine)).status is HTTPStatus.OK
+
+
 def test_a_first_stage_hands_on_exact_labels_however_the_answer_is_made(tmp_path: Path) -> None:
     first, last = seeded(LOWRES, tmp_path), seeded(CASCADE, tmp_path)
     pipeline, body = pipeline_of(last, tmp_path, previous_stages=(first,)), image()

@@ -183,7 +183,7 @@ def test_whoever_may_predict_is_told_what_the_model_is_and_what_is_served(method
     managed: dict[str, object] = server.describe("regions")["customizedMetadata"]  # type: ignore[assignment]
     same = {key: value for key, value in description.items() if key in managed}
     assert without_nulls(same) == managed
-    nulls = {"input_orientation", "postprocessing"}  # which TorchServe leaves out
+    nulls = {"input_orientation", "postprocessing", "code"}  # which TorchServe leaves out
     assert set(description) - set(managed) - nulls == {"dataset_json", "plans_json", "served"}
     assert description["dataset_json"]["labels"] == managed["labels"]
     assert [each["name"] for each in description["served"]] == list(SERVED)

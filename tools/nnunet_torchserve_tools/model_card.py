@@ -22,7 +22,7 @@ from nnunet_torchserve.cases import settings_of
 from nnunet_torchserve.description import describe
 from nnunet_torchserve.errors import BundleError, RequestError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import DATASET_FILE, PLANS_FILE, Member
+from nnunet_torchserve.member import DATASET_FILE, PLANS_FILE, Member, NetworkBuilder
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pricing import prices_of, whole_price
 from nnunet_torchserve.settings import HandlerSettings
@@ -125,7 +125,10 @@ def _card(bundle: ModelBundle, sizes: Mapping[str, int], file: Path, shape: Shap
 
 
 def _network(member: Member) -> str:
-    name = member.description.network_class or member.description.network_trainer or member.description.trainer
+    trained = member.description.network_trainer or member.description.trainer
+    if member.description.network_builder is NetworkBuilder.TRAINER:
+        return f"what {trained.rpartition('.')[2]} builds"
+    name = member.description.network_class or trained
     return name.rpartition(".")[2]
 
 

@@ -234,7 +234,7 @@ class Switchboard:
         elif isinstance(message, Recall) and _has_a_turn(connection):
             connection.expect()
             self._recall(connection, message.key)
-        elif isinstance(message, Offer) and connection.state in HOLDING:
+        elif isinstance(message, Offer) and _has_a_turn(connection):
             connection.expect()
             connection.answer(Wanted(cases=self._flights.followers(connection.case_id)))
         elif isinstance(message, Release) and connection.state is not State.IDLE:
