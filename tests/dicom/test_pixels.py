@@ -156,6 +156,47 @@ def test_a_sign_that_the_codestream_does_not_know_is_restored() -> None:
     np.testing.assert_array_equal(read(zipped(files)), stored.astype(np.float64) - 1024)
 
 
+def packed_as(encode: Callable[[Voxels], bytes], syntax: str, stored: Voxels, header: Voxels, bits: int) -> bytes:
+    """Frames of ``stored``, under a header for ``header``'s type with so many bits."""
+    return zipped(
+        {str(z): compressed(ds, [encode(stored[z])], syntax) for z, ds in enumerate(series(header, AFFINE, bits=bits))}
+    )
+
+
+@pytest.mark.parametrize(("precision", "bits"), [(12, 16), (13, 16), (16, 16), (13, 12), (16, 12)])
+def test_a_sign_that_the_codestream_has_is_kept_whatever_its_precision(precision: int, bits: int) -> None:
+    def encode(frame: Voxels) -> bytes:
+        return bytes(
+            imagecodecs.jpeg2k_encode(frame, level=0, reversible=True, codecformat="j2k", bitspersample=precision)
+        )
+
+    stored = numbers("int16", 12)
+    found = read(packed_as(encode, JPEG2000Lossless, stored, stored, bits))
+    np.testing.assert_array_equal(found, stored.astype(np.float64) - 1024)
+    if precision > bits:
+        stored[1, 3, 3] = 3000
+        assert code(packed_as(encode, JPEG2000Lossless, stored, stored, bits)) == DicomReason.UNSUPPORTED_PIXELS
+
+
+def test_a_sign_that_the_codestream_does_not_know_is_its_highest_bit() -> None:
+    stored = numbers("int16", 12)
+    found = read(packed_as(jpeg_ls, JPEGLSLossless, stored, stored, 16))
+    np.testing.assert_array_equal(found, stored.astype(np.float64) - 1024)
+    found = read(packed_as(jpeg_lossless, JPEGLosslessSV1, stored, stored, 12))  # 16 bits, the sign repeated above
+    np.testing.assert_array_equal(found, stored.astype(np.float64) - 1024)
+    cleared = stored & 0xFFF  # the sign not repeated: 3072 or -1024
+    assert code(packed_as(jpeg_lossless, JPEGLosslessSV1, cleared, stored, 12)) == DicomReason.UNSUPPORTED_PIXELS
+
+
+def test_negative_numbers_under_a_header_without_a_sign_are_refused() -> None:
+    stored = numbers("int16", 12)
+    body = packed_as(jpeg_2000, JPEG2000Lossless, stored, stored.view(np.uint16), 16)
+    assert code(body) == DicomReason.UNSUPPORTED_PIXELS
+    whole = np.abs(stored)
+    found = read(packed_as(jpeg_2000, JPEG2000Lossless, whole, whole.view(np.uint16), 16))
+    np.testing.assert_array_equal(found, whole.astype(np.float64) - 1024)
+
+
 @pytest.mark.parametrize("predictor", range(1, 8))
 def test_every_predictor_of_lossless_jpeg_is_known(predictor: int) -> None:
     stored = numbers("uint16", 16)

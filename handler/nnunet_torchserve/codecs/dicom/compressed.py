@@ -45,6 +45,7 @@ class _Declared:
     columns: int
     components: int
     bits: int
+    signed: bool = False
 
 
 def is_supported(pixels: Pixels) -> bool:
@@ -79,7 +80,7 @@ def decompress(frame: bytes, pixels: Pixels) -> Stored:
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
     with refuse_damage((Exception,), _DAMAGED):
         found = np.asarray(_decoder(syntax)(frame)).reshape(pixels.rows, pixels.columns)
-    return _with_sign(found, declared.bits, pixels)
+    return _with_sign(found, declared, pixels)
 
 
 def _decoder(syntax: str) -> Callable[[bytes], Any]:
@@ -108,25 +109,22 @@ def _of_rle(frame: bytes, pixels: Pixels) -> Stored:
         return stored.reshape(pixels.rows, pixels.columns)
 
 
-def _with_sign(found: Stored, bits: int, pixels: Pixels) -> Stored:
+def _with_sign(found: Stored, declared: _Declared, pixels: Pixels) -> Stored:
     """Numbers as the DICOM header means them: most codecs know no sign, JPEG 2000 has one of its own.
 
-    Some writers hand a codec the stored bits only, others all that are allocated, with the sign repeated above.
+    A sign that the codestream has is kept. Where it has none and the header says that there is one, it is the highest
+    bit of the codestream's own precision, as pydicom and DCMTK read it. What then has more bits than ``BitsStored`` is
+    refused by whoever checks the range: those bits were not written as the header says.
     """
     kind = f"{'i' if pixels.signed else 'u'}{pixels.bits_allocated // 8}"
-    numbers = found.astype(np.int32) & ((1 << bits) - 1)
-    if not pixels.signed:
-        return numbers.astype(kind)
-    extended = np.where(
-        numbers < 1 << pixels.bits_stored, _extended(numbers, pixels.bits_stored), _extended(numbers, bits)
-    )
-    return extended.astype(kind)
-
-
-def _extended(numbers: npt.NDArray[np.int32], bits: int) -> npt.NDArray[np.int32]:
-    """Numbers of so many bits, the highest of which is their sign."""
-    sign = 1 << bits - 1
-    return (numbers ^ sign) - sign
+    numbers = found.astype(np.int32)
+    if declared.signed and not pixels.signed and numbers.min() < 0:
+        msg = "a compressed frame holds negative numbers, and its DICOM header says that there are none"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    if pixels.signed and not declared.signed:
+        sign = 1 << declared.bits - 1
+        numbers = (numbers ^ sign) - sign
+    return numbers.astype(kind)
 
 
 def _of_jpeg(frame: bytes) -> _Declared:
@@ -160,7 +158,7 @@ def _of_jpeg_2000(frame: bytes) -> _Declared:
     if not 1 <= tiles <= _MOST_TILES or (dx, dy) != (1, 1):
         msg = f"a JPEG 2000 frame has {tiles} tiles, and takes each pixel {dx} × {dy} times; such are not decoded"
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
-    return _Declared(y - y0, x - x0, components, (depth & 0x7F) + 1)
+    return _Declared(y - y0, x - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80))
 
 
 def _no_codestream() -> DicomRefused:
