@@ -269,6 +269,32 @@ def test_each_frame_has_its_own_rescale() -> None:
         np.testing.assert_array_equal(found[z], (stored[z].astype(np.float64) * slope + intercept).astype(np.float32))
 
 
+def test_a_rescale_that_is_not_there_is_not_made_up() -> None:
+    one_without = [change(ds, RescaleSlope=None, RescaleIntercept=None) for ds in _images(modality="MR")[:1]]
+    assert code(zip_of(one_without + _images(modality="MR")[1:])) == DicomReason.INCOMPLETE
+    for modality in ("CT", "PT"):
+        assert code(zip_of(_images(modality=modality, rescale=None))) == DicomReason.INCOMPLETE
+    for half in ({"RescaleSlope": None}, {"RescaleIntercept": ""}):
+        assert code(zip_of(_images(modality="MR", **half))) == DicomReason.INCOMPLETE
+    stored = numbers("int16", 16)
+    np.testing.assert_array_equal(read(zip_of(_images(modality="MR", rescale=None))), stored)
+
+
+def test_a_rescale_at_the_top_of_an_enhanced_object_counts_as_highdicom_has_it() -> None:
+    stored = numbers("int16", 16)
+    ds = enhanced(stored, AFFINE)
+    frames = ds.PerFrameFunctionalGroupsSequence
+    del frames[1].PixelValueTransformationSequence
+    assert code(file_of(ds)) == DicomReason.INCOMPLETE
+    for frame in frames:
+        frame.pop("PixelValueTransformationSequence", None)
+    assert code(file_of(ds)) == DicomReason.INCOMPLETE
+    ds.RescaleSlope, ds.RescaleIntercept = "2", "-1000"
+    np.testing.assert_array_equal(read(file_of(ds)), stored * 2.0 - 1000)
+    ds = change(enhanced(stored, AFFINE), RescaleSlope="2", RescaleIntercept="-1000")
+    assert code(file_of(ds)) == "malformed"
+
+
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
 def test_a_modality_lut_is_applied(syntax: str) -> None:
     stored = numbers("uint8", 8)

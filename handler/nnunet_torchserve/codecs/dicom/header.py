@@ -20,7 +20,7 @@ from ...limits import Limits
 from .elements import PIXEL_DATA, Encoding, Walk
 from .library import data_set, quietly
 from .planes import Plane
-from .rescale import IDENTITY, Linear, Rescale, Table
+from .rescale import UNSCALED, Linear, Rescale, Table
 
 _ELEMENTS = {
     "ImageType": (0x00080008, "CS"),
@@ -195,7 +195,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
         frames = range(pixels.frames)
         shared, own = _functional_groups(found, pixels.frames)
         planes = [_plane(found, shared, own[frame], pixels) for frame in frames]
-        rescales = [_rescale(found, shared, own[frame], pixels) for frame in frames]
+        rescales = [_rescale(found, shared, own[frame], pixels, header["modality"]) for frame in frames]
     except (DicomRefused, Malformed) as problem:
         return ImageHeader(**header, problem=problem)
     return ImageHeader(**header, pixels=pixels, planes=planes, rescales=rescales)
@@ -294,22 +294,44 @@ def _plane(found: Any, shared: Any, own: Any, pixels: Pixels) -> Plane:
     )
 
 
-def _rescale(found: Any, shared: Any, own: Any, pixels: Pixels) -> Rescale:
+def _rescale(found: Any, shared: Any, own: Any, pixels: Pixels, modality: Modality) -> Rescale:
+    """Of one frame, from its functional group or, as single-frame objects and some writers have it, from the top.
+
+    MR images may go without; those of CT and PET may not (type 1 in PS3.3, C.8.2.1 and C.8.9.4), and would be read as
+    other values than they are.
+    """
     with quietly():
-        place = found if shared is None and own is None else _group("PixelValueTransformationSequence", shared, own)
         tables = found.get("ModalityLUTSequence")
-        if tables:
-            return _table(tables[0], pixels)
-        slope, intercept = (
-            [] if place is None else _values(place, name) for name in ("RescaleSlope", "RescaleIntercept")
-        )
-        if not slope and not intercept:
-            return IDENTITY
-        numbers = [float(values[0]) if values else default for values, default in ((slope, 1.0), (intercept, 0.0))]
-    if not np.isfinite(numbers).all() or numbers[0] == 0:
-        msg = f"an image is rescaled by slope {numbers[0]:g} and intercept {numbers[1]:g}, which makes no values"
+        group = _group("PixelValueTransformationSequence", shared, own)
+        given = {pair for place in (group, found) if place is not None and (pair := _pair(place)) is not None}
+    if len(given) + bool(tables) > 1:
+        msg = "an image says in two ways how its stored numbers become values, and they differ"
         raise Malformed(msg)
-    return Linear(*numbers)
+    if tables:
+        return _table(tables[0], pixels)
+    if not given:
+        if modality is Modality.MR:
+            return UNSCALED
+        msg = (
+            f"a {modality} image has no RescaleSlope and RescaleIntercept, so nobody knows its values; send the files "
+        )
+        raise DicomRefused(DicomReason.INCOMPLETE, f"{msg}as the scanner wrote them")
+    ((slope, intercept),) = given
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        msg = f"an image is rescaled by slope {slope:g} and intercept {intercept:g}, which makes no values"
+        raise Malformed(msg)
+    return Linear(slope, intercept)
+
+
+def _pair(place: Any) -> tuple[float, float] | None:
+    """Slope and intercept; ``None`` if neither is there."""
+    slope, intercept = (_values(place, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if not slope and not intercept:
+        return None
+    if not slope or not intercept:
+        msg = "an image has one of RescaleSlope and RescaleIntercept, and not the other, so nobody knows its values"
+        raise DicomRefused(DicomReason.INCOMPLETE, msg)
+    return float(slope[0]), float(intercept[0])
 
 
 def _table(item: Any, pixels: Pixels) -> Table:

@@ -40,7 +40,8 @@ class Linear:
             out[...] = stored.astype(np.float64) * self.slope + shift
 
 
-IDENTITY = Linear(1.0, 0.0)
+UNSCALED = Linear(1.0, 0.0)
+"""Where a header says nothing; one that says slope 1 and intercept 0 is another object."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

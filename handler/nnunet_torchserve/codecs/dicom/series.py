@@ -17,6 +17,7 @@ from ..inflate import ByteSource, Compression
 from .container import Container, File, Stream, StreamFile, walk
 from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
 from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, read_header
+from .rescale import UNSCALED
 
 _FIRST_BYTES = 16 * 1024
 _MOST_NAMED = 20
@@ -212,3 +213,7 @@ def _check_one(images: Sequence[ImageHeader]) -> None:
     if len({header.modality for header in images}) > 1:
         msg = "the series holds images of several modalities; send those of one"
         raise DicomRefused(DicomReason.UNEQUAL_IMAGES, msg)
+    rescales = [rescale for header in images for rescale in header.rescales]
+    if (unscaled := sum(rescale is UNSCALED for rescale in rescales)) not in {0, len(rescales)}:
+        msg = f"{unscaled} of {len(rescales)} images have no RescaleSlope and RescaleIntercept, and the others have: "
+        raise DicomRefused(DicomReason.INCOMPLETE, f"{msg}their values do not go together")
