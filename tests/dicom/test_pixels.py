@@ -91,6 +91,30 @@ def test_uncompressed_pixels_are_exact(syntax: str, dtype: str, bits: int) -> No
     np.testing.assert_array_equal(found, stored.astype(np.float64) - 1024)
 
 
+@pytest.mark.parametrize("form", ["OB", "OW"])
+@pytest.mark.parametrize("shape", [(4, 5, 6), (3, 5, 7)])
+def test_bytes_in_words_of_the_other_order_are_swapped(form: str, shape: tuple[int, int, int]) -> None:
+    """Single frames, and several frames that end within a word."""
+    stored = numbers("uint8", 8, shape)
+
+    def laid(content: bytes) -> bytes:
+        padded = content + bytes(len(content) % 2)
+        return np.frombuffer(padded, "<u2").byteswap().tobytes() if form == "OW" else padded
+
+    images, frames = series(stored, AFFINE), enhanced(stored, AFFINE)
+    for ds in (*images, frames):
+        ds.PixelData = laid(ds.PixelData)
+        ds["PixelData"].VR = form
+    for body in (zip_of(images, ExplicitVRBigEndian), file_of(frames, ExplicitVRBigEndian)):
+        np.testing.assert_array_equal(read(body), stored.astype(np.float64) - 1024)
+
+
+def test_what_has_several_orders_in_big_endian_files_is_refused() -> None:
+    wide = numbers("int32", 16)
+    assert code(zip_of(series(wide.byteswap(), AFFINE), ExplicitVRBigEndian)) == DicomReason.UNSUPPORTED_PIXELS
+    np.testing.assert_array_equal(read(zip_of(series(wide, AFFINE))), wide.astype(np.float64) - 1024)
+
+
 @pytest.mark.parametrize("syntax", GDCM)
 @pytest.mark.parametrize(("dtype", "bits"), TYPES)
 def test_what_gdcm_compresses_is_exact(syntax: str, dtype: str, bits: int, tmp_path: Path) -> None:
@@ -308,6 +332,23 @@ def test_a_modality_lut_is_applied(syntax: str) -> None:
     np.testing.assert_array_equal(read(zip_of(images, syntax)), expected)
 
 
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("count", [200, 201])
+def test_a_modality_lut_of_bytes_is_applied_in_either_order(syntax: str, count: int) -> None:
+    stored = numbers("uint8", 8, (4, 6, 6))
+    entries = np.arange(count)[::-1].astype(np.uint8)
+    packed = np.frombuffer(entries.tobytes() + bytes(count % 2), "<u2")
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [count, 20, 8])
+    table.ModalityLUTType = "HU"
+    big = syntax == ExplicitVRBigEndian
+    table.add_new("LUTData", "OW", (packed.byteswap() if big else packed).tobytes())
+    images = series(stored, AFFINE, rescale=None, ModalityLUTSequence=Items([table]))
+    for ds in images:
+        ds["PixelData"].VR = "OB"
+    np.testing.assert_array_equal(read(zip_of(images, syntax)), entries[np.clip(stored.astype(int) - 20, 0, count - 1)])
+
+
 def test_nothing_for_the_screen_changes_a_value() -> None:
     stored = numbers("int16", 16)
     plain = read(zip_of(series(stored, AFFINE)))
@@ -341,6 +382,18 @@ def test_pixels_that_are_cut_off_are_refused() -> None:
     last = list(files)[-1]
     files[last] = files[last][:-50]
     assert code(zipped(files)) == DicomReason.TRUNCATED_PIXELS
+
+
+def test_more_pixels_than_are_declared_are_refused() -> None:
+    """Numbers of 16 bits under a header that says 8; a second frame that the header does not count."""
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    assert code(zip_of(_images(**eight))) == DicomReason.UNSUPPORTED_PIXELS
+    doubled = _images()
+    for ds in doubled:
+        ds.PixelData *= 2
+    assert code(zip_of(doubled)) == DicomReason.UNSUPPORTED_PIXELS
+    odd = numbers("uint8", 8, (3, 5, 7))
+    np.testing.assert_array_equal(read(zip_of(series(odd, AFFINE))), odd.astype(np.float64) - 1024)
 
 
 @pytest.mark.parametrize(

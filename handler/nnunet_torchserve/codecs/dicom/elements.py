@@ -102,6 +102,7 @@ class Walk:
         pixels: tag of the pixels that follow; ``None`` if there are none so far.
         pixels_at: first byte of their value.
         pixels_length: of their value, or :data:`UNDEFINED`.
+        pixels_vr: their value representation; ``None`` in implicit files.
         is_other: the object is of none of the classes, and was walked over no further.
         is_whole: the end of the header was reached; else more bytes are needed.
         elements: how many there were.
@@ -112,6 +113,7 @@ class Walk:
     pixels: int | None = None
     pixels_at: int = 0
     pixels_length: int = 0
+    pixels_vr: bytes | None = None
     is_other: bool = False
     is_whole: bool = False
     elements: int = 0
@@ -230,7 +232,7 @@ class _Walker:
             self._enter_item(tag, start, length)
         elif tag == _ITEM:
             raise Malformed(_DAMAGED)
-        elif not self._levels and self._is_found(tag, start, length):
+        elif not self._levels and self._is_found(tag, vr, start, length):
             return False
         elif length == UNDEFINED or (vr == b"SQ" and (self._levels or tag in self._wanted)):
             self._enter_sequence(vr, start, length)
@@ -275,11 +277,12 @@ class _Walker:
             msg = f"a DICOM header holds sequences within each other, deeper than {self._budget.nesting}, the limit"
             raise TooLarge(msg)
 
-    def _is_found(self, tag: int, start: int, length: int) -> bool:
+    def _is_found(self, tag: int, vr: bytes | None, start: int, length: int) -> bool:
         """Note an element at the top; true if the walk ends there: at the pixels, or in an object of another class."""
         self._element = tag
         if tag in _PIXELS:
-            self.walk.pixels, self.walk.pixels_at, self.walk.pixels_length = tag, start, length
+            self.walk.pixels, self.walk.pixels_vr = tag, vr
+            self.walk.pixels_at, self.walk.pixels_length = start, length
             self.walk.is_whole = True
             return True
         if tag == _SOP_CLASS and start + length <= len(self._data):

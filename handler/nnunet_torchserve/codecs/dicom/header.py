@@ -98,6 +98,8 @@ class Pixels:
         signed: whether it has a sign.
         at: first byte of the pixels' value, in the data set.
         length: of the value in bytes; ``None`` where frames are compressed, each a piece of its own.
+        in_words: numbers of 8 bits are stored two in a word of 16 (PS3.5, annex A.3: OW), the higher byte first: each
+            pair is swapped.
         offsets: the extended table of offsets and lengths of compressed frames, uint64 each, if there is one.
     """
 
@@ -111,6 +113,7 @@ class Pixels:
     at: int
     length: int | None
     offsets: tuple[bytes, bytes] | None = None
+    in_words: bool = False
 
     @property
     def frame_bytes(self) -> int:
@@ -235,12 +238,40 @@ def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits
         offsets = (bytes(table[0]), bytes(table[1])) if table[0] and table[1] else None
     undefined = walk.pixels_length == 0xFFFFFFFF
     length = None if undefined else walk.pixels_length
-    pixels = Pixels(encoding, rows, columns, frames, allocated, stored, bool(signed), walk.pixels_at, length, offsets)
-    ends = walk.pixels_at + (length or 0)
-    if (length is not None and length < pixels.frame_bytes * frames) or (size is not None and ends > size):
+    pixels = Pixels(
+        encoding=encoding,
+        rows=rows,
+        columns=columns,
+        frames=frames,
+        bits_allocated=allocated,
+        bits_stored=stored,
+        signed=bool(signed),
+        at=walk.pixels_at,
+        length=length,
+        offsets=offsets,
+        in_words=_is_in_words(allocated, walk, encoding),
+    )
+    ends, expected = walk.pixels_at + (length or 0), pixels.frame_bytes * frames
+    expected += expected % 2  # a value has an even number of bytes
+    if length is not None and length > expected:
+        msg = f"an image holds {length} bytes of pixels, and declares {frames} frames of {rows} × {columns} pixels of "
+        msg += f"{allocated} bits, {expected} bytes: one of them is wrong"
+        raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    needed = expected if pixels.in_words else pixels.frame_bytes * frames
+    if (length is not None and length < needed) or (size is not None and ends > size):
         msg = f"the pixels of an image are cut off: {frames} × {rows} × {columns} were declared"
         raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
     return pixels
+
+
+def _is_in_words(allocated: int, walk: Walk, encoding: Encoding) -> bool:
+    """Whether bytes are swapped in pairs; big-endian files only, where the representation decides."""
+    if encoding.little or allocated == 16:
+        return False
+    if allocated == 8 and walk.pixels_vr in {b"OB", b"OW"}:
+        return walk.pixels_vr == b"OW"
+    msg = f"pixels of {allocated} bits in big-endian order, which writers store in several ways; write the series anew"
+    raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, f"{msg} in little-endian order")
 
 
 def _functional_groups(found: Any, frames: int) -> tuple[Any, Sequence[Any]]:
@@ -346,8 +377,8 @@ def _table(item: Any, pixels: Pixels) -> Table:
     if pixels.signed and first >= 2**15:
         first -= 2**16
     values = _words(item, 0x00283006, f"{order}u2")
-    if len(values) * 2 == entries and bits <= 8:  # one byte each
-        values = values.astype(f"{order}u2").view(np.uint8)
+    if len(values) == (entries + 1) // 2 and bits <= 8:  # two in a word, the lower byte first
+        values = values.astype("<u2").view(np.uint8)
     if len(values) < entries:
         msg = f"a Modality LUT of {entries} entries has {len(values)}"
         raise Malformed(msg)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ...errors import DicomReason, DicomRefused
 from .container import Stream
 from .header import Pixels
 
+Bytes = npt.NDArray[np.uint8]
 Stored = npt.NDArray[Any]
 """Integers (rows, columns)."""
 
@@ -26,10 +28,24 @@ def native_frames(stream: Stream, pixels: Pixels) -> Iterator[Stored]:
         Malformed: they end early.
         DicomRefused: a number is larger than it may be.
     """
+    read = _Swapped(stream).read_exactly if pixels.in_words else stream.read_exactly
     for _ in range(pixels.frames):
-        stored = stream.read_exactly(pixels.frame_bytes).view(pixels.dtype).reshape(pixels.rows, pixels.columns)
+        stored = read(pixels.frame_bytes).view(pixels.dtype).reshape(pixels.rows, pixels.columns)
         check_range(stored, pixels)
         yield stored
+
+
+class _Swapped:
+    """Bytes of a stream, those of each pair swapped; a frame may end within a pair."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self._over = stream, np.empty(0, np.uint8)
+
+    def read_exactly(self, size: int) -> Bytes:
+        wanted = size - len(self._over)
+        swapped = self._stream.read_exactly(wanted + wanted % 2).view(">u2").astype("<u2").view(np.uint8)
+        found, self._over = np.concatenate([self._over, swapped[:wanted]]), swapped[wanted:]
+        return found
 
 
 def check_range(stored: Stored, pixels: Pixels) -> None:
