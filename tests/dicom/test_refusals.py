@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -22,7 +23,8 @@ from pydicom.dataset import Dataset
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.errors import DicomReason, ServingError
+from nnunet_torchserve.codecs.dicom.header import Problem
+from nnunet_torchserve.errors import DicomReason, DicomRefused, Malformed, ServingError, TooLarge
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -212,6 +214,46 @@ def test_frames_of_an_enhanced_object_are_checked_as_images_are() -> None:
     assert refusal(file_of(ds)).code == "malformed"
 
 
+def pieces(*counts: int, total: int | None = None) -> list[Dataset]:
+    """An enhanced object whose frames were split into several; they come from the last to the first."""
+    made, first = [], 0
+    for number, count in enumerate(counts, start=1):
+        made.append(
+            change(
+                enhanced(VOXELS, AFFINE, order=range(first, first + count)),
+                SOPInstanceUID=f"1.2.3.{number}",
+                ConcatenationUID="1.2.3.9",
+                InConcatenationNumber=number,
+                InConcatenationTotalNumber=total,
+                ConcatenationFrameOffsetNumber=first,
+            )
+        )
+        first += count
+    return made[::-1]
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"])
+def test_an_end_is_missed_where_objects_say_how_many_there_are(syntax: str) -> None:
+    whole = pieces(2, 2, 2, total=3)
+    assert outcome(zip_of(whole, syntax)) is None
+    assert refusal(zip_of(whole[1:], syntax)).code == DicomReason.MISSING_SLICES
+    assert refusal(zip_of(whole[:-1], syntax)).code == DicomReason.MISSING_SLICES
+    unsaid = pieces(2, 2, 2)
+    assert refusal(zip_of(unsaid[:-1], syntax)).code == DicomReason.MISSING_SLICES
+    pet = series(VOXELS, AFFINE, "PT", NumberOfSlices=6)
+    assert outcome(zip_of(pet, syntax)) is None
+    error = refusal(zip_of(pet[:-1], syntax))
+    assert error.code == DicomReason.MISSING_SLICES
+    assert "5 slices" in str(error)
+
+
+def test_what_is_wrong_with_an_image_is_kept_without_its_bytes() -> None:
+    assert {field.name for field in dataclasses.fields(Problem)} == {"code", "message"}
+    for error in (Malformed("damaged"), TooLarge("large"), DicomRefused(DicomReason.COLOUR, "colour")):
+        again = Problem.of(error).error()
+        assert (type(again), again.code, str(again)) == (type(error), error.code, str(error))
+
+
 def test_several_frames_that_do_not_say_where_they_lie_are_refused() -> None:
     ds = images()[0]
     ds.NumberOfFrames, ds.PixelData = 6, VOXELS.tobytes()
@@ -236,6 +278,7 @@ def test_a_place_in_the_options_is_refused() -> None:
 def test_more_files_frames_elements_or_bytes_than_allowed_are_too_large() -> None:
     body = zip_of(images())
     tar = tarred(files_of(images()))
+    one = file_of(enhanced(VOXELS, AFFINE))
     for limits in (
         Limits(dicom_files=5),
         Limits(dicom_frames=5),
@@ -246,6 +289,8 @@ def test_more_files_frames_elements_or_bytes_than_allowed_are_too_large() -> Non
         for packed in (body, tar):
             error = refusal(packed, limits)
             assert (error.status, error.code) == (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large"), error
+    for limits in (Limits(dicom_frames=5), Limits(voxels=119)):
+        assert refusal(one, limits).code == "too_large"
 
 
 def test_a_header_longer_than_allowed_is_too_large() -> None:

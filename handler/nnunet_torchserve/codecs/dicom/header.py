@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DicomReason, DicomRefused, Malformed, RequestError
+from ...errors import DicomReason, DicomRefused, Malformed, RequestError, TooLarge
 from ...limits import Limits
 from .elements import PIXEL_DATA, Encoding, Walk
 from .library import data_set, quietly
@@ -43,6 +43,10 @@ _ELEMENTS = {
     "BitsStored": (0x00280101, "US"),
     "HighBit": (0x00280102, "US"),
     "PixelRepresentation": (0x00280103, "US"),
+    "ConcatenationUID": (0x00209161, "UI"),
+    "InConcatenationTotalNumber": (0x00209163, "US"),
+    "ConcatenationFrameOffsetNumber": (0x00209228, "UL"),
+    "NumberOfSlices": (0x00540081, "US"),
     "RescaleIntercept": (0x00281052, "DS"),
     "RescaleSlope": (0x00281053, "DS"),
 }
@@ -57,6 +61,8 @@ SPECIFIC_TAGS = frozenset(
 """The elements at the top that are read."""
 
 _TEXT = frozenset({"CS", "UI", "PN", "LO", "DA", "DS", "IS"})
+
+_UNSIGNED = {"US": "u2", "UL": "u4"}
 
 _UID = re.compile(r"[0-9.]{1,64}")
 _MONOCHROME = frozenset({"MONOCHROME1", "MONOCHROME2"})
@@ -128,6 +134,46 @@ class Pixels:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One object of several into which the frames of one were split (a concatenation, PS3.3, C.7.6.16.2.2).
+
+    Attributes:
+        concatenation: UID that all pieces share; empty if it is not said.
+        total: pieces; 0 if it is not said.
+        offset: frames in the pieces before.
+    """
+
+    concatenation: str
+    total: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why an object is of no use: what an exception says, without the frames, and so the bytes, that one holds on to.
+
+    Attributes:
+        code: the exception's.
+        message: for the client.
+    """
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: DicomRefused | Malformed | TooLarge) -> Problem:
+        """What it says."""
+        return cls(error.code, str(error))
+
+    def error(self) -> RequestError:
+        """To be raised."""
+        for damaged in (Malformed, TooLarge):
+            if self.code == damaged.code:
+                return damaged(self.message)
+        return DicomRefused(DicomReason(self.code), self.message)
+
+
+@dataclass(frozen=True, slots=True)
 class ImageHeader:
     """One object of a series.
 
@@ -141,6 +187,8 @@ class ImageHeader:
         pixels: how they are stored.
         planes: where each frame lies.
         rescales: of each frame.
+        piece: which one it is, if the object is one of several pieces.
+        slices: how many its volume has, if the object says it: those of PET must.
         problem: why the object is none that could be used. Whether that matters is not known yet.
     """
 
@@ -156,7 +204,9 @@ class ImageHeader:
     pixels: Pixels | None = None
     planes: Sequence[Plane] = ()
     rescales: Sequence[Rescale] = ()
-    problem: RequestError | None = None
+    piece: Piece | None = None
+    slices: int = 0
+    problem: Problem | None = None
 
     @property
     def has_uids(self) -> bool:
@@ -176,7 +226,6 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
 
     Raises:
         Malformed: elements that cannot be read.
-        TooLarge: more frames than allowed.
     """
     found = data_set(walk.wanted, encoding)
     with quietly():
@@ -199,9 +248,17 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
         shared, own = _functional_groups(found, pixels.frames)
         planes = [_plane(found, shared, own[frame], pixels) for frame in frames]
         rescales = [_rescale(found, shared, own[frame], pixels, header["modality"]) for frame in frames]
-    except (DicomRefused, Malformed) as problem:
-        return ImageHeader(**header, problem=problem)
-    return ImageHeader(**header, pixels=pixels, planes=planes, rescales=rescales)
+        piece, slices = _piece(found), _integer(found, "NumberOfSlices", 0)
+    except (DicomRefused, Malformed, TooLarge) as error:
+        return ImageHeader(**header, problem=Problem.of(error))
+    return ImageHeader(**header, pixels=pixels, planes=planes, rescales=rescales, piece=piece, slices=slices)
+
+
+def _piece(found: Any) -> Piece | None:
+    total = _integer(found, "InConcatenationTotalNumber", 0)
+    offset = _integer(found, "ConcatenationFrameOffsetNumber", 0)
+    concatenation = _text(found, "ConcatenationUID")
+    return Piece(concatenation, total, offset) if concatenation or total > 1 or offset else None
 
 
 def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> Pixels:
@@ -231,8 +288,9 @@ def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits
         msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels; each must be at least 1"
         raise Malformed(msg)
     if frames > limits.dicom_frames or rows * columns * frames > limits.voxels:
-        msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels, far more than its series may have"
-        raise Malformed(msg)
+        msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels; this server takes at most "
+        msg += f"{limits.dicom_frames} frames, and {limits.voxels} voxels"
+        raise TooLarge(msg)
     with quietly():
         table = (found.get("ExtendedOffsetTable"), found.get("ExtendedOffsetTableLengths"))
         offsets = (bytes(table[0]), bytes(table[1])) if table[0] and table[1] else None
@@ -424,8 +482,9 @@ def _values(found: Any, name: str) -> Sequence[Any]:
         if vr in _TEXT:
             text = item.value.decode("latin-1").strip("\0 ")
             return [part.strip("\0 ") for part in text.split("\\")] if text else []
-        if vr == "US":
-            words: list[int] = np.frombuffer(item.value, "<u2" if item.is_little_endian else ">u2").tolist()
+        if vr in _UNSIGNED:
+            order = "<" if item.is_little_endian else ">"
+            words: list[int] = np.frombuffer(item.value, f"{order}{_UNSIGNED[vr]}").tolist()
             return words
     value = found[tag].value
     if value is None or value == "":

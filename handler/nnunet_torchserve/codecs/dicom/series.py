@@ -16,7 +16,7 @@ from ...limits import Limits
 from ..inflate import ByteSource, Compression
 from .container import Container, File, Stream, StreamFile, walk
 from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
-from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, read_header
+from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, Modality, Piece, read_header
 from .rescale import UNSCALED
 
 _FIRST_BYTES = 16 * 1024
@@ -79,6 +79,7 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     images = _chosen(found, uid)
     images = _each_once(images, container, limits)
     _check_one(images)
+    _check_whole(images)
     return Series(images, ignored, len(found) - len(images))
 
 
@@ -209,7 +210,7 @@ def _check_one(images: Sequence[ImageHeader]) -> None:
         raise DicomRefused(DicomReason.LOCALIZER, msg)
     for header in images:
         if header.problem is not None:
-            raise header.problem
+            raise header.problem.error()
     if len({header.modality for header in images}) > 1:
         msg = "the series holds images of several modalities; send those of one"
         raise DicomRefused(DicomReason.UNEQUAL_IMAGES, msg)
@@ -217,3 +218,23 @@ def _check_one(images: Sequence[ImageHeader]) -> None:
     if (unscaled := sum(rescale is UNSCALED for rescale in rescales)) not in {0, len(rescales)}:
         msg = f"{unscaled} of {len(rescales)} images have no RescaleSlope and RescaleIntercept, and the others have: "
         raise DicomRefused(DicomReason.INCOMPLETE, f"{msg}their values do not go together")
+
+
+def _check_whole(images: Sequence[ImageHeader]) -> None:
+    """Refuse fewer images than the objects themselves say that there are: a gap shows, a missing end does not."""
+    split: dict[str, list[tuple[Piece, int]]] = {}
+    for header in images:
+        if header.piece is not None:
+            split.setdefault(header.piece.concatenation, []).append((header.piece, len(header.planes)))
+    for pieces in split.values():
+        frames, totals = 0, {piece.total for piece, _ in pieces if piece.total}
+        for piece, own in sorted(pieces, key=lambda each: each[0].offset):
+            if piece.offset != frames or totals - {len(pieces)}:
+                msg = f"the series was split into pieces of several frames; {len(pieces)} came, which are not all of "
+                raise DicomRefused(DicomReason.MISSING_SLICES, f"{msg}them; send the whole series")
+            frames += own
+    frames = sum(len(header.planes) for header in images)
+    slices = max((header.slices for header in images if header.modality is Modality.PET), default=0)
+    if frames < slices:
+        msg = f"the series has {frames} slices, and says of itself that it has {slices}; send the whole series"
+        raise DicomRefused(DicomReason.MISSING_SLICES, msg)
