@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import logging
 import math
@@ -341,6 +342,33 @@ def test_no_more_of_a_bomb_is_unpacked_than_is_allowed() -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 8 * 1024**2
+
+
+def test_bytes_that_no_file_of_an_archive_has_are_counted_too() -> None:
+    """Deflated data sets of a few packed bytes; a tar's entries that are no files; zeros behind its end."""
+    limits = Limits(expanded_bytes=1024**2)
+    sparse = images()
+    for ds in sparse:
+        ds.add_new(0x00091001, "OB", bytes(300_000))
+    deflated = zip_of(sparse, "1.2.840.10008.1.2.1.99")
+    assert len(deflated) < 20_000
+    assert outcome(deflated) is None
+    assert refusal(deflated, limits).code == "too_large"
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2 * 1024**2
+    long = name.tobuf() + bytes(name.size) + tarred(files_of(images()))
+    assert outcome(gzip.compress(long)) is None
+    assert refusal(gzip.compress(long), limits).code == "too_large"
+    assert refusal(gzip.compress(tarred(files_of(images())) + bytes(2 * 1024**2)), limits).code == "too_large"
+
+
+def test_a_tar_behind_a_tar_is_not_lost() -> None:
+    files = list(files_of(images()).items())
+    for packed in (False, True):
+        halves = [tarred(dict(half), packed=packed) for half in (files[:3], files[3:])]
+        assert outcome(halves[0]) is None
+        assert refusal(b"".join(halves)).code == "malformed"
+        assert outcome(tarred(dict(files), packed=packed)) is None
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER = b"PK\x03\x04"
 _PACKED = {zipfile.ZIP_STORED: Compression.NONE, zipfile.ZIP_DEFLATED: Compression.DEFLATE}
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_CHUNK_BYTES = 64 * 1024
 _LARGEST_EXTENSION = 64 * 1024
 _CUT_OFF = "the tar is damaged or cut off"
 
@@ -64,11 +65,25 @@ class File(Protocol):
         """At its first byte; once in a walk."""
 
 
+class Meter:
+    """Bytes that a walk may still unpack; whoever unpacks some, or is about to, counts them here first."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limit = self._left = limits.expanded_bytes
+
+    def take(self, size: int) -> None:
+        """Count bytes; raises :class:`TooLarge` when there are too many."""
+        self._left -= size
+        if self._left < 0:
+            msg = f"the files would expand to more than {self._limit} bytes, the limit; send one series"
+            raise TooLarge(msg)
+
+
 class Container(Protocol):
     """Files, in the order in which they are stored."""
 
-    def files(self) -> Iterator[File]:
-        """A walk from the first to the last."""
+    def files(self, meter: Meter) -> Iterator[File]:
+        """A walk from the first to the last, each counted before it is unpacked, and what lies between them too."""
 
 
 def is_tar(head: bytes) -> bool:
@@ -90,20 +105,20 @@ def open_container(body: Payload, limits: Limits) -> Container:
     return Loose(whole)
 
 
-def walk(container: Container, limits: Limits) -> Iterator[File]:
+def walk(container: Container, limits: Limits, meter: Meter) -> Iterator[File]:
     """Every file, while their number and their bytes together stay within the limits.
+
+    Args:
+        container: the files.
+        limits: what is allowed.
+        meter: a new one for each walk.
 
     Raises:
         TooLarge: beyond them; nothing of that file has been unpacked.
     """
-    total = 0
-    for number, file in enumerate(container.files(), start=1):
-        total += file.size
+    for number, file in enumerate(container.files(meter), start=1):
         if number > limits.dicom_files:
             msg = f"more than {limits.dicom_files} files, the limit; send one series"
-            raise TooLarge(msg)
-        if total > limits.expanded_bytes:
-            msg = f"the files would expand to more than {limits.expanded_bytes} bytes, the limit; send one series"
             raise TooLarge(msg)
         yield file
 
@@ -114,10 +129,10 @@ class Several:
     def __init__(self, parts: Sequence[Container]) -> None:
         self._parts = parts
 
-    def files(self) -> Iterator[File]:
+    def files(self, meter: Meter) -> Iterator[File]:
         """Those of each, one after the other."""
         for part in self._parts:
-            yield from part.files()
+            yield from part.files(meter)
 
 
 class Loose:
@@ -126,8 +141,9 @@ class Loose:
     def __init__(self, body: memoryview) -> None:
         self._body, self.size = body, len(body)
 
-    def files(self) -> Iterator[File]:
+    def files(self, meter: Meter) -> Iterator[File]:
         """Itself."""
+        meter.take(self.size)
         yield self
 
     def open(self) -> Stream:
@@ -144,7 +160,7 @@ class Zipped:
         archive = open_zip(body, limits.dicom_files, limits.dicom_files * DIRECTORY_BYTES)
         self._members = [info for info in archive.infolist() if not info.filename.endswith("/")]
 
-    def files(self) -> Iterator[File]:
+    def files(self, meter: Meter) -> Iterator[File]:
         """As the directory lists them.
 
         Raises:
@@ -154,6 +170,7 @@ class Zipped:
             if info.flag_bits & ENCRYPTED or info.compress_type not in _PACKED:
                 msg = "a file in the zip is encrypted, or packed by something else than deflate"
                 raise Malformed(msg)
+            meter.take(info.file_size)
             yield _ZippedFile(self._body, info)
 
 
@@ -180,11 +197,12 @@ class Tarred:
     def __init__(self, body: memoryview, limits: Limits) -> None:
         self._body, self._limits = body, limits
 
-    def files(self) -> Iterator[File]:
+    def files(self, meter: Meter) -> Iterator[File]:
         """As they are stored; directories, links and devices are none.
 
         Raises:
-            Malformed: it is damaged, or ends early.
+            Malformed: it is damaged, ends early, or has anything but zeros behind its end: another tar, whose slices
+                would be lost.
             TooLarge: more headers than files may be, or a file of a kind that only huge ones have.
         """
         source = ByteSource(self._body)
@@ -192,12 +210,15 @@ class Tarred:
             block = source.read(TAR_HEAD_BYTES)
             if len(block) < TAR_HEAD_BYTES:
                 raise Malformed(_CUT_OFF)
+            meter.take(TAR_HEAD_BYTES)
             if not any(block):
-                source.finish()
+                _check_end(source, meter)
                 return
             entry = _tar_header(block)
             padded = -(-entry.size // TAR_HEAD_BYTES) * TAR_HEAD_BYTES
             part = _Part(source, padded)
+            if not (entry.isdev() or entry.isdir() or entry.islnk() or entry.issym()):
+                meter.take(padded)
             if entry.type in tarfile.REGULAR_TYPES and entry.type != tarfile.GNUTYPE_SPARSE:
                 yield _TarredFile(part, entry.size)
             elif entry.type in _EXTENDED:
@@ -221,8 +242,9 @@ class _TarredFile:
 class StreamFile(io.RawIOBase):
     """A stream as a file that libraries read."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._packed = stream
+    def __init__(self, stream: Stream, meter: Meter | None = None) -> None:
+        """``meter``: counts what is read, if that has not been counted."""
+        self._packed, self._meter = stream, meter
 
     def readable(self) -> bool:
         """Always."""
@@ -231,6 +253,8 @@ class StreamFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """As every raw file's: up to ``len(buffer)`` bytes, 0 at the end."""
         chunk = self._packed.read(len(buffer))
+        if self._meter is not None:
+            self._meter.take(len(chunk))
         buffer[: len(chunk)] = chunk
         return len(chunk)
 
@@ -264,6 +288,16 @@ class _Part:
         self.skip(self._left)
         if isinstance(self._source, ByteSource) and self._source.is_checked:
             self._source.finish()
+
+
+def _check_end(source: ByteSource, meter: Meter) -> None:
+    """After a tar's first block of zeros there are only zeros; a packer's own end is two blocks and some more."""
+    while chunk := source.read(_CHUNK_BYTES):
+        meter.take(len(chunk))
+        if any(chunk):
+            msg = "the tar goes on after its own end, as several do that were put one after the other; send one archive"
+            raise Malformed(msg)
+    source.finish()
 
 
 def _tar_header(block: bytes) -> tarfile.TarInfo:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...errors import DicomReason, DicomRefused, TooLarge, UnknownFormat
 from ...limits import Limits
 from ..inflate import ByteSource, Compression
-from .container import Container, File, Stream, StreamFile, walk
+from .container import Container, File, Meter, Stream, StreamFile, walk
 from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
 from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, Modality, Piece, read_header
 from .rescale import UNSCALED
@@ -64,14 +64,14 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     """
     found: list[ImageHeader] = []
     ignored = dicom = 0
-    budget = Budget.of(limits)
-    for number, file in enumerate(walk(container, limits)):
+    budget, meter = Budget.of(limits), Meter(limits)
+    for number, file in enumerate(walk(container, limits, meter)):
         stream = file.open()
         if not is_dicom(stream.peek(HEAD_BYTES)):
             ignored += 1
             continue
         dicom += 1
-        header = _read(number, file, stream, budget, limits)
+        header = _read(number, file, stream, budget, meter, limits)
         ignored += header is None
         found += [] if header is None else [header]
     if not found:
@@ -83,25 +83,27 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     return Series(images, ignored, len(found) - len(images))
 
 
-def data_set_stream(stream: Stream, encoding: Encoding) -> Stream:
+def data_set_stream(stream: Stream, encoding: Encoding, meter: Meter) -> Stream:
     """A file's data set, which may be deflated.
 
     Args:
         stream: the file, from its first byte.
         encoding: how it is stored.
+        meter: counts what is inflated.
     """
     stream.skip(encoding.start)
     if encoding.transfer_syntax != DEFLATED:
         return stream
-    return ByteSource.over(StreamFile(stream), Compression.DEFLATE)
+    inflated = ByteSource.over(StreamFile(stream), Compression.DEFLATE)
+    return ByteSource.over(StreamFile(inflated, meter), Compression.NONE)
 
 
-def _read(number: int, file: File, stream: Stream, budget: Budget, limits: Limits) -> ImageHeader | None:
+def _read(number: int, file: File, stream: Stream, budget: Budget, meter: Meter, limits: Limits) -> ImageHeader | None:
     """One header; ``None`` if the object is no image of CT, MR or PET."""
     encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
     if encoding.is_directory:
         return None
-    stream = data_set_stream(stream, encoding)
+    stream = data_set_stream(stream, encoding, meter)
     wanted = _FIRST_BYTES
     while True:
         data = stream.peek(wanted)
@@ -185,7 +187,7 @@ def _each_once(images: Sequence[ImageHeader], container: Container, limits: Limi
 def _digests(files: Collection[int], container: Container, limits: Limits) -> dict[int, str]:
     """sha256 of the data sets of some files: what stands before says only who sent them."""
     digests = {}
-    for number, file in enumerate(walk(container, limits)):
+    for number, file in enumerate(walk(container, limits, Meter(limits))):
         if number not in files:
             continue
         stream, digest = file.open(), hashlib.sha256()

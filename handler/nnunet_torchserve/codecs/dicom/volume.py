@@ -17,7 +17,7 @@ from ...options import OutputFormat
 from ..geometry import check_size
 from ..inflate import SLACK_BYTES, Payload
 from .compressed import decompress, is_supported
-from .container import Container, File, Several, open_container, walk
+from .container import Container, File, Meter, Several, open_container, walk
 from .crew import Crew
 from .elements import DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
 from .fragments import frames_of
@@ -99,10 +99,11 @@ class DicomSource:
         for image in self.series.images:
             places[image.file] = slices[first : first + len(image.planes)]
             first += len(image.planes)
+        meter = Meter(self._limits)
         with Crew() as crew:
-            for number, file in enumerate(walk(self._container, self._limits)):
+            for number, file in enumerate(walk(self._container, self._limits, meter)):
                 if number in images:
-                    _read_image(file, images[number], [voxels[0, place] for place in places[number]], crew)
+                    _read_image(file, images[number], [voxels[0, place] for place in places[number]], crew, meter)
         return voxels
 
 
@@ -126,11 +127,13 @@ def _check_syntax(pixels: Pixels) -> None:
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
 
 
-def _read_image(file: File, image: ImageHeader, out: Sequence[npt.NDArray[np.float32]], crew: Crew) -> None:
+def _read_image(
+    file: File, image: ImageHeader, out: Sequence[npt.NDArray[np.float32]], crew: Crew, meter: Meter
+) -> None:
     """One object's frames, each into its slice; compressed ones by the crew."""
     pixels = _pixels(image)
     opened = file.open()
-    stream = data_set_stream(opened, pixels.encoding)
+    stream = data_set_stream(opened, pixels.encoding, meter)
     stream.skip(pixels.at)
     if pixels.length is not None:
         for stored, rescale, target in zip(native_frames(stream, pixels), image.rescales, out, strict=True):
