@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -99,13 +100,16 @@ def read_headers(
     """
     member = bundle.lead
     images = _open_images(member, limits, request, options)
-    codecs.check_channels(images, list(member.channel_names.values()))
+    names = list(member.channel_names.values())
+    codecs.check_channels(images, names)
     turns = [_turn(member, image) for image in images]
     seen = [turn.after for turn in turns]
     geometry = _common_geometry(seen)
     series = [image for image in images if isinstance(image, DicomSource)]
     if series:
-        codecs.check_one_body(series, seen)
+        firsts = accumulate((image.channels for image in images), initial=0)
+        named = [names[first] for first, image in zip(firsts, images, strict=False) if isinstance(image, DicomSource)]
+        codecs.check_one_body(series, named, seen)
     record.shape = images[0].geometry.shape
     warnings = _warnings(seen, len(member.patch_size))
     if any(image.left_out for image in series):

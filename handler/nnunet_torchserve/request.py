@@ -18,7 +18,8 @@ RAW_BODY = "body"
 PREVIOUS_STAGE = "previous_stage"
 """The field with the labels of a cascade's first stage."""
 
-_DICOM_PART = re.compile(r"dicom_[0-9A-Za-z._-]{1,100}")
+_DICOM_PREFIX = "dicom_"
+_DICOM_PART = re.compile(rf"{_DICOM_PREFIX}[0-9A-Za-z._-]{{1,100}}")
 _IMAGE_PART = re.compile(r"image(?:_([0-9]{4}))?")
 
 
@@ -111,6 +112,12 @@ class Request:
             elif _DICOM_PART.fullmatch(name):
                 series.append(_payload(name, content))
             elif name not in (PART, PREVIOUS_STAGE):
+                if name.casefold().startswith(_DICOM_PREFIX[:-1]):  # it may be a file's name, and that a patient's
+                    msg = (
+                        f"the name of a field {_DICOM_PREFIX}… has other characters than letters, digits, '.', '_' and "
+                    )
+                    msg += "'-', or is empty or longer than 100; any such name will do: dicom_0000, dicom_0001, …"
+                    raise Malformed(msg)
                 fields = f"image or image_0000, image_0001, …, dicom_… of one series, {PREVIOUS_STAGE}, and {PART}"
                 msg = f"unknown field {ascii(name)[:80]}; fields are {fields}"
                 raise Malformed(msg)

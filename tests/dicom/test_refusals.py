@@ -25,7 +25,7 @@ from pydicom.dataset import Dataset
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.codecs.dicom.header import Problem
-from nnunet_torchserve.errors import DicomReason, DicomRefused, Malformed, ServingError, TooLarge
+from nnunet_torchserve.errors import DicomReason, DicomRefused, Malformed, ServingError, TooLarge, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -463,8 +463,32 @@ def test_channels_are_series_of_one_patient_in_one_place(served: Callable[[str],
     other = series(volumes(), affine, "MR", "b", FrameOfReferenceUID=frame, PatientID="OTHER")
     assert answer(other) == (422, DicomReason.SEVERAL_PATIENTS)
     assert answer(series(volumes(), affine, "MR", "b")) == (422, DicomReason.SEVERAL_FRAMES_OF_REFERENCE)
+    assert answer(first) == (422, "channels_disagree")
+    nowhere = series(volumes(), affine, "MR", "a", FrameOfReferenceUID=None)
+    study = first[0].StudyInstanceUID
+    elsewhere = series(volumes(), affine, "MR", "b", FrameOfReferenceUID=None)
+    assert answer(elsewhere, nowhere) == (422, DicomReason.SEVERAL_FRAMES_OF_REFERENCE)
+    together = series(volumes(), affine, "MR", "b", FrameOfReferenceUID=None, StudyInstanceUID=study)
+    assert answer(together, nowhere) == (200, None)
     shifted = ACQUISITIONS["axial"].affine(origin=(-20, 11, 7.2))
     assert answer(series(volumes(), shifted, "MR", "b", FrameOfReferenceUID=frame)) == (422, "channels_disagree")
+
+
+def test_a_channel_that_is_named_after_a_modality_takes_no_other() -> None:
+    found = {name: open_dicom(series(VOXELS, AFFINE, name, name)) for name in ("CT", "MR", "PT")}
+    for name, source in found.items():
+        others = {"CT", "MR", "PT"} - {name}
+        for channel in (name, name.lower(), "T1", "CT and MR", "CTA"):
+            codecs.check_one_body([source], [channel], [source.geometry])
+        for channel in others | ({"PET"} if name != "PT" else set()):
+            with pytest.raises(WrongChannels, match=name):
+                codecs.check_one_body([source], [channel], [source.geometry])
+
+
+def open_dicom(found: list[Dataset]) -> codecs.DicomSource:
+    source = codecs.open_image(zip_of(found), Limits(), "SimpleITKIO")
+    assert isinstance(source, codecs.DicomSource)
+    return source
 
 
 def test_one_zip_may_hold_the_series_of_several_channels(served: Callable[[str], Pipeline]) -> None:
@@ -507,6 +531,8 @@ def test_nothing_of_a_patient_leaves_but_in_the_answer(
     answers = [ask(model, {"image": zip_of(whole)})]
     bodies: Iterator[bytes] = (zip_of(make()) for make, _, _ in SERIES.values())
     answers += [ask(model, {"image": body}) for body in (*bodies, zip_of(broken), zip_of(whole)[:-5000])]
+    answers.append(ask(model, {f"dicom_{SECRET}.dcm": file_of(whole[0])}))
+    assert answers[-1]["code"] == "malformed"
     assert [answer["status"] for answer in answers].count(200) == 1
     uids = {str(ds[name].value) for ds in whole for name in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")}
     uids -= {whole[0].SeriesInstanceUID}

@@ -44,6 +44,16 @@ class Series:
         return self.images[0].patient
 
     @property
+    def study(self) -> str:
+        """UID."""
+        return self.images[0].study
+
+    @property
+    def uid(self) -> str:
+        """Of the series."""
+        return self.images[0].series
+
+    @property
     def frame_of_reference(self) -> str | None:
         """UID, if there is one."""
         return self.images[0].frame_of_reference
