@@ -256,6 +256,38 @@ def test_codestreams_that_are_cut_off_or_of_another_size_are_refused(name: str) 
         assert code(zipped(files)) in {"malformed", "dicom_unsupported_pixels", "dicom_truncated_pixels"}
 
 
+@pytest.mark.parametrize("marker", [b"\xff\x01", *(bytes([0xFF, 0xD0 + number]) for number in range(8))])
+def test_a_second_frame_header_cannot_hide_behind_a_marker_without_a_length(marker: bytes) -> None:
+    """Read with a length, the marker would hide the header that libjpeg takes, and show the one that DICOM's has."""
+    stored = numbers("uint16", 16)
+
+    def turned(frame: Voxels) -> bytes:
+        """Rows and columns exchanged; the other frame header lies where 0xFFC3, taken for a length, leads to."""
+        shown, hidden = jpeg_lossless(frame), jpeg_lossless(np.ascontiguousarray(frame.T))
+        at, start = hidden.index(b"\xff\xc3"), shown.index(b"\xff\xc3")
+        whole = hidden[:at] + marker + hidden[at:]
+        whole += bytes(at + 2 + 0xFFC3 - len(whole)) + shown[start : start + 19]
+        return whole + bytes(len(whole) % 2) + b"\xff\xd9"
+
+    body = packed_as(turned, JPEGLosslessSV1, stored, stored, 16)
+    assert code(body) == DicomReason.UNSUPPORTED_PIXELS
+
+
+@pytest.mark.parametrize("name", ["JPEG 2000", "JPEG lossless", "JPEG-LS"])
+def test_nothing_but_padding_may_follow_a_codestream(name: str) -> None:
+    syntax, encode = (ENCODERS | {"JPEG-LS": (JPEGLSLossless, jpeg_ls)})[name]
+    stored = numbers("int16", 16)
+
+    def with_tail(tail: bytes) -> bytes:
+        return packed_as(lambda frame: encode(frame) + tail, syntax, stored, stored, 16)
+
+    np.testing.assert_array_equal(read(with_tail(bytes(4))), stored.astype(np.float64) - 1024)
+    assert code(with_tail(b"more")) == DicomReason.UNSUPPORTED_PIXELS
+    assert code(with_tail(bytes(32))) == DicomReason.TRUNCATED_PIXELS
+    if name != "JPEG 2000":
+        assert code(with_tail(encode(stored[0]))) == DicomReason.UNSUPPORTED_PIXELS
+
+
 def test_twelve_bit_jpeg_is_refused() -> None:
     files = {str(z): compressed(ds, [b"\xff\xd8\xff\xd9"], JPEGExtended12Bit) for z, ds in enumerate(_images())}
     assert code(zipped(files)) == DicomReason.UNSUPPORTED_PIXELS

@@ -26,13 +26,19 @@ JPEG_LS = frozenset({f"{_BASE}4.80", f"{_BASE}4.81"})
 JPEG_2000 = frozenset({f"{_BASE}4.90", f"{_BASE}4.91"})
 
 _END, _PADDING = b"\xff\xd9", 16
-"""What every codestream but RLE's ends with, and bytes that may be there from it to the end of the frame. libjpeg takes
-one without it, and makes up the rest."""
+"""What every codestream but RLE's ends with, and zeros that may follow it: frames have an even number of bytes. libjpeg
+takes one without it, and makes up the rest."""
+
+_LOSSLESS, _LS = 0xC3, 0xF7
+_SEGMENTS = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xF8, 0xFE, *range(0xE0, 0xF0)})
+"""Markers before the frame header that have a length and are stepped over: tables, restart interval, comments and
+applications' own. Anything else there, a marker without a length above all, decoders step over in ways of their own."""
 
 _MOST_TILES = 1024
 """Of a JPEG 2000 frame; the decoder takes some kilobytes for each."""
 
 _DAMAGED = "the compressed pixels of an image are damaged, or of another kind than its header says"
+_FOLLOWED = "is followed by other bytes"
 
 Stored = npt.NDArray[Any]
 
@@ -67,10 +73,8 @@ def decompress(frame: bytes, pixels: Pixels) -> Stored:
     syntax = pixels.encoding.transfer_syntax
     if syntax == RLE:
         return _of_rle(frame, pixels)
-    if _END not in frame[-_PADDING:]:
-        msg = "a compressed frame ends before its codestream does; send the files as the scanner wrote them"
-        raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
-    declared = _of_jpeg_2000(frame) if syntax in JPEG_2000 else _of_jpeg(frame)
+    _check_end(frame)
+    declared = _of_jpeg_2000(frame) if syntax in JPEG_2000 else _of_jpeg(frame, _LS if syntax in JPEG_LS else _LOSSLESS)
     if (declared.rows, declared.columns) != (pixels.rows, pixels.columns) or declared.components != 1:
         msg = f"a frame has {declared.rows} × {declared.columns} pixels of {declared.components} components by itself, "
         msg += f"and {pixels.rows} × {pixels.columns} of one by its DICOM header"
@@ -78,15 +82,18 @@ def decompress(frame: bytes, pixels: Pixels) -> Stored:
     if not 2 <= declared.bits <= min(pixels.bits_allocated, 16):
         msg = f"a compressed frame has {declared.bits} bits a pixel; 2 to 16 were expected, and no more than allocated"
         raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+    found = np.empty(
+        (pixels.rows, pixels.columns), f"{'i' if declared.signed else 'u'}{1 if declared.bits <= 8 else 2}"
+    )
     with refuse_damage((Exception,), _DAMAGED):
-        found = np.asarray(_decoder(syntax)(frame)).reshape(pixels.rows, pixels.columns)
+        _decoder(syntax)(frame, out=found)  # which refuses to fill anything else than what it finds
     return _with_sign(found, declared, pixels)
 
 
-def _decoder(syntax: str) -> Callable[[bytes], Any]:
+def _decoder(syntax: str) -> Callable[..., Any]:
     import imagecodecs
 
-    decoder: Callable[[bytes], Any] = imagecodecs.jpeg8_decode
+    decoder: Callable[..., Any] = imagecodecs.jpeg8_decode
     if syntax in JPEG_2000:
         decoder = imagecodecs.jpeg2k_decode
     elif syntax in JPEG_LS:
@@ -127,24 +134,41 @@ def _with_sign(found: Stored, declared: _Declared, pixels: Pixels) -> Stored:
     return numbers.astype(kind)
 
 
-def _of_jpeg(frame: bytes) -> _Declared:
-    """The frame header of a JPEG or JPEG-LS codestream: lossless (SOF3) or JPEG-LS (SOF55)."""
+def _check_end(frame: bytes) -> None:
+    """A codestream ends with its marker; what follows beyond padding would be lost."""
+    tail = frame[-_PADDING:]
+    if _END not in tail:
+        msg = "a compressed frame ends before its codestream does; send the files as the scanner wrote them"
+        raise DicomRefused(DicomReason.TRUNCATED_PIXELS, msg)
+    if not tail.rstrip(b"\0").endswith(_END):
+        raise _no_codestream(_FOLLOWED)
+
+
+def _of_jpeg(frame: bytes, wanted: int) -> _Declared:
+    """The frame header of a JPEG or JPEG-LS codestream.
+
+    Args:
+        frame: the codestream; one, to the last of its bytes.
+        wanted: the marker of the frame header that the transfer syntax means: lossless (SOF3) or JPEG-LS (SOF55).
+    """
     position = 2
     if not frame.startswith(b"\xff\xd8"):
         raise _no_codestream()
-    while position + 4 <= len(frame):
+    while position + 10 <= len(frame):
         marker, kind, length = struct.unpack_from(">BBH", frame, position)
-        if marker != 0xFF:
-            break
-        if kind == 0xFF:  # fill
+        if (marker, kind) == (0xFF, 0xFF):  # fill
             position += 1
             continue
-        if kind in {0xC3, 0xF7} and position + 10 <= len(frame):
+        if (marker, kind) == (0xFF, wanted):
+            if frame[frame.find(_END, position) + 2 :].strip(b"\0"):
+                raise _no_codestream(_FOLLOWED)
             bits, rows, columns, components = struct.unpack_from(">BHHB", frame, position + 4)
             return _Declared(rows, columns, components, bits)
-        if 0xC0 <= kind <= 0xCF and kind not in {0xC4, 0xC8, 0xCC}:
+        if marker == 0xFF and 0xC0 <= kind <= 0xCF and kind not in _SEGMENTS | {0xC8, _LOSSLESS}:
             msg = "a frame is JPEG of a lossy kind; send the series without loss"
             raise DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
+        if marker != 0xFF or kind not in _SEGMENTS or length < 2:
+            break
         position += 2 + length
     raise _no_codestream()
 
@@ -161,6 +185,6 @@ def _of_jpeg_2000(frame: bytes) -> _Declared:
     return _Declared(y - y0, x - x0, components, (depth & 0x7F) + 1, bool(depth & 0x80))
 
 
-def _no_codestream() -> DicomRefused:
-    msg = "a compressed frame does not begin as its transfer syntax says; send the files as the scanner wrote them"
+def _no_codestream(what: str = "does not begin as its transfer syntax says") -> DicomRefused:
+    msg = f"a compressed frame {what}; send the files as the scanner wrote them"
     return DicomRefused(DicomReason.UNSUPPORTED_PIXELS, msg)
