@@ -24,6 +24,7 @@ from pydicom.dataset import Dataset
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.codecs.dicom import elements, header, library
 from nnunet_torchserve.codecs.dicom.header import Problem
 from nnunet_torchserve.errors import DicomReason, DicomRefused, Malformed, ServingError, TooLarge, WrongChannels
 from nnunet_torchserve.limits import Limits
@@ -327,6 +328,60 @@ def test_sequences_within_each_other_are_counted_before_anything_reads_them(unde
         assert error.code == "too_large"
     else:
         assert error is None  # it is stepped over: nobody wants it
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+@pytest.mark.parametrize("what", ["items", "elements", "shared"])
+def test_items_beyond_the_frames_are_refused_before_anything_reads_them(
+    what: str, syntax: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of defined length, which files of implicit encoding do not show to be any."""
+    read: list[int] = []
+
+    def noted(wanted: list[bytes], encoding: elements.Encoding) -> Any:
+        read.append(1)
+        return library.data_set(wanted, encoding)
+
+    monkeypatch.setattr(header, "data_set", noted)
+    monkeypatch.setattr(elements, "_ELEMENTS_A_FRAME", 100)
+    ds = enhanced(VOXELS, AFFINE)
+    assert outcome(file_of(ds, syntax)) is None
+    assert read == [1]
+    frames = ds.PerFrameFunctionalGroupsSequence
+    if what == "items":
+        frames.extend([Dataset() for _ in range(10_000)])
+    elif what == "shared":
+        ds.SharedFunctionalGroupsSequence.extend([Dataset() for _ in range(100)])
+    else:
+        for number in range(2000):
+            frames[0].add_new(0x00091000 + number % 200 + (number // 200 << 17), "LO", "")
+    assert refusal(file_of(ds, syntax)).code == ("too_large" if what == "elements" else "malformed")
+    assert read == [1]
+    if what == "items":
+        ds.NumberOfFrames = 10_006
+        assert refusal(file_of(ds, syntax), Limits(dicom_frames=6)).code == "too_large"
+        assert read == [1]
+
+
+def test_sequences_that_an_implicit_file_does_not_show_are_counted_too() -> None:
+    depth = 100_000
+    tag = struct.pack("<HH", 0x5200, 0x9230)
+    pieces = [
+        tag + struct.pack("<L", 16 * left + 8) + b"\xfe\xff\x00\xe0" + struct.pack("<L", 16 * left)
+        for left in reversed(range(depth))
+    ]
+    files = files_of(images(), "1.2.840.10008.1.2")
+    name = next(iter(files))
+    pixels = files[name].index(b"\xe0\x7f\x10\x00")
+    files[name] = files[name][:pixels] + b"".join(pieces) + files[name][pixels:]
+    assert refusal(zipped(files, zipfile.ZIP_DEFLATED)).code == "too_large"
+
+
+def test_a_sequence_that_is_said_to_be_bytes_is_refused() -> None:
+    """pydicom would read it all the same."""
+    whole = file_of(enhanced(VOXELS, AFFINE))
+    at = whole.index(struct.pack("<HH", 0x5200, 0x9230) + b"SQ") + 4
+    assert refusal(whole[:at] + b"UN" + whole[at + 2 :]).code == "malformed"
 
 
 def test_no_more_of_a_bomb_is_unpacked_than_is_allowed() -> None:

@@ -20,9 +20,11 @@ from pydicom.uid import ImplicitVRLittleEndian
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs import DicomSource
+from nnunet_torchserve.errors import ServingError
 from nnunet_torchserve.limits import Limits
 from support.dicom_files import (
     ACQUISITIONS,
+    change,
     enhanced,
     file_of,
     files_of,
@@ -173,6 +175,26 @@ def test_series_uid_chooses_among_several_series() -> None:
     source = open_series(body, series_uid=second[0].SeriesInstanceUID)
     check(source, voxels=VOXELS[::-1])
     assert source.left_out == len(first)
+
+
+def test_series_uid_makes_nothing_of_other_series_matter() -> None:
+    """Broken images, of no class, of no object, of other patients; a damaged one that says whose it is."""
+    chosen, other = series(VOXELS, AFFINE, seed="a"), series(VOXELS, AFFINE, seed="b", PatientID="OTHER")
+    broken: list[dict[str, object]] = [{"SOPClassUID": None}, {"SOPInstanceUID": None}, {"Rows": None}]
+    for ds, changes in zip(other, [*broken, {"NumberOfFrames": 10**8}], strict=False):
+        change(ds, **changes)
+    files = files_of(chosen + other)
+    last = list(files)[-1]
+    files[last] = files[last].replace(b"\x28\x00\x10\x00US", b"\xfe\xff\x00\xe0US")
+    nameless = file_of(change(series(VOXELS[:1], AFFINE, seed="c")[0], SeriesInstanceUID=None))
+    uid = chosen[0].SeriesInstanceUID
+    source = open_series(zipped(files | {"nameless": nameless}), series_uid=uid)
+    check(source)
+    assert source.left_out == len(other) + 1
+    for changes in broken:
+        bad = [change(series(VOXELS, AFFINE, seed="a")[2], **changes)]
+        with pytest.raises(ServingError):
+            open_series(zip_of(chosen[:2] + bad + chosen[3:] + other[:1]), series_uid=uid)
 
 
 def test_a_copy_of_a_file_is_dropped() -> None:

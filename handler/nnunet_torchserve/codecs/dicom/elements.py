@@ -24,7 +24,8 @@ DEFLATED, EXPLICIT_BIG = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"
 
 _MEDIA_CLASS, _TRANSFER_SYNTAX = 0x00020002, 0x00020010
 _DIRECTORY = "1.2.840.10008.1.3.10"
-_SOP_CLASS = 0x00080016
+_SOP_CLASS, _SERIES, _FRAMES = 0x00080016, 0x0020000E, 0x00280008
+_PER_FRAME = 0x52009230
 _META_GROUP, _PIXEL_GROUP = 0x0002, 0x7FE0
 PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS = 0x7FE00010, 0x7FE00008, 0x7FE00009
 _PIXELS = frozenset({PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS})
@@ -42,8 +43,32 @@ _RAW = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW"})
 """Representations whose undefined length means fragments, which hold no elements."""
 
 _GROUPS_WITHOUT_PREAMBLE = (b"\x08\x00", b"\x02\x00")
+_MOST_DIGITS = 12
+"""Of an IS (PS3.5, section 6.2)."""
+
 _EARLY_ELEMENTS = frozenset({0x00, 0x01, 0x05, 0x06, 0x08, 0x12, 0x14, 0x16, 0x18})
 _DAMAGED = "a DICOM file is damaged: its elements do not follow each other"
+
+
+_ELEMENTS_A_FRAME, _EXTRA_FRAMES = 2000, 10
+"""Elements that the sequences of an object may hold for each of its frames, and for all together as if they were so
+many frames more. Some scanners put some hundred of their own beside each frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a walk is for.
+
+    Attributes:
+        elements: tags of elements at the top, which are handed on whole.
+        sequences: tags of those sequences, there and within them, whose items are read: files of implicit encoding do
+            not say that they are sequences.
+        classes: of objects; the walk ends where it meets another one.
+    """
+
+    elements: Collection[int]
+    sequences: Collection[int]
+    classes: Collection[str]
 
 
 @dataclass(slots=True)
@@ -52,18 +77,20 @@ class Budget:
 
     Attributes:
         elements: how many.
+        frames: of one object.
         nesting: sequences within each other.
         header_bytes: of one file.
     """
 
     elements: int
+    frames: int
     nesting: int
     header_bytes: int
 
     @classmethod
     def of(cls, limits: Limits) -> Budget:
         """All that is allowed."""
-        return cls(limits.dicom_elements, limits.dicom_nesting, limits.dicom_header_bytes)
+        return cls(limits.dicom_elements, limits.dicom_frames, limits.dicom_nesting, limits.dicom_header_bytes)
 
     def take(self, elements: int) -> None:
         """Count elements; raises :class:`TooLarge` when there are too many."""
@@ -98,7 +125,7 @@ class Walk:
 
     Attributes:
         wanted: the elements that were asked for, as they stand in the file.
-        sop_class: UID, once it was met.
+        sop_class, series: UIDs, once they were met.
         pixels: tag of the pixels that follow; ``None`` if there are none so far.
         pixels_at: first byte of their value.
         pixels_length: of their value, or :data:`UNDEFINED`.
@@ -110,6 +137,7 @@ class Walk:
 
     wanted: list[bytes] = field(default_factory=list)
     sop_class: str | None = None
+    series: str | None = None
     pixels: int | None = None
     pixels_at: int = 0
     pixels_length: int = 0
@@ -117,6 +145,10 @@ class Walk:
     is_other: bool = False
     is_whole: bool = False
     elements: int = 0
+
+    def restart(self) -> None:
+        """Forget all of it: the same bytes come again, with more."""
+        self.__init__()  # type: ignore[misc]
 
 
 def is_dicom(head: bytes) -> bool:
@@ -159,32 +191,32 @@ def encoding_of(head: bytes) -> Encoding:
 def walk_elements(
     data: bytes,
     encoding: Encoding,
-    wanted: Collection[int],
-    classes: Collection[str],
+    selection: Selection,
     budget: Budget,
+    walk: Walk,
     *,
     is_all: bool,
-) -> Walk:
+) -> None:
     """Walk over a data set's elements up to its pixels.
 
     Args:
         data: the data set's first bytes.
         encoding: how it is stored.
-        wanted: tags of elements at the top, which are handed on whole.
-        classes: of objects; the walk ends where it meets another one.
+        selection: what it is for.
         budget: how deep sequences may go; elements are not taken from it here, for ``data`` may come again with more.
+        walk: what is found is noted there anew, up to where the elements are damaged.
         is_all: no bytes follow.
 
     Raises:
-        Malformed: elements that do not follow each other, or end beyond the file.
-        TooLarge: deeper than allowed, or more elements.
+        Malformed: elements that do not follow each other, or end beyond the file; items of more frames than there
+            are.
+        TooLarge: deeper than allowed, or more elements, or more frames.
     """
-    walker = _Walker(data, encoding, wanted, classes, budget)
+    walker = _Walker(data, encoding, selection, budget, walk)
     while walker.step():
         pass
     if is_all and walker.walk.pixels is None and not walker.walk.is_other:
         walker.end()
-    return walker.walk
 
 
 @dataclass(slots=True)
@@ -205,14 +237,15 @@ class _Level:
 class _Walker:
     """A place in a data set, and the levels above it."""
 
-    def __init__(
-        self, data: bytes, encoding: Encoding, wanted: Collection[int], classes: Collection[str], budget: Budget
-    ) -> None:
-        self.walk = Walk()
-        self._data, self._wanted, self._classes, self._budget = data, wanted, classes, budget
+    def __init__(self, data: bytes, encoding: Encoding, selection: Selection, budget: Budget, walk: Walk) -> None:
+        self.walk = walk
+        walk.restart()
+        self._data, self._selection, self._budget = data, selection, budget
         self._order, self._implicit = "<" if encoding.little else ">", encoding.implicit
         self._levels: list[_Level] = []
         self._position = self._element_at = self._element = 0
+        self._frames = 1
+        self._items = self._inside = 0
 
     def step(self) -> bool:
         """Over one element, item or delimiter; false at the pixels, or where the bytes end."""
@@ -226,6 +259,7 @@ class _Walker:
         self.walk.elements += 1
         if self.walk.elements > self._budget.elements:
             self._budget.take(self.walk.elements)
+        self._count_inside()
         if tag in {_END_OF_ITEM, _END_OF_SEQUENCE}:
             self._leave(tag, start)
         elif self._levels and not self._levels[-1].is_item:
@@ -234,11 +268,28 @@ class _Walker:
             raise Malformed(_DAMAGED)
         elif not self._levels and self._is_found(tag, vr, start, length):
             return False
-        elif length == UNDEFINED or (vr == b"SQ" and (self._levels or tag in self._wanted)):
+        elif length == UNDEFINED or self._is_sequence(tag, vr):
             self._enter_sequence(vr, start, length)
         else:
             self._position = start + length
         return True
+
+    def _is_sequence(self, tag: int, vr: bytes | None) -> bool:
+        """Whether an element of defined length is one that is entered: pydicom will read what it holds."""
+        is_read = self._element in self._selection.sequences and tag in self._selection.sequences
+        if is_read and vr not in {None, b"SQ"}:
+            msg = "a DICOM file stores a sequence as bytes of another kind; send the files as the scanner wrote them"
+            raise Malformed(msg)
+        return is_read or (vr == b"SQ" and bool(self._levels))
+
+    def _count_inside(self) -> None:
+        """Elements of sequences that are read; of each pydicom makes an object."""
+        if not self._levels or self._element not in self._selection.sequences:
+            return
+        self._inside += 1
+        if self._inside > _ELEMENTS_A_FRAME * (self._frames + _EXTRA_FRAMES):
+            msg = "the header of a DICOM file holds far more elements than its frames need"
+            raise TooLarge(msg)
 
     def end(self) -> None:
         """The bytes end: so must the elements."""
@@ -263,11 +314,23 @@ class _Walker:
     def _enter_item(self, tag: int, start: int, length: int) -> None:
         if tag != _ITEM:
             raise Malformed(_DAMAGED)
+        if len(self._levels) == 1 and self._element in self._selection.sequences:
+            self._count_item()
         self._position = start
         if self._levels[-1].is_raw:
             self._position += length
         else:
             self._levels.append(_Level(None if length == UNDEFINED else start + length, is_item=True))
+
+    def _count_item(self) -> None:
+        """Of a sequence at the top that is read: one a frame, or a single one."""
+        self._items += 1
+        if self._items > self._budget.frames:
+            msg = f"a DICOM file describes more than {self._budget.frames} frames, the limit"
+            raise TooLarge(msg)
+        if self._items > (self._frames if self._element == _PER_FRAME else 1):
+            msg = f"a DICOM file declares {self._frames} frames, and describes more"
+            raise Malformed(msg)
 
     def _enter_sequence(self, vr: bytes | None, start: int, length: int) -> None:
         end = None if length == UNDEFINED else start + length
@@ -279,7 +342,7 @@ class _Walker:
 
     def _is_found(self, tag: int, vr: bytes | None, start: int, length: int) -> bool:
         """Note an element at the top; true if the walk ends there: at the pixels, or in an object of another class."""
-        self._element = tag
+        self._element, self._items = tag, 0
         if tag in _PIXELS:
             self.walk.pixels, self.walk.pixels_vr = tag, vr
             self.walk.pixels_at, self.walk.pixels_length = start, length
@@ -287,12 +350,17 @@ class _Walker:
             return True
         if tag == _SOP_CLASS and start + length <= len(self._data):
             self.walk.sop_class = _uid(self._data[start : start + length])
-            self.walk.is_other = self.walk.sop_class not in self._classes
+            self.walk.is_other = self.walk.sop_class not in self._selection.classes
+        if tag == _SERIES and start + length <= len(self._data):
+            self.walk.series = _uid(self._data[start : start + length])
+        if tag == _FRAMES and start + length <= len(self._data):
+            said = self._data[start : start + length].strip(b"\0 ")
+            self._frames = int(said) if said.isdigit() and len(said) <= _MOST_DIGITS else 1
         return self.walk.is_other
 
     def _keep(self) -> None:
         """The element that ended here, if it is wanted."""
-        if self._element in self._wanted and self._position <= len(self._data):
+        if self._element in self._selection.elements and self._position <= len(self._data):
             self.walk.wanted.append(self._data[self._element_at : self._position])
         self._element, self._element_at = 0, self._position
 

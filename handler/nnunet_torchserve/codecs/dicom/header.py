@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...errors import DicomReason, DicomRefused, Malformed, RequestError, TooLarge
 from ...limits import Limits
-from .elements import PIXEL_DATA, Encoding, Walk
+from .elements import PIXEL_DATA, Encoding, Selection, Walk
 from .library import data_set, quietly
 from .planes import Plane
 from .rescale import UNSCALED, Linear, Rescale, Table
@@ -53,12 +53,14 @@ _ELEMENTS = {
 """Tag and value representation (PS3.6), which files of implicit encoding do not say."""
 
 _SEQUENCES = {0x00283000, 0x52009229, 0x52009230}
+"""At the top: the Modality LUT, the functional groups that all frames share, those of each frame."""
+
+_GROUPS = {0x00209113, 0x00209116, 0x00289110, 0x00289145}
+"""Within those: plane position, plane orientation, pixel measures, pixel value transformation."""
+
 _OFFSET_TABLES = {0x7FE00001, 0x7FE00002}
 _CHARACTER_SET = 0x00080005
-SPECIFIC_TAGS = frozenset(
-    {_CHARACTER_SET, 0x00080016} | {tag for tag, _ in _ELEMENTS.values()} | _SEQUENCES | _OFFSET_TABLES
-)
-"""The elements at the top that are read."""
+_TAGS = {_CHARACTER_SET, 0x00080016} | {tag for tag, _ in _ELEMENTS.values()} | _SEQUENCES | _OFFSET_TABLES
 
 _TEXT = frozenset({"CS", "UI", "PN", "LO", "DA", "DS", "IS"})
 
@@ -91,6 +93,9 @@ IMAGE_CLASSES = {
     f"{_CLASS}128.1": Modality.PET,
 }
 """Classes of images (PS3.4, annex B.5): single-frame, enhanced, enhanced colour, converted from single frames."""
+
+SELECTION = Selection(frozenset(_TAGS), frozenset(_SEQUENCES | _GROUPS), frozenset(IMAGE_CLASSES))
+"""What a header is read from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,26 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
-from ...errors import DicomReason, DicomRefused, TooLarge, UnknownFormat
+from ...errors import DicomReason, DicomRefused, Malformed, TooLarge, UnknownFormat
 from ...limits import Limits
 from ..inflate import ByteSource, Compression
 from .container import Container, File, Meter, Stream, StreamFile, walk
 from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
-from .header import IMAGE_CLASSES, SPECIFIC_TAGS, ImageHeader, Modality, Piece, read_header
+from .header import SELECTION, ImageHeader, Modality, Piece, read_header
 from .rescale import UNSCALED
 
 _FIRST_BYTES = 16 * 1024
 _MOST_NAMED = 20
 _CHUNK_BYTES = 1024**2
+
+
+class Left(Enum):
+    """Why a file was left out."""
+
+    NO_IMAGE = "no image of CT, MR or PET"
+    OTHER_SERIES = "damaged, and of another series than the one that is asked for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
         Malformed, TooLarge: a header says so.
     """
     found: list[ImageHeader] = []
-    ignored = dicom = 0
+    ignored = others = dicom = 0
     budget, meter = Budget.of(limits), Meter(limits)
     for number, file in enumerate(walk(container, limits, meter)):
         stream = file.open()
@@ -81,16 +89,17 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
             ignored += 1
             continue
         dicom += 1
-        header = _read(number, file, stream, budget, meter, limits)
-        ignored += header is None
-        found += [] if header is None else [header]
-    if not found:
+        header = _read(number, file, stream, uid, budget, meter, limits)
+        ignored += header is Left.NO_IMAGE
+        others += header is Left.OTHER_SERIES
+        found += [header] if isinstance(header, ImageHeader) else []
+    if not found and not others:
         raise _no_images(ignored, dicom)
     images = _chosen(found, uid)
     images = _each_once(images, container, limits)
     _check_one(images)
     _check_whole(images)
-    return Series(images, ignored, len(found) - len(images))
+    return Series(images, ignored, others + len(found) - len(images))
 
 
 def data_set_stream(stream: Stream, encoding: Encoding, meter: Meter) -> Stream:
@@ -108,31 +117,44 @@ def data_set_stream(stream: Stream, encoding: Encoding, meter: Meter) -> Stream:
     return ByteSource.over(StreamFile(inflated, meter), Compression.NONE)
 
 
-def _read(number: int, file: File, stream: Stream, budget: Budget, meter: Meter, limits: Limits) -> ImageHeader | None:
-    """One header; ``None`` if the object is no image of CT, MR or PET."""
+def _read(
+    number: int, file: File, stream: Stream, uid: str | None, budget: Budget, meter: Meter, limits: Limits
+) -> ImageHeader | Left:
+    """One header. What is wrong with an object that says that it is of another series than ``uid`` does not matter."""
     encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
     if encoding.is_directory:
-        return None
+        return Left.NO_IMAGE
     stream = data_set_stream(stream, encoding, meter)
+    size = None if encoding.transfer_syntax == DEFLATED else file.size - encoding.start
+    seen = Walk()
+    try:
+        _walk_header(stream, encoding, budget, seen)
+        budget.take(seen.elements)
+        if seen.is_other:
+            return Left.NO_IMAGE
+        if seen.sop_class is None:
+            _check_without_class(seen)
+            return Left.NO_IMAGE
+        return read_header(number, size, seen, encoding, limits)
+    except (Malformed, DicomRefused):
+        if uid is None or seen.series is None or seen.series == uid:
+            raise
+        return Left.OTHER_SERIES
+
+
+def _walk_header(stream: Stream, encoding: Encoding, budget: Budget, seen: Walk) -> None:
+    """Walk over more and more bytes of a data set, until its header's end is among them."""
     wanted = _FIRST_BYTES
     while True:
         data = stream.peek(wanted)
         is_all = len(data) < wanted
-        found = walk_elements(data, encoding, SPECIFIC_TAGS, IMAGE_CLASSES, budget, is_all=is_all)
-        if found.is_whole or is_all or found.is_other:
-            break
+        walk_elements(data, encoding, SELECTION, budget, seen, is_all=is_all)
+        if seen.is_whole or is_all or seen.is_other:
+            return
         if wanted >= budget.header_bytes:
             msg = f"the header of a DICOM file has more than {budget.header_bytes} bytes, the limit"
             raise TooLarge(msg)
         wanted = min(4 * wanted, budget.header_bytes)
-    budget.take(found.elements)
-    if found.is_other:
-        return None
-    if found.sop_class is None:
-        _check_without_class(found)
-        return None
-    deflated = encoding.transfer_syntax == DEFLATED
-    return read_header(number, None if deflated else file.size - encoding.start, found, encoding, limits)
 
 
 def _check_without_class(found: Walk) -> None:
@@ -153,10 +175,11 @@ def _no_images(ignored: int, dicom: int) -> UnknownFormat | DicomRefused:
 
 
 def _chosen(found: Sequence[ImageHeader], uid: str | None) -> Sequence[ImageHeader]:
-    if missing := sum(not header.has_uids for header in found):
-        msg = f"{missing} of {len(found)} images have no valid UID of the object, the study or the series, so nobody "
+    chosen = found if uid is None else [header for header in found if header.series == uid]
+    if missing := sum(not header.has_uids for header in chosen):
+        msg = f"{missing} of {len(chosen)} images have no valid UID of the object, the study or the series, so nobody "
         raise DicomRefused(DicomReason.INCOMPLETE, f"{msg}knows what belongs together")
-    counts = Counter((header.study, header.series, header.modality) for header in found)
+    counts = Counter((header.study, header.series, header.modality) for header in found if header.has_uids)
     if uid is None and len({key[:2] for key in counts}) == 1:
         return found
     listed = "; ".join(
@@ -168,7 +191,6 @@ def _chosen(found: Sequence[ImageHeader], uid: str | None) -> Sequence[ImageHead
         several = len({key[:2] for key in counts})
         msg = f"there are {several} series: {listed}. Send one, or name it with option series_uid"
         raise DicomRefused(DicomReason.SEVERAL_SERIES, msg)
-    chosen = [header for header in found if header.series == uid]
     if not chosen:
         msg = f"no image belongs to the series that option series_uid names; there are {listed}"
         raise DicomRefused(DicomReason.UNKNOWN_SERIES, msg)
