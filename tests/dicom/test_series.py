@@ -180,9 +180,9 @@ def test_series_uid_chooses_among_several_series() -> None:
 def test_series_uid_makes_nothing_of_other_series_matter() -> None:
     """Broken images, of no class, of no object, of other patients; a damaged one that says whose it is."""
     chosen, other = series(VOXELS, AFFINE, seed="a"), series(VOXELS, AFFINE, seed="b", PatientID="OTHER")
-    broken: list[dict[str, object]] = [{"SOPClassUID": None}, {"SOPInstanceUID": None}, {"Rows": None}]
-    for ds, changes in zip(other, [*broken, {"NumberOfFrames": 10**8}], strict=False):
-        change(ds, **changes)
+    broken: list[dict[str, Any]] = [{"SOPClassUID": None}, {"SOPInstanceUID": None}, {"Rows": None}]
+    for image, changes in zip(other, [*broken, dict[str, Any](NumberOfFrames=10**8)], strict=False):
+        change(image, **changes)
     files = files_of(chosen + other)
     last = list(files)[-1]
     files[last] = files[last].replace(b"\x28\x00\x10\x00US", b"\xfe\xff\x00\xe0US")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +16,8 @@ _MOST_FRAGMENTS = 200_000
 _DAMAGED = "the compressed pixels of an image are damaged: its pieces do not follow each other"
 
 
-def frames_of(value: memoryview, pixels: Pixels) -> list[bytes]:
-    """The bytes of each frame.
+def frames_of(value: memoryview, pixels: Pixels) -> Iterator[bytes]:
+    """The bytes of each frame, copied when its turn comes; all that can be wrong is noticed before the first.
 
     Args:
         value: of the pixels, from the item of the basic offset table on.
@@ -28,9 +29,9 @@ def frames_of(value: memoryview, pixels: Pixels) -> list[bytes]:
     """
     table, starts, pieces = _split(value)
     if len(pieces) == pixels.frames:
-        return [bytes(piece) for piece in pieces]
+        return (bytes(piece) for piece in pieces)
     if pixels.frames == 1:
-        return [b"".join(pieces)]
+        return iter([b"".join(pieces)])
     offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
     if pixels.offsets is not None:
         whole = pixels.offsets[0]
@@ -41,7 +42,7 @@ def frames_of(value: memoryview, pixels: Pixels) -> list[bytes]:
         msg = f"{pixels.frames} compressed frames in {len(pieces)} pieces, and no table says where each begins"
         raise Malformed(msg)
     bounds = [number for number in firsts if number is not None] + [len(pieces)]
-    return [b"".join(pieces[first:last]) for first, last in pairwise(bounds)]
+    return (b"".join(pieces[first:last]) for first, last in pairwise(bounds))
 
 
 def _split(value: memoryview) -> tuple[bytes, list[int], list[memoryview]]:

@@ -1,7 +1,8 @@
 """A DICOM series as an image: its header at once, its voxels on demand.
 
 The headers are read first and the pixels in a second walk, so that neither an archive that is not wanted after all nor
-its unpacked bytes are ever in memory: beside the volume there is one frame.
+its unpacked bytes are ever in memory. Beside the volume there are one frame and, of compressed pixels, those of one
+object as they are packed and the frames that wait for a thread.
 """
 
 from __future__ import annotations
