@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -80,20 +82,17 @@ def test_an_upload_lasts_and_requests_that_are_answered_one_after_the_other_do_n
     upload = [InUse(b"upload", received, 0, is_leaving=False) for received in (10, 20, 30)]
     hasty = [InUse(b"hasty", 10 * n, 7 * n, is_leaving=False) for n in (1, 2, 3)]
     slow = [InUse(b"reader", 10, 100 * n, is_leaving=True) for n in (1, 2, 3)]
-    assert [exchanges.look(each, now) for now, each in enumerate(zip(upload, hasty, slow, strict=True))] == [
-        [0, 0, 0],
-        [1, 0, 1],
-        [2, 0, 2],
-    ]
+    seen = [exchanges.look(each, now) for now, each in enumerate(zip(upload, hasty, slow, strict=True))]
+    assert [[each.seconds for each in at] for at in seen] == [[0, 0, 0], [1, 0, 1], [2, 0, 2]]
 
 
 def test_who_sends_nothing_any_more_is_not_waited_for() -> None:
     exchanges = Exchanges()
     stalled = InUse(b"stalled", 10, 0, is_leaving=False)
-    assert exchanges.look([stalled], 0.0) == [0.0]
-    assert exchanges.look([stalled], STALLED_S - 1) == [STALLED_S - 1]
-    assert exchanges.look([stalled], STALLED_S) == []
-    assert exchanges.look([InUse(b"stalled", 11, 0, is_leaving=False)], STALLED_S + 1) == [STALLED_S + 1]
+    for now, lasts in ((0.0, [0.0]), (STALLED_S - 1, [STALLED_S - 1]), (STALLED_S, [])):
+        assert [each.seconds for each in exchanges.look([stalled], now)] == lasts
+    again = InUse(b"stalled", 11, 0, is_leaving=False)
+    assert [each.seconds for each in exchanges.look([again], STALLED_S + 1)] == [STALLED_S + 1]
 
 
 def test_refused_clients_come_again_together_and_leave_a_part_of_each_period_to_nobody() -> None:
@@ -104,3 +103,18 @@ def test_refused_clients_come_again_together_and_leave_a_part_of_each_period_to_
         comes = refused_at + retry_after_s(f'{{"together_s": {PERIOD_S}}}', refused_at)
         assert 0 < comes - refused_at <= PERIOD_S
         assert not nobody_comes(comes)
+
+
+def test_a_dump_that_failed_at_its_end_is_not_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def settimeout(self, _: float) -> None: ...
+
+        def sendto(self, *_: object) -> None: ...
+
+        def close(self) -> None: ...
+
+        def recv(self, _: int) -> bytes:
+            return struct.pack("=IHHIIi", 20, 3, 0, 1, 0, -errno.EINTR)
+
+    monkeypatch.setattr(socket, "socket", lambda *_: Kernel())
+    assert in_use(1) is None

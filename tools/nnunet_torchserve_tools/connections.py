@@ -31,6 +31,7 @@ _MESSAGE_ID = 4  # offset of the identity in struct inet_diag_msg
 _SEND_QUEUE = 60  # offset in it: bytes that the client has not taken
 _MESSAGE_BYTES = 72  # of that struct; attributes follow
 _ATTRIBUTE = struct.Struct("=HH")
+_STATUS = struct.Struct("=i")
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 _LAST_SENT, _LAST_RECEIVED = 44, 52  # offsets in struct tcp_info, in ms before now
 _BYTES_ACKED, _BYTES_RECEIVED = 120, 128
@@ -48,12 +49,14 @@ class InUse:
         received: bytes that have come on it so far.
         taken: bytes of answers that its client has taken so far.
         is_leaving: an answer is on its way.
+        peer: the client's address, without its port.
     """
 
     cookie: bytes
     received: int
     taken: int
     is_leaving: bool
+    peer: bytes = b""
 
 
 def in_use(port: int) -> list[InUse] | None:
@@ -84,10 +87,11 @@ def _of_family(family: int, port: int) -> Iterator[InUse]:
         asked.sendto(head + body, (0, 0))
         while True:
             for kind, message in _messages(asked.recv(_BUFFER_BYTES)):
-                if kind == _NLMSG_DONE:
+                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                    [status] = _STATUS.unpack_from(message)
+                    if status < 0 or kind == _NLMSG_ERROR:  # a dump may fail at its end: it was not whole
+                        raise OSError(-status, "sock_diag")
                     return
-                if kind == _NLMSG_ERROR:
-                    raise OSError(-int(struct.unpack_from("=i", message)[0]), "sock_diag")
                 if (found := _read(message, port)) is not None:
                     yield found
 
@@ -105,7 +109,7 @@ def _messages(received: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _read(message: bytes, port: int) -> InUse | None:
     """A connection, if it is in use."""
-    local, *_ = _IDENTITY.unpack_from(message, _MESSAGE_ID)
+    local, _, _, peer = _IDENTITY.unpack_from(message, _MESSAGE_ID)
     _, cookie = _COOKIE.unpack_from(message, _MESSAGE_ID + _IDENTITY.size)
     info = _information(message)
     if local != port or len(info) < _INFO_BYTES:
@@ -115,7 +119,7 @@ def _read(message: bytes, port: int) -> InUse | None:
     [taken], [received] = _U64.unpack_from(info, _BYTES_ACKED), _U64.unpack_from(info, _BYTES_RECEIVED)
     # both times are the connection's own at first
     waits = received > 0 and (received_ms < sent_ms or taken == 0)
-    return InUse(cookie, received, taken, queued > 0) if waits or queued else None
+    return InUse(cookie, received, taken, queued > 0, peer) if waits or queued else None
 
 
 def _information(message: bytes) -> bytes:

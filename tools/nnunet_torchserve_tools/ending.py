@@ -33,7 +33,8 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
     server = read_state(state_dir)
     if server is None:
         return False
-    (state_dir / STOPPING_FILE).touch()
+    with suppress(OSError):  # a full or read-only disk keeps nobody's server running
+        (state_dir / STOPPING_FILE).touch()
     process = server.process()
     if process is not None:
         family = [process]
@@ -48,8 +49,9 @@ def stop(state_dir: Path, timeout_s: float = STOP_TIMEOUT_S) -> bool:
             raise ToolError(msg)
     for folder in (server.temp_dir, *server.made):
         shutil.rmtree(folder, ignore_errors=True)
-    key_file(Path(server.control_dir)).unlink(missing_ok=True)
-    (state_dir / STATE_FILE).unlink(missing_ok=True)
+    for file in (key_file(Path(server.control_dir)), state_dir / STATE_FILE):
+        with suppress(OSError):  # it names a process that is gone
+            file.unlink(missing_ok=True)
     return process is not None
 
 

@@ -80,10 +80,10 @@ def reports(control: Path) -> dict[int, Report]:
     for file in (control / REPORTS).glob("[0-9]*"):
         try:
             content = json.loads(file.read_text())
-            found[int(file.name)] = Report(
-                int(content["report"]), bool(content["idle"]), bool(content["works"]), int(content["refused"])
-            )
-        except (OSError, ValueError, KeyError):
+            idle = bool(content["idle"])
+            works, refused = content.get("works", not idle), content.get("refused", 0)  # older archives say less
+            found[int(file.name)] = Report(int(content["report"]), idle, bool(works), int(refused))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # gone, or of a worker that ends
     return found
 

@@ -6,22 +6,30 @@ First for the *work*: what workers took before the order, and what waits in Torc
 worker refuses. Then for *quiet*: a moment at which no request is on its way in or out. TorchServe cannot close its port
 and finish what it has; whatever is on a connection when it ends is reset. So refused clients are told to come again
 together, once in a period (:data:`PERIOD_S`): for the rest of each nobody comes who keeps to that, and the kernel knows
-whether anybody uploads still, or is given an answer (:mod:`.connections`). Those who come again at once, whatever they
-are told, are waited for only so long.
+whether anybody uploads still, or is given an answer (:mod:`.connections`). A period that is too short for the uploads
+that are seen is doubled. Those who come again at once, whatever they are told, are waited for only so long, and not in
+the middle of anybody else's request.
 
-Who asks for the end once more gets it at once.
+Who asks for the end once more gets it at once. What is cut then, or at the end of the grace period, is said.
+
+Threads: the caller's, and one that asks the management API, which may take seconds to answer.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+
+from nnunet_torchserve.draining import ORDERS, retry_after_s
 
 from . import connections, ending
 from .connections import InUse
@@ -30,12 +38,15 @@ from .orders import Target, give_order, reports, versions
 from .server import Server, read_state
 
 PERIOD_S = 4
-QUIET_S = (1.5, 3.4)
-"""The part of each period in which no refused client comes: not in its first second, for Retry-After is whole seconds,
-nor so late that TorchServe still has its port open when the next one begins."""
+LONGEST_PERIOD_S = 64
+"""Clients come once in a period, and a period is doubled while it is too short for what they bring."""
+
+QUIET_S = (1.5, 0.6)
+"""So long after a period's begin, and before its end, no refused client comes: not in its first second, for Retry-After
+is whole seconds, nor so late that TorchServe still has its port open when the next one begins."""
 
 LINGER_S = 9.0
-"""Of waiting for quiet, with clients that come again at once: two periods and the rest of one."""
+"""Of waiting for quiet, since the last large request, with clients that come again at once."""
 
 ONE_EXCHANGE_S = 2.0
 """A request that is on its way for that long is a large one, and not one of many."""
@@ -43,12 +54,15 @@ ONE_EXCHANGE_S = 2.0
 STALLED_S = 10.0
 """Without a byte: an upload whose client has gone, or an answer that nobody reads."""
 
-SILENCE_S = 30.0
-"""Of TorchServe's management API: it will answer nobody else either."""
+SILENCE_S, SILENCE_FAILURES = 30.0, 3
+"""Of TorchServe's management API: then workers and kernel are believed alone."""
+
+_DESCRIPTION_S = 10.0
+"""For its answer, for which it runs ``nvidia-smi`` once for each worker of a GPU."""
 
 _POLL_S = 0.1
-_QUIET_POLLS, _BLIND_POLLS = 3, 8
-"""So often in a row nothing may be in flight; without the kernel's word a request may be in TorchServe's own hands."""
+_QUIET_POLLS, _IDLE_POLLS = 3, 8
+"""So often in a row nothing may be in flight, and every worker be idle: a request may be in TorchServe's own hands."""
 
 _LAST_ANSWERS_S = 1.5
 _LEAVE_S = 0.5
@@ -98,32 +112,98 @@ def stop_gracefully(
         if lost and not hurry():
             stop.let_workers_go(process)
     ending.stop(state_dir, _LEAVE_S)
+    if server.ready and not lost and hurry():
+        lost = "a second signal, and no time to see what was in hand"
     return Outcome(was_running=True, lost=lost)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request that is on its way in, or its answer on its way out.
+
+    Attributes:
+        seconds: that it has lasted.
+        came_back: its client was answered a moment ago, and did not wait until it was to come again.
+    """
+
+    seconds: float
+    came_back: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    seen: InUse
+    since: float
+    changed: float
+    came_back: bool
 
 
 class Exchanges:
     """The connections that are in use, followed over time."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, tuple[InUse, float, float]] = {}
+        self._known: dict[bytes, _Followed] = {}
+        self._answered: set[bytes] = set()
 
-    def look(self, seen: Iterable[InUse], now: float) -> list[float]:
-        """For each exchange that gets on, how many seconds it has lasted.
+    def look(
+        self, seen: Collection[InUse], now: float, *, working: bool = False, may_come: bool = True
+    ) -> list[Exchange]:
+        """The exchanges that get on, or that a worker may be at.
 
         Args:
             seen: the connections in use now.
             now: in monotonic seconds.
+            working: whether workers have requests: a connection may be silent for as long as a case takes.
+            may_come: whether refused clients may come now.
         """
         known = {}
         for each in seen:
-            before, since, changed = self._known.get(each.cookie, (each, now, now))
-            if each.taken > before.taken and not each.is_leaving:  # that was answered, and this is the next one
-                since = now
-            if (each.taken, each.received) != (before.taken, before.received):
-                changed = now
-            known[each.cookie] = (each, since, changed)
+            last = self._known.get(each.cookie)
+            is_next = last is not None and each.taken > last.seen.taken and not each.is_leaving
+            if last is None or is_next:  # that was answered, and this is the next one
+                known_before = is_next or bool(self._answered & {each.cookie, each.peer})
+                known[each.cookie] = _Followed(each, now, now, not working and not may_come and known_before)
+                continue
+            moved = (each.taken, each.received, each.is_leaving) != (
+                last.seen.taken,
+                last.seen.received,
+                last.seen.is_leaving,
+            )
+            known[each.cookie] = _Followed(each, last.since, now if moved or working else last.changed, last.came_back)
+        if not working:
+            for cookie, last in self._known.items():
+                if cookie not in known or known[cookie].since > last.since:
+                    self._answered |= {cookie, last.seen.peer}
         self._known = known
-        return [now - since for _, since, changed in known.values() if now - changed < STALLED_S]
+        return [Exchange(now - each.since, each.came_back) for each in known.values() if now - each.changed < STALLED_S]
+
+
+class _Descriptions:
+    """The management API's word, asked for by a thread: whoever waits for it must see a second signal."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._answers: queue.SimpleQueue[list[dict[str, Any]] | ToolError] = queue.SimpleQueue()
+        self._is_asked = False
+
+    def take(self) -> list[dict[str, Any]] | ToolError | None:
+        """An answer that has come, or why there is none; ``None`` while it is awaited."""
+        if not self._is_asked:
+            self._is_asked = True
+            threading.Thread(target=self._ask, name="management", daemon=True).start()
+        with suppress(queue.Empty):
+            answer = self._answers.get_nowait()
+            self._is_asked = False
+            return answer
+        return None
+
+    def _ask(self) -> None:
+        try:
+            self._answers.put(versions(self._target, _DESCRIPTION_S))
+        except ToolError as error:
+            self._answers.put(error)
+        except (KeyError, ValueError, TypeError) as error:
+            self._answers.put(ToolError(f"the management API's answer cannot be read: {error}"))
 
 
 class _Stop:
@@ -140,21 +220,46 @@ class _Stop:
         self._port = int(urlsplit(server.inference_url).port or 0)
         self._hurry, self._between, self._tell = hurry, between, tell
         self._exchanges = Exchanges()
+        self._descriptions = _Descriptions(self._target)
+        self._period = PERIOD_S
+        self._is_ordered = self._is_silent = False
 
     def run(self, grace_s: float) -> str:
         """Order, and wait; returns what is in hand when the time is over, or nothing."""
-        deadline = time.monotonic() + grace_s
+        began = time.monotonic()
         before = {pid: report.number for pid, report in reports(self._target.control).items()}
         refused = self._refused()
-        give_order(self._target, {"together_s": PERIOD_S})
+        standing = self._standing()
+        not_before = began
+        if refused and standing:  # somebody was refused a moment ago, and will come when that order said
+            told_s = max(retry_after_s(text, time.time()) for text in standing.values())
+            not_before, refused = began + told_s + 1, -1
+        self._order()
         try:
-            if work := self._wait_for_work(before, deadline):
+            if work := self._wait_for_work(before, began + grace_s):
                 return work
-            self._wait_for_quiet(refused, deadline)
+            return self._wait_for_quiet(refused, not_before, began + grace_s)
         except KeyboardInterrupt:  # whoever stops it from another process has thought better of it
             self._target.order.unlink(missing_ok=True)
+            if (own := standing.get(self._target.order.name)) is not None:
+                self._target.order.write_text(own)
             raise
-        return ""
+
+    def _standing(self) -> dict[str, str]:
+        """The orders that stand, by name."""
+        found = {}
+        for file in (self._target.control / ORDERS).glob("[!.]*"):
+            with suppress(OSError):
+                found[file.name] = file.read_text()
+        return found
+
+    def _order(self) -> None:
+        try:
+            give_order(self._target, {"together_s": self._period})
+            self._is_ordered = True
+        except OSError as error:
+            if not self._is_ordered:
+                self._tell(f"stopping; workers cannot be told to refuse what comes: {error.strerror or error}")
 
     def let_workers_go(self, front_end: psutil.Process) -> None:
         """Kill the workers, so that TorchServe answers what they had, "Worker died.", before it ends itself."""
@@ -167,32 +272,36 @@ class _Stop:
             self._pause()
 
     def _wait_for_work(self, before: dict[int, int], deadline: float) -> str:
-        heard, told = time.monotonic(), ""
+        heard, failures, told, work = time.monotonic(), 0, "", "no word yet of what workers and queue hold"
         while True:
             self._pause()
-            self._look_at_connections()
-            try:
-                work = self._work(before)
-                heard = time.monotonic()
-            except ToolError as error:
-                work = str(error)
+            self._look_at_connections(working=True)
+            answer = self._descriptions.take()
             now = time.monotonic()
-            if work and work != told:
+            if isinstance(answer, ToolError):
+                failures += 1
+                self._is_silent = failures >= SILENCE_FAILURES and now - heard > SILENCE_S
+                work = self._work_of_workers(before) or ("" if self._is_silent else str(answer))
+            elif answer is not None:
+                heard, failures = now, 0
+                work = self._work(before, answer)
+            if work and work != told and answer is not None:
                 told = work
                 self._tell(f"stopping; first, {work} is finished or refused")
-            if not work or self._hurry() or now > deadline or now - heard > SILENCE_S:
+            if not work or self._hurry() or now > deadline:
                 return work
 
-    def _work(self, before: dict[int, int]) -> str:
+    def _work(self, before: dict[int, int], states: list[dict[str, Any]]) -> str:
         """What was taken before the order and what nobody has refused yet, in words.
 
         Args:
             before: numbers of reports from before the order: they say nothing.
+            states: of the model versions, as the management API has them.
         """
         reported = reports(self._target.control)
-        for state in versions(self._target):
+        for state in states:
             name = f"{state['modelName']}/{state['modelVersion']}"
-            for worker in state["workers"]:
+            for worker in state["workers"] if self._is_ordered else ():
                 pid = int(worker["pid"])
                 if worker["status"] != "READY" or not psutil.pid_exists(pid):
                     continue  # it takes no requests
@@ -203,26 +312,60 @@ class _Stop:
                 return f"{pending} requests of {name} in the queue"
         return ""
 
-    def _wait_for_quiet(self, refused_before: int, deadline: float) -> None:
-        began, quiet = time.monotonic(), 0
+    def _work_of_workers(self, before: dict[int, int]) -> str:
+        """The same, as far as workers say it themselves."""
+        for pid, report in reports(self._target.control).items():
+            if psutil.pid_exists(pid) and (report.number == before.get(pid) or report.works):
+                return f"a request with worker {pid}"
+        return ""
+
+    def _wait_for_quiet(self, refused_before: int, not_before: float, deadline: float) -> str:
+        """Wait for the moment; returns what was in use when there was none."""
+        lingers_since = began = time.monotonic()
+        quiet = idle_polls = 0
         while True:
-            now = time.monotonic()
-            lasting = self._look_at_connections()
+            now, clock = time.monotonic(), time.time()
+            lasting = self._look_at_connections(working=not self._is_ordered)
             idle = all(report.idle for pid, report in reports(self._target.control).items() if psutil.pid_exists(pid))
+            idle_polls = idle_polls + 1 if idle else 0
             quiet = quiet + 1 if idle and not lasting else 0
-            enough = quiet >= (_BLIND_POLLS if lasting is None else _QUIET_POLLS)
-            if enough and (self._refused() == refused_before or nobody_comes(time.time())):
-                return
+            nobody = now >= not_before and nobody_comes(clock, self._period)
+            enough = quiet >= _QUIET_POLLS and idle_polls >= _IDLE_POLLS
+            if enough and (self._refused() == refused_before or nobody):
+                return self._in_use(idle)
             if self._hurry() or now > deadline:
-                return
-            if now - began > LINGER_S and not any(each >= ONE_EXCHANGE_S for each in lasting or ()):
-                return
+                return self._in_use(idle)
+            if any(each.seconds >= ONE_EXCHANGE_S for each in lasting or ()):
+                lingers_since = now
+            has_lingered = now - lingers_since > LINGER_S
+            if has_lingered and nobody and all(each.came_back for each in lasting or ()):
+                return self._in_use(idle)
+            longest = max((each.seconds for each in lasting or () if not each.came_back), default=0.0)
+            if min(longest, now - began) > self._period - sum(QUIET_S) and self._period < LONGEST_PERIOD_S:
+                not_before = max(not_before, now + self._period + 1)  # who was told the old one comes within it
+                self._period *= 2
+                self._order()
             self._pause()
 
-    def _look_at_connections(self) -> list[float] | None:
-        """For how long each exchange lasts; ``None`` if the kernel does not tell."""
+    def _look_at_connections(self, *, working: bool) -> list[Exchange] | None:
+        """The exchanges; ``None`` if the kernel does not tell."""
         seen = connections.in_use(self._port)
-        return None if seen is None else self._exchanges.look(seen, time.monotonic())
+        if seen is None:
+            return None
+        may_come = not nobody_comes(time.time(), PERIOD_S)
+        return self._exchanges.look(seen, time.monotonic(), working=working, may_come=may_come)
+
+    def _in_use(self, idle: bool) -> str:
+        """The connections that are cut, in words.
+
+        Args:
+            idle: whether every worker was; where the kernel does not tell, it is all that is known.
+        """
+        seen = connections.in_use(self._port)
+        if seen is None:
+            return "" if idle else "a request with a worker"
+        count = len(seen) if self._is_silent else len(self._exchanges.look(seen, time.monotonic()))
+        return f"a request or an answer on its way, on {count} connections" if count else ""
 
     def _refused(self) -> int:
         return sum(report.refused for report in reports(self._target.control).values())
@@ -232,13 +375,14 @@ class _Stop:
         time.sleep(_POLL_S)
 
 
-def nobody_comes(now: float) -> bool:
+def nobody_comes(now: float, period_s: float = PERIOD_S) -> bool:
     """Whether this is the part of a period in which no refused client comes.
 
     Args:
         now: seconds of the wall clock.
+        period_s: of which all longer ones are multiples.
 
     >>> [nobody_comes(now) for now in (40.0, 40.9, 42.0, 43.9)]
     [False, False, True, False]
     """
-    return QUIET_S[0] <= now % PERIOD_S <= QUIET_S[1]
+    return QUIET_S[0] <= now % period_s <= period_s - QUIET_S[1]
