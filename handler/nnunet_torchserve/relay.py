@@ -23,6 +23,7 @@ import torch
 
 from .engine.channel import ChannelError
 from .engine.tally import Level, TallyReader, Total
+from .errors import Busy, Deadline, OutOfMemory
 from .options import Priority
 from .telemetry import (
     ANSWER_SECONDS,
@@ -77,6 +78,9 @@ _REFRESH_S = 30.0
 _AFTER_FAULT_S = 60.0
 _MICROSECONDS = 1e6
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]")
+
+_ALERTED = (Busy, Deadline, OutOfMemory)
+"""Alerts name their codes: a series that is born with its first error has not increased."""
 
 _TOTALS: Mapping[Total, Metric] = {
     Total.STARTS: ENGINE_STARTS,
@@ -136,6 +140,8 @@ class Relay:
     def introduce(self) -> None:
         """Pass zeros on: a rate is only known of a counter that was there before it counted."""
         self._counts.add(REQUESTS, 0, "200", NO_CODE)
+        for error in _ALERTED:
+            self._counts.add(REQUESTS, 0, str(int(error.status)), error.code)
         self._counts.add(STRIKES, 0)
         self._counts.add(SHARED_ANSWERS, 0)
         for result in (HIT, MISS):

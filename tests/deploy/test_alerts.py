@@ -196,7 +196,11 @@ def test_the_rules_name_metrics_that_there_are_and_one_job() -> None:
 
 def test_the_charts_rules_are_these_for_its_own_pods(tmp_path: Path) -> None:
     rules: Values = {
-        "metrics": {"enabled": True, "rules": {"enabled": True, "runbook": "https://wiki.example.org/nnunet"}}
+        "metrics": {
+            "enabled": True,
+            "monitor": "pod",
+            "rules": {"enabled": True, "runbook": "https://wiki.example.org/nnunet"},
+        }
     }
     rendered = serve(STORE, rules)
     groups = rendered.kind("PrometheusRule")["spec"]["groups"]
@@ -225,7 +229,9 @@ def fleet(*pods: tuple[str, str]) -> Series:
 
 @pytest.fixture(scope="module")
 def scaled() -> Rendered:
-    return serve({"metrics": {"enabled": True, "rules": {"enabled": True}}, "autoscaling": {"kind": "keda"}})
+    return serve(
+        {"metrics": {"enabled": True, "monitor": "pod", "rules": {"enabled": True}}, "autoscaling": {"kind": "keda"}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +259,9 @@ def test_pods_are_scaled_by_the_seconds_that_work_waits(
 
 
 def test_the_metrics_adapter_gets_what_the_autoscaler_asks_for() -> None:
-    values = merged({"metrics": {"enabled": True, "rules": {"enabled": True}}}, {"autoscaling": {"kind": "hpa"}})
+    values = merged(
+        {"metrics": {"enabled": True, "monitor": "pod", "rules": {"enabled": True}}}, {"autoscaling": {"kind": "hpa"}}
+    )
     rendered = serve(values)
     [metric] = rendered.kind("HorizontalPodAutoscaler")["spec"]["metrics"]
     recorded: Any = rendered.kind("PrometheusRule")["spec"]["groups"][0]["rules"][0]

@@ -54,12 +54,14 @@ FETCH: Values = {
 PROXY: Values = {"proxy": {"enabled": True, "tls": {"secretName": "tls"}}}
 TOKENS: Values = merged(PROXY, {"proxy": {"tokens": {"secretName": "tokens"}}})
 METRICS: Values = {"metrics": {"enabled": True}}
-RULES: Values = merged(METRICS, {"metrics": {"rules": {"enabled": True}, "dashboard": {"enabled": True}}})
+RULES: Values = merged(
+    METRICS, {"metrics": {"monitor": "pod", "rules": {"enabled": True}, "dashboard": {"enabled": True}}}
+)
 
 OPTIONS: list[list[Values]] = [
     [STORE, FETCH, {"models": {"store": {"kind": "image"}}}],
     [{}, PROXY, TOKENS],
-    [METRICS, merged(RULES, {"metrics": {"monitor": "pod"}}), merged(RULES, {"metrics": {"monitor": "service"}})],
+    [METRICS, RULES, merged(RULES, {"metrics": {"monitor": "service"}})],
     [{}, {"autoscaling": {"kind": "keda"}}],
     [{}, {"gpu": {"enabled": True, "runtimeClassName": "nvidia"}}],
     [{}, {"server": {"workers": 2, "queue": 4, "bodyLimitMiB": 64, "heapMiB": 2048, "settings": {"a_key": 8}}}],
@@ -238,6 +240,8 @@ def test_every_number_has_its_reason_beside_it(chart: Path) -> None:
         ({"service": {"type": "LoadBalancer"}}, "proxy.enabled asks who they are"),
         ({"metrics": {"monitor": "pod"}}, "metrics.enabled"),
         ({"autoscaling": {"kind": "keda"}}, "metrics.enabled"),
+        ({"metrics": {"rules": {"enabled": True}}}, "metrics.rules.enabled: metrics.enabled and metrics.monitor"),
+        ({"metrics": {"enabled": True, "rules": {"enabled": True}}}, "metrics.monitor"),
         (merged(METRICS, {"autoscaling": {"kind": "hpa"}}), "metrics.rules.enabled"),
         (merged(METRICS, {"autoscaling": {"kind": "keda", "minReplicas": 9}}), "minReplicas"),
         ({"rollout": {"maxSurge": 0}}, "must be above 0"),
@@ -274,28 +278,38 @@ def test_no_archive_is_fetched_without_https_and_sha256(wrong: Values, schema: l
     assert "models" in render(SERVER_CHART, values, *schema).refusal
 
 
-def test_the_grace_period_covers_the_hook_and_the_longest_request() -> None:
-    def grace(**server: int) -> int:
-        pod = serve({"server": server}).pod
-        hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
-        waits = int(re.findall(r"sleep (\d+)", hook)[0]) + int(re.findall(r"--timeout (\d+)", hook)[0])
-        assert waits < pod["terminationGracePeriodSeconds"]
-        return int(pod["terminationGracePeriodSeconds"])
+@pytest.mark.parametrize("proxy", [{}, PROXY])
+def test_the_pods_grace_period_covers_the_hook_and_the_servers_own_and_its_end(proxy: Values) -> None:
+    def grace(values: Values) -> int:
+        row = serve(proxy, values)
+        hook = row.container()["lifecycle"]["preStop"]["exec"]["command"][-1]
+        assert "drain" not in hook
+        hook_s = sum(map(int, re.findall(r"(?:sleep|seq) (\d+)", hook.replace("sleep 1;", ""))))
+        [server_s] = [int(each.partition("=")[2]) for each in row.container()["args"] if each.startswith("--grace")]
+        pod_s = int(row.pod["terminationGracePeriodSeconds"])
+        longest_s = values.get("server", {}).get("longestRequestSeconds", 1200)
+        assert (hook_s if proxy else server_s) > longest_s
+        assert server_s >= 20
+        assert hook_s + server_s == pod_s - 20, "workers are let go before the kubelet kills"
+        return pod_s
 
-    assert (grace(), grace(longestRequestSeconds=3600)) == (1265, 3665)
-    assert serve({"stop": {"terminationGracePeriodSeconds": 1265}}).pod["terminationGracePeriodSeconds"] == 1265
+    assert [grace({}), grace({"server": {"longestRequestSeconds": 3600}})] == [1265, 3665]
+    assert grace({"stop": {"terminationGracePeriodSeconds": 2000}}) == 2000
 
 
-def test_with_the_proxy_the_grace_period_covers_its_end_too() -> None:
-    row = serve(PROXY)
-    hook = row.container()["lifecycle"]["preStop"]["exec"]["command"][-1]
-    waits = [int(re.findall(pattern, hook)[0]) for pattern in (r"sleep (\d+)", r"--timeout (\d+)", r"seq (\d+)")]
-    assert sum(waits) < row.pod["terminationGracePeriodSeconds"]
+def test_names_leave_room_for_what_kubernetes_adds() -> None:
+    command = [tool("helm"), "template", "a" * 53, str(SERVER_CHART), "--values", "-"]
+    run = subprocess.run(command, input=json.dumps(STORE), capture_output=True, text=True, check=True)
+    names = [each["metadata"]["name"] for each in yaml.safe_load_all(run.stdout) if each]
+    assert max(map(len, names)) <= 63 - len("-1234567890") - len("-12345")
 
 
 def test_a_start_has_time_for_the_archives() -> None:
     def seconds(*values: Values) -> int:
-        probe = serve(*values).container()["startupProbe"]
+        container = serve(*values).container()
+        probe = container["startupProbe"]
+        limit_s = probe["periodSeconds"] * probe["failureThreshold"]
+        assert f"--ready-timeout={limit_s - 10}" in container["args"], "it says itself why it was not ready"
         return int(probe["periodSeconds"] * probe["failureThreshold"])
 
     assert seconds() == 220

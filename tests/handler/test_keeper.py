@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -84,6 +87,38 @@ def test_an_engine_that_does_not_greet_any_more_is_replaced(
     monkeypatch.setattr(keeper, "SILENCE_S", PATIENCE_S)
     wait_for_another(keeping, engine)
     assert process(runtime) != stopped
+
+
+def test_an_engine_that_dies_soon_again_and_again_is_started_after_pauses_that_double(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each lives for a second; the first is followed at once, and one that lived long is again."""
+    now, started = [1000.0], []
+
+    class Dead:
+        def is_over(self) -> bool:
+            return True
+
+        def close(self) -> None:
+            pass
+
+    class Starts:
+        def link(self, _deadline: float) -> Dead:
+            started.append(now[0])
+            return Dead()
+
+    engine = object.__new__(RemoteEngine)
+    state = {"_starter": Starts(), "_lock": threading.RLock(), "_link": None, "_short_lives": 0}
+    for name, value in (state | {"_linked": 0.0, "_not_kept_before": 0.0}).items():
+        setattr(engine, name, value)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    while len(started) < 6:
+        engine.keep()
+        now[0] += 1.0
+    assert [after - before for before, after in pairwise(started)] == [1, 3, 5, 9, 17]
+    now[0] += 100.0
+    engine.keep()
+    assert started[-1] == now[0]
 
 
 def test_nobody_greets_where_there_is_no_engine(tmp_path: Path) -> None:

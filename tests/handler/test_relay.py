@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,17 @@ def test_a_workers_counts_are_passed_on_with_its_model() -> None:
         (STAGE_SECONDS.name, "model", "1.0", "decode"): 0.5,
         (STAGE_REQUESTS.name, "model", "1.0", "decode"): 2,
     }
+
+
+def test_every_code_that_an_alert_names_is_there_before_it_counts() -> None:
+    sink = Recorded()
+    relay = new_relay(sink)
+    relay.introduce()
+    relay.turn()
+    alerts = (Path(__file__).parents[2] / "deploy" / "prometheus" / "alerts.yaml").read_text()
+    named = set(re.findall(r'[{ ]code="(\w+)"', alerts))
+    assert len(named) >= 3
+    assert named <= {key[-1] for key in sink.values if key[0] == REQUESTS.name}
 
 
 def test_counters_are_there_before_they_count() -> None:

@@ -109,7 +109,7 @@ def test_a_server_is_ready_when_every_worker_is(served: Served) -> None:
         f"{WORKERS} workers of {MODEL} are READY\n",
     )
     code, said = command("--live", "--json", "--url", served.serve.health_url)
-    assert (code, json.loads(said)["detail"]) == (0, "the JVM answers, and no worker is lost")
+    assert (code, json.loads(said)["detail"]) == (0, "the JVM answers, and no model has lost every worker")
 
 
 def test_with_every_worker_busy_and_the_queue_full_probes_are_answered_at_once(served: Served) -> None:
@@ -180,8 +180,8 @@ def test_a_worker_that_is_gone_is_noticed_and_for_good_is_a_reason_to_restart(
             return impatient.verdict(Probe.LIVE).code == code
 
         assert says("ok")
-        worker = served.live.workers("mine")[0]
-        worker.kill()
+        for worker in served.live.workers("mine"):
+            worker.kill()
         wait_for(lambda: served.serve.says("ready", "workers"))
         wait_for(lambda: says("workers"))
         assert served.serve.ask("live")[0] == 200, "TorchServe starts another"

@@ -143,15 +143,19 @@ def test_a_model_that_takes_requests_in_one_version_is_not_drained(
     assert site.ask(Probe.LIVE).ok
 
 
-def test_a_worker_that_is_away_for_longer_than_torchserve_tries_is_a_reason_to_restart(
+def test_a_model_without_a_worker_for_longer_than_torchserve_tries_is_a_reason_to_restart(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.models = {("m", "1.0"): [(1, READY), (2, GONE)]}
     assert site.ask(Probe.LIVE).ok
     monkeypatch.setattr(health, "AWAY_S", 0.0)
+    assert site.ask(Probe.LIVE).ok, "the other one works; a restart would cut what it has"
+    assert not site.ask().ok
+    site.models = {("m", "1.0"): [(1, GONE), (2, GONE)]}
+    site.ask(Probe.LIVE)
     verdict = site.ask(Probe.LIVE)
     assert (verdict.ok, verdict.code) == (False, "workers")
-    assert "a worker of m/1.0 has been away for" in verdict.detail
+    assert "every worker of m/1.0 has been away for" in verdict.detail
     site.models = {("m", "1.0"): [(1, READY)]}  # it was scaled away
     assert site.ask(Probe.LIVE).ok
 

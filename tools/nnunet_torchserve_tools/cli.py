@@ -335,6 +335,7 @@ def serve(
         float | None,
         typer.Option(min=0, help="Seconds for what is in hand at SIGTERM; default: the response timeout."),
     ] = None,
+    ready_timeout: Annotated[float, typer.Option(min=1, help="Seconds for every worker to be ready.")] = 600,
     testing: Annotated[bool, typer.Option("--testing", hidden=True)] = False,
 ) -> None:
     """Start TorchServe and wait until every worker can answer."""
@@ -361,6 +362,7 @@ def serve(
         body_limit=None if body_limit is None else body_limit * _MIB,
         heap=None if heap is None else heap * _MIB,
         config=config,
+        ready_timeout_s=ready_timeout,
         testing=testing,
     )
 

@@ -1,8 +1,9 @@
 """Whether a server is well, for whoever has to restart it or to send it requests.
 
-*Live* is a server that need not be restarted: the JVM answers, and no worker has been away for longer than TorchServe
-tries to bring it back. A busy server is live, however long its cases take, and so is one whose GPU is out. *Ready* is
-one that can take a request: every worker of every model is READY, an engine of each model greets, nothing drains it.
+*Live* is a server that need not be restarted: the JVM answers, and no model has been without a worker for longer than
+TorchServe tries to bring one back. A busy server is live, however long its cases take, and so is one whose GPU is out.
+*Ready* is one that can take a request: every worker of every model is READY, an engine of each model greets, nothing
+drains it.
 
 Nothing of this goes through a worker, whose requests may take minutes. It is seen by three looks, which
 :mod:`.health_server` repeats, each in a thread of its own, and ``nnunet-torchserve health`` has once where there is no
@@ -187,11 +188,12 @@ class Health:
         if trouble := self._trouble_of_front_end():
             return Verdict(False, "front_end", trouble)
         now = time.monotonic()
-        for (model, version, _), since in self._away.items():
-            if now - since > AWAY_S:
-                lost = f"a worker of {model}/{version} has been away for {now - since:.0f} s"
-                return Verdict(False, "workers", f"{lost}: TorchServe does not start it any more")
-        return Verdict(True, "ok", "the JVM answers, and no worker is lost")
+        for (model, version), workers in self._workers[1].items():
+            away = [now - self._away.get(worker.key, now) for worker in workers]
+            if away and min(away) > AWAY_S:
+                lost = f"every worker of {model}/{version} has been away for {min(away):.0f} s"
+                return Verdict(False, "workers", f"{lost}: TorchServe does not start them any more")
+        return Verdict(True, "ok", "the JVM answers, and no model has lost every worker")
 
     def _ready(self) -> Verdict:
         if self._is_loading():

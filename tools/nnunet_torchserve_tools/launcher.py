@@ -97,7 +97,8 @@ def start(
     try:
         tell("starting TorchServe")
         _launch(plan, variables)
-        wait_ready(server, plan.workers, {a: a.workers or plan.default_workers for a in plan.archives}, warn, tell)
+        asked = {a: a.workers or plan.default_workers for a in plan.archives}
+        wait_ready(server, plan.workers, asked, warn, tell, request.ready_timeout_s)
         server = replace(server, ready=True)
         server.write(plan.state_dir)
     except BaseException:

@@ -20,6 +20,7 @@ from .errors import ToolError, UsageError
 from .java import java_home, utf8_environment
 from .model_store import WORKERS_ON_CPU, WORKERS_PER_GPU, Archive, check_gpus, find_archives
 from .properties import Properties
+from .readiness import READY_TIMEOUT_S
 from .sizing import Sizes, compute_sizes
 
 
@@ -47,6 +48,7 @@ class ServeRequest:
         device: see :class:`DeviceKind`.
         body_limit, heap: bytes set by hand, or ``None``.
         config: another config.properties to start from.
+        ready_timeout_s: for every worker to be ready.
         testing: faults may be ordered through the environment.
     """
 
@@ -62,6 +64,7 @@ class ServeRequest:
     body_limit: int | None = None
     heap: int | None = None
     config: Path | None = None
+    ready_timeout_s: float = READY_TIMEOUT_S
     testing: bool = False
 
 

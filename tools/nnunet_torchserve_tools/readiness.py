@@ -16,7 +16,7 @@ from .model_store import Archive
 from .server import Server
 from .worker_log import Death, early_deaths, load_failure
 
-READY_TIMEOUT_S = 600
+READY_TIMEOUT_S = 600.0
 MAX_SILENT_DEATHS = 3
 """Of one worker that says nothing when it dies. One death can be the system's out-of-memory killer while many workers
 load at once, and TorchServe starts that worker again; now and then it kills the new one by mistake."""
@@ -32,7 +32,12 @@ Tell = Callable[[str], None]
 
 
 def wait_ready(
-    server: Server, workers: Mapping[Archive, int], started: Mapping[Archive, int], warn: Tell, tell: Tell
+    server: Server,
+    workers: Mapping[Archive, int],
+    started: Mapping[Archive, int],
+    warn: Tell,
+    tell: Tell,
+    timeout_s: float = READY_TIMEOUT_S,
 ) -> None:
     """Poll the management API: ``/ping`` says Healthy before a worker can answer.
 
@@ -42,11 +47,12 @@ def wait_ready(
         started: as many as TorchServe starts by itself.
         warn: is told of workers that died and are started again.
         tell: is told how many workers are ready, when that changes.
+        timeout_s: for all of them.
 
     Raises:
         ToolError: TorchServe ended, refused an archive, or a worker cannot load its model.
     """
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     waiting = dict(workers)
     resized: set[Archive] = set()
     ready = dict.fromkeys(workers, 0)
@@ -75,7 +81,8 @@ def wait_ready(
             watch.look()
             if time.monotonic() > deadline:
                 names = ", ".join(archive.name for archive in waiting)
-                msg = f"not every worker of {names} was ready after {READY_TIMEOUT_S} s; see {server.log_dir}"
+                limit = f"{timeout_s:g} s (--ready-timeout)"
+                msg = f"not every worker of {names} was ready after {limit}; see {server.log_dir}"
                 raise ToolError(msg)
             time.sleep(_POLL_S)
 

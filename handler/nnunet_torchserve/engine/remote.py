@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -50,6 +51,9 @@ _WAIT_S = 0.5
 _SHARING_S, _FIRST_WAIT_S = 1.0, 0.01
 _KEEP_S = 1.0
 """For which a look after the engine may hold up a request."""
+
+_SHORT_LIFE_S, _LONGEST_PAUSE_S = 60.0, 300.0
+"""An engine that dies sooner after its hello, for the second time running, is not started again at once."""
 
 _UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
@@ -121,6 +125,8 @@ class RemoteEngine:
         self._link: Link | None = None
         self._claim = _UNCLAIMED
         self._strikes = 0
+        self._linked = self._not_kept_before = -math.inf
+        self._short_lives = 0
         with self._lock:
             self._connected(None)
 
@@ -203,6 +209,9 @@ class RemoteEngine:
     def keep(self) -> bool:
         """Find or start an engine if the last one has ended; while a case is in hand, that case does it.
 
+        One that dies soon after its hello, again and again, is started again after a pause that doubles; a request does
+        not wait for that.
+
         Returns:
             Whether there was one and nothing was to be done.
         """
@@ -211,7 +220,14 @@ class RemoteEngine:
         try:
             if self._link is not None and not self._link.is_over():
                 return True
+            now = time.monotonic()
+            if self._link is not None:
+                self._short_lives = self._short_lives + 1 if now - self._linked < _SHORT_LIFE_S else 0
+                if self._short_lives > 1:
+                    self._not_kept_before = now + min(_LONGEST_PAUSE_S, 2.0 ** min(self._short_lives - 1, 9))
             self.disconnect()
+            if now < self._not_kept_before:
+                return False
             with suppress(Deadline, NoEngine):  # the next look goes on with it
                 self._connected(time.monotonic() + _KEEP_S)
             return False
@@ -440,4 +456,5 @@ class RemoteEngine:
     def _connected(self, deadline: float | None) -> Link:
         if self._link is None:
             self._link = self._starter.link(deadline)
+            self._linked = time.monotonic()
         return self._link

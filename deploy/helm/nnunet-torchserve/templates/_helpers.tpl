@@ -1,7 +1,7 @@
 {{- define "nnunet.name" -}}
 {{- $name := .Release.Name -}}
 {{- if not (contains .Chart.Name $name) }}{{ $name = printf "%s-%s" $name .Chart.Name }}{{ end -}}
-{{- $name | trunc 50 | trimSuffix "-" -}}
+{{- $name | trunc 45 | trimSuffix "-" -}}
 {{- end }}
 
 {{- define "nnunet.selector" -}}
@@ -35,9 +35,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- add .Values.stop.endpointSeconds .Values.server.longestRequestSeconds .Values.stop.marginSeconds -}}
 {{- end }}
 
-{{- /* Of the margin, what a drained server waits for nginx. */ -}}
+{{- /* What the server waits for nginx, which sends every answer to its end: the longest request, and a third of the margin. */ -}}
 {{- define "nnunet.proxyEndSeconds" -}}
-{{- div .Values.stop.marginSeconds 2 -}}
+{{- add .Values.server.longestRequestSeconds (div .Values.stop.marginSeconds 3) -}}
+{{- end }}
+
+{{- /* What the server has from SIGTERM on: what the hook leaves of the pod's grace period, without a third of the margin, in
+     which it lets its workers go, so that clients get answers, before the kubelet kills it. */ -}}
+{{- define "nnunet.serverGrace" -}}
+{{- $hook := int .Values.stop.endpointSeconds -}}
+{{- if .Values.proxy.enabled }}{{ $hook = add $hook (include "nnunet.proxyEndSeconds" .) }}{{ end -}}
+{{- sub (sub (include "nnunet.grace" . | int) $hook) (div .Values.stop.marginSeconds 3) -}}
 {{- end }}
 
 {{- define "nnunet.grace" -}}
@@ -99,6 +107,7 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- if and (ne .Values.service.type "ClusterIP") (not .Values.proxy.enabled) }}{{ fail (printf "service.type %s lets whoever reaches the node send images: proxy.enabled asks who they are, or leave it ClusterIP" .Values.service.type) }}{{ end -}}
 {{- if and .Values.management.enabled .Values.proxy.enabled .Values.proxy.tokens.secretName }}{{ fail "management.enabled has TorchServe ask every client for its own token, in the header that proxy.tokens takes: choose one of them" }}{{ end -}}
 {{- if and .Values.metrics.monitor (not .Values.metrics.enabled) }}{{ fail "metrics.monitor: metrics.enabled opens the port that it looks at" }}{{ end -}}
+{{- if and .Values.metrics.rules.enabled (not (and .Values.metrics.enabled .Values.metrics.monitor)) }}{{ fail "metrics.rules.enabled: metrics.enabled and metrics.monitor (pod or service) make the series that the rules are about; their labels are the operator's" }}{{ end -}}
 {{- if and (eq .Values.autoscaling.kind "hpa") (not .Values.metrics.rules.enabled) }}{{ fail "autoscaling.kind hpa: metrics.rules.enabled makes nnunet_waiting_seconds, which a metrics adapter must hand on (docs/kubernetes.md)" }}{{ end -}}
 {{- if and .Values.autoscaling.kind (not .Values.metrics.enabled) }}{{ fail "autoscaling.kind: metrics.enabled, or there is nothing to scale on" }}{{ end -}}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}{{ fail "autoscaling.minReplicas is above maxReplicas" }}{{ end -}}
