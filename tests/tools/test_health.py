@@ -40,6 +40,8 @@ class Site:
     state_dir: Path
     jvm: subprocess.Popen[bytes]
     models: Models = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    answers: threading.Event = field(default_factory=threading.Event)
     health: Health = field(init=False)
 
     @property
@@ -73,9 +75,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     mark = f"-Djava.io.tmpdir={tmp_path / 'tmp'}"
     jvm = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()", mark], stdin=subprocess.PIPE)
     site = Site(tmp_path, jvm)
+    site.answers.set()
 
     class Api(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            site.asked.append(self.path)
+            if self.path.endswith("/all"):
+                site.answers.wait()
             body = json.dumps(site.listing(self.path)).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -158,6 +164,20 @@ def test_a_model_without_a_worker_for_longer_than_torchserve_tries_is_a_reason_t
     assert "every worker of m/1.0 has been away for" in verdict.detail
     site.models = {("m", "1.0"): [(1, READY)]}  # it was scaled away
     assert site.ask(Probe.LIVE).ok
+
+
+def test_a_jvm_whose_description_hangs_is_not_asked_for_another(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU machine it runs nvidia-smi, and holds a thread of the JVM for as long as that hangs."""
+    monkeypatch.setattr(health, "DESCRIPTION_S", 0.05)
+    site.models = {("m", "1.0"): [(1, READY)]}
+    site.answers.clear()
+    for _ in range(5):
+        assert site.ask(Probe.LIVE).ok
+    assert sum(path.endswith("/all") for path in site.asked) == 1
+    site.answers.set()
+    monkeypatch.setattr(health, "DESCRIPTION_S", 60.0)
+    assert site.ask().ok
+    assert site.ask().ok
 
 
 def test_a_server_whose_start_has_not_ended_is_live_and_not_ready(site: Site) -> None:

@@ -115,7 +115,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(stopping, "time", made.clock)
     monkeypatch.setattr(connections, "in_use", made.in_use)
     monkeypatch.setattr(stopping, "reports", made.reports)
-    monkeypatch.setattr(stopping, "_Descriptions", Descriptions)
+    monkeypatch.setattr(stopping, "Descriptions", Descriptions)
     monkeypatch.setattr(psutil, "pid_exists", lambda _: True)
     return made
 

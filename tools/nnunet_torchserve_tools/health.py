@@ -29,9 +29,8 @@ from nnunet_torchserve.engine.folder import living
 from nnunet_torchserve.engine.greeting import greets
 from nnunet_torchserve.engine.roster import Used, engines_of
 
-from .errors import ToolError
 from .management import management
-from .orders import Target, versions
+from .orders import Descriptions, Target
 from .probes import Probe, Verdict
 from .server import Server, read_state, runs
 
@@ -39,7 +38,7 @@ ANSWER_S = 0.8
 """For the JVM to answer: a probe is answered within a second, whatever the JVM does."""
 
 DESCRIPTION_S = 15.0
-"""For what it says of the workers."""
+"""For what it says of the workers. It is not asked again before it has answered."""
 
 HELLO_S = 2.0
 
@@ -116,6 +115,7 @@ class Health:
         self._workers: tuple[float, Mapping[Version, Sequence[Worker]]] = (-math.inf, {})
         self._engines: tuple[float, Mapping[str, int | None]] = (-math.inf, {})
         self._away: dict[tuple[str, str, str], float] = {}
+        self._descriptions: Descriptions | None = None
 
     def close(self) -> None:
         """Let connections go."""
@@ -144,15 +144,22 @@ class Health:
         server = self._server
         if server is None:
             return
+        target = Target(server.management_url, Path(server.control_dir))
+        descriptions = self._descriptions
+        if descriptions is None or descriptions.target != target:
+            descriptions = self._descriptions = Descriptions(target)
+        states = descriptions.take(DESCRIPTION_S)
+        if not isinstance(states, list):
+            return
         seen: dict[Version, list[Worker]] = {}
         try:
-            for state in versions(Target(server.management_url, Path(server.control_dir)), DESCRIPTION_S):
+            for state in states:
                 model, version = str(state["modelName"]), str(state["modelVersion"])
                 seen[model, version] = [
                     Worker(model, version, str(each["id"]), int(each["pid"]), each["status"] == "READY")
                     for each in state["workers"]
                 ]
-        except (ToolError, KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError):
             return
         now = time.monotonic()
         self._workers = (now, seen)

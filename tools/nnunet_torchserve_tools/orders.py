@@ -6,7 +6,10 @@ The workers' side is :mod:`nnunet_torchserve.draining`.
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from .errors import ToolError, UsageError
 from .management import management
 
 _ANSWER_S = 30.0
+_LONGEST_ANSWER_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,45 @@ def versions(target: Target, timeout_s: float = _ANSWER_S) -> list[dict[str, Any
     except (httpx.HTTPStatusError, KeyError, ValueError) as error:
         msg = f"the management API at {target.management_url} gave no list of models"
         raise ToolError(msg) from error
+
+
+class Descriptions:
+    """The same, asked for by a thread: it may take long, or for ever where a GPU's driver hangs.
+
+    Each such question holds one of TorchServe's few threads. So there is never more than one: the next is asked when
+    the last has been answered, or its connection is lost. Who takes waits for others who do, so that nobody gets an
+    answer that somebody else waits for.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Of which nothing is asked yet."""
+        self.target = target
+        self._answers: queue.SimpleQueue[list[dict[str, Any]] | ToolError] = queue.SimpleQueue()
+        self._is_asked = False
+        self._lock = threading.Lock()
+
+    def take(self, wait_s: float = 0.0) -> list[dict[str, Any]] | ToolError | None:
+        """An answer that has come, or why there is none; ``None`` while it is awaited.
+
+        Args:
+            wait_s: for it.
+        """
+        with self._lock, suppress(queue.Empty):
+            if not self._is_asked:
+                self._is_asked = True
+                threading.Thread(target=self._ask, name="management", daemon=True).start()
+            answer = self._answers.get(timeout=wait_s) if wait_s else self._answers.get_nowait()
+            self._is_asked = False
+            return answer
+        return None
+
+    def _ask(self) -> None:
+        try:
+            self._answers.put(versions(self.target, _LONGEST_ANSWER_S))
+        except ToolError as error:
+            self._answers.put(error)
+        except Exception as error:  # noqa: BLE001 (whoever waits must hear of it)
+            self._answers.put(ToolError(f"the management API's answer cannot be read: {error}"))
 
 
 def _described(client: httpx.Client, model: str, version: str | None) -> list[dict[str, Any]]:

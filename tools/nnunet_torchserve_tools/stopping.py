@@ -17,8 +17,6 @@ Threads: the caller's, and one that asks the management API, which may take seco
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -34,7 +32,7 @@ from nnunet_torchserve.draining import ORDERS, retry_after_s
 from . import connections, ending
 from .connections import InUse
 from .errors import ToolError
-from .orders import Target, give_order, reports, versions
+from .orders import Descriptions, Target, give_order, reports
 from .server import Server, read_state
 
 PERIOD_S = 4
@@ -54,11 +52,8 @@ ONE_EXCHANGE_S = 2.0
 STALLED_S = 10.0
 """Without a byte: an upload whose client has gone, or an answer that nobody reads."""
 
-SILENCE_S, SILENCE_FAILURES = 30.0, 3
+SILENCE_S = 30.0
 """Of TorchServe's management API: then workers and kernel are believed alone."""
-
-_DESCRIPTION_S = 10.0
-"""For its answer, for which it runs ``nvidia-smi`` once for each worker of a GPU."""
 
 _POLL_S = 0.1
 _QUIET_POLLS, _IDLE_POLLS = 3, 8
@@ -178,34 +173,6 @@ class Exchanges:
         return [Exchange(now - each.since, each.came_back) for each in known.values() if now - each.changed < STALLED_S]
 
 
-class _Descriptions:
-    """The management API's word, asked for by a thread: whoever waits for it must see a second signal."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._answers: queue.SimpleQueue[list[dict[str, Any]] | ToolError] = queue.SimpleQueue()
-        self._is_asked = False
-
-    def take(self) -> list[dict[str, Any]] | ToolError | None:
-        """An answer that has come, or why there is none; ``None`` while it is awaited."""
-        if not self._is_asked:
-            self._is_asked = True
-            threading.Thread(target=self._ask, name="management", daemon=True).start()
-        with suppress(queue.Empty):
-            answer = self._answers.get_nowait()
-            self._is_asked = False
-            return answer
-        return None
-
-    def _ask(self) -> None:
-        try:
-            self._answers.put(versions(self._target, _DESCRIPTION_S))
-        except ToolError as error:
-            self._answers.put(error)
-        except (KeyError, ValueError, TypeError) as error:
-            self._answers.put(ToolError(f"the management API's answer cannot be read: {error}"))
-
-
 class _Stop:
     """One stop."""
 
@@ -220,7 +187,7 @@ class _Stop:
         self._port = int(urlsplit(server.inference_url).port or 0)
         self._hurry, self._between, self._tell = hurry, between, tell
         self._exchanges = Exchanges()
-        self._descriptions = _Descriptions(self._target)
+        self._descriptions = Descriptions(self._target)
         self._period = PERIOD_S
         self._is_ordered = self._is_silent = False
 
@@ -272,19 +239,18 @@ class _Stop:
             self._pause()
 
     def _wait_for_work(self, before: dict[int, int], deadline: float) -> str:
-        heard, failures, told, work = time.monotonic(), 0, "", "no word yet of what workers and queue hold"
+        heard, told, work = time.monotonic(), "", "no word yet of what workers and queue hold"
         while True:
             self._pause()
             self._look_at_connections(working=True)
             answer = self._descriptions.take()
             now = time.monotonic()
-            if isinstance(answer, ToolError):
-                failures += 1
-                self._is_silent = failures >= SILENCE_FAILURES and now - heard > SILENCE_S
-                work = self._work_of_workers(before) or ("" if self._is_silent else str(answer))
-            elif answer is not None:
-                heard, failures = now, 0
+            if isinstance(answer, list):
+                heard = now
                 work = self._work(before, answer)
+            self._is_silent = now - heard > SILENCE_S
+            if isinstance(answer, ToolError) or self._is_silent:
+                work = self._work_of_workers(before) or ("" if self._is_silent else str(answer))
             if work and work != told and answer is not None:
                 told = work
                 self._tell(f"stopping; first, {work} is finished or refused")
