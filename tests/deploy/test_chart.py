@@ -49,7 +49,8 @@ FETCH: Values = {
                 ]
             },
         }
-    }
+    },
+    "volumes": {"tmp": {"sizeLimit": "4Gi"}},
 }
 PROXY: Values = {"proxy": {"enabled": True, "tls": {"secretName": "tls"}}}
 TOKENS: Values = merged(PROXY, {"proxy": {"tokens": {"secretName": "tokens"}}})
@@ -234,6 +235,7 @@ def test_every_number_has_its_reason_beside_it(chart: Path) -> None:
         ({"models": {"store": {"kind": ""}}}, "where are the archives?"),
         ({"models": {"store": {"kind": "claim", "claim": {"name": ""}}}}, "models.store.claim.name"),
         ({"models": {"store": {"kind": "fetch"}}}, "models.store.fetch.archives"),
+        (merged(FETCH, {"volumes": {"tmp": {"sizeLimit": "4000Mi"}}}), "volumes.tmp.sizeLimit 4000Mi cannot hold"),
         ({"stop": {"terminationGracePeriodSeconds": 1264}}, "would cut requests"),
         ({"proxy": {"enabled": True}}, "proxy.tls.secretName"),
         (merged(TOKENS, {"management": {"enabled": True}}), "choose one of them"),

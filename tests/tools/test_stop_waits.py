@@ -194,7 +194,7 @@ def test_a_second_signal_is_seen_while_the_management_api_is_silent(world: World
     world.answers = lambda: None
     world.signals = 2
     assert world.stop()
-    assert world.clock.now < 1001
+    assert world.clock.now < 1002
 
 
 def test_a_stop_without_room_for_its_order_goes_on_and_says_so(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

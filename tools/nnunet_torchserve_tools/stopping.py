@@ -59,6 +59,9 @@ _POLL_S = 0.1
 _QUIET_POLLS, _IDLE_POLLS = 3, 8
 """So often in a row nothing may be in flight, and every worker be idle: a request may be in TorchServe's own hands."""
 
+_FIRST_WORD_S = 1.0
+"""For the management API, however much whoever stops it is in a hurry."""
+
 _LAST_ANSWERS_S = 1.5
 _LEAVE_S = 0.5
 """For TorchServe, which closes its port at once and then waits for two seconds for more requests."""
@@ -239,7 +242,8 @@ class _Stop:
             self._pause()
 
     def _wait_for_work(self, before: dict[int, int], deadline: float) -> str:
-        heard, told, work = time.monotonic(), "", "no word yet of what workers and queue hold"
+        began = heard = time.monotonic()
+        told, work = "", "no word yet of what workers and queue hold"
         while True:
             self._pause()
             self._look_at_connections(working=True)
@@ -254,7 +258,8 @@ class _Stop:
             if work and work != told and answer is not None:
                 told = work
                 self._tell(f"stopping; first, {work} is finished or refused")
-            if not work or self._hurry() or now > deadline:
+            knows = heard > began or now - began > _FIRST_WORD_S  # so that what is lost can be named
+            if not work or (knows and (self._hurry() or now > deadline)):
                 return work
 
     def _work(self, before: dict[int, int], states: list[dict[str, Any]]) -> str:

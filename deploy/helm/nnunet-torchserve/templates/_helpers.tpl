@@ -74,6 +74,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $bytes -}}
 {{- end }}
 
+{{- /* A quantity of Kubernetes, as 2Gi, in bytes. */ -}}
+{{- define "nnunet.bytes" -}}
+{{- $factors := dict "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- mulf (regexFind "^[0-9.]+" . | float64) (get $factors (regexFind "[A-Za-z]*$" .) | default 1) | int64 -}}
+{{- end }}
+
 {{- /* The series of this release's pods, as a monitor of the Prometheus operator labels them. */ -}}
 {{- define "nnunet.series" -}}
 namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9]+-[a-z0-9]+"
@@ -102,6 +108,8 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- if not (regexMatch "^[0-9a-fA-F]{64}$" (toString $archive.sha256)) }}{{ fail (printf "models.store.fetch.archives[%d].sha256: 64 hexadecimal digits, as sha256sum prints them" $number) }}{{ end -}}
 {{- if not $archive.maxBytes }}{{ fail (printf "models.store.fetch.archives[%d].maxBytes: the largest file that is taken" $number) }}{{ end -}}
 {{- end -}}
+{{- $room := include "nnunet.bytes" (toString .Values.volumes.tmp.sizeLimit) | int64 -}}
+{{- if lt $room (include "nnunet.fetchBytes" . | int64) }}{{ fail (printf "volumes.tmp.sizeLimit %s cannot hold what models.store.fetch.archives may have unpacked (%s bytes, their maxBytes): a pod would be evicted" (toString .Values.volumes.tmp.sizeLimit) (include "nnunet.fetchBytes" .)) }}{{ end -}}
 {{- end -}}
 {{- if and .Values.proxy.enabled (not .Values.proxy.tls.secretName) }}{{ fail "proxy.enabled: proxy.tls.secretName is a Secret of type kubernetes.io/tls; tokens and images do not travel in the clear" }}{{ end -}}
 {{- if and (ne .Values.service.type "ClusterIP") (not .Values.proxy.enabled) }}{{ fail (printf "service.type %s lets whoever reaches the node send images: proxy.enabled asks who they are, or leave it ClusterIP" .Values.service.type) }}{{ end -}}
