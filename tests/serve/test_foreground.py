@@ -236,6 +236,8 @@ def test_a_stop_under_load_loses_nothing(served: Served) -> None:
             serve.signal()
             wait_for(lambda: serve.says("ready", "stopping"))
             assert serve.ask("live")[0] == 200, "it is not to be killed while it finishes"
+            assert serve.process.stderr is not None
+            assert "stopping; first, a request of mine/1.0 with worker " in serve.process.stderr.readline()
             assert not any(each.done() for each in slow)
         released = time.monotonic()
         for answer in slow:
@@ -250,7 +252,6 @@ def test_a_stop_under_load_loses_nothing(served: Served) -> None:
         for each in running:
             each.result()
     assert code == 0, said
-    assert "stopping; first, a request of mine/1.0 with worker " in said
     assert clients.lost == []
     assert clients.answers == [], "whoever waited in the queue was refused"
     assert clients.refused >= CLIENTS

@@ -109,7 +109,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         def __init__(self, _target: Target) -> None:
             pass
 
-        def take(self) -> list[dict[str, Any]] | ToolError | None:
+        def take(self, _wait_s: float) -> list[dict[str, Any]] | ToolError | None:
             return made.answers()
 
     monkeypatch.setattr(stopping, "time", made.clock)

@@ -247,7 +247,7 @@ class _Stop:
         while True:
             self._pause()
             self._look_at_connections(working=True)
-            answer = self._descriptions.take()
+            answer = self._descriptions.take(_POLL_S)
             now = time.monotonic()
             if isinstance(answer, list):
                 heard = now
