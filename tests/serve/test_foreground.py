@@ -158,6 +158,7 @@ def test_a_drained_server_is_live_and_not_ready(served: Served) -> None:
 def test_without_an_engine_a_server_is_not_ready_and_becomes_so_again_although_nobody_asks(served: Served) -> None:
     served.broken.touch()
     served.chaos.engine("flat/1.0").kill()
+    wait_for(lambda: served.serve.says("ready", "engine"))  # it is dead some time after it was killed
     status, document, _ = served.serve.ask("ready")
     assert (status, document["code"]) == (503, "engine")
     assert document["detail"] == f"no engine of {MODEL} on cpu says hello"
