@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from batchgenerators.augmentations.utils import resize_segmentation
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 
 from .resampling import ResamplingFunction, SplineArguments, default_arguments
-from .taps import Taps, linear_taps, nearest_inputs, nearest_slices
+from .taps import linear_taps, nearest_inputs, nearest_slices
 
 Labels = npt.NDArray[np.float32]
 
@@ -51,8 +52,8 @@ def resample_labels(
     Returns:
         float32 (1, *new_shape); ``labels`` itself if it has that shape.
     """
-    arguments = default_arguments(function)
-    if arguments is None or not resamples_boundaries(function):
+    arguments = _known_arguments(function)
+    if arguments is None:
         resampled: Labels = function(labels, new_shape, current_spacing, new_spacing)
         return resampled
     shape = tuple(int(n) for n in new_shape)
@@ -64,36 +65,32 @@ def resample_labels(
     out = np.empty((1, *shape), np.float32)
     if separate:
         source, target = np.moveaxis(labels[0], axis, 0), np.moveaxis(out[0], axis, 0)
-        planes: list[list[tuple[int, float]]] = [
-            [(number, 1.0)] for number in nearest_slices(len(source), len(target)).tolist()
-        ]
-        nearest = [[number for number, _ in sides] for sides in planes]
+        nearest = nearest_slices(len(source), len(target)).tolist()
+        planes = [[(number, 1.0)] for number in nearest]
     else:
         source, target = labels[0], out[0]
-        across = linear_taps(len(source), len(target))
-        planes = [[(int(end[k]), float(weight[k])) for end, weight in _sides(across)] for k in range(len(target))]
-        nearest = [[number] for number in nearest_inputs(len(source), len(target)).tolist()]
+        across = linear_taps(len(source), len(target)).sides
+        nearest = nearest_inputs(len(source), len(target)).tolist()
+        planes = [[(int(end[k]), float(weight[k])) for end, weight in across] for k in range(len(target))]
     _, height, width = source.shape
     in_plane = _InPlane(height, width, *target.shape[1:])
-    for plane, sides, [closest] in zip(target, planes, nearest, strict=True):
+    for plane, sides, closest in zip(target, planes, nearest, strict=True):
         plane[...] = in_plane.resample([(source[number], weight) for number, weight in sides], source[closest])
     return out
 
 
 def resamples_boundaries(function: ResamplingFunction) -> bool:
     """Whether this module computes what a plan's ``resampling_fn_seg`` does."""
+    return _known_arguments(function) is not None
+
+
+def _known_arguments(function: ResamplingFunction) -> SplineArguments | None:
+    """The arguments of nnU-Net's default function, where they are those that this module computes."""
     arguments = default_arguments(function)
-    return (
-        _IS_KNOWN
-        and arguments is not None
-        and arguments
-        == SplineArguments(
-            is_seg=True,
-            order=1,
-            force_separate_z=arguments.force_separate_z,
-            separate_z_anisotropy_threshold=arguments.separate_z_anisotropy_threshold,
-        )
-    )
+    if not _IS_KNOWN or arguments is None:
+        return None
+    computed = replace(arguments, is_seg=True, order=1, order_z=0)
+    return arguments if arguments == computed else None
 
 
 class _InPlane:
@@ -113,7 +110,7 @@ class _InPlane:
         corners = [
             (np.take(np.take(plane, rows, axis=0), columns, axis=1), weight, row_weights, column_weights)
             for (plane, weight), (rows, row_weights), (columns, column_weights) in itertools.product(
-                sides, _sides(self._y), _sides(self._x)
+                sides, self._y.sides, self._x.sides
             )
         ]
         first: npt.NDArray[Any] = corners[0][0]
@@ -147,7 +144,3 @@ def _winners(
     leads = scores == scores.max(axis=0)
     lowest = np.where(leads, labels, np.inf).min(axis=0)
     return np.where((leads & (labels == nearest)).any(axis=0), nearest, lowest)
-
-
-def _sides(taps: Taps) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    return list(zip(taps.ends, taps.weights, strict=False))

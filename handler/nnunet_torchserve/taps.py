@@ -50,6 +50,11 @@ class Taps:
         """Lower and upper."""
         return self.lower_weight, self.upper_weight
 
+    @property
+    def sides(self) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+        """The inputs that count, each with its weights."""
+        return list(zip(self.ends, self.weights, strict=False))
+
     def shifted(self, start: int) -> Taps:
         """Of inputs that are counted from ``start``."""
         return replace(self, lower=self.lower - start, upper=self.upper - start)

@@ -85,15 +85,15 @@ def _plane(logits: Array, taps: Sequence[Taps], plane: int, rows: slice) -> Arra
     terms = 0
     total: Array = np.empty(0)
     across = taps[0][plane : plane + 1]
-    for z_index, z_weight in _sides(across):
+    for z_index, z_weight in across.sides:
         slab = logits[:, z_index[0], used].astype(np.float64)
         if across.interpolates:
             slab *= z_weight[0]
-        for y_index, y_weight in _sides(in_plane.shifted(lowest)):
+        for y_index, y_weight in in_plane.shifted(lowest).sides:
             lines = slab[:, y_index]
             if in_plane.interpolates:
                 lines *= y_weight[:, None]
-            for x_index, x_weight in _sides(taps[2]):
+            for x_index, x_weight in taps[2].sides:
                 term = np.take(lines, x_index, axis=2)
                 if taps[2].interpolates:
                     term *= x_weight
@@ -101,7 +101,3 @@ def _plane(logits: Array, taps: Sequence[Taps], plane: int, rows: slice) -> Arra
                 terms += 1
         del slab
     return total
-
-
-def _sides(taps: Taps) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
-    return list(zip(taps.ends, taps.weights, strict=False))
