@@ -38,6 +38,7 @@ from nnunet_torchserve.request import Request
 from nnunet_torchserve.volume import LabelMap, Placement
 from support.examples import thin
 from support.tables import table
+from support.volumes import rotation
 
 Matrix = npt.NDArray[np.float64]
 
@@ -92,13 +93,7 @@ def grid(
     origin: Sequence[float] = (0, 0, 0),
     shear: float = 0,
 ) -> Grid:
-    turn = np.eye(3)
-    for axis, angle in enumerate(angles):
-        c, s = np.cos(angle), np.sin(angle)
-        about = np.eye(3)
-        first, second = (axis + 1) % 3, (axis + 2) % 3
-        about[first, first], about[first, second], about[second, first], about[second, second] = c, -s, s, c
-        turn = turn @ about
+    turn = rotation(angles)
     columns = turn @ (np.eye(3)[:, list(axes)] * signs)
     columns[:, 1] += shear * columns[:, 0]
     columns[:, 1] /= np.linalg.norm(columns[:, 1])

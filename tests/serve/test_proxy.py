@@ -28,6 +28,7 @@ from support.bad_requests import FAST, GOOD
 from support.chaos import wait_for
 from support.ports import free_port
 from support.server import SERVED, LiveServer
+from support.sockets import read_all
 
 pytestmark = pytest.mark.serve
 
@@ -114,17 +115,6 @@ def proxying(server: LiveServer, folder: Path, tokens: str | None = None) -> Ite
             yield Proxy(psutil.Process(process.pid), port, upstream_port, log)
         finally:
             process.terminate()
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """What the other side sends until it ends the connection."""
-    answer = b""
-    try:
-        while received := connection.recv(2**16):
-            answer += received
-    except ConnectionResetError:
-        pass
-    return answer
 
 
 def test_an_answer_passes_with_the_same_bytes_and_headers(server: LiveServer, proxy: Proxy) -> None:

@@ -28,6 +28,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from support.volumes import rotation
+
 Matrix = npt.NDArray[np.float64]
 Voxels = npt.NDArray[Any]
 
@@ -67,13 +69,7 @@ class Acquisition:
 
 
 def _turned(angles: Sequence[float]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    turn = np.eye(3)
-    for axis, angle in enumerate(angles):
-        c, s = np.cos(angle), np.sin(angle)
-        about = np.eye(3)
-        one, two = (axis + 1) % 3, (axis + 2) % 3
-        about[one, one], about[one, two], about[two, one], about[two, two] = c, -s, s, c
-        turn = turn @ about
+    turn = rotation(angles)
     row, column = turn[:, 0], turn[:, 1]
     return (row[0], row[1], row[2]), (column[0], column[1], column[2])
 

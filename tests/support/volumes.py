@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -32,6 +33,18 @@ def oblique(spacing: tuple[float, float, float], angle: float = 0.2, origin: tup
     affine[:3, :3] = about_z @ about_x @ np.diag(spacing)
     affine[:3, 3] = origin
     return affine.astype(np.float32)
+
+
+def rotation(angles: Sequence[float]) -> npt.NDArray[np.float64]:
+    """The matrix (3, 3) that turns about x, y and z by so many radians, about z first."""
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        c, s = np.cos(angle), np.sin(angle)
+        about = np.eye(3)
+        first, second = (axis + 1) % 3, (axis + 2) % 3
+        about[first, first], about[first, second], about[second, first], about[second, second] = c, -s, s, c
+        turn = turn @ about
+    return turn
 
 
 def nifti(array: npt.NDArray[np.generic], affine: npt.NDArray[np.floating] | None = None) -> bytes:

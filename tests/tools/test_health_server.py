@@ -16,6 +16,7 @@ from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.health import Health, Phase
 from nnunet_torchserve_tools.health_server import MOST_CONNECTIONS, HealthServer
 from support.ports import free_port
+from support.sockets import read_all
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,6 @@ def answering(health: Health) -> Iterator[HealthServer]:
 
 def connect(answering: HealthServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(answering.url.rpartition(":")[2])), timeout=60)
-
-
-def rest(connection: socket.socket) -> bytes:
-    """What comes until the other side ends the connection."""
-    received = b""
-    try:
-        while part := connection.recv(2**16):
-            received += part
-    except ConnectionResetError:
-        pass
-    return received
 
 
 def test_a_probe_that_does_not_hold_is_a_problem_without_a_path(answering: HealthServer, health: Health) -> None:
@@ -85,7 +75,7 @@ def test_what_is_no_request_is_cut(sent: bytes, answering: HealthServer, monkeyp
     monkeypatch.setattr(health_server, "_REQUEST_S", 0.1)
     with connect(answering) as connection:
         connection.sendall(sent)
-        assert not rest(connection).startswith(b"HTTP/1.1 200")
+        assert not read_all(connection).startswith(b"HTTP/1.1 200")
 
 
 def test_who_says_nothing_keeps_nobody_from_asking(answering: HealthServer) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,10 @@ from nnunet_torchserve_tools.selection import Choice, Selection, selected
 from support.cross_validated import CASCADE, DATASET, FLAT, FOLDS, LOWRES, MODELS, Home, Mistake, cross_validated
 from support.odd_models import OddModel
 
-pytestmark = pytest.mark.filterwarnings("ignore:The values in the label map", "ignore:.torch.jit:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The values in the label map", "ignore:.torch.jit:FutureWarning"),
+    pytest.mark.usefixtures("private"),
+]
 
 OTHER = "nnUNetTrainerBN"
 KEEP = {
@@ -47,15 +49,6 @@ def home(trained: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
     for name, value in trained.environment().items():
         monkeypatch.setenv(name, value)
     return trained
-
-
-@pytest.fixture(autouse=True)
-def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files go; nothing may stay there."""
-    folder = tmp_path / "private"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def export(target: Path, *models: OddModel, trainer: str = "nnUNetTrainer") -> Path:
