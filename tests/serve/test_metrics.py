@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -28,6 +29,9 @@ WORKERS = 2
 REQUESTS = 6
 PASSES = 12
 """Of GOOD with the options FAST."""
+
+ON_ITS_WAY_S = 1.0
+"""From a relay, which has taken it, to TorchServe's page of metrics."""
 
 SLOW = Case((40, 44, 37), options='{"folds": [0], "use_mirroring": false, "tile_step_size": 0.2}')
 """It can be held, for a minute at least; nothing else has its size."""
@@ -56,6 +60,8 @@ def settled(server: ChaosServer) -> Scrape:
     wait_for(lambda: now(server).value("nnunet_engine_up") == 1)
     wait_for(lambda: now(server).value("nnunet_engine_starts_total") == server.engine(MODEL).starts)
     wait_for(lambda: now(server).value("nnunet_cases_in_flight") == 0)
+    wait_for(lambda: server.engine(MODEL).counts_are_taken)
+    time.sleep(ON_ITS_WAY_S)
     return now(server)
 
 

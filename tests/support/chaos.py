@@ -23,6 +23,7 @@ from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.cases import network_grid
 from nnunet_torchserve.engine.faults import Entry, Hold
 from nnunet_torchserve.engine.folder import LOG
+from nnunet_torchserve.engine.tally import Total
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.member import Member
 
@@ -98,6 +99,16 @@ class Engine:
     def starts(self) -> int:
         """How many engines have loaded their networks there so far."""
         return self.log.count(" ready: ")
+
+    @property
+    def counts_are_taken(self) -> bool:
+        """Whether a relay has taken everything that it has counted."""
+        for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(OSError):
+                if str(descriptor.readlink()).startswith(f"{_MEMORY}tally"):
+                    numbers = np.fromfile(descriptor, np.int64)
+                    return np.array_equal(numbers[: len(Total)], numbers[len(Total) : 2 * len(Total)])
+        return False
 
     def kill(self) -> None:
         """Kill it and wait until its successor may start."""
