@@ -201,7 +201,7 @@ def test_a_full_disk_ends_the_call_and_loses_nothing_that_was_written(
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 sys.argv = ["nnunet-torchserve", "predict", *{["-i", str(images), "-o", str(tmp_path / "out"), "--model", "blobs"]}]
-from nnunet_torchserve_tools.cli import main
+from nnunet_torchserve_tools.console import main
 main()
 """
     environment = {**os.environ, "NNUNET_TORCHSERVE_URL": server.url, TOKEN_VARIABLE: "s3cret"}

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import nnunet_torchserve_client
-from nnunet_torchserve_tools.cli import OF_THE_SERVER
+from nnunet_torchserve_tools.console import OF_THE_SERVER
 
 
 def test_neither_torch_nor_nnunet_is_loaded_by_any_module() -> None:
@@ -54,6 +54,21 @@ print(codes, sorted(heavy & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "[2, 2] []\n"
+
+
+def test_a_prediction_does_not_wait_for_what_only_other_verbs_need() -> None:
+    script = """
+import sys
+from nnunet_torchserve_tools.console import main
+sys.argv = ["nnunet-torchserve", "predict", "-i", "in", "-o", "out", "--model", "m", "--server", "nowhere"]
+try:
+    main()
+except SystemExit as end:
+    print(end.code, sorted({"typer", "pydantic"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout == "2 []\n"
+    assert done.stderr.startswith("error: ")
 
 
 def test_every_public_name_is_there() -> None:

