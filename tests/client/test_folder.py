@@ -327,7 +327,9 @@ def test_a_trained_model_folder_says_which_model(
 ) -> None:
     server.description = {**DESCRIPTION, "served": [served("brain")]}
     call("-m", f"{models['five_folds']}/", "-f", "0", model=None)
-    assert len(server.received) == 4
+    (tmp_path / "file").touch()
+    call("-m", f"{tmp_path}/file/Dataset901_Blobs/nnUNetTrainer__nnUNetPlans__3d_fullres", "-f", "0", model=None)
+    assert len(server.received) == 8
     with pytest.raises(UsageError, match="no served model is of dataset Dataset902_BlobsFlat"):
         call("-m", str(models["flat"]), model=None)
     with pytest.raises(UsageError, match="TRAINER__PLANS__CONFIGURATION"):
