@@ -81,7 +81,7 @@ def wanted_of_folder(folder: Path_, checkpoint: str | None) -> Wanted:
     dataset: str | None = path.parent.name if _number(path.parent.name) is not None else None
     try:
         dataset = str(json.loads((path / "plans.json").read_text())["dataset_name"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         msg = f"{path / 'plans.json'} is not nnU-Net's"

@@ -55,7 +55,7 @@ class Event:
         kind: what it was.
         server: base URL of the server that has the case, if one has.
         position: cases before it, for ``QUEUED``.
-        stage: ``preprocess``, ``network`` or ``export``, for ``PROGRESS``.
+        stage: ``preprocess``, ``network``, ``export`` or ``postprocess``, for ``PROGRESS``.
         member: whose stage it is, of an archive of several members; else ``None``.
         done, total: steps or bytes; 0 where there are none.
         reason: of a ``RETRY`` or a failure.

@@ -267,9 +267,9 @@ class _Run:
             for number, channel in self._description.channels.items()
             if (name := f"{files.name}_{int(number):04d}{ending}") not in there
         ]
-        msg = (
-            f"the model takes {len(self._description.channels)} channels, and the folder has {len(there)} of this case"
-        )
+        channels = len(self._description.channels)
+        takes = f"{channels} channel{'s' if channels > 1 else ''}"
+        msg = f"the model takes {takes}, and the folder has {len(there)} of this case"
         return msg + (f"; missing: {', '.join(missing)}" if missing else f": {', '.join(there)}")
 
     def _finish(self, case: Case, answer: Answer) -> dict[str, float]:

@@ -111,7 +111,7 @@ def _named(model: ServedModel) -> str:
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         msg = f"{os.fspath(path)} is not there; a trained model folder has it. A server needs none: leave the call out"
         raise MissingFolder(msg) from error
     except (OSError, ValueError) as error:

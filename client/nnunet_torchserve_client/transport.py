@@ -144,6 +144,9 @@ def checked_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         msg = f"{url!r} is no server; give http://HOST:PORT or https://HOST, with a path if a proxy has one"
         raise WrongUse(msg)
+    if "predictions" in parsed.path.split("/"):
+        msg = f"{url!r}: a server's address is what comes before /predictions; the model is named by itself"
+        raise WrongUse(msg)
     return str(parsed).rstrip("/")
 
 
@@ -195,6 +198,7 @@ class Exchange:
     taken_up: Callable[[], object]
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _case: str = ""
+    _sent: bool = False
     _begun: bool = False
     _lost: bool = False
 
@@ -263,6 +267,7 @@ class Exchange:
         return {**secret, **ours}
 
     def _sending(self, asked: Asked) -> Iterator[bytes]:
+        self._sent = True
         done, told = 0, -_TELL_BYTES
         total = asked.body.length
         for chunk in asked.body.chunks():
@@ -413,7 +418,8 @@ class Exchange:
     def _named(self, error: ClientError) -> ClientError:
         error.case = error.case or self._case
         error.server = error.server or self.url
-        error.request_id = error.request_id or self._id
+        if self._sent:  # else no server knows of it
+            error.request_id = error.request_id or self._id
         return error
 
 
@@ -516,10 +522,15 @@ def _problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], 
         return Busy("more uploads at once than the server's memory holds", **known)
     if said.get("type") == "InvalidKeyException":
         return Unauthorized("TorchServe does not take this token: it is wrong, expired or missing", **known)
+    if said.get("type") in _NO_INFERENCE_PORT:
+        status, message = HTTPStatus.NOT_FOUND, f"{_WITHOUT_REASON[404]} Is it the inference port (8080)?"
     if isinstance(message, str) and "type" in said:
         return error_class(status, None)(message[:500], **known)
     return error_class(status, None)(_WITHOUT_REASON.get(status) or f"HTTP {status} without a reason", **known)
 
+
+_NO_INFERENCE_PORT = {"ResourceNotFoundException", "MethodNotAllowedException"}
+"""TorchServe's types of error on its other ports, and on other paths of this one."""
 
 _WITHOUT_REASON: Mapping[int, str] = {
     HTTPStatus.UNAUTHORIZED: "the server, or a proxy before it, wants credentials: a token or a header",
@@ -543,7 +554,7 @@ def _retry_after_s(text: str | None) -> float | None:
     """RFC 9110, 10.2.3: seconds, or a date."""
     if not text:
         return None
-    if text.strip().isdigit():
+    if text.strip().isdecimal():
         return float(text)
     try:
         date = parsedate_to_datetime(text)
@@ -554,15 +565,37 @@ def _retry_after_s(text: str | None) -> float | None:
 
 
 def _no_connection(error: httpx.TransportError, *, begun: bool) -> ClientError:
-    cause: BaseException | None = error
-    while cause is not None:
+    causes = list(_causes(error))
+    for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Untrusted(f"the server's certificate is not to be trusted: {cause.verify_message}")
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
         return WrongUse("the request could not be made as HTTP")
     if isinstance(error, httpx.ConnectError | httpx.ProxyError):
-        return Unreachable("no connection to the server")
+        reason = next(filter(None, map(_of_the_system, causes)), str(error) or type(error).__name__)
+        return Unreachable(f"no connection to the server: {reason}")
     if begun:
         return CutOff("the connection ended before the answer did")
     return Unreachable("the connection ended before the answer began")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_the_system(error: BaseException) -> str | None:
+    """What the operating system or TLS says of a connection, with what may be wrong; ``None`` of other errors."""
+    if isinstance(error, ssl.SSLError):
+        return "it does not speak TLS at this port: is it http, not https?" if error.reason in _NO_TLS else error.reason
+    if isinstance(error, socket.gaierror):
+        return f"{error.strerror}: is the host's name right?"
+    if isinstance(error, ConnectionRefusedError):
+        return f"{error.strerror}: does it run, and at this port?"
+    return error.strerror if isinstance(error, OSError) else None
+
+
+_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"}
+"""OpenSSL's reasons where what answers is no TLS."""

@@ -126,7 +126,12 @@ class ModelBundle:
         if self.description.code is not None:
             check_requirements(self.description.code.requires, "the archive's own code")
         for name, expected in self.description.files.items():
-            _check_digest(name, sha256_of_file(self.folder / name), expected)
+            _check_digest(name, _sha256_of(self.folder, name), expected)
+        for member in self.description.members:
+            for name in member.files:
+                if name not in self.description.files:
+                    msg = f"{name} has no sha256 in {BUNDLE_FILE}: it is damaged; make the archive again"
+                    raise BundleError(msg)
 
 
 def _check_digest(name: str, actual: str, expected: str | None) -> None:
@@ -154,14 +159,14 @@ def check_requirements(requires: Mapping[str, str], who: str = "the archive") ->
             raise BundleError(msg)
 
 
-def sha256_of_file(file: Path) -> str:
-    """Hex sha256 of a file; raises :class:`BundleError` if it is missing."""
+def _sha256_of(folder: Path, name: str) -> str:
+    """Hex sha256 of a file of the archive; raises :class:`BundleError` if it is missing."""
     digest = hashlib.sha256()
     try:
-        with file.open("rb") as stream:
+        with (folder / name).open("rb") as stream:
             while chunk := stream.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:
-        msg = f"{file.name} is missing from the archive"
+        msg = f"{name} is missing from the archive"
         raise BundleError(msg) from error
     return digest.hexdigest()

@@ -115,6 +115,11 @@ class MemberDescription(BaseModel):
         """Where the archive keeps it."""
         return f"{MEMBERS_FOLDER}/{self.name}"
 
+    @property
+    def files(self) -> list[str]:
+        """The archive's files that say what it predicts; the golden patch, which is made of them, is none."""
+        return [f"{self.folder}/{name}" for name in (PLANS_FILE, DATASET_FILE, *(f.weights_file for f in self.folds))]
+
 
 class Member:
     """A member of an unpacked archive."""

@@ -125,11 +125,15 @@ class OwnCode:
         try:
             return importlib.import_module(f"{self.package}.{file.removesuffix('.py')}")
         except ModuleNotFoundError as error:
-            msg = f"{file} imports {error.name}, which is not installed here"
+            msg = f"{file} imports {self._as_written(error.name)}, which is not installed here"
             raise BundleError(msg) from error
         except (Exception, SystemExit) as error:
-            msg = f"{file} cannot be imported: {type(error).__name__} {error}"
+            msg = f"{file} cannot be imported: {type(error).__name__} {self._as_written(error)}"
             raise BundleError(msg) from error
+
+    def _as_written(self, said: object) -> str:
+        """Without the package, which nobody has written."""
+        return str(said).replace(f"{self.package}.", "").replace(self.package, "the folder of it")
 
     def imports(self, file: str) -> tuple[set[str], set[str]]:
         """What a file imports, as far as its text says: files of this set, and installed modules by their first name.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .codecs import ImageSource
 from .errors import LONGEST_NAMES, ChannelsDisagree, WrongChannels, WrongRange
@@ -81,25 +83,28 @@ def check_grid(source: ImageSource, image: Geometry) -> None:
     if source.channels != 1:
         msg = f"{PREVIOUS_STAGE} has {source.channels} channels; it must be a label map, with one"
         raise WrongChannels(msg)
-    labels = source.geometry
-    same_place = (
-        labels.assumed
-        or image.assumed
-        or (
-            np.allclose(labels.spacing_zyx, image.spacing_zyx, atol=_SPACING_MM)
-            and np.allclose(labels.origin, image.origin, atol=_ORIGIN_MM)
-            and np.allclose(labels.direction, image.direction, atol=_DIRECTION)
-        )
-    )
-    if labels.shape != image.shape or not same_place:
-        differ = "shape" if labels.shape != image.shape else "spacing, origin or direction"
+    if differences := list(_differences(source.geometry, image)):
         msg = (
-            f"{PREVIOUS_STAGE} and the image have another {differ}: {_grid(labels)} and {_grid(image)}; "
-            "send the labels on the image's grid, as nnUNetv2_predict writes them"
+            f"{PREVIOUS_STAGE} does not lie on the image's grid: it has {'; '.join(differences)}; "
+            "send the labels as nnUNetv2_predict writes them for this image"
         )
         raise ChannelsDisagree(msg)
 
 
-def _grid(geometry: Geometry) -> str:
-    shape, spacing = geometry.shape, tuple(round(mm, 4) for mm in geometry.spacing_zyx)
-    return f"{shape} voxels of {spacing} mm (z, y, x) at {tuple(round(mm, 3) for mm in geometry.origin)}"
+def _differences(labels: Geometry, image: Geometry) -> Iterator[str]:
+    """What the labels have otherwise, in words."""
+    if labels.shape != image.shape:
+        yield f"{labels.shape} voxels (z, y, x), the image {image.shape}"
+    if labels.assumed or image.assumed:
+        return
+    for name, has, wanted, tolerance in (
+        ("spacing (z, y, x; mm)", labels.spacing_zyx, image.spacing_zyx, _SPACING_MM),
+        ("origin (LPS; mm)", labels.origin, image.origin, _ORIGIN_MM),
+        ("direction (row by row)", labels.direction, image.direction, _DIRECTION),
+    ):
+        if not np.allclose(has, wanted, atol=tolerance):
+            yield f"the {name} {_rounded(has)}, the image {_rounded(wanted)}"
+
+
+def _rounded(numbers: npt.ArrayLike) -> tuple[float, ...]:
+    return tuple(round(float(number), 4) for number in np.ravel(numbers))

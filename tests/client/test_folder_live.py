@@ -18,6 +18,7 @@ from nnunetv2.postprocessing.remove_connected_components import remove_all_but_l
 
 from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.cli import app
+from nnunet_torchserve_tools.list_models import Listed, Listing
 from support import stock
 from support.predictions import assert_same_files, read, write_heads
 from support.server import LiveServer
@@ -156,12 +157,18 @@ def test_the_management_port_and_the_state_directory_have_the_workers(
     assert "not seen" not in whole
 
 
+def test_a_cascade_that_did_not_describe_itself_is_listed_without_members() -> None:
+    cascade = {"kind": "cascade", "first": None, "member": "3d_cascade_fullres"}
+    [name, made_of] = Listing([Listed("second", "1.0", dataset="Dataset950_Odd", recipe=cascade)]).lines()
+    assert (name, made_of) == ("second 1.0", "  Dataset950_Odd, labels that a request brings, then 3d_cascade_fullres")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--server", "URL"], "no list of models"),
         (["--server", "URL", "--model", "nobody"], "nobody"),
-        (["--management-url", "URL"], "management port"),
+        (["--management-url", "URL"], "management port (8081) does: HTTP 404"),
         (["--state-dir", "/nowhere"], "no server of /nowhere is running"),
     ],
 )

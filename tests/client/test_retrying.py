@@ -73,6 +73,7 @@ def test_what_a_second_try_mends_is_tried_again(failure: Reply, server: Peer) ->
         (peer.plain(403), errors.Unauthorized),
         (peer.plain(400, b'{"code": 400, "type": "InvalidKeyException", "message": "x"}'), errors.Unauthorized),
         (peer.plain(404, b'{"code": 404, "type": "ModelNotFoundException", "message": "x"}'), errors.UnknownModel),
+        (peer.plain(405, b'{"code": 405, "type": "MethodNotAllowedException", "message": "x"}'), errors.UnknownModel),
         (peer.plain(408), errors.Refused),
         (peer.plain(413), errors.TooLarge),
         (peer.problem(413, "response_too_large"), errors.ResponseTooLarge),
@@ -155,6 +156,20 @@ def test_an_address_where_nothing_ever_answered_is_given_up_soon() -> None:
         client.predict(CASE)
     assert caught.value.of_all_cases
     assert caught.value.tries > 1
+    assert str(caught.value).startswith("blobs: no connection to the server: Connection refused: does it run")
+    assert caught.value.request_id is None, "no server's log has it"
+
+
+def test_a_url_that_cannot_be_right_is_said(server: Peer) -> None:
+    port = server.url.rpartition(":")[2]
+    for url, reason in (
+        (f"https://127.0.0.1:{port}", "speak TLS at this port: is it http, not https?"),
+        ("http://no-such-host.invalid", "is the host's name right?"),
+    ):
+        settings: dict[str, Any] = {"pause_s": 0.01, "first_contact_s": 0.01, "use_proxies": False}
+        with Client(url, "blobs", **settings) as client, pytest.raises(errors.Unreachable) as caught:
+            client.predict(CASE)
+        assert reason in str(caught.value)
 
 
 def test_a_server_that_is_started_again_has_lost_nothing() -> None:

@@ -36,6 +36,7 @@ def server() -> Iterator[Peer]:
         (("ftp://host", "m"), {}),
         (("http://", "m"), {}),
         (("http://host/?a=b", "m"), {}),
+        (("http://host/predictions/m", "m"), {}),
         (([], "m"), {}),
         ((URL, ""), {}),
         ((URL, "a/b"), {}),

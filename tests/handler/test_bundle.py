@@ -96,3 +96,17 @@ def test_the_lead_is_what_the_whole_model_looks_like(
     (model / "members" / "3d_lowres" / "plans.json").write_text("{}")
     with pytest.raises(BundleError, match=r"^members/3d_lowres/plans\.json has sha256"):
         ModelBundle(model)
+    shutil.rmtree(model / "members" / "3d_lowres")
+    with pytest.raises(BundleError, match=r"^members/3d_lowres/.* is missing from the archive$"):
+        ModelBundle(model)
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json", "fold_0.safetensors"])
+def test_a_file_that_decides_what_is_predicted_and_has_no_checksum_is_refused(
+    name: str, described: Json, unpacked: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(unpacked("flat"), tmp_path / "model"))
+    del described["files"][f"members/2d/{name}"]
+    (model / BUNDLE_FILE).write_text(json.dumps(described))
+    with pytest.raises(BundleError, match=rf"^members/2d/{name} has no sha256 in {BUNDLE_FILE}"):
+        ModelBundle(model)

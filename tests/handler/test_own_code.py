@@ -79,6 +79,8 @@ def test_a_future_import_and_the_text_of_a_function_survive() -> None:
         ("raise SystemExit(3)", "cannot be imported: SystemExit"),
         ("def :", "cannot be imported: SyntaxError"),
         ("import helper.part", "imports helper"),
+        ("from .missing import value", r"main\.py imports missing, which is not installed here"),
+        ("from . import missing", "ImportError cannot import name 'missing' from 'the folder of it'"),
     ],
 )
 def test_what_keeps_a_file_from_being_imported_is_said(text: str, reason: str) -> None:

@@ -209,6 +209,33 @@ def test_a_method_of_an_object_is_refused_as_nnunets_predictor_has_only_the_clas
         served(model, tmp_path, file)
 
 
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("raise NotImplementedError('causal_conv1d: Expected x.is_cuda() to be true')", "runs on CUDA only"),
+        ("raise OSError('no file weights.bin')", r"fails on a patch on the CPU: OSError no file weights\.bin$"),
+    ],
+    ids=["cuda", "another reason"],
+)
+def test_a_network_that_fails_on_a_cpu_is_not_taken_for_wrong_files(fails: str, said: str, tmp_path: Path) -> None:
+    file = written(tmp_path / "trainers", trainer().replace("return self.last", f"{fails}; return self.last"))
+    with external(file.parent):
+        model = MINE.write(tmp_path)
+    with pytest.raises(ToolError, match=said) as error:
+        served(model, tmp_path, file)
+    assert str(error.value).startswith("the network of 2d was built, and fails on a patch on the CPU: ")
+
+
+def test_a_network_that_is_built_on_cuda_only_is_named(tmp_path: Path) -> None:
+    sound = written(tmp_path / "sound", trainer())
+    with external(sound.parent):
+        model = MINE.write(tmp_path)
+    built = "super().__init__(); raise AssertionError('Torch not compiled with CUDA enabled')"
+    file = written(tmp_path / "trainers", trainer().replace("super().__init__()", built))
+    with pytest.raises(ToolError, match=r"of 2d make no network: AssertionError .*runs on CUDA only"):
+        served(model, tmp_path, file)
+
+
 def test_a_network_that_gives_a_list_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "trainers", trainer(lists=True))
     with external(file.parent):
@@ -321,6 +348,9 @@ def shared_resampling(data, new_shape, current_spacing, new_spacing, **how):
     data = np.asarray(data)
     values = resample_data_or_seg_to_shape(data, new_shape, current_spacing, new_spacing, is_seg=False, order=1)
     return values - 2 * values.mean(0, keepdims=True, dtype=np.float32) ** 2
+
+def array_resampling(data, new_shape, current_spacing, new_spacing, **how):
+    return data.astype(np.float32).clip(-0.2, 0.2)
 """
 
 
@@ -358,7 +388,7 @@ def test_a_preprocessor_is_called_as_stock_calls_it(tmp_path: Path) -> None:
 
 
 def stock_of_file(model: Path, folder: Path) -> npt.NDArray[Any]:
-    """As ``nnUNetv2_predict``, whose preprocessing gives float32 whatever the preprocessor gives."""
+    """As ``nnUNetv2_predict``: its preprocessing gives float32 whatever the preprocessor gives, its export an array."""
     predictor = stock.loaded(model)
     file = volumes.write(folder, "case_0000.nii.gz", image())
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
@@ -369,7 +399,11 @@ def stock_of_file(model: Path, folder: Path) -> npt.NDArray[Any]:
     from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
     labels: npt.NDArray[Any] = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, predictor.plans_manager, predictor.configuration_manager, predictor.label_manager, properties
+        logits.cpu().detach().numpy(),
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.label_manager,
+        properties,
     )
     return labels
 
@@ -392,6 +426,16 @@ def test_a_resampling_function_gets_all_classes_as_in_stock(tmp_path: Path) -> N
     both = ask(pipeline, save_probabilities=True)
     np.testing.assert_array_equal(both["probabilities"], expected.probabilities)
     assert problem(pipeline, export="linear")["code"] == "bad_option"
+
+
+def test_a_resampling_function_gets_an_array_as_from_nnunetv2_predict(tmp_path: Path) -> None:
+    """One that knows arrays only, and leaves the grid as it is: the network's has the image's voxels here."""
+    file = written(tmp_path / "own", OWN_STEPS)
+    model = OddModel(2, change_plans=changed(resampling_fn_probabilities="array_resampling")).write(tmp_path)
+    with in_nnunetv2(file, array_resampling=no_resampling):
+        expected = stock_of_file(model, tmp_path)
+    assert len(np.unique(expected)) > 1, "labels that are all the same prove nothing"
+    np.testing.assert_array_equal(ask(served(model, tmp_path, file))["labels"], expected)
 
 
 LABELS = """

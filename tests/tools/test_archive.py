@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 import shutil
 import warnings
 import zipfile
@@ -404,6 +405,20 @@ def test_a_model_whose_values_are_not_those_of_dataset_json_is_archived_with_a_w
     (folder / "dataset.json").write_text(json.dumps(dataset | {"labels": labels}))
     with pytest.warns(ModelWarning, match="3 is centre"):
         make(folder, tmp_path)
+
+
+def test_a_disk_that_does_not_hold_the_archive_is_said_and_nothing_is_left(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = tmp_path / "store"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
+        with pytest.raises(ToolError, match=f"^the archive cannot be written into {store}, by way of .*: File too"):
+            make_archives(ArchiveRequest(models["flat"], store))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(store.iterdir())
 
 
 def test_a_warning_is_one_line_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

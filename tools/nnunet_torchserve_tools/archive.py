@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import nnunet_handler
@@ -29,6 +31,7 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import (
     GOLDEN_FILE,
     REORIENTING_READERS,
+    Member,
     painting_of,
 )
 from nnunet_torchserve.options import FoldName
@@ -71,6 +74,9 @@ _DRY_RUN_LIMIT_S = 600.0
 _NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
 anything."""
+
+_OF_A_GPU = re.compile(r"cuda|nvidia|triton", re.IGNORECASE)
+"""What networks say that want a GPU."""
 
 _CPU = torch.device("cpu")
 
@@ -169,6 +175,10 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         return [_make_archive(request, each, content, steps, own) for each, content, steps in contents]
     except (ToolError, Warning):
         raise
+    except (OSError, SafetensorError) as error:  # a full disk, mostly
+        reason = getattr(error, "strerror", None) or error
+        msg = f"the archive cannot be written into {request.output}, by way of {tempfile.gettempdir()}: {reason}"
+        raise ToolError(msg) from error
     except Exception as error:
         if code is None and not isinstance(error, _NO_NETWORK):
             raise
@@ -286,16 +296,9 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for name, member in ModelBundle(stage).members.items():
-            try:
-                save_file(golden_tensors(FoldNetworks(member, _CPU), member.folds), member.folder / GOLDEN_FILE)
-            except BundleError as error:
-                msg = str(error) if name in str(error) else f"{name}: {error}"
-                raise ToolError(msg) from error
-            except _NO_NETWORK as error:
-                what = f"plans.json, dataset.json and the checkpoints of {name}"
-                msg = f"{what} make no network: {type(error).__name__} {error}"
-                raise ToolError(msg) from error
+        for member in ModelBundle(stage).members.values():
+            expected = (Exception,) if description.code is not None else _NO_NETWORK
+            save_file(_golden(member, expected), member.folder / GOLDEN_FILE)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
@@ -307,6 +310,31 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
+
+
+def _golden(member: Member, expected: tuple[type[Exception], ...]) -> dict[str, torch.Tensor]:
+    """The golden patch of a member.
+
+    Args:
+        member: written, but for this.
+        expected: what may be raised where there is no network, or one that fails.
+
+    Raises:
+        ToolError: it is so; the message says whether the network is not built or does not run.
+    """
+    name, stage = member.name, f"plans.json, dataset.json and the checkpoints of {member.name} make no network"
+    try:
+        networks = FoldNetworks(member, _CPU)
+        stage = f"the network of {name} was built, and fails on a patch on the CPU"
+        return golden_tensors(networks, member.folds)
+    except BundleError as error:
+        msg = str(error) if name in str(error) else f"{name}: {error}"
+        raise ToolError(msg) from error
+    except expected as error:
+        msg = f"{stage}: {type(error).__name__} {error}"
+        if _OF_A_GPU.search(msg):
+            msg += ". Archives are made and checked on a CPU: a network that runs on CUDA only cannot be served"
+        raise ToolError(msg) from error
 
 
 def _write_bundle(stage: Path, description: BundleDescription) -> None:

@@ -22,7 +22,8 @@ def explained(error: ToolError | ModuleNotFoundError) -> tuple[str, int]:
     if isinstance(error, ToolError):
         return f"error: {error}", error.exit_code
     ours = (error.name or "").partition(".")[0] in OF_THE_SERVER
-    hint = "this command needs pip install 'nnunet-torchserve[server]'" if ours else "code that was loaded needs it"
+    of_ours = "this command needs nnunet-torchserve[server]: in a clone of the project, pip install '.[server]'"
+    hint = of_ours if ours else "code that was loaded needs it"
     return f"error: {error.name} is not installed; {hint}", ToolError.exit_code
 
 

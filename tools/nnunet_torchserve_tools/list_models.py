@@ -158,7 +158,7 @@ def _made_of(model: Listed) -> Iterator[str]:
     """What a model was trained as; of several members, the recipe and each of them."""
     members = model.members or {}
     if len(members) > 1 or (model.recipe or {}).get("kind") == "cascade":
-        yield f"  {model.dataset}, {recipe_in_words(model.recipe or {})}:"
+        yield f"  {model.dataset}, {recipe_in_words(model.recipe or {})}{':' if members else ''}"
         for name, member in members.items():
             yield f"    {name}: {_trained(member)}"
     elif model.dataset is not None:
@@ -321,7 +321,10 @@ def _get(url: str, control: Path | None, path: str, **parameters: str) -> Any:
             answer.raise_for_status()
             return answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        msg = f"{url} does not answer as TorchServe's management port does: {type(error).__name__}"
+        what = str(error) or type(error).__name__
+        if isinstance(error, httpx.HTTPStatusError):
+            what = f"HTTP {error.response.status_code}"
+        msg = f"{url} does not answer as TorchServe's management port (8081) does: {what}"
         raise ToolError(msg) from error
 
 

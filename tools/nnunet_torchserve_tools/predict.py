@@ -330,7 +330,7 @@ def _summed_up(summary: Summary) -> Iterator[str]:
 def _what_is_missing(summary: Summary, asked: argparse.Namespace) -> str:
     parts = []
     if summary.failed:
-        parts.append(f"{len(summary.failed)} cases failed")
+        parts.append(f"{len(summary.failed)} of {summary.cases} cases failed")
     if summary.left:
         parts.append(
             f"{len(summary.left)} were not predicted{', because of an interrupt' if summary.interrupted else ''}"

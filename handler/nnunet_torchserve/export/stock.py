@@ -1,4 +1,8 @@
-"""Export by nnU-Net's own function, which calls somebody's label manager or resampling function as it always does."""
+"""Export by nnU-Net's own function, which calls somebody's label manager or resampling function as it always does.
+
+They get an array, as from ``nnUNetv2_predict`` (``predict_from_data_iterator``); of nnU-Net's methods,
+``predict_single_npy_array`` and ``predict_from_files_sequential`` give them a tensor.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ def _convert(model: TrainedModel, logits: torch.Tensor, properties: Mapping[str,
     threads = torch.get_num_threads()
     try:
         return convert_predicted_logits_to_segmentation_with_correct_shape(
-            logits.cpu(),
+            logits.cpu().numpy(),
             model.plans,
             model.configuration,
             model.labels,
