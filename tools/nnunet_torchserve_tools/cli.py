@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -527,6 +528,23 @@ def orientation_(
     if found.agreed is None:
         msg = "the images do not agree, or not all say how they lie: no single orientation is right for this model"
         raise ToolError(msg)
+
+
+@app.command()
+@_reports_errors
+def trainers(
+    path: Annotated[bool, typer.Option("--path", help="Print the folder and nothing else.")] = False,
+) -> None:
+    """List the trainers that this project adds to nnU-Net, and the folder that nnUNet_extTrainer must name."""
+    from .added_trainers import added_trainers, external_folder
+
+    folder = external_folder()
+    if path:
+        typer.echo(folder)
+        return
+    for name, what in added_trainers(folder).items():
+        typer.echo(f"{name}  {what}")
+    typer.echo(f"export nnUNet_extTrainer={shlex.quote(str(folder))}")
 
 
 def _say(text: str) -> None:
