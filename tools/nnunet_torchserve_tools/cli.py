@@ -547,6 +547,22 @@ def trainers(
     typer.echo(f"export nnUNet_extTrainer={shlex.quote(str(folder))}")
 
 
+@app.command("shrink-plans")
+@_reports_errors
+def shrink_plans(
+    plans: Annotated[Path, typer.Argument(metavar="PLANS.json", help="Of the dataset below nnUNet_preprocessed.")],
+    name: Annotated[str, typer.Option(help="Of the new plans, which are written beside them.")],
+    features: Annotated[float, typer.Option(help="Share of the features of each stage that is left.")] = 0.5,
+) -> None:
+    """Write plans for a lighter network, to be trained with nnUNetv2_train -p NAME on what is preprocessed already."""
+    from .smaller_plans import write_smaller_plans
+
+    written, changes = write_smaller_plans(plans, features, name)
+    for change in changes:
+        typer.echo(change.line())
+    typer.echo(written)
+
+
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 
