@@ -1,0 +1,304 @@
+"""The server's chart on a cluster: what it promises of installing, upgrading, stopping, dying and leaving.
+
+Requests come from a pod, through the Service. A start takes as long as the nodes let it; only what happens is judged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from support import stock, volumes
+from support.bad_requests import FAST, GOOD
+from support.charts import SERVER_CHART, Values, merged, tool
+from support.cluster import (
+    CLIENTS,
+    MODELS,
+    TIMEOUT,
+    Cluster,
+    Release,
+    is_ready,
+    load,
+    name_of,
+    restarts,
+    until,
+    waits_for,
+)
+
+pytestmark = [pytest.mark.cluster, TIMEOUT]
+
+HEAD = "/tmp/head.nii.gz"
+GPU, MADE_UP = "nvidia.com/gpu", 2
+SECOND: Values = {"models": {"serve": ["brain=brain-2.0.mar"]}}
+TWO: Values = {"replicas": 2}
+
+FIND_JVM = "import psutil; print(*(p.pid for p in psutil.process_iter() if p.name() == 'java'))"
+
+
+def alike(one: bytes, other: Any) -> float:
+    """The share of voxels with the same label; ``other`` (Z, Y, X)."""
+    labels = np.asarray(nib.Nifti1Image.from_bytes(volumes.gunzip(one)).dataobj).T
+    assert labels.shape == other.shape
+    return float(np.mean(labels == other))
+
+
+def test_the_defaults_answer_a_request_after_one_command_and_leave_nothing(
+    cluster: Cluster, workshop: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As docs/kubernetes.md has it: only the image and the claim are named (and the start's patience)."""
+    before = cluster.everything()
+    values: Values = {
+        "models": {"store": {"kind": "claim", "claim": {"name": MODELS}}, "serve": ["brain=brain-1.0.mar"]},
+        "startup": {"baseSeconds": 1500},
+    }
+    release = Release(cluster, "defaults", values)
+    given = merged(cluster.image.values, values)
+    with release.as_it_is_left():
+        said = cluster.helm("install", release.name, str(SERVER_CHART), "--wait", "--timeout=60m", values=given)
+        assert f"http://{release.full_name}.{cluster.namespace}.svc:8080 --model MODEL" in said
+        assert release.ready_pods()
+        cluster.run(workshop, "sh", "-c", "mkdir -p /tmp/heads && cp /tmp/head.nii.gz /tmp/heads/head_0000.nii.gz")
+        command = ["nnunet-torchserve", "predict", "--server", release.address(), "--model", "brain"]
+        command += ["-i", "/tmp/heads", "-o", "/tmp/labels", "-f", "0", "--disable_tta"]
+        assert "1 of 1 cases predicted" in cluster.run(workshop, *command)
+        predicted = from_pod(cluster, workshop, "/tmp/labels/head.nii.gz")
+        image = volumes.write(tmp_path, "head_0000.nii.gz", GOOD)
+        theirs = stock.predict(models["five_folds"], [image], folds=[0], use_mirroring=False, probabilities=False)
+        assert alike(predicted, theirs.labels) > 0.9999
+        (tmp_path / "heads").mkdir()
+        image.rename(tmp_path / "heads" / image.name)
+        with forwarded(release) as url:
+            command[3] = url
+            here = [sys.executable, "-m", "nnunet_torchserve_tools.cli", *command[1:]]
+            here[here.index("-i") + 1], here[here.index("-o") + 1] = str(tmp_path / "heads"), str(tmp_path / "labels")
+            subprocess.run(here, check=True)
+        assert (tmp_path / "labels" / "head.nii.gz").read_bytes() == predicted
+    until(lambda: cluster.everything() == before, "nothing is left of the release")
+
+
+def from_pod(cluster: Cluster, pod: str, path: str) -> bytes:
+    """A file of a pod."""
+    print_it = "import base64, sys; print(base64.b16encode(open(sys.argv[1], 'rb').read()).decode())"
+    return bytes.fromhex(cluster.run(pod, "python", "-c", print_it, path))
+
+
+@contextmanager
+def forwarded(release: Release) -> Iterator[str]:
+    """A URL of this machine that leads to the Service, as helm's notes have it."""
+    command = [tool("kubectl"), "--namespace", release.cluster.namespace, "port-forward"]
+    command += [f"service/{release.full_name}", ":8080"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r"127\.0\.0\.1:\d+", process.stdout.readline())
+            assert found
+            yield f"http://{found[0]}"
+        finally:
+            process.terminate()
+
+
+def test_a_container_is_nobody_in_particular_and_writes_into_its_volumes_only(release: Release) -> None:
+    release.apply()
+    [pod] = release.ready_pods()
+
+    def run(command: str) -> str:
+        return release.cluster.run(name_of(pod), "sh", "-c", command, check=False)
+
+    assert run("id -u").strip() == "10001"
+    for folder in ("/", "/usr", "/etc", "/models", "/etc/nnunet-torchserve/config"):
+        assert "Read-only file system" in run(f"touch {folder}/written"), folder
+    for folder in ("/tmp", "/run/nnunet-torchserve", "/var/lib/nnunet-torchserve"):
+        assert run(f"touch {folder}/written && rm {folder}/written") == "", folder
+    status = dict(line.split(":\t", 1) for line in run("cat /proc/1/status").splitlines() if ":\t" in line)
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert "No such file" in run("ls /var/run/secrets/kubernetes.io/serviceaccount")
+
+
+def test_a_container_that_would_be_root_is_not_run(release: Release) -> None:
+    """The kubelet holds the pod's runAsNonRoot against it, whoever made it root."""
+    cluster = release.cluster
+    rooted = Release(cluster, "rooted", release.values)
+    with rooted.as_it_is_left():
+        rooted.apply({"replicas": 0}, wait=False)
+        root = [{"op": "replace", "path": "/spec/template/spec/securityContext/runAsUser", "value": 0}]
+        cluster.kubectl("patch", "deployment", rooted.full_name, "--type=json", f"--patch={json.dumps(root)}")
+        cluster.kubectl("scale", "deployment", rooted.full_name, "--replicas=1")
+        [pod] = until(rooted.pods, "there is a pod")
+        until(
+            lambda: waits_for(cluster.get("pod", name_of(pod))) == "CreateContainerConfigError", "the pod is held back"
+        )
+        assert any("runAsNonRoot" in each or "non-root" in each for each in cluster.events(name_of(pod)))
+
+
+def test_a_rolling_upgrade_and_its_rollback_lose_nothing(release: Release) -> None:
+    """Another archive by pod, under load, and back; meanwhile answers come from either, and each is that archive's."""
+    release.apply()
+    first = release.revision()
+    with load(release.cluster, release.url("brain"), HEAD, FAST) as answers:
+        assert answers.of("2.0") == 0
+        release.apply(SECOND)
+        until(lambda: answers.of("2.0") >= CLIENTS, "the new archive answers")
+        old = answers.of("1.0")
+        release.cluster.helm("rollback", release.name, str(first), "--wait", "--timeout=60m")
+        until(lambda: answers.of("1.0") >= old + CLIENTS, "the old archive answers again")
+    answers.check()
+    assert len(answers.contents) == 2
+
+
+def test_an_upgrade_that_never_gets_ready_takes_nothing_away(release: Release) -> None:
+    """A pod whose archive is not there fails again and again; the old one serves, and is what a rollback keeps."""
+    release.apply()
+    good = release.revision()
+    [old] = release.ready_pods()
+    with load(release.cluster, release.url("brain"), HEAD, FAST) as answers:
+        release.apply({"models": {"serve": ["brain=brain-3.0.mar"]}}, wait=False)
+        [new] = until(lambda: [pod for pod in release.pods() if name_of(pod) != name_of(old)], "there is a new pod")
+        until(lambda: restarts(release.cluster.get("pod", name_of(new))) >= 1, "the new pod's start has failed")
+        reason = release.cluster.kubectl("logs", name_of(new), "--previous")
+        assert "brain-3.0.mar" in reason
+        already = answers.count
+        until(lambda: answers.count >= already + CLIENTS, "the old pod serves")
+        release.cluster.helm("rollback", release.name, str(good), "--wait", "--timeout=60m")
+        until(lambda: [name_of(pod) for pod in release.pods()] == [name_of(old)], "the old pod is all there is")
+    answers.check()
+
+
+def test_a_pod_that_is_deleted_under_load_loses_nothing(release: Release) -> None:
+    """preStop, SIGTERM, and the grace period; meanwhile the other pod serves."""
+    release.apply(TWO)
+    leaves, _ = release.ready_pods()
+    with load(release.cluster, release.url("brain"), HEAD, FAST) as answers:
+        release.cluster.kubectl("delete", "pod", name_of(leaves), "--wait=false")
+        until(lambda: name_of(leaves) not in map(name_of, release.pods()), "it is gone")
+        gone = answers.count
+        until(lambda: len(release.ready_pods()) == 2, "another one is there in its place")
+        until(lambda: answers.count >= gone + 2 * CLIENTS, "requests go on being served")
+    answers.check()
+
+
+def test_a_drain_takes_one_pod_and_then_waits_for_another_to_be_ready(release: Release) -> None:
+    """`kubectl drain` of the node, for this release's pods only, while its replacement finds no node."""
+    release.apply(TWO)
+    cluster = release.cluster
+    [node] = {pod["spec"]["nodeName"] for pod in release.ready_pods()}
+    try:
+        selector = [f"--pod-{release.selector.removeprefix('--')}", "--delete-emptydir-data"]
+        said = cluster.kubectl("drain", node, *selector, "--timeout=120s", check=False)
+        assert "violate the pod's disruption budget" in said
+        staying = release.ready_pods()
+        assert len(staying) == 1, "one was evicted, the other is kept"
+        budget = cluster.get("poddisruptionbudget", release.full_name)["status"]
+        assert (budget["disruptionsAllowed"], budget["currentHealthy"]) == (0, 1)
+    finally:
+        cluster.kubectl("uncordon", node)
+    until(lambda: len(release.ready_pods()) == 2, "another one is there in its place")
+    assert name_of(staying[0]) in map(name_of, release.ready_pods())
+
+
+def test_a_server_that_hangs_is_started_again(release: Release) -> None:
+    """Its JVM is stopped, so that nothing is answered any more: liveness ends it, and it comes back."""
+    release.apply({"liveness": {"periodSeconds": 2, "failureThreshold": 3}, "stop": {"endpointSeconds": 1}})
+    cluster = release.cluster
+    [pod] = release.ready_pods()
+    assert restarts(pod) == 0
+    jvm = cluster.run(name_of(pod), "python", "-c", FIND_JVM).split()
+    assert len(jvm) == 1
+    cluster.run(name_of(pod), "sh", "-c", f"kill -STOP {jvm[0]}")
+    until(lambda: not release.ready_pods(), "nobody is sent to it any more")
+    until(lambda: restarts(cluster.get("pod", name_of(pod))) == 1, "it is started again")
+    assert any("Liveness probe failed" in each for each in cluster.events(name_of(pod)))
+    until(lambda: is_ready(cluster.get("pod", name_of(pod))), "it is ready again")
+    with load(cluster, release.url("brain"), HEAD, FAST) as answers:
+        until(lambda: answers.count > 0, "it answers")
+    answers.check()
+
+
+def test_a_start_that_hangs_is_begun_again_by_the_startup_probe_and_not_before(release: Release) -> None:
+    """A server that answers no probe has its whole time, whatever liveness says; then it is started again."""
+    cluster = release.cluster
+    hanging = Release(cluster, "hanging", release.values)
+    impatient: Values = {
+        "replicas": 0,
+        "startup": {"baseSeconds": 20, "secondsPerArchive": 0, "secondsPerGibibyte": 0},
+        "liveness": {"periodSeconds": 1, "failureThreshold": 1},
+        "stop": {"endpointSeconds": 1},
+    }
+    sleeps = ["/bin/sh", "-c", "trap exit TERM; while :; do sleep 1; done"]
+    with hanging.as_it_is_left():
+        hanging.apply(impatient, wait=False)
+        instead = [
+            {"op": "replace", "path": f"/spec/template/spec/containers/0/{key}", "value": value}
+            for key, value in (("command", sleeps), ("args", []))
+        ]
+        cluster.kubectl("patch", "deployment", hanging.full_name, "--type=json", f"--patch={json.dumps(instead)}")
+        cluster.kubectl("scale", "deployment", hanging.full_name, "--replicas=1")
+        [pod] = until(hanging.pods, "there is a pod")
+        ended = until(lambda: last_end(cluster.get("pod", name_of(pod))), "it is started again")
+        told = cluster.events(name_of(pod))
+        assert any(each.startswith("Unhealthy: Startup probe failed") for each in told)
+        assert not any("Liveness" in each or "liveness" in each for each in told)
+        assert ended >= 18, "a probe every 2 s: the tenth one fails 18 s after the first"
+        assert not hanging.ready_pods()
+
+
+def last_end(pod: Values) -> float:
+    """How many seconds its only container lived the last time; 0 if it has not ended yet."""
+    [status] = pod["status"].get("containerStatuses") or [{}]
+    ended = status.get("lastState", {}).get("terminated")
+    if not ended:
+        return 0
+    began, end = (np.datetime64(ended[key].removesuffix("Z")) for key in ("startedAt", "finishedAt"))
+    return float((end - began) / np.timedelta64(1, "s"))
+
+
+@pytest.fixture
+def made_up_gpus(cluster: Cluster) -> Iterator[None]:
+    """A node with GPUs that nobody has, as far as the scheduler knows."""
+    nodes = cluster.get("nodes")
+    if any(GPU in node["status"]["capacity"] for node in nodes):
+        pytest.skip(f"nodes of this cluster have {GPU} of their own")
+    node, path = nodes[0]["metadata"]["name"], f"/status/capacity/{GPU.replace('/', '~1')}"
+
+    def patch(**operation: str) -> None:
+        text = json.dumps([{"path": path, **operation}])
+        cluster.kubectl("patch", "node", node, "--subresource=status", "--type=json", f"--patch={text}")
+
+    patch(op="add", value=str(MADE_UP))
+    try:
+        until(lambda: GPU in cluster.get("node", node)["status"]["allocatable"], "the scheduler may give them out")
+        yield
+    finally:
+        patch(op="remove")
+
+
+def test_a_gpu_gets_one_pod_and_a_pod_gets_one_gpu(release: Release, made_up_gpus: None) -> None:
+    """Scheduling alone: the containers find no GPU and end with the reason."""
+    cluster = release.cluster
+    on_gpus = Release(cluster, "gpus", release.values, SERVER_CHART / "values-gpu.yaml")
+    with on_gpus.as_it_is_left():
+        on_gpus.apply({"replicas": MADE_UP + 1}, wait=False)
+        until(lambda: len(on_gpus.pods()) == MADE_UP + 1, "there are its pods")
+        until(lambda: len([pod for pod in on_gpus.pods() if "nodeName" in pod["spec"]]) == MADE_UP, "GPUs are taken")
+        [waiting] = [pod for pod in on_gpus.pods() if "nodeName" not in pod["spec"]]
+        unplaced = f"Insufficient {GPU}"
+        until(lambda: any(unplaced in each for each in cluster.events(name_of(waiting))), "it says why it waits")
+        [server] = waiting["spec"]["containers"]
+        assert server["resources"]["limits"][GPU] == server["resources"]["requests"][GPU] == "1"
+        taken = next(pod for pod in on_gpus.pods() if "nodeName" in pod["spec"])
+        cluster.kubectl("delete", "pod", name_of(taken), "--grace-period=0", "--force")
+        until(lambda: on_a_node(cluster, name_of(waiting)), "a GPU that is free goes to the pod that waits")
+
+
+def on_a_node(cluster: Cluster, pod: str) -> bool:
+    return "nodeName" in cluster.get("pod", pod)["spec"]
