@@ -199,7 +199,7 @@ def test_a_drain_takes_one_pod_and_then_waits_for_another_to_be_ready(release: R
         staying = release.ready_pods()
         assert len(staying) == 1, "one was evicted, the other is kept"
         budget = cluster.get("poddisruptionbudget", release.full_name)["status"]
-        assert (budget["disruptionsAllowed"], budget["currentHealthy"]) == (0, 1)
+        assert (budget["disruptionsAllowed"], budget["currentHealthy"], budget["desiredHealthy"]) == (0, 1, 1)
     finally:
         cluster.kubectl("uncordon", node)
     until(lambda: len(release.ready_pods()) == 2, "another one is there in its place")
@@ -263,12 +263,11 @@ def last_end(pod: Values) -> float:
 
 
 @pytest.fixture
-def made_up_gpus(cluster: Cluster) -> Iterator[None]:
-    """A node with GPUs that nobody has, as far as the scheduler knows."""
-    nodes = cluster.get("nodes")
-    if any(GPU in node["status"]["capacity"] for node in nodes):
-        pytest.skip(f"nodes of this cluster have {GPU} of their own")
-    node, path = nodes[0]["metadata"]["name"], f"/status/capacity/{GPU.replace('/', '~1')}"
+def made_up_gpus(cluster: Cluster, workshop: str) -> Iterator[None]:
+    """The node has GPUs that nobody has, as far as the scheduler knows."""
+    node, path = cluster.get("pod", workshop)["spec"]["nodeName"], f"/status/capacity/{GPU.replace('/', '~1')}"
+    if GPU in cluster.get("node", node)["status"]["capacity"]:
+        pytest.skip(f"the node has {GPU} of its own")
 
     def patch(**operation: str) -> None:
         text = json.dumps([{"path": path, **operation}])
@@ -286,19 +285,21 @@ def test_a_gpu_gets_one_pod_and_a_pod_gets_one_gpu(release: Release, made_up_gpu
     """Scheduling alone: the containers find no GPU and end with the reason."""
     cluster = release.cluster
     on_gpus = Release(cluster, "gpus", release.values, SERVER_CHART / "values-gpu.yaml")
+
+    def placed() -> list[Values]:
+        return [pod for pod in on_gpus.pods() if "nodeName" in pod["spec"]]
+
     with on_gpus.as_it_is_left():
         on_gpus.apply({"replicas": MADE_UP + 1}, wait=False)
-        until(lambda: len(on_gpus.pods()) == MADE_UP + 1, "there are its pods")
-        until(lambda: len([pod for pod in on_gpus.pods() if "nodeName" in pod["spec"]]) == MADE_UP, "GPUs are taken")
-        [waiting] = [pod for pod in on_gpus.pods() if "nodeName" not in pod["spec"]]
+        until(lambda: len(placed()) == MADE_UP, "every GPU has a pod")
+        [waiting] = until(lambda: [pod for pod in on_gpus.pods() if "nodeName" not in pod["spec"]], "one pod is left")
         unplaced = f"Insufficient {GPU}"
         until(lambda: any(unplaced in each for each in cluster.events(name_of(waiting))), "it says why it waits")
         [server] = waiting["spec"]["containers"]
         assert server["resources"]["limits"][GPU] == server["resources"]["requests"][GPU] == "1"
-        taken = next(pod for pod in on_gpus.pods() if "nodeName" in pod["spec"])
-        cluster.kubectl("delete", "pod", name_of(taken), "--grace-period=0", "--force")
-        until(lambda: on_a_node(cluster, name_of(waiting)), "a GPU that is free goes to the pod that waits")
-
-
-def on_a_node(cluster: Cluster, pod: str) -> bool:
-    return "nodeName" in cluster.get("pod", pod)["spec"]
+        leaves = name_of(placed()[0])
+        cluster.kubectl("delete", "pod", leaves, "--grace-period=0", "--force")
+        until(
+            lambda: leaves not in map(name_of, on_gpus.pods()) and len(placed()) == MADE_UP, "its GPU has another pod"
+        )
+        assert len(on_gpus.pods()) == MADE_UP + 1
