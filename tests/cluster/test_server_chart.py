@@ -262,6 +262,65 @@ def last_end(pod: Values) -> float:
     return float((end - began) / np.timedelta64(1, "s"))
 
 
+SERVE_HTTPS = """
+import functools, http.server, ssl
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("/tmp/tls.crt", "/tmp/tls.key")
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="/models")
+server = http.server.ThreadingHTTPServer(("", 8443), handler)
+server.socket = context.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def archives_url(cluster: Cluster, workshop: str, tmp_path: Path) -> str:
+    """Where the workshop gives out its archives over https; the ConfigMap ``authority`` has who signed for it."""
+    address = cluster.get("pod", workshop)["status"]["podIP"]
+    key, certificate = tmp_path / "tls.key", tmp_path / "tls.crt"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=workshop", "-addext", f"subjectAltName=IP:{address}"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    cluster.kubectl("create", "configmap", "authority", f"--from-file=ca.crt={certificate}")
+    cluster.put(workshop, {"tls.key": key, "tls.crt": certificate}, "/tmp")
+    cluster.run(workshop, "sh", "-c", f"nohup python -c '{SERVE_HTTPS}' >/tmp/https.log 2>&1 </dev/null &")
+    return f"https://{address}:8443"
+
+
+def test_a_pod_fetches_its_archive_and_takes_no_other(release: Release, workshop: str, archives_url: str) -> None:
+    """An init container of the same image, over https with an authority of one's own; another sha256 is no start."""
+    cluster = release.cluster
+
+    def fetching(sha256: str) -> Values:
+        archive = {"url": f"{archives_url}/brain-1.0.mar", "sha256": sha256, "maxBytes": 2**28}
+        fetch = {"archives": [archive], "authorities": {"configMap": "authority"}}
+        return {"models": {"store": {"kind": "fetch", "fetch": fetch}}}
+
+    said = cluster.run(workshop, "sha256sum", "/models/brain-1.0.mar")
+    to_workshop: Values = {"networkPolicy": {"fetchTo": [{"ports": [{"protocol": "TCP", "port": 8443}]}]}}
+    fetched = Release(cluster, "fetched", merged(release.values, to_workshop))
+    with fetched.as_it_is_left():
+        fetched.apply(fetching("0" * 64), wait=False)
+        [pod] = until(fetched.pods, "there is a pod")
+        until(lambda: ended_badly(cluster.get("pod", name_of(pod))), "its init container has failed")
+        words = cluster.kubectl("logs", name_of(pod), "--container=fetch-0", "--previous", check=False)
+        words += cluster.kubectl("logs", name_of(pod), "--container=fetch-0")
+        assert "sha256" in words
+        assert not fetched.ready_pods()
+        fetched.apply(fetching(said.split()[0]))
+        with load(cluster, fetched.url("brain"), HEAD, FAST) as answers:
+            until(lambda: answers.count > 0, "it answers")
+        answers.check()
+
+
+def ended_badly(pod: Values) -> bool:
+    """Whether an init container has failed at least once."""
+    states = pod["status"].get("initContainerStatuses") or []
+    return any(
+        each.get(key, {}).get("terminated", {}).get("exitCode") for each in states for key in ("state", "lastState")
+    )
+
+
 @pytest.fixture
 def made_up_gpus(cluster: Cluster, workshop: str) -> Iterator[None]:
     """The node has GPUs that nobody has, as far as the scheduler knows."""
