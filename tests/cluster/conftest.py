@@ -19,7 +19,7 @@ _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 SMALL: Values = {
     "models": {"store": {"kind": "claim", "claim": {"name": MODELS}}, "serve": ["brain=brain-1.0.mar"]},
     # 8 clients never find the queue full, and three pods find room on a small node.
-    "server": {"workers": 2, "queue": 16, "heapMiB": 384, "bodyLimitMiB": 8, "longestRequestSeconds": 300},
+    "server": {"workers": 2, "queue": 16, "heapMiB": 384, "bodyLimitMiB": 4, "longestRequestSeconds": 300},
     "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "2", "memory": "4Gi"}},
     # Nodes that have other work.
     "startup": {"baseSeconds": 1500},

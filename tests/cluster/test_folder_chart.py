@@ -7,7 +7,7 @@ import json
 import pytest
 
 from support.charts import FOLDER_CHART, Values, merged
-from support.cluster import CASES, STUDY, TIMEOUT, Cluster, Release, name_of, until
+from support.cluster import CASES, STUDY, TIMEOUT, WITHIN, Cluster, Release, name_of, until
 
 pytestmark = [pytest.mark.cluster, TIMEOUT]
 
@@ -77,7 +77,7 @@ def test_a_folder_is_predicted_whole_and_once_although_a_pod_is_killed(server: R
         assert summaries[0]["already_there"] + summaries[0]["done"] == len(mine)
         assert (summaries[1]["already_there"], summaries[1]["done"]) == (0, CASES - len(mine))
     finally:
-        cluster.helm("uninstall", "study", "--wait", "--timeout=30m")
+        cluster.helm("uninstall", "study", "--wait", WITHIN)
     until(lambda: not cluster.get("pods", selector), "nothing runs any more")
 
 

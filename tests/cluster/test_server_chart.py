@@ -25,6 +25,7 @@ from support.cluster import (
     CLIENTS,
     MODELS,
     TIMEOUT,
+    WITHIN,
     Cluster,
     Release,
     is_ready,
@@ -64,7 +65,7 @@ def test_the_defaults_answer_a_request_after_one_command_and_leave_nothing(
     release = Release(cluster, "defaults", values)
     given = merged(cluster.image.values, values)
     with release.as_it_is_left():
-        said = cluster.helm("install", release.name, str(SERVER_CHART), "--wait", "--timeout=60m", values=given)
+        said = cluster.helm("install", release.name, str(SERVER_CHART), "--wait", WITHIN, values=given)
         assert f"http://{release.full_name}.{cluster.namespace}.svc:8080 --model MODEL" in said
         assert release.ready_pods()
         cluster.run(workshop, "sh", "-c", "mkdir -p /tmp/heads && cp /tmp/head.nii.gz /tmp/heads/head_0000.nii.gz")
@@ -150,7 +151,7 @@ def test_a_rolling_upgrade_and_its_rollback_lose_nothing(release: Release) -> No
         release.apply(SECOND)
         until(lambda: answers.of("2.0") >= CLIENTS, "the new archive answers")
         old = answers.of("1.0")
-        release.cluster.helm("rollback", release.name, str(first), "--wait", "--timeout=60m")
+        release.cluster.helm("rollback", release.name, str(first), "--wait", WITHIN)
         until(lambda: answers.of("1.0") >= old + CLIENTS, "the old archive answers again")
     answers.check()
     assert len(answers.contents) == 2
@@ -169,7 +170,7 @@ def test_an_upgrade_that_never_gets_ready_takes_nothing_away(release: Release) -
         assert "brain-3.0.mar" in reason
         already = answers.count
         until(lambda: answers.count >= already + CLIENTS, "the old pod serves")
-        release.cluster.helm("rollback", release.name, str(good), "--wait", "--timeout=60m")
+        release.cluster.helm("rollback", release.name, str(good), "--wait", WITHIN)
         until(lambda: [name_of(pod) for pod in release.pods()] == [name_of(old)], "the old pod is all there is")
     answers.check()
 

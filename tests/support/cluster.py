@@ -28,8 +28,10 @@ from .charts import SERVER_CHART, Values, merged, tool
 IMAGE_VARIABLE, PULL_VARIABLE = "NNUNET_TORCHSERVE_CLUSTER_IMAGE", "NNUNET_TORCHSERVE_CLUSTER_PULL"
 NAMESPACE = "nnunet-cluster-test"
 WORKSHOP, STUDY, MODELS = "workshop", "study", "models"
-PATIENCE_S = 3600.0
+PATIENCE_S = 1800.0
 """For anything that has to happen: a start of a pod on a node whose processors have other work."""
+WITHIN = f"--timeout={PATIENCE_S:.0f}s"
+"""The same for helm."""
 CLIENTS, CASES = 8, 24
 TIMEOUT = pytest.mark.timeout(4 * PATIENCE_S)
 """Of a test in which several pods start."""
@@ -266,16 +268,21 @@ class Release:
 
     def apply(self, *values: Values, wait: bool = True) -> None:
         """Install it, or upgrade it, with these values and no others; to a state that it has already costs nothing."""
-        waiting = ["--wait", f"--timeout={PATIENCE_S:.0f}s"] if wait else []
+        waiting = ["--wait", WITHIN] if wait else []
         given = merged(self.cluster.image.values, self.values, *values)
         below = ["--values", str(self.file)] if self.file else []
-        self.cluster.helm("upgrade", "--install", self.name, str(SERVER_CHART), *waiting, *below, values=given)
+        try:
+            self.cluster.helm("upgrade", "--install", self.name, str(SERVER_CHART), *waiting, *below, values=given)
+        except AssertionError as error:
+            error.add_note(self.cluster.kubectl("get", "pods", self.selector, check=False))
+            error.add_note(self.cluster.kubectl("logs", self.selector, "--tail=20", "--prefix", check=False))
+            raise
         if wait:
             replicas = given.get("replicas", 1)
             until(lambda: len(self.pods()) == replicas, "those pods are left that were asked for")
 
     def uninstall(self) -> None:
-        self.cluster.helm("uninstall", self.name, "--wait", "--ignore-not-found", f"--timeout={PATIENCE_S:.0f}s")
+        self.cluster.helm("uninstall", self.name, "--wait", "--ignore-not-found", WITHIN)
         until(lambda: not self.pods(), "its pods are gone")
 
     @contextmanager
