@@ -139,9 +139,9 @@ def workshop(cluster: Cluster, claims: None, models: dict[str, Path]) -> Iterato
     cluster.kubectl("delete", "pod", WORKSHOP)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def release(cluster: Cluster, workshop: str) -> Iterator[Release]:
-    """One that the tests share; each brings it to the values that it is about. Where its volumes are, on one node."""
+    """One that a file's tests share; each brings it to the values that it is about. On one node, as its volumes."""
     node = cluster.get("pod", workshop)["spec"]["nodeName"]
     labels = cluster.get("node", node)["metadata"]["labels"]
     here = {"nodeSelector": {_HOST: labels[_HOST]}}
