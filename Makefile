@@ -32,7 +32,7 @@ endef
 CHART := deploy/helm/nnunet-torchserve
 COPIED := deploy/nginx.conf deploy/prometheus/alerts.yaml deploy/grafana/dashboard.json config.properties
 
-.PHONY: help setup demo archive serve stop test test-long image-test lint type parity bench figures fuzz soak chart clean
+.PHONY: help setup demo archive serve stop test test-long image-test cluster-test lint type parity bench figures fuzz soak chart clean
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -53,14 +53,20 @@ stop: ## stop that server
 
 test: .venv/ready ## run the tests (about 8 minutes on two cores)
 	@tests/deploy/install_tools.sh || echo "make test: tools for tests/deploy are missing; its tests are skipped" >&2
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads and not image"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads and not image and not cluster"
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	@tests/deploy/install_tools.sh --checkov || echo "make test-long: tools for tests/deploy are missing; its tests are skipped" >&2
-	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long -m "not image"
+	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long -m "not image and not cluster"
 
 image-test: .venv/ready ## build the image of deploy/container and run it (podman, buildah, debootstrap; as root)
 	NNUNET_TORCHSERVE_IMAGE=$${NNUNET_TORCHSERVE_IMAGE:-build} $(BIN)/pytest tests/image -m image
+
+cluster-test: .venv/ready ## run the charts on the cluster of KUBECONFIG (IMAGE=repository:tag, PULL=Never if its nodes have it)
+	@test -n "$(IMAGE)" || { echo "make cluster-test: IMAGE=repository:tag, which the cluster's nodes have or can pull" >&2; exit 2; }
+	@tests/deploy/install_tools.sh
+	NNUNET_TORCHSERVE_CLUSTER_IMAGE="$(IMAGE)" NNUNET_TORCHSERVE_CLUSTER_PULL="$(PULL)" \
+		$(BIN)/pytest tests/cluster -m cluster -v --durations=0
 
 lint: .venv/ready ## ruff, and the layers of the serving core
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
