@@ -141,7 +141,7 @@ def measure(sides: Sides, kind: SegType, *, quick: bool) -> dict[str, Any]:
             written[side] = makers[side](kind)
             taken[side] = round(time.perf_counter() - began, 4)
         seconds.append(taken)
-    result = {
+    result: dict[str, Any] = {
         "frames": int(pydicom.dcmread(io.BytesIO(written["ours"]), stop_before_pixels=True).NumberOfFrames),
         "bytes": {side: len(body) for side, body in written.items()},
         "rounds_seconds": seconds,

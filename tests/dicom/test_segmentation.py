@@ -17,7 +17,8 @@ import pytest
 
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs import DicomSource
-from nnunet_torchserve.codecs.dicom import places as last_look
+from nnunet_torchserve.codecs.dicom.frames import Frames
+from nnunet_torchserve.codecs.dicom.places import check_places
 from nnunet_torchserve.errors import BadOption, Malformed, ResponseTooLarge
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, SegType
@@ -343,7 +344,8 @@ def test_colors_are_the_archive_s_or_unlike_each_other(tmp_path: Path) -> None:
     found = by_pydicom(written(plain(), codes={"liver": LIVER})).SegmentSequence
     values = [tuple(each.RecommendedDisplayCIELabValue) for each in found]
     assert len(set(values)) == len(values)
-    np.testing.assert_allclose(highdicom.color.CIELabColor.from_dicom_value(values[0]).to_rgb(), LIVER.color, atol=1)
+    shown = highdicom.color.CIELabColor.from_dicom_value(values[0]).to_rgb()
+    np.testing.assert_allclose(shown, LIVER.color or (), atol=1)
 
 
 def test_long_and_odd_names_are_said_as_far_as_dicom_can(tmp_path: Path) -> None:
@@ -381,9 +383,8 @@ def test_more_segments_than_a_byte_counts(kind: SegType, tmp_path: Path) -> None
     source = plain()
     body = written(source, labels, kind, painting=painting)
     check_object(body, tmp_path)
-    found = by_highdicom(body)
-    for number in (7, 256, 300):
-        assert is_where(found[number], source, labels == number)
+    for number, found in by_highdicom(body, (7, 256, 300)).items():
+        assert is_where(found, source, labels == number)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (9, 3, 5), (17, 8, 8), (4, 5, 200)])
@@ -441,9 +442,9 @@ def test_an_object_whose_frames_are_out_of_order_is_never_sent() -> None:
 
 def test_a_label_map_on_another_grid_is_never_sent() -> None:
     source, other = plain(), source_of(zip_of(series(VOXELS, ACQUISITIONS["axial"].affine(SPACING))))
-    frames = last_look.Frames(range(5), b"", [])
+    frames = Frames(range(5), b"", [])
     with pytest.raises(RuntimeError, match="another grid"):
-        last_look.check_places(b"", frames, other.geometry, source.geometry)
+        check_places(b"", frames, other.geometry, source.geometry)
 
 
 def test_far_more_bits_than_an_answer_may_have_are_refused_before_they_are_made() -> None:

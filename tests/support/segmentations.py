@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import highdicom
@@ -47,14 +47,20 @@ def by_pydicom(body: bytes) -> pydicom.Dataset:
     return pydicom.dcmread(io.BytesIO(body))
 
 
-def by_highdicom(body: bytes) -> dict[int, tuple[Mask, Matrix]]:
-    """Segment number -> mask (slice, row, column), and (slice, row, column) to LPS mm; slices without frames lack."""
+def by_highdicom(body: bytes, numbers: Iterable[int] | None = None) -> dict[int, tuple[Mask, Matrix]]:
+    """Segment number -> mask (slice, row, column), and (slice, row, column) to LPS mm; slices without frames lack.
+
+    Args:
+        body: a file.
+        numbers: of the segments that are wanted; default: all.
+    """
     found = highdicom.seg.segread(io.BytesIO(body))
+    wanted = list(found.segment_numbers if numbers is None else numbers)
     if found.segmentation_type.value == "LABELMAP":
         volume = found.get_volume(combine_segments=True, relabel=False)
-        return {int(number): (volume.array == number, volume.affine) for number in found.segment_numbers}
+        return {int(number): (volume.array == number, volume.affine) for number in wanted}
     masks = {}
-    for number in found.segment_numbers:
+    for number in wanted:
         volume = found.get_volume(segment_numbers=[number])
         masks[int(number)] = (volume.array[..., 0] > 0, volume.affine)
     return masks

@@ -93,7 +93,7 @@ def binary_frames(labels: LabelArray, slices: Sequence[Slice], segments: Sequenc
             for segment, z in shown
         ),
     )
-    return Frames([z for _, z in shown], groups, [element_head(PIXEL_DATA, "OB", bits.size), memoryview(bits)])
+    return Frames([z for _, z in shown], groups, [element_head(PIXEL_DATA, "OB", bits.size), bits.data])
 
 
 def labelmap_frames(labels: LabelArray, slices: Sequence[Slice], segments: Sequence[Segment]) -> Frames:
