@@ -71,11 +71,11 @@ def binary_frames(labels: LabelArray, slices: Sequence[Slice], segments: Sequenc
     bits = np.zeros(size + size % 2, np.uint8)
     at_a_time = 8 // gcd(8, voxels)  # frames whose bits together are whole bytes
     batch = np.empty((at_a_time, voxels), bool)
-    tables = {segment.number: _table(segment, labels.dtype) for segment in segments}
+    tables = {segment.number: _table(segment, found.shape[1]) for segment in segments if len(segment.values) > 1}
     for first in range(0, len(shown), at_a_time):
         some = shown[first : first + at_a_time]
         for mask, (segment, z) in zip(batch, some, strict=False):
-            _mask(labels[z], segment, tables[segment.number], mask.reshape(labels.shape[1:]))
+            _mask(labels[z], segment, tables.get(segment.number), mask.reshape(labels.shape[1:]))
         packed = np.packbits(batch[: len(some)], bitorder="little")
         start = first * voxels // 8
         bits[start : start + packed.size] = packed
@@ -105,9 +105,9 @@ def labelmap_frames(labels: LabelArray, slices: Sequence[Slice], segments: Seque
         segments: no value of ``labels`` belongs to two of them.
     """
     kind = np.uint8 if len(segments) < 2**8 else np.uint16
-    numbers = np.zeros(np.iinfo(labels.dtype).max + 1, kind)
+    numbers = np.zeros(int(labels.max()) + 1, kind)
     for segment in segments:
-        numbers[list(segment.values)] = segment.number
+        numbers[_below(segment, numbers.size)] = segment.number
     parts: list[bytes | memoryview] = []
     offsets, position = [], 0
     for one in labels:
@@ -178,20 +178,24 @@ def _presence(labels: LabelArray) -> npt.NDArray[np.bool_]:
 
 
 def _slices_with(segment: Segment, found: npt.NDArray[np.bool_]) -> list[int]:
-    values = [value for value in segment.values if value < found.shape[1]]
-    slices: list[int] = np.flatnonzero(found[:, values].any(axis=1)).tolist()
+    slices: list[int] = np.flatnonzero(found[:, _below(segment, found.shape[1])].any(axis=1)).tolist()
     return slices
 
 
-def _table(segment: Segment, kind: np.dtype[np.uint8] | np.dtype[np.uint16]) -> npt.NDArray[np.bool_]:
-    table = np.zeros(np.iinfo(kind).max + 1, bool)
-    table[list(segment.values)] = True
+def _below(segment: Segment, end: int) -> list[int]:
+    """Its values, as far as a label map has any like them."""
+    return [value for value in segment.values if value < end]
+
+
+def _table(segment: Segment, end: int) -> npt.NDArray[np.bool_]:
+    table = np.zeros(end, bool)
+    table[_below(segment, end)] = True
     return table
 
 
-def _mask(one: LabelArray, segment: Segment, table: npt.NDArray[np.bool_], out: npt.NDArray[np.bool_]) -> None:
-    if len(segment.values) == 1:
-        np.equal(one, segment.values[0], out=out)
+def _mask(one: LabelArray, segment: Segment, table: npt.NDArray[np.bool_] | None, out: npt.NDArray[np.bool_]) -> None:
+    if table is None:
+        np.equal(one, segment.values[0] if segment.values else -1, out=out)
     else:
         np.take(table, one, out=out, mode="clip")  # any other mode makes a copy first
 
