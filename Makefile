@@ -6,8 +6,8 @@ NT := $(BIN)/nnunet-torchserve
 TOGETHER := -n 3 --durations=20
 comma := ,
 BENCHMARKS ?= request.command request.overhead request.whole_request request.recipes stages.codecs stages.preprocess \
-	stages.export stages.postprocess stages.dicom load.throughput load.fairness load.priority load.memory load.reuse \
-	load.service load.stopping \
+	stages.export stages.postprocess stages.dicom stages.dicom_seg load.throughput load.fairness load.priority \
+	load.memory load.reuse load.service load.stopping \
 	client.folder client.footprint client.outage client.transfer engine.gap engine.engine_memory engine.idle \
 	training.region_loader
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres

@@ -21,6 +21,7 @@ from .member import Member, MemberDescription
 from .own_code import CODE_FOLDER, CodeDescription, OwnCode
 from .postprocessing import Postprocessing
 from .recipe import Recipe, last_stage, members_of
+from .segments import SEGMENTS_FILE, Codes, read_segments
 
 SCHEMA_VERSION = 2
 BUNDLE_FILE = "bundle.json"
@@ -67,6 +68,7 @@ class ModelBundle:
 
     Attributes:
         members: name -> member, in the order in which the recipe names them.
+        codes: what its structures are, as far as its owner said it.
         lead: the member whose labels, channels and reader the whole model has, as all members of an ensemble have; of
             a cascade its last stage.
     """
@@ -105,6 +107,16 @@ class ModelBundle:
         own = self.description.code.names if self.description.code is not None else ()
         self.members = {member.name: Member(folder, member, own, code) for member in self.description.members}
         self.lead = self.members[last_stage(self.description.recipe)]
+        self.codes = self._read_codes()
+
+    def _read_codes(self) -> Codes:
+        if SEGMENTS_FILE not in self.description.files:
+            return {}
+        try:
+            return read_segments((self.folder / SEGMENTS_FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            msg = f"{SEGMENTS_FILE} of the archive cannot be read: {error}"
+            raise BundleError(msg) from error
 
     def _own_code(self) -> OwnCode | None:
         """The archive's own code as the checksums know it, whatever becomes of the files; nothing is run."""

@@ -48,6 +48,7 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "recipe": description.recipe.model_dump(mode="json"),
         "recipe_in_words": in_words(description.recipe),
         "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
+        "segments": {name: codes.model_dump(mode="json", exclude_none=True) for name, codes in bundle.codes.items()},
         "code": _own_code(bundle),
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},

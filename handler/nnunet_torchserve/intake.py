@@ -24,7 +24,7 @@ from .errors import (
 )
 from .limits import Limits
 from .member import REORIENTING_READERS, Member
-from .options import Options
+from .options import Options, OutputFormat
 from .orientation import Turn, turn_towards
 from .previous_stage import PreviousStage, check_grid, labels_of
 from .pricing import affordable_case, prices_of, whole_price
@@ -120,7 +120,10 @@ def read_headers(
     cost = whole_price(bundle, prices, geometry, channels, options)
     record.patches, record.passes = cost.patches, cost.passes
     cost = affordable_case(prices, cost, limits, geometry)
-    form = codecs.answer_form(options, images[0].native_format, images[0].geometry, member.largest_value)
+    grid, native, largest = images[0].geometry, images[0].native_format, member.largest_value
+    form = codecs.answer_form(options, native, grid, largest, member.painting)
+    if OutputFormat.DICOM_SEG in form.labels:
+        warnings += _segmentation_warnings(bundle, series[0])
     _check_answer_fits(member, limits, geometry, form, options)
     return Asked(images, turns, geometry, prices, cost, previous, form, warnings)
 
@@ -213,6 +216,16 @@ def _extent(geometry: Geometry) -> str:
     if geometry.assumed:
         return f"{geometry.shape[axes]} pixels {names}"
     return f"shape {geometry.shape[axes]} and spacing {geometry.spacing_zyx[axes]} mm {names}"
+
+
+def _segmentation_warnings(bundle: ModelBundle, series: DicomSource) -> list[str]:
+    """What a DICOM segmentation says only because it must say something."""
+    warnings = []
+    if not set(bundle.lead.painting.structures) <= set(bundle.codes):
+        warnings.append(Warnings.SEGMENTS_UNCODED)
+    if not series.has_frame_of_reference:
+        warnings.append(Warnings.FRAME_OF_REFERENCE_MADE)
+    return [str(warning) for warning in warnings]
 
 
 def _warnings(geometries: Sequence[Geometry], dimensions: int) -> list[str]:

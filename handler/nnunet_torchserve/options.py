@@ -44,6 +44,14 @@ class OutputFormat(StrEnum):
     TIFF = "tif"
     BMP = "bmp"
     JSON = "json"
+    DICOM_SEG = "dicom-seg"
+
+
+class SegType(StrEnum):
+    """How a DICOM segmentation stores its segments."""
+
+    BINARY = "binary"
+    LABELMAP = "labelmap"
 
 
 class ProbabilityFormat(StrEnum):
@@ -116,6 +124,8 @@ class Options(BaseModel):
         output_format: ``None`` answers in the input's format; several of them come in one zip.
         spacing, origin, direction: where an array or a picture lies, which says nothing itself; as SimpleITK's
             ``GetSpacing()`` (mm, x, y, z), ``GetOrigin()`` and ``GetDirection()`` give them.
+        seg_type: of a DICOM segmentation: one frame of bits for each segment and slice, which every reader takes, or
+            one of numbers for each slice.
         series_uid: of several DICOM series in one archive, the SeriesInstanceUID of the one that is meant; a list has
             one for each channel.
         priority: ``interactive`` cases come first, see :mod:`.engine.scheduler` and :mod:`.engine.admission`.
@@ -140,6 +150,7 @@ class Options(BaseModel):
     probability_format: ProbabilityFormat = ProbabilityFormat.NPZ
     properties: bool = False
     output_format: OutputFormat | tuple[OutputFormat, ...] | None = None
+    seg_type: SegType = SegType.BINARY
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
@@ -233,6 +244,7 @@ _EXPECTED = {
     "probability_format": _one_of(ProbabilityFormat),
     "properties": _YES_OR_NO,
     "output_format": _one_of(OutputFormat) + ", or a list of some without repeats",
+    "seg_type": _one_of(SegType),
     "spacing": "should be 2 or 3 numbers above 0: mm along x, y(, z), as SimpleITK's GetSpacing() gives them",
     "origin": "should be 2 or 3 numbers, as SimpleITK's GetOrigin() gives them",
     "direction": "should be 4 or 9 numbers, row by row, as SimpleITK's GetDirection() gives them",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -21,11 +22,12 @@ from .engine.prediction import NO_KEYS, Engine, Keys, SharedAnswer
 from .errors import BundleError, NonFiniteLogits, OutOfMemory, ServingError
 from .events import UNWATCHED, EventStream, Send
 from .export import export, postprocess
-from .intake import read_headers
+from .intake import Asked, read_headers
 from .limits import Limits
 from .options import HEADER, Options, parse_options
 from .predicting import CaseInHand, check_time
 from .properties import properties_document
+from .provenance import provenance_of
 from .request import Request
 from .responses import Response, ResponseMaker, last_resort
 from .reuse import answer_note, keys_of, read_answer_note
@@ -185,7 +187,7 @@ class Pipeline:
             with clock.stage(Stage.ENCODE):
                 lead, image, turn = self.bundle.lead, asked.images[0], asked.turns[0]
                 also = properties_document(lead, image, turn, properties) if options.properties else None
-                file = codecs.encode(answer, asked.form, image, lead.painting, also)
+                file = codecs.encode(answer, asked.form, self._about(request, options, asked), also)
                 del answer
 
             timing = clock.server_timing(record.reused)
@@ -201,6 +203,18 @@ class Pipeline:
         recipe = self.bundle.description.recipe if self.settings.cache_bytes > 0 else None
         answers, previous = self.settings.single_flight, request.previous_stage()
         return keys_of(request.images(), options, recipe, answers=answers, previous=previous)
+
+    def _about(self, request: Request, options: Options, asked: Asked) -> codecs.About:
+        """What the answer's files say beside the voxels."""
+        provenance = None
+        if asked.form.says_where_from:
+            pairs = zip(asked.images, request.images(), strict=True)
+            images = [codecs.digest_of(image, body) for image, body in pairs]
+            labels = request.previous_stage()
+            previous = None if labels is None else hashlib.sha256(labels).hexdigest()
+            provenance = provenance_of(self.bundle, options, images, previous)
+        painting, codes = self.bundle.lead.painting, self.bundle.codes
+        return codecs.About(asked.images, painting, codes, provenance, self.limits.response_bytes)
 
     def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
         """The answer of an equal request as this one's own."""

@@ -52,6 +52,8 @@ class Warnings(StrEnum):
     SINGLE_SLICE = "single_slice"
     SPACING_ASSUMED = "spacing_assumed"
     DICOM_FILES_IGNORED = "dicom_files_ignored"
+    SEGMENTS_UNCODED = "segments_uncoded"
+    FRAME_OF_REFERENCE_MADE = "frame_of_reference_made"
 
 
 @dataclass(frozen=True, slots=True)

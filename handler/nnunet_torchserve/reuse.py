@@ -23,7 +23,7 @@ from .recipe import Recipe, is_second_stage, members_of
 
 _DECIDES_NOTHING = frozenset({"timeout_s", "stream", "describe"})
 _DECIDES_NO_LABELS = _DECIDES_NOTHING | {
-    *("output_format", "export", "postprocess", "properties"),
+    *("output_format", "seg_type", "export", "postprocess", "properties"),
     *("save_probabilities", "probability_channels", "probability_dtype", "probability_format"),
     "priority",  # it is in an answer's key: what interactive cases wait for shall not be a batch case
 }

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import pydicom
 from nibabel.nifti1 import header_dtype as nifti_1
 from nibabel.nifti2 import header_dtype as nifti_2
 from PIL import Image
@@ -28,6 +29,7 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, parse_options
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.painting import Painting
+from nnunet_torchserve.provenance import Provenance
 from nnunet_torchserve.responses import ResponseMaker
 from nnunet_torchserve.volume import Geometry, LabelMap, Placement
 
@@ -58,6 +60,7 @@ _REPEATED = ("pixdim", "quatern", "qoffset", "srow")
 _TURN = (0.8, -0.6, 0.0, 0.6, 0.8, 0.0, 0.0, 0.0, 1.0)
 _PATHS = (sys.prefix, tempfile.gettempdir(), "/proc/self/fd", "/dev/shm", CANARY)
 _STRUCTURES = {"one": (1,), "both": (1, 2)}
+_PROVENANCE = Provenance("model", "1.0", "0" * 64, ("0" * 64,), None, {})
 
 
 class Find(AssertionError):
@@ -137,19 +140,27 @@ def _check_answers(source: codecs.ImageSource, setting: Setting) -> None:
     labels = labels.astype(np.uint8 if geometry.voxels % 2 else np.uint16)
     probabilities = np.zeros((2, *geometry.shape), np.float32)
     answer = LabelMap(labels, geometry, probabilities, (0, 1))
+    about = codecs.About([source], Painting(_STRUCTURES), provenance=_PROVENANCE)
     for output in OutputFormat:
+        is_series = isinstance(source, codecs.DicomSource)
         try:
             form = codecs.answer_form(Options(output_format=output), source.native_format, geometry)
         except BadOption:
-            if output in _PICTURES and geometry.shape[0] > 1:
+            if (output in _PICTURES and geometry.shape[0] > 1) or (output is OutputFormat.DICOM_SEG and not is_series):
                 continue
             raise
-        body = codecs.encode(LabelMap(labels, geometry), form, source, Painting(_STRUCTURES)).body
-        _check_secret(_without_affine(body))
+        try:
+            body = codecs.encode(LabelMap(labels, geometry), form, about).body
+        except RequestError:
+            if output is OutputFormat.DICOM_SEG:  # texts of a header are read only now
+                continue
+            raise
+        if output is not OutputFormat.DICOM_SEG:  # which says whose it is
+            _check_secret(_without_affine(body))
         _READ_BACK[output](body, labels, geometry, setting)
     options = Options(output_format=(OutputFormat.NIFTI_GZ, OutputFormat.NPZ), save_probabilities=True)
     form = codecs.answer_form(options, source.native_format, geometry)
-    body = codecs.encode(answer, form, source, Painting(_STRUCTURES)).body
+    body = codecs.encode(answer, form, about).body
     if (bad := zipfile.ZipFile(io.BytesIO(body)).testzip()) is not None:
         msg = f"{bad} in the zip is damaged"
         raise Find(msg)
@@ -218,6 +229,22 @@ def _json_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -
     json.loads(body, parse_constant=_no_json)
 
 
+def _segmentation_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
+    """pydicom finds each segment in the slices where it is, by their places in the patient."""
+    found = pydicom.dcmread(io.BytesIO(body))
+    frames = np.reshape(found.pixel_array, (-1, *labels.shape[1:])).astype(bool)
+    normal = geometry.direction[:, 2]
+    seen = np.zeros((2, *labels.shape), bool)
+    for frame, group in zip(frames, found.PerFrameFunctionalGroupsSequence, strict=True):
+        place = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float) - geometry.origin
+        number = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        seen[number - 1, round(float(place @ normal) / geometry.spacing[2])] |= frame
+    for number, values in enumerate(_STRUCTURES.values()):
+        if not np.array_equal(seen[number], np.isin(labels, values)):
+            msg = "a segment of a DICOM segmentation is another"
+            raise Find(msg)
+
+
 def _no_json(constant: str) -> None:
     msg = f"{constant} is no JSON"
     raise Find(msg)
@@ -234,6 +261,7 @@ _READ_BACK: dict[OutputFormat, Callable[[bytes, Any, Geometry, Setting], None]] 
     OutputFormat.TIFF: _tiff_back,
     OutputFormat.BMP: _picture_back,
     OutputFormat.JSON: _json_back,
+    OutputFormat.DICOM_SEG: _segmentation_back,
 }
 
 

@@ -30,13 +30,15 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine.prediction import Keep, Prediction, Reservation, Watcher
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.options import Options, OutputFormat, Priority, ProbabilityFormat
+from nnunet_torchserve.options import Options, OutputFormat, Priority, ProbabilityFormat, SegType
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.volume import LabelMap, Placement
+from support.dicom_files import ACQUISITIONS, Acquisition, series, zip_of
 from support.examples import thin
+from support.segmentations import by_dcmqi, by_highdicom
 from support.tables import table
 from support.volumes import rotation
 
@@ -355,7 +357,7 @@ class Threshold:
 def finder(pipeline: Callable[[str], Pipeline]) -> Callable[..., bytes]:
     """Sends an image through a whole request; returns the zip of every output format."""
     model = pipeline("five_folds")
-    bundles = {letters: replace_orientation(model, letters) for letters in (None, "RAS", "PIR")}
+    bundles = {letters: replace_orientation(model, letters) for letters in (None, "RAS", "LPS", "PIR")}
 
     def find(body: bytes, options: dict[str, object], orientation: str | None = None) -> bytes:
         asked = json.dumps({"folds": [0], "output_format": ALL_OUTPUTS} | PROBABILITIES | options).encode()
@@ -429,7 +431,7 @@ def test_any_geometry_survives_any_format(
         probability_format=ProbabilityFormat.NIFTI_GZ,
     )
     form = codecs.answer_form(options, image.native_format, image.geometry)
-    body = codecs.encode(answer, form, image, Painting({"marker": (1,)})).body
+    body = codecs.encode(answer, form, codecs.About([image], Painting({"marker": (1,)}))).body
     check(body, where, tmp_path, itk_reads_nifti=where.orthonormal and writer != "NIfTI-2")
 
 
@@ -509,7 +511,8 @@ def test_a_marker_on_a_slice_stays_where_it_is(name: str, angle: float, tmp_path
     labels = (source.read()[0] == MARKER).astype(np.uint8)
     outputs = tuple(OutputFormat(each) for each in (*ALL_OUTPUTS, "png"))
     form = codecs.answer_form(Options(output_format=outputs), source.native_format, source.geometry)
-    body = codecs.encode(LabelMap(labels, source.geometry), form, source, Painting({"marker": (1,)})).body
+    about = codecs.About([source], Painting({"marker": (1,)}))
+    body = codecs.encode(LabelMap(labels, source.geometry), form, about).body
     zipfile.ZipFile(io.BytesIO(body)).extractall(tmp_path)
 
     for flat in ("labels.nrrd", "labels.mha"):
@@ -526,3 +529,38 @@ def test_a_marker_on_a_slice_stays_where_it_is(name: str, angle: float, tmp_path
     report = json.loads((tmp_path / "report.json").read_bytes())
     np.testing.assert_allclose(report["structures"][0]["centroid_mm"], [*place, 0], atol=TOLERANCE_MM)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "labels.png"))), labels[0])
+
+
+# --- DICOM -----------------------------------------------------------------------------------------------------------
+
+
+def as_series(acquisition: Acquisition) -> tuple[bytes, Grid]:
+    """A zip of a series with the marker, and where it lies."""
+    where = Grid(acquisition.affine(), (14, 17, 12))
+    images = series(image_of(where).T, where.affine, backwards=acquisition.backwards)
+    return zip_of(images), where
+
+
+def check_segmentation(body: bytes, where: Grid, folder: Path) -> None:
+    """highdicom and dcmqi find the marker as segment 1."""
+    for found in (by_highdicom(body), by_dcmqi(body, folder)):
+        mask, affine = found[1]
+        place = affine[:3, :3] @ np.argwhere(mask).mean(0) + affine[:3, 3]
+        np.testing.assert_allclose(place, where.centroid(), atol=TOLERANCE_MM)
+        assert np.count_nonzero(mask) == np.count_nonzero(where.marker())
+
+
+@pytest.mark.parametrize(("name", "kind", "orientation"), table(ACQUISITIONS, SegType, ["RAS", "LPS", "PIR"]))
+def test_a_marker_in_a_series_is_there_in_every_answer(
+    name: str, kind: SegType, orientation: str, finder: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """However the patient lay and the slices were cut, and however the model's training images lay."""
+    image, where = as_series(ACQUISITIONS[name])
+    options = {"output_format": [*ALL_OUTPUTS, "dicom-seg"], "seg_type": kind}
+    parts = zipfile.ZipFile(io.BytesIO(finder(image, options, orientation)))
+    assert sorted(parts.namelist()) == sorted([*READERS, "labels.dcm"])
+    check_segmentation(parts.read("labels.dcm"), where, tmp_path)
+    for file, readers in READERS.items():
+        for reader in readers:
+            place = reader(parts.read(file), tmp_path)
+            np.testing.assert_allclose(place, where.centroid(), atol=TOLERANCE_MM, err_msg=f"{file} by {reader}")

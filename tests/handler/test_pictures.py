@@ -760,7 +760,7 @@ def test_label_maps_are_those_that_stock_writes(name: str, largest: str, tmp_pat
     expected = stocks_file(reader, labels, tmp_path / f"stock_{name}", (2.0, 1.0, 1.0))
     image = open_picture(png(labels[0]), PLANE) if name.startswith("flat") else open_picture(tif(labels), SPACE)
     form = codecs.answer_form(Options(output_format=OutputFormat(name[-3:])), image.native_format, image.geometry, top)
-    file = codecs.encode(LabelMap(labels, image.geometry), form, image, Painting({}))
+    file = codecs.encode(LabelMap(labels, image.geometry), form, codecs.About([image], Painting({})))
     assert file.content_type == {"tif": "image/tiff", "bmp": "image/bmp"}[name[-3:]]
     written = volumes.write(tmp_path, name, file.body)
     ours = tifffile.imread(written) if name.endswith("tif") else iio.imread(written)

@@ -16,6 +16,7 @@ import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 
 from nnunet_torchserve.codecs.geometry import make_geometry
 from nnunet_torchserve.codecs.report import encode_report
+from nnunet_torchserve.painting import Painting
 from nnunet_torchserve.volume import Geometry, LabelArray
 from support import volumes
 
@@ -66,7 +67,7 @@ def report(labels: LabelArray, geometry: Geometry, structures: Mapping[str, tupl
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    document: dict[str, Any] = json.loads(encode_report(labels, geometry, structures), parse_constant=refuse)
+    document: dict[str, Any] = json.loads(encode_report(labels, geometry, Painting(structures)), parse_constant=refuse)
     return document
 
 
@@ -210,17 +211,17 @@ def test_an_image_may_have_fewer_voxels_than_its_labels_have_numbers(dtype: str)
 
 def test_any_memory_layout_gives_the_same_report() -> None:
     geometry, labels = geometry_of(_TURN), ellipsoid()
-    expected = encode_report(labels, geometry, {"it": (1,)})
+    expected = encode_report(labels, geometry, Painting({"it": (1,)}))
     read_only = labels.copy()
     read_only.setflags(write=False)
     layouts: list[LabelArray] = [labels.T.copy().T, labels[::-1].copy()[::-1], read_only]
     for layout in layouts:
-        assert encode_report(layout, geometry, {"it": (1,)}) == expected
+        assert encode_report(layout, geometry, Painting({"it": (1,)})) == expected
 
 
 def test_names_and_their_order_survive() -> None:
     names = ["Zwölffingerdarm", 'the "left" one', "心臓", "a\\b\n\0", "\ud800", "Aorta", "", "10", "9"]
-    content = encode_report(ellipsoid(), geometry_of(np.eye(3)), dict.fromkeys(names, (1,)))
+    content = encode_report(ellipsoid(), geometry_of(np.eye(3)), Painting(dict.fromkeys(names, (1,))))
     assert content.isascii()
     assert [entry["name"] for entry in json.loads(content)["structures"]] == names
 
@@ -298,7 +299,7 @@ def test_a_large_image_takes_little_memory(shape: tuple[int, int, int], directio
     labels = np.random.default_rng(1).integers(0, 20, shape, np.uint8)
     geometry = geometry_of(direction, shape)
     tracemalloc.start()
-    encode_report(labels, geometry, {str(value): (value,) for value in range(1, 20)})
+    encode_report(labels, geometry, Painting({str(value): (value,) for value in range(1, 20)}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 2**20

@@ -344,6 +344,7 @@ OPTION_VALUES: dict[str, object] = {
     "probability_dtype": "float16",
     "probability_format": "nii",
     "output_format": "nrrd",
+    "seg_type": "labelmap",
     "spacing": [1, 2, 3],
     "origin": [1, 2, 3],
     "direction": [0, 1, 0, 1, 0, 0, 0, 0, 1],

@@ -40,6 +40,7 @@ from nnunet_torchserve.own_code import CODE_FOLDER, CodeDescription
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.postprocessing import Postprocessing
 from nnunet_torchserve.recipe import Cascade, Single
+from nnunet_torchserve.segments import SEGMENTS_FILE
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_client.choosing import archive_name
 
@@ -47,6 +48,7 @@ from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .postprocessing_choice import PostprocessingChoice
+from .segments import checked_segments, structures_of
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
 from .trained import TrainedModel, read_trained_model
 from .trainer_files import TrainerFiles, read_trainer_files, say_aloud
@@ -103,6 +105,7 @@ class ArchiveRequest:
         requires: what that needs, as ``PACKAGE==VERSION``.
         input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
+        segments: JSON with what the model's structures are, in codes, see :mod:`nnunet_torchserve.segments`.
         serving: what goes to model-config.yaml.
     """
 
@@ -121,7 +124,23 @@ class ArchiveRequest:
     trainer_files: tuple[Path, ...] = ()
     requires: tuple[str, ...] = ()
     input_orientation: str | None = None
+    segments: Path | None = None
     serving: ServingSettings = field(default_factory=ServingSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What an archive has of its owner beside what nnU-Net wrote.
+
+    Attributes:
+        code: what is said of somebody's own code, if there is any.
+        sources: file -> that code.
+        segments: what the structures are, in codes; ``None`` if nobody said it.
+    """
+
+    code: CodeDescription | None
+    sources: Mapping[str, bytes]
+    segments: bytes | None
 
 
 def _unheard(_line: str) -> None:
@@ -162,6 +181,7 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
     _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
     contents = _contents(request, name, composition, tell)
+    codes = _read_codes(request.segments, lead)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,8 +191,8 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         if code is not None:
             say_aloud(code)
         _warn_of_values(lead)
-        own = (code, files.sources)
-        return [_make_archive(request, each, content, steps, own) for each, content, steps in contents]
+        brought = Brought(code, files.sources, codes)
+        return [_make_archive(request, each, content, steps, brought) for each, content, steps in contents]
     except (ToolError, Warning):
         raise
     except (OSError, SafetensorError) as error:  # a full disk, mostly
@@ -239,9 +259,9 @@ def _make_archive(
     name: str,
     composition: Composition,
     postprocessing: Postprocessing | None,
-    own: tuple[CodeDescription | None, Mapping[str, bytes]],
+    brought: Brought,
 ) -> Path:
-    code, sources = own
+    code, sources = brought.code, brought.sources
     with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
         stage = Path(scratch)
         for file, source in serving_core_files().items():
@@ -251,6 +271,8 @@ def _make_archive(
             (stage / CODE_FOLDER).mkdir()
         for file, content in sources.items():
             (stage / CODE_FOLDER / file).write_bytes(content)
+        if brought.segments is not None:
+            (stage / SEGMENTS_FILE).write_bytes(brought.segments)
         members = tuple(
             model.describe(member, request.input_orientation) for member, model in composition.members.items()
         )
@@ -346,6 +368,16 @@ def _write_bundle(stage: Path, description: BundleDescription) -> None:
     }
     complete = description.model_copy(update={"files": files})
     (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
+
+
+def _read_codes(file: Path | None, model: TrainedModel) -> bytes | None:
+    if file is None:
+        return None
+    content, missing = checked_segments(file, structures_of(model.dataset))
+    if missing:
+        msg = f"{', '.join(missing)} have no codes: in a DICOM segmentation they are tissue, with their names"
+        warnings.warn(msg, ModelWarning, stacklevel=3)
+    return content
 
 
 def _warn_of_values(model: TrainedModel) -> None:

@@ -137,6 +137,12 @@ def archive(
             "sent, as nnU-Net takes them, and no DICOM."
         ),
     ] = None,
+    segments: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with what each structure is in codes, for DICOM segmentations; command segments proposes one."
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="TorchServe workers in all; default: left to the server.")
     ] = None,
@@ -226,6 +232,7 @@ def archive(
             trainer_files=tuple(trainer_file or ()),
             requires=tuple(requires or ()),
             input_orientation=input_orientation and input_orientation.upper(),
+            segments=segments,
             serving=serving,
         )
         files = make_archives(request, _tell)
@@ -561,6 +568,20 @@ def shrink_plans(
     for change in changes:
         typer.echo(change.line())
     typer.echo(written)
+
+
+@app.command(name="segments")
+@_reports_errors
+def segments_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_FOLDER", help="A trained model's folder, or dataset.json.")],
+) -> None:
+    """Propose codes for a model's structures, as JSON for archive --segments; read it over before you use it."""
+    from .segments import propose
+
+    found = propose(model)
+    typer.echo(found.as_json())
+    for line in found.lines():
+        _say(line)
 
 
 def _say(text: str) -> None:

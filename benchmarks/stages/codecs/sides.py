@@ -58,7 +58,8 @@ def encoders(
     answer = LabelMap(labels, source.geometry)
     painting = Painting({f"organ {value}": (value,) for value in range(1, int(labels.max()) + 1)})
     spacing, origin, direction = case.image.GetSpacing(), case.image.GetOrigin(), case.image.GetDirection()
-    sides: dict[str, Callable[[], object]] = {OURS: lambda: codecs.encode(answer, form, source, painting).body}
+    about = codecs.About([source], painting)
+    sides: dict[str, Callable[[], object]] = {OURS: lambda: codecs.encode(answer, form, about).body}
     if output is OutputFormat.JSON:
         sides["SimpleITK's statistics"] = partial(label_statistics, labels)
         return sides

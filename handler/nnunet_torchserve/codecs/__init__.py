@@ -6,12 +6,13 @@ only: no byte of a request is written to a disk, and no name in it is ever opene
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 from ..errors import BadOption, UnknownFormat
 from ..limits import Limits
 from ..volume import Geometry, Placement
-from .answer import AnswerForm, EncodedFile, answer_form, encode, smallest_answer
+from .answer import About, AnswerForm, EncodedFile, answer_form, encode, smallest_answer
 from .arrays import Placements, holds_arrays, is_npy, open_npy, open_npz
 from .bmp import is_bmp, open_bmp
 from .channels import check_channels
@@ -28,8 +29,8 @@ from .tiff import is_tiff, open_tiff
 from .zips import is_zip, open_zip
 
 __all__ = [
-    "AnswerForm", "DicomSource", "EncodedFile", "ImageSource", "answer_form", "check_channels", "check_one_body",
-    "encode", "open_image", "open_labels", "smallest_answer",
+    "About", "AnswerForm", "DicomSource", "EncodedFile", "ImageSource", "answer_form", "check_channels",
+    "check_one_body", "digest_of", "encode", "open_image", "open_labels", "smallest_answer",
 ]  # fmt: skip
 
 _PICTURE_READERS = {
@@ -68,6 +69,13 @@ def open_image(
         msg = "option series_uid chooses a DICOM series, and this image is none; leave it out"
         raise BadOption(msg)
     return _open_file(ByteSource(pieces[0]), limits, reader, placement)
+
+
+def digest_of(image: ImageSource, body: Sequence[Payload]) -> str:
+    """sha256 of an image: of its bytes as sent; of a DICOM series as :class:`~.dicom.origin.Origin` has it."""
+    if isinstance(image, DicomSource):
+        return image.origin.digest
+    return hashlib.sha256(body[0]).hexdigest()
 
 
 def _open_file(source: ByteSource, limits: Limits, reader: str, placement: Placement | None) -> ImageSource:

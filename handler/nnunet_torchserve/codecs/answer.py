@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from ..errors import BadOption
-from ..options import Options, OutputFormat, ProbabilityFormat
+from ..limits import Limits
+from ..options import Options, OutputFormat, ProbabilityFormat, SegType
 from ..painting import Painting
+from ..provenance import Provenance
+from ..segments import Codes
 from ..volume import Geometry, LabelMap
 from .arrays import encode_npz
 from .bmp import encode_bmp
+from .dicom import DicomSource, SegmentationRequest, check_segments, encode_segmentation, segments_of
 from .inflate import gzipped
 from .metaimage import encode_metaimage
 from .nifti import encode_nifti
@@ -43,7 +47,10 @@ _CONTENT_TYPE = {
     OutputFormat.TIFF: "image/tiff",
     OutputFormat.BMP: "image/bmp",
     OutputFormat.JSON: "application/json",
+    OutputFormat.DICOM_SEG: "application/dicom",
 }
+_NAMES = {OutputFormat.JSON: "report.json", OutputFormat.DICOM_SEG: "labels.dcm"}
+"""Of files in a zip, where they are not ``labels`` and the format."""
 
 _ONE_SLICE = {OutputFormat.PNG, OutputFormat.BMP}
 
@@ -62,6 +69,7 @@ class AnswerForm:
 
     Attributes:
         labels: formats of the label map.
+        seg_type: of a DICOM segmentation among them.
         probabilities: format of the probabilities; ``None`` if there are none.
         properties: whether the case's properties come too.
         zipped: in a zip, or a single file.
@@ -71,6 +79,12 @@ class AnswerForm:
     probabilities: ProbabilityFormat | None
     properties: bool
     zipped: bool
+    seg_type: SegType = SegType.BINARY
+
+    @property
+    def says_where_from(self) -> bool:
+        """Whether a file of the answer says where it comes from."""
+        return not {OutputFormat.JSON, OutputFormat.DICOM_SEG}.isdisjoint(self.labels)
 
     @property
     def one_npz(self) -> bool:
@@ -78,7 +92,28 @@ class AnswerForm:
         return not self.zipped and self.probabilities is not None
 
 
-def answer_form(options: Options, native: OutputFormat, geometry: Geometry, largest: int = 0) -> AnswerForm:
+@dataclass(frozen=True, slots=True)
+class About:
+    """What files say of an answer beside its voxels.
+
+    Attributes:
+        images: the input; a NIfTI answer repeats the first one's header in part, a DICOM one refers to all.
+        painting: what the labels mean.
+        codes: what the structures are, as far as the archive says it.
+        provenance: where the answer comes from; ``None`` where no file says it.
+        limit: bytes that an answer may have.
+    """
+
+    images: Sequence[ImageSource]
+    painting: Painting
+    codes: Codes = field(default_factory=dict)
+    provenance: Provenance | None = None
+    limit: int = Limits().response_bytes
+
+
+def answer_form(
+    options: Options, native: OutputFormat, geometry: Geometry, largest: int = 0, painting: Painting | None = None
+) -> AnswerForm:
     """What a request asks for, in the input's own format where it names none.
 
     Args:
@@ -86,9 +121,11 @@ def answer_form(options: Options, native: OutputFormat, geometry: Geometry, larg
         native: the input's own format.
         geometry: the image's.
         largest: the largest value that the model may give a voxel.
+        painting: what the values mean, which decides whether they can be segments.
 
     Raises:
-        BadOption: a volume cannot be a png or bmp, nor 16 bits a bmp.
+        BadOption: a volume cannot be a png or bmp, nor 16 bits a bmp, nor anything but a DICOM series a DICOM
+            segmentation; or the model's structures can be none.
     """
     asked = options.output_format
     labels = asked if isinstance(asked, tuple) else (asked or native,)
@@ -99,10 +136,19 @@ def answer_form(options: Options, native: OutputFormat, geometry: Geometry, larg
     if OutputFormat.BMP in labels and largest > MOST_OF_8_BITS:
         msg = f"output_format bmp holds values up to {MOST_OF_8_BITS}, this model's go to {largest}; take png or tif"
         raise BadOption(msg)
+    if OutputFormat.DICOM_SEG in labels:
+        if native is not OutputFormat.DICOM_SEG:
+            msg = "output_format dicom-seg refers to the images of a DICOM series, and this image is none; take another"
+            raise BadOption(msg)
+        if painting is not None:
+            check_segments(painting, options.seg_type)
+    elif options.seg_type is not SegType.BINARY:
+        msg = f"seg_type {options.seg_type} is for output_format dicom-seg; leave it out"
+        raise BadOption(msg)
     probabilities = options.probability_format if options.save_probabilities else None
     in_one = labels == (OutputFormat.NPZ,) and probabilities is ProbabilityFormat.NPZ
     zipped = isinstance(asked, tuple) or options.properties or (probabilities is not None and not in_one)
-    return AnswerForm(labels, probabilities, options.properties, zipped)
+    return AnswerForm(labels, probabilities, options.properties, zipped, options.seg_type)
 
 
 def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int) -> int:
@@ -121,38 +167,38 @@ def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int
     return (plain + probability_bytes) * geometry.voxels
 
 
-def encode(
-    answer: LabelMap, form: AnswerForm, image: ImageSource, painting: Painting, properties: bytes | None = None
-) -> EncodedFile:
+def encode(answer: LabelMap, form: AnswerForm, about: About, properties: bytes | None = None) -> EncodedFile:
     """Write the answer.
 
     Args:
         answer: labels, and probabilities where they were asked for.
         form: the files.
-        image: the input, whose header a NIfTI answer repeats in part.
-        painting: what the labels mean, for the report.
+        about: what they say beside them.
         properties: the case's, where the form has them.
+
+    Raises:
+        ResponseTooLarge: a DICOM segmentation has more bytes than an answer may have.
     """
     if not form.zipped:
         [output] = form.labels
-        body = encode_npz(answer, with_labels=True) if form.one_npz else _labels(answer, output, image, painting)
+        body = encode_npz(answer, with_labels=True) if form.one_npz else _labels(answer, output, form, about)
         return EncodedFile(body, _CONTENT_TYPE[output])
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as files:
         for output in form.labels:
-            name = "report.json" if output is OutputFormat.JSON else f"labels.{output}"
-            files.writestr(_zip_entry(name), _labels(answer, output, image, painting))
+            name = _NAMES.get(output, f"labels.{output}")
+            files.writestr(_zip_entry(name), _labels(answer, output, form, about))
         if form.probabilities is not None:
             name = f"probabilities.{form.probabilities}"
-            files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, image))
+            files.writestr(_zip_entry(name), _probabilities(answer, form.probabilities, about.images[0]))
         if properties is not None:
             files.writestr(_zip_entry(PROPERTIES_FILE), properties)
     return EncodedFile(archive.getvalue(), "application/zip")
 
 
-def _labels(answer: LabelMap, output: OutputFormat, image: ImageSource, painting: Painting) -> bytes:
+def _labels(answer: LabelMap, output: OutputFormat, form: AnswerForm, about: About) -> bytes:
     labels, geometry = answer.array, answer.geometry
-    nifti = partial(encode_nifti, labels, geometry, image.nifti_header)
+    nifti = partial(encode_nifti, labels, geometry, about.images[0].nifti_header)
     writers: dict[OutputFormat, Callable[[], bytes]] = {
         OutputFormat.NIFTI_GZ: lambda: gzipped(nifti()),
         OutputFormat.NIFTI: nifti,
@@ -162,9 +208,18 @@ def _labels(answer: LabelMap, output: OutputFormat, image: ImageSource, painting
         OutputFormat.PNG: lambda: encode_png(labels),
         OutputFormat.TIFF: lambda: encode_tiff(labels, flat=geometry.is_flat),
         OutputFormat.BMP: lambda: encode_bmp(labels),
-        OutputFormat.JSON: lambda: encode_report(labels, geometry, painting.structures, painting.remarks),
+        OutputFormat.JSON: lambda: encode_report(labels, geometry, about.painting, about.provenance),
+        OutputFormat.DICOM_SEG: lambda: _segmentation(answer, form.seg_type, about),
     }
     return writers[output]()
+
+
+def _segmentation(answer: LabelMap, kind: SegType, about: About) -> bytes:
+    sources = [image for image in about.images if isinstance(image, DicomSource)]
+    segments = segments_of(about.painting, about.codes)
+    assert about.provenance is not None  # noqa: S101 (the form says where it comes from)
+    request = SegmentationRequest(sources, segments, kind, about.provenance, about.painting.remarks)
+    return encode_segmentation(answer, request, about.limit)
 
 
 def _probabilities(answer: LabelMap, form: ProbabilityFormat, image: ImageSource) -> bytes:

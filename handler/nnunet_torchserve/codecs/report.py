@@ -14,7 +14,7 @@ No state, no threads of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ import cc3d
 import numpy as np
 import numpy.typing as npt
 
+from ..painting import Painting
+from ..provenance import Provenance
 from ..volume import Geometry, LabelArray
 
 CONVENTIONS = (
@@ -49,10 +51,7 @@ _Integers = npt.NDArray[np.int64]
 
 
 def encode_report(
-    labels: LabelArray,
-    geometry: Geometry,
-    structures: Mapping[str, tuple[int, ...] | None],
-    remarks: Sequence[str] = (),
+    labels: LabelArray, geometry: Geometry, painting: Painting, provenance: Provenance | None = None
 ) -> bytes:
     """What is in a segmentation, how large, and where.
 
@@ -60,6 +59,7 @@ def encode_report(
     ``spacing_assumed`` (true for a picture whose size nobody gave: then mm are pixels),
     ``shape``, ``spacing`` and ``origin`` (x, y, z), ``direction`` (row by row; column k is the unit vector of voxel
     axis k), ``voxel_volume_ml``, ``remarks`` (sentences on what the label map does not say; empty for most models),
+    ``provenance`` (see :mod:`..provenance`; null if it is not known),
     and ``structures``, a list in the order given. Each has ``name``, ``labels``,
     ``voxels``, ``volume_ml``, ``bounding_box_voxels`` and ``bounding_box_mm`` (``[[x0, x1], [y0, y1], [z0, z1]]``)
     and ``centroid_mm`` (x, y, z). The boxes and the centroid of a structure without voxels are null. Of a structure
@@ -79,15 +79,14 @@ def encode_report(
     Args:
         labels: (Z, Y, X), uint8 or uint16. Not copied; the working memory is some MiB.
         geometry: the label map's.
-        structures: name to the label values that make it up: one, or those of a region, whose union it is. Values may
-            be in several structures, and need not occur. ``None`` if the structure cannot be measured. See
-            :mod:`..painting`.
-        remarks: on these structures.
+        painting: of each structure the label values that make it up: one, or those of a region, whose union it is.
+            Values may be in several structures, and need not occur. ``None`` if the structure cannot be measured.
+        provenance: where the labels come from.
 
     Returns:
         ASCII JSON.
     """
-    ndim = geometry.ndim
+    ndim, structures = geometry.ndim, painting.structures
     edges = _edges(geometry)
     wanted = {value for members in structures.values() for value in members or ()}
     found = {each.value: each for each in _measure(labels, wanted, edges)}
@@ -120,7 +119,8 @@ def encode_report(
         "origin": list(geometry.origin),
         "direction": geometry.direction[:, :ndim].tolist(),
         of_voxel: _significant(voxel_size * unit),
-        "remarks": list(remarks),
+        "remarks": list(painting.remarks),
+        "provenance": provenance and provenance.as_json(),
         "structures": [entry(name, members) for name, members in structures.items()],
     }
     return json.dumps(document, indent=2, allow_nan=False).encode("ascii")

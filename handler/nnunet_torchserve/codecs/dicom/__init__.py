@@ -18,6 +18,20 @@ the wrong side of the body, or with a hole in it (docs/dicom.md has what is refu
 ``volume``      all of it, as an image source
 ``body``        whether several series, the channels of a case, show one body
 ==============  ====================================================================================================
+
+DICOM out: a label map becomes a segmentation of the series that it was made from.
+
+================  ==================================================================================================
+``slices``        which object and frame each slice is of
+``origin``        what an answer repeats of its series, and the series' digest
+``segment``       which structures become segments
+``segmentation``  the object, but for its frames
+``frames``        their places, references and pixels
+``written``       elements as bytes
+``texts``         our own texts in a patient's character set
+``uids``          UIDs and times that are the same for the same request
+``places``        whether what was written lies where its source lies
+================  ==================================================================================================
 """
 
 from __future__ import annotations
@@ -25,6 +39,11 @@ from __future__ import annotations
 from .body import check_one_body
 from .container import TAR_HEAD_BYTES, is_tar
 from .elements import HEAD_BYTES, is_dicom
+from .segment import check_segments, segments_of
+from .segmentation import SegmentationRequest, encode_segmentation
 from .volume import DicomSource, open_series
 
-__all__ = ["HEAD_BYTES", "TAR_HEAD_BYTES", "DicomSource", "check_one_body", "is_dicom", "is_tar", "open_series"]
+__all__ = [
+    "HEAD_BYTES", "TAR_HEAD_BYTES", "DicomSource", "SegmentationRequest", "check_one_body", "check_segments",
+    "encode_segmentation", "is_dicom", "is_tar", "open_series", "segments_of",
+]  # fmt: skip

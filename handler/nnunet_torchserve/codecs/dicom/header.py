@@ -66,7 +66,7 @@ _TEXT = frozenset({"CS", "UI", "PN", "LO", "DA", "DS", "IS"})
 
 _UNSIGNED = {"US": "u2", "UL": "u4"}
 
-_UID = re.compile(r"[0-9.]{1,64}")
+UID = re.compile(r"[0-9.]{1,64}")
 _MONOCHROME = frozenset({"MONOCHROME1", "MONOCHROME2"})
 _MOST_BITS = 32
 
@@ -216,7 +216,7 @@ class ImageHeader:
     @property
     def has_uids(self) -> bool:
         """Whether every UID is there that tells objects and series apart."""
-        return all(_UID.fullmatch(uid) for uid in (self.sop_instance, self.study, self.series))
+        return all(UID.fullmatch(uid) for uid in (self.sop_instance, self.study, self.series))
 
 
 def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> ImageHeader:

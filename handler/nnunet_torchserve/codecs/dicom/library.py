@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -60,6 +62,14 @@ class quietly(refuse_damage):  # noqa: N801 (reads as a statement)
         self._silence.__exit__(None, None, None)
         if not isinstance(error, ServingError | MemoryError):
             super().__exit__(kind, error, traceback)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """What pydicom says is not heard; what it raises stays what it is, for the bytes are ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def data_set(elements: list[bytes], encoding: Encoding) -> Any:

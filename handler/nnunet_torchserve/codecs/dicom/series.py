@@ -16,11 +16,23 @@ from ...errors import DicomReason, DicomRefused, Malformed, TooLarge, UnknownFor
 from ...limits import Limits
 from ..inflate import ByteSource, Compression
 from .container import Container, File, Meter, Stream, StreamFile, walk
-from .elements import DEFLATED, HEAD_BYTES, Budget, Encoding, Walk, encoding_of, is_dicom, walk_elements
+from .elements import (
+    DEFLATED,
+    HEAD_BYTES,
+    Budget,
+    Encoding,
+    Selection,
+    Walk,
+    encoding_of,
+    is_dicom,
+    walk_elements,
+)
 from .header import SELECTION, ImageHeader, Modality, Piece, read_header
 from .rescale import UNSCALED
 
-_FIRST_BYTES = 16 * 1024
+FIRST_BYTES = 16 * 1024
+"""Of a file, looked at first: most headers are shorter."""
+
 _MOST_NAMED = 20
 _CHUNK_BYTES = 1024**2
 
@@ -121,14 +133,14 @@ def _read(
     number: int, file: File, stream: Stream, uid: str | None, budget: Budget, meter: Meter, limits: Limits
 ) -> ImageHeader | Left:
     """One header. What is wrong with an object that says that it is of another series than ``uid`` does not matter."""
-    encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
+    encoding = encoding_of(stream.peek(min(FIRST_BYTES, file.size)))
     if encoding.is_directory:
         return Left.NO_IMAGE
     stream = data_set_stream(stream, encoding, meter)
     size = None if encoding.transfer_syntax == DEFLATED else file.size - encoding.start
     seen = Walk()
     try:
-        _walk_header(stream, encoding, budget, seen)
+        walk_header(stream, encoding, SELECTION, budget, seen)
         budget.take(seen.elements)
         if seen.is_other:
             return Left.NO_IMAGE
@@ -142,13 +154,24 @@ def _read(
         return Left.OTHER_SERIES
 
 
-def _walk_header(stream: Stream, encoding: Encoding, budget: Budget, seen: Walk) -> None:
-    """Walk over more and more bytes of a data set, until its header's end is among them."""
-    wanted = _FIRST_BYTES
+def walk_header(stream: Stream, encoding: Encoding, selection: Selection, budget: Budget, seen: Walk) -> None:
+    """Walk over more and more bytes of a data set, until its header's end is among them.
+
+    Args:
+        stream: the data set, of which nothing is taken.
+        encoding: how it is stored.
+        selection: what it is for.
+        budget: what it may hold.
+        seen: what is found is noted there.
+
+    Raises:
+        Malformed, TooLarge: as of :func:`~.elements.walk_elements`.
+    """
+    wanted = FIRST_BYTES
     while True:
         data = stream.peek(wanted)
         is_all = len(data) < wanted
-        walk_elements(data, encoding, SELECTION, budget, seen, is_all=is_all)
+        walk_elements(data, encoding, selection, budget, seen, is_all=is_all)
         if seen.is_whole or is_all or seen.is_other:
             return
         if wanted >= budget.header_bytes:
@@ -223,7 +246,7 @@ def _digests(files: Collection[int], container: Container, limits: Limits) -> di
         if number not in files:
             continue
         stream, digest = file.open(), hashlib.sha256()
-        encoding = encoding_of(stream.peek(min(_FIRST_BYTES, file.size)))
+        encoding = encoding_of(stream.peek(min(FIRST_BYTES, file.size)))
         stream.skip(encoding.start)
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)

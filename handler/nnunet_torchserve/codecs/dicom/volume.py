@@ -8,6 +8,7 @@ object as they are packed and the frames that wait for a thread.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,14 @@ from .container import Container, File, Meter, Several, open_container, walk
 from .crew import Crew
 from .elements import DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
 from .fragments import frames_of
-from .header import ImageHeader, Pixels
+from .header import UID, ImageHeader, Pixels
 from .library import require_pydicom
+from .origin import Origin, read_origin
 from .pixels import check_range, native_frames
 from .planes import Stack, stacked
 from .rescale import Rescale
 from .series import Series, data_set_stream, find_series
+from .slices import Slice, slices_of
 
 _MOST_TIMES = 2
 """Of the uncompressed bytes: noise grows a little when it is compressed, and a table and fragments have headers."""
@@ -45,7 +48,7 @@ class DicomSource:
     """
 
     nifti_header = None
-    native_format = OutputFormat.NIFTI_GZ
+    native_format = OutputFormat.DICOM_SEG
     channels = 1
 
     def __init__(self, container: Container, limits: Limits, series_uid: str | None = None) -> None:
@@ -76,6 +79,11 @@ class DicomSource:
         check_size(self.geometry.shape, 1, max(_pixels(image).bits_allocated // 8 for image in images), limits)
 
     @property
+    def has_frame_of_reference(self) -> bool:
+        """Whether its images name one by a UID."""
+        return UID.fullmatch(self.series.frame_of_reference or "") is not None
+
+    @property
     def left_out(self) -> int:
         """Files that were ignored, and images of other series."""
         return self.series.ignored + self.series.others
@@ -83,6 +91,17 @@ class DicomSource:
     def channels_advice(self, wanted: int) -> str:
         """What would be right for a model of so many channels."""
         return f"a DICOM series is one channel: send a zip for each of {wanted} series (image_0000, image_0001, …)"
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """Each slice of the volume: where it lies, and which object and frame it is of."""
+        return slices_of(self.series.images, self.stack.order)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Whose the series is, and its digest; read in a walk of its own."""
+        in_order = {each.image.file: each.image for each in self.slices}
+        return read_origin(self._container, self._limits, list(in_order.values()))
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the pixels: float32 (1, Z, Y, X) of the modality's values (Hounsfield units of CT).
