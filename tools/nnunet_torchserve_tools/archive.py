@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 import nnunet_handler
 import nnunet_torchserve
 from nnunet_torchserve.bundle import BUNDLE_FILE, SCHEMA_VERSION, BundleDescription, ModelBundle
+from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.golden import golden_tensors
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import (
@@ -288,7 +288,7 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     try:
         for name, member in ModelBundle(stage).members.items():
             try:
-                save_file(golden_tensors(FoldNetworks(member, _CPU), member.folds), member.folder / GOLDEN_FILE)
+                save_file(golden_tensors(EagerNetworks(member, _CPU), member.folds), member.folder / GOLDEN_FILE)
             except BundleError as error:
                 msg = str(error) if name in str(error) else f"{name}: {error}"
                 raise ToolError(msg) from error

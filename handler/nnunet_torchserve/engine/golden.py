@@ -14,7 +14,8 @@ from ..machine import torch_threads
 from ..member import GOLDEN_FILE, read_tensors
 from ..options import FoldName
 from ..tiling import STOCK_THREADS
-from .network import FoldNetworks, Networks
+from .backends.interface import FoldNetworks
+from .network import Networks
 
 GOLDEN_SCALE = 1 / 32
 """The golden patch is stored as int8; the network sees it multiplied by this."""
@@ -91,8 +92,7 @@ def _check_member(
 
 @torch.inference_mode()
 def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
-    with networks.autocast():
-        logits: Any = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+    logits: Any = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
     expected = (1, networks.classes, *networks.patch_size)
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         is_tensor = isinstance(logits, torch.Tensor)
