@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import nnunet_handler
 import nnunet_torchserve
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, SCHEMA_VERSION, BundleDescription, ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.golden import golden_tensors
@@ -42,6 +43,7 @@ from nnunet_torchserve_client.choosing import archive_name
 
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
+from .graphs import stored_backend, write_graphs
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .postprocessing_choice import PostprocessingChoice
 from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
@@ -97,6 +99,7 @@ class ArchiveRequest:
         requires: what that needs, as ``PACKAGE==VERSION``.
         input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
+        backend: that the archive is made for beside eager, and served with unless somebody says otherwise.
         serving: what goes to model-config.yaml.
     """
 
@@ -115,6 +118,7 @@ class ArchiveRequest:
     trainer_files: tuple[Path, ...] = ()
     requires: tuple[str, ...] = ()
     input_orientation: str | None = None
+    backend: Backend = Backend.EAGER
     serving: ServingSettings = field(default_factory=ServingSettings)
 
 
@@ -155,6 +159,8 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
+    if request.backend is not Backend.EAGER:
+        stored_backend(request.backend)  # before anything that takes long
     contents = _contents(request, name, composition, tell)
     try:
         request.output.mkdir(parents=True, exist_ok=True)
@@ -254,6 +260,7 @@ def _make_archive(
             recipe=composition.recipe,
             postprocessing=postprocessing,
             code=code,
+            backend=None if request.backend is Backend.EAGER else stored_backend(request.backend),
             requires=REQUIRES,
             built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
@@ -280,7 +287,7 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
     Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
-    answer one small case.
+    answer one small case; with another backend, if there is one, too.
     """
     _write_bundle(stage, description)
     threads = torch.get_num_threads()
@@ -288,7 +295,8 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     try:
         for name, member in ModelBundle(stage).members.items():
             try:
-                save_file(golden_tensors(EagerNetworks(member, _CPU), member.folds), member.folder / GOLDEN_FILE)
+                networks = EagerNetworks(member, _CPU)
+                save_file(golden_tensors(networks, member.folds), member.folder / GOLDEN_FILE)
             except BundleError as error:
                 msg = str(error) if name in str(error) else f"{name}: {error}"
                 raise ToolError(msg) from error
@@ -296,13 +304,18 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
                 what = f"plans.json, dataset.json and the checkpoints of {name}"
                 msg = f"{what} make no network: {type(error).__name__} {error}"
                 raise ToolError(msg) from error
+            if description.backend is not None:
+                write_graphs(member, networks)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
         batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
-        engine = LocalEngine(complete, _CPU, batch, settings.policy, limits)
-        if (warning := Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()) is not None:
-            warnings.warn(warning, ModelWarning, stacklevel=4)
+        backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
+        for backend in backends:
+            engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
+            pipeline = Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings)
+            if (warning := pipeline.dry_run()) is not None:
+                warnings.warn(warning, ModelWarning, stacklevel=4)
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Collection
 
 import torch
 
-from ..bundle import ModelBundle
-from ..options import FoldName
+from ..backend import Backend, why_not
+from ..bundle import ModelBundle, check_requirements
+from ..errors import BundleError
+from ..member import Member
 from .backends.eager import EagerNetworks
-from .backends.interface import FoldNetworks
+from .backends.interface import FoldNetworks, Weights
+from .backends.openvino_networks import OpenVinoNetworks
 
 _BATCHES = (1, 2, 4, 8, 16)
 _BATCH_MEMORY_SHARE = 0.5
@@ -22,18 +24,31 @@ class Networks:
     """Those of all members. Not thread-safe: one thread runs them.
 
     Attributes:
+        backend: what runs them.
         device: where they are.
         members: name -> networks.
     """
 
-    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+    def __init__(
+        self, bundle: ModelBundle, device: torch.device, backend: Backend = Backend.EAGER, batch: int = 1
+    ) -> None:
         """Build and load them.
 
+        Args:
+            bundle: the model.
+            device: where they are to be.
+            backend: what runs them.
+            batch: patches in a forward pass, of a backend that must know.
+
         Raises:
-            BundleError: weights do not fit the network that the plans describe.
+            BundleError: weights do not fit the network that the plans describe; or archive, device or machine have not
+                what the backend needs.
         """
+        self.backend = backend
+        if backend is not Backend.EAGER:
+            _check_backend(bundle, device, backend)
         self.members: dict[str, FoldNetworks] = {
-            name: EagerNetworks(member, device) for name, member in bundle.members.items()
+            name: _fold_networks(member, device, backend, batch) for name, member in bundle.members.items()
         }
         [self.device] = {networks.device for networks in self.members.values()}
 
@@ -51,18 +66,23 @@ class Networks:
         for networks in self.members.values():
             networks.unload()
 
-    def load(self, weights: Callable[[str, FoldName], Mapping[str, torch.Tensor]]) -> None:
+    @property
+    def files(self) -> tuple[str, ...]:
+        """See :attr:`FoldNetworks.files`."""
+        return tuple(file for networks in self.members.values() for file in networks.files)
+
+    def load(self, weights: Weights) -> None:
         """Load the weights again; if that fails, none is loaded.
 
         Args:
-            weights: the state dict of a member's fold, as the networks had it.
+            weights: those of the archive.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError says so.
+            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError or a MemoryError says so.
         """
         try:
-            for name, networks in self.members.items():
-                networks.load(partial(weights, name))
+            for networks in self.members.values():
+                networks.load(weights)
         except BaseException:
             self.unload()
             raise
@@ -71,6 +91,21 @@ class Networks:
     def modules(self) -> Collection[torch.nn.Module]:
         """Every network."""
         return [module for networks in self.members.values() for module in networks.modules]
+
+
+def _fold_networks(member: Member, device: torch.device, backend: Backend, batch: int) -> FoldNetworks:
+    if backend is Backend.EAGER:
+        return EagerNetworks(member, device)
+    return OpenVinoNetworks(member, backend, batch)
+
+
+def _check_backend(bundle: ModelBundle, device: torch.device, backend: Backend) -> None:
+    """Raise :class:`BundleError` unless the archive holds what the backend needs, and the packages are there."""
+    stored = bundle.description.backend
+    if (reason := why_not(backend, stored, device.type)) is not None:
+        msg = f"backend {backend}: {reason}"
+        raise BundleError(msg)
+    check_requirements({} if stored is None else stored.requires, f"the backend {backend}")
 
 
 def probe_batch(networks: Networks) -> int:

@@ -7,7 +7,7 @@ which costs time and makes concurrent requests impossible.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+from ...backend import Backend
 from ...errors import BundleError
 from ...member import Member, NetworkBuilder
 from ...options import FoldName
 from ...own_code import Kind
+from .interface import Weights
 
 
 class EagerNetworks:
@@ -34,6 +36,8 @@ class EagerNetworks:
         Raises:
             BundleError: the weights do not fit the network that the plans describe.
         """
+        self.backend = Backend.EAGER
+        self._member = member.name
         self.device = device if device.type != "cpu" else torch.device("cpu")  # there is one, whatever its number
         self.patch_size = member.patch_size
         self.classes = member.classes
@@ -62,11 +66,11 @@ class EagerNetworks:
         self._given_up = [(tensor, torch.empty_like(tensor, device="meta")) for tensor in stored.values()]
         self._empty()
 
-    def load(self, weights: Callable[[FoldName], Mapping[str, torch.Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Load the weights again, in the memory layout that they had; if that fails, none is loaded.
 
         Args:
-            weights: the state dict of a fold, as the networks had it.
+            weights: have the state dict of a fold, as the networks had it.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError says so.
@@ -75,7 +79,7 @@ class EagerNetworks:
             for tensor, layout in self._given_up:
                 tensor.data = torch.empty_like(layout, device=self.device)
             for fold, network in self._networks.items():
-                network.load_state_dict(weights(fold))
+                network.load_state_dict(weights.read(self._member, fold))
         except BaseException:
             self._empty()
             raise
@@ -84,6 +88,11 @@ class EagerNetworks:
     def _empty(self) -> None:
         for tensor, _ in self._given_up:
             tensor.data = tensor.new_empty(0)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """None: it reads weights."""
+        return ()
 
     @property
     def modules(self) -> Collection[torch.nn.Module]:

@@ -5,12 +5,23 @@ Scheduler, accumulator and core do not know which one runs. All of its methods a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
 
+from ...backend import Backend
 from ...options import FoldName
+
+
+class Weights(Protocol):
+    """An archive's files, to be read when networks are loaded again: :class:`~...member.OpenWeights`."""
+
+    def read(self, member: str, fold: FoldName) -> Mapping[str, torch.Tensor]:
+        """The state dict of a member's fold."""
+
+    def content(self, file: str) -> bytes:
+        """Another file, by its name in the archive."""
 
 
 class FoldNetworks(Protocol):
@@ -19,11 +30,13 @@ class FoldNetworks(Protocol):
     Its weights can be given up and loaded again.
 
     Attributes:
+        backend: what runs.
         device: where patches are to be, and where logits are.
         patch_size: voxels per axis, (z, y, x) or (y, x).
         input_channels, classes: of a patch, and of its logits.
     """
 
+    backend: Backend
     device: torch.device
     patch_size: tuple[int, ...]
     input_channels: int
@@ -40,15 +53,19 @@ class FoldNetworks(Protocol):
     def unload(self) -> None:
         """Give the weights' memory up."""
 
-    def load(self, weights: Callable[[FoldName], Mapping[str, torch.Tensor]]) -> None:
+    def load(self, weights: Weights) -> None:
         """Load the weights again; if that fails, none is loaded.
 
         Args:
-            weights: the state dict of a fold, as the networks had it.
+            weights: those of the archive that the networks were loaded from.
 
         Raises:
-            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError says so.
+            torch.OutOfMemoryError: the device has no room; on a CPU a RuntimeError or a MemoryError says so.
         """
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of the archive, beside those of the weights, that :meth:`load` reads."""
 
     def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
         """Logits of a batch of patches.
