@@ -8,7 +8,7 @@ comma := ,
 BENCHMARKS ?= request.command request.overhead request.whole_request request.recipes stages.codecs stages.preprocess \
 	stages.export stages.postprocess stages.dicom stages.dicom_seg load.throughput load.fairness load.priority \
 	load.memory load.reuse load.service load.stopping \
-	client.folder client.footprint client.outage client.transfer engine.gap engine.engine_memory engine.idle \
+	client.folder client.footprint client.outage client.transfer engine.gap engine.engine_memory engine.idle engine.backends \
 	training.region_loader
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
 
@@ -24,7 +24,7 @@ endef
 	@echo "  1 of 2: PyTorch (most of it)"
 	@$(call install,torch torchvision)
 	@echo "  2 of 2: nnU-Net, TorchServe with a Java runtime, tools for tests and demo"
-	@$(call install,--editable '.[server$(comma)dicom$(comma)demo$(comma)dev]')
+	@$(call install,--editable '.[server$(comma)dicom$(comma)openvino$(comma)demo$(comma)dev]')
 	@touch $@
 	@echo "  done: .venv takes $$(du -sh .venv | cut -f1)"
 

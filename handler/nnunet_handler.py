@@ -135,6 +135,7 @@ def _load(context: Any, model_dir: Path) -> Any:
     try:
         import torch
 
+        from nnunet_torchserve.backend import usable_backend, wanted_backend
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.keeper import Keeper
@@ -165,6 +166,8 @@ def _load(context: Any, model_dir: Path) -> Any:
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.limits).for_model(bundle.lead.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
+    wanted = wanted_backend(bundle.description.backend, settings.backend)
+    backend = usable_backend(wanted, bundle.description.backend, device.type)
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
@@ -179,7 +182,10 @@ def _load(context: Any, model_dir: Path) -> Any:
         unload_after_s=settings.unload_after_s,
         counts=counts,
         on_tally=relay.watch if relay else None,
+        backend=backend,
     )
+    if engine.backend is not backend:
+        logger.warning("%s was to run the networks, %s does; the engine's log says why", backend, engine.backend)
     pipeline = Pipeline(
         bundle=bundle,
         engine=engine,
@@ -189,6 +195,7 @@ def _load(context: Any, model_dir: Path) -> Any:
         counts=counts,
         settings=settings,
         served=partial(read_served, control_dir()),
+        backend=wanted,
     )
     pipeline.dry_run()
     note_engine(control_dir(), Used(str(engine.folder), str(device)))

@@ -43,8 +43,8 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import process
 from nnunet_torchserve.engine.accumulator import CaseAccumulator, Float32Accumulator, HalfAccumulator
+from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
-from nnunet_torchserve.engine.network import FoldNetworks
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.tiling import count_windows
@@ -163,7 +163,7 @@ def run_engine(folder: Path, model_dir: Path, settings: str, readings: Path) -> 
 
     replaced: list[tuple[Any, str, Any]] = [
         (process, "_detach", lambda _folder: None),  # it stays this process
-        (FoldNetworks, "forward", timed(Kind.FORWARD, FoldNetworks.forward)),
+        (EagerNetworks, "forward", timed(Kind.FORWARD, EagerNetworks.forward)),
         (HalfAccumulator, "add", timed(Kind.ADD, HalfAccumulator.add)),
         (Float32Accumulator, "add", timed(Kind.ADD, Float32Accumulator.add)),
         (CaseAccumulator, "__init__", timed(Kind.LAY_OUT, CaseAccumulator.__init__)),

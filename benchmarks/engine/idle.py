@@ -147,7 +147,7 @@ def measure_parts(bundle: ModelBundle, repetitions: int, quiet: Callable[[], Non
         quiet()
         networks.unload()
         parts["read and checksum"].append(seconds_of(lambda: [weights.read(*fold) for fold in folds]))
-        parts["load, reading included"].append(seconds_of(lambda: networks.load(weights.read)))
+        parts["load, reading included"].append(seconds_of(lambda: networks.load(weights)))
         parts["golden patch"].append(seconds_of(lambda: check_golden(networks, golden)))
     return {name: spread(values) for name, values in parts.items()}
 

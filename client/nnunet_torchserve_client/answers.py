@@ -25,6 +25,9 @@ _DAMAGED = (
 """What zipfile and NumPy raise of bytes that are not what they should be; RuntimeError also of encryption and of
 unknown ways to pack."""
 
+EAGER = "eager"
+"""The server's word for nnU-Net's own modules, run as nnU-Net runs them."""
+
 _TIMING = re.compile(r"([\w-]+);dur=([\d.]+)")
 
 
@@ -56,6 +59,12 @@ class Answer:
     def warnings(self) -> tuple[str, ...]:
         """What the server wants to be looked at, as ``constant_image``."""
         return tuple(filter(None, (each.strip() for each in self.headers.get("x-nnunet-warning", "").split(","))))
+
+    @property
+    def other_backend(self) -> str | None:
+        """What ran the networks if it was not ``eager``: then the answer's bits need not be nnU-Net's own."""
+        backend = self.headers.get("x-nnunet-backend", EAGER)
+        return None if backend == EAGER else backend
 
     @property
     def timing(self) -> dict[str, float]:

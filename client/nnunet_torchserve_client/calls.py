@@ -113,4 +113,6 @@ class Call:
             self.client.check(answer, self.description)
             for warning in answer.warnings:
                 logger.warning("%s: the server warns of %s", case.name, warning)
+            if answer.other_backend is not None:
+                logger.warning("%s: %s ran the network, so that a voxel may differ", case.name, answer.other_backend)
             return self.finish(case, answer)

@@ -110,6 +110,7 @@ class Summary:
         seconds: in all.
         stages: where the cases' time went, seconds summed over cases: those that were in flight together count each.
         warnings: the server's, by case.
+        other_backends: what ran the networks if it was not nnU-Net's own way, and for how many cases.
     """
 
     cases: int
@@ -121,6 +122,7 @@ class Summary:
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
+    other_backends: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -139,6 +141,7 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "warnings": self.warnings,
+            "other_backends": self.other_backends,
         }
 
 
@@ -285,6 +288,8 @@ class _Run:
                 self._summary.stages[name] = self._summary.stages.get(name, 0.0) + seconds
             if answer.warnings:
                 self._summary.warnings[case.name] = list(answer.warnings)
+            if (other := answer.other_backend) is not None:
+                self._summary.other_backends[other] = self._summary.other_backends.get(other, 0) + 1
         return stages
 
     def _event(self, event: Event) -> None:

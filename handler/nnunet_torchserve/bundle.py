@@ -16,6 +16,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from .backend import StoredBackend
 from .errors import BundleError
 from .member import Member, MemberDescription
 from .own_code import CODE_FOLDER, CodeDescription, OwnCode
@@ -37,6 +38,7 @@ class BundleDescription(BaseModel):
         recipe: what is made of them.
         postprocessing: what is done to the labels then, unless a request says otherwise.
         code: what the archive brings along of somebody's own, if anything.
+        backend: what was made ahead for another backend than eager, if anything.
         requires: package -> version specifier, checked at load.
         built_with: package -> version, for the record.
         files: file -> sha256, every file of the archive but this one, the manifest and model-config.yaml.
@@ -51,6 +53,7 @@ class BundleDescription(BaseModel):
     recipe: Recipe
     postprocessing: Postprocessing | None = None
     code: CodeDescription | None = None
+    backend: StoredBackend | None = None
     requires: dict[str, str]
     built_with: dict[str, str]
     files: dict[str, str]

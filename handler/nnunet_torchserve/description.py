@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,13 @@ from .recipe import in_words
 from .settings import HandlerSettings
 
 
-def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, time_limit_s: float) -> dict[str, object]:
+def describe(
+    bundle: ModelBundle,
+    limits: Limits,
+    settings: HandlerSettings,
+    time_limit_s: float,
+    backend: Mapping[str, str | None] | None = None,
+) -> dict[str, object]:
     """What a client needs to know of a model.
 
     Args:
@@ -25,6 +31,7 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         limits: what a request may ask for.
         settings: what the archive says to the handler.
         time_limit_s: seconds that a request may take.
+        backend: which one was ``asked`` for and which one ``runs``, of a model that is served.
 
     Returns:
         A JSON object.
@@ -50,12 +57,19 @@ def describe(bundle: ModelBundle, limits: Limits, settings: HandlerSettings, tim
         "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
         "segments": {name: codes.model_dump(mode="json", exclude_none=True) for name, codes in bundle.codes.items()},
         "code": _own_code(bundle),
+        "backend": {"archive": _stored_backend(bundle), **(backend or {})},
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
         "options": Options.model_json_schema(),
         "serving_core": __version__,
         "built_with": description.built_with,
     }
+
+
+def _stored_backend(bundle: ModelBundle) -> dict[str, object] | None:
+    """What the archive holds for another backend than eager."""
+    stored = bundle.description.backend
+    return None if stored is None else stored.model_dump(mode="json")
 
 
 def _own_code(bundle: ModelBundle) -> dict[str, object] | None:

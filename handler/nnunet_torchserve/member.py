@@ -8,13 +8,14 @@ archive's checksums say it has not changed since.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
@@ -139,6 +140,7 @@ class Member:
             code: that code; ``None`` if it is not to be run.
         """
         self.description = description
+        self.archive = archive
         self.folder = archive / description.folder
         self._own, self._code = tuple(own), code
 
@@ -276,26 +278,37 @@ class OpenWeights:
     would end the process or, worse, change weights in use. Not thread-safe: one thread reads.
     """
 
-    def __init__(self, members: Iterable[Member], checksums: Mapping[str, str]) -> None:
+    def __init__(self, members: Iterable[Member], checksums: Mapping[str, str], others: Iterable[str] = ()) -> None:
         """Open every fold's file.
 
         Args:
             members: of one archive.
             checksums: file of the archive -> sha256.
+            others: further files, by their names in the archive.
 
         Raises:
             BundleError: one cannot be opened.
         """
-        self._files: dict[tuple[str, FoldName], tuple[str, int, str]] = {}
+        self._weights: dict[tuple[str, FoldName], str] = {}
+        self._files: dict[str, tuple[int, str]] = {}
+        folder = None
         for member in members:
+            folder = member.archive
             for fold in member.description.folds:
                 name = f"{member.description.folder}/{fold.weights_file}"
-                try:
-                    descriptor = os.open(member.folder / fold.weights_file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    msg = f"{name} cannot be opened"
-                    raise BundleError(msg) from error
-                self._files[member.name, fold.fold] = (name, descriptor, checksums[name])
+                self._weights[member.name, fold.fold] = name
+                self._open(folder, name, checksums)
+        for name in others:
+            if folder is not None:
+                self._open(folder, name, checksums)
+
+    def _open(self, folder: Path, name: str, checksums: Mapping[str, str]) -> None:
+        try:
+            descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            msg = f"{name} cannot be opened"
+            raise BundleError(msg) from error
+        self._files[name] = (descriptor, checksums[name])
 
     def read(self, member: str, fold: FoldName) -> dict[str, torch.Tensor]:
         """As :meth:`Member.weights`; while the result is in use it takes as much memory as the file is long.
@@ -305,22 +318,33 @@ class OpenWeights:
             MemoryError: there is no memory for it.
             OSError: it cannot be read.
         """
-        name, descriptor, expected = self._files[member, fold]
-        digest, position = hashlib.sha256(), 0
+        name = self._weights[member, fold]
         with os.fdopen(os.memfd_create("nnunet-weights", os.MFD_CLOEXEC), "wb") as copy:
-            while chunk := os.pread(descriptor, _HASH_CHUNK_BYTES, position):
-                digest.update(chunk)
-                copy.write(chunk)
-                position += len(chunk)
+            self._copy(name, copy)
             copy.flush()
-            if digest.hexdigest() != expected:
-                msg = f"{name} has changed since this process started"
-                raise BundleError(msg)
             try:
                 return read_tensors(Path(f"/proc/self/fd/{copy.fileno()}"))
             except BundleError as error:  # the checksum says that nothing is wrong with it
                 msg = f"no memory to read {name}"
                 raise MemoryError(msg) from error
+
+    def content(self, file: str) -> bytes:
+        """One of the further files; raises what :meth:`read` raises."""
+        copy = io.BytesIO()
+        self._copy(file, copy)
+        return copy.getvalue()
+
+    def _copy(self, name: str, target: BinaryIO) -> None:
+        """Copy a file, and compare what was copied with the archive's checksum."""
+        descriptor, expected = self._files[name]
+        digest, position = hashlib.sha256(), 0
+        while chunk := os.pread(descriptor, _HASH_CHUNK_BYTES, position):
+            digest.update(chunk)
+            target.write(chunk)
+            position += len(chunk)
+        if digest.hexdigest() != expected:
+            msg = f"{name} has changed since this process started"
+            raise BundleError(msg)
 
 
 def output_names(dataset: Mapping[str, Any], labels: LabelManager) -> list[str]:

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from . import codecs
+from .backend import Backend
 from .bundle import ModelBundle
 from .cases import settings_of
 from .description import describe, model_header, with_model_files
@@ -29,7 +30,7 @@ from .predicting import CaseInHand, check_time
 from .properties import properties_document
 from .provenance import provenance_of
 from .request import Request
-from .responses import Response, ResponseMaker, last_resort
+from .responses import BACKEND, Response, ResponseMaker, last_resort
 from .reuse import answer_note, keys_of, read_answer_note
 from .settings import HandlerSettings
 from .telemetry import SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
@@ -51,6 +52,7 @@ class Pipeline:
         counts: where requests are counted.
         settings: what the archive says to the handler: what requests may reuse.
         served: the models that the server was started with, ``None`` if nobody knows.
+        backend: that was asked for; the engine says which one runs.
     """
 
     bundle: ModelBundle
@@ -61,6 +63,7 @@ class Pipeline:
     counts: Counts = field(default_factory=Counts)
     settings: HandlerSettings = field(default_factory=HandlerSettings)
     served: Callable[[], Sequence[dict[str, Any]] | None] = field(default=lambda: None)
+    backend: Backend = Backend.EAGER
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too, whatever raises them.
@@ -105,7 +108,8 @@ class Pipeline:
         return ResponseMaker(model_header(self.bundle), self.limits.response_bytes)
 
     def _description(self) -> dict[str, object]:
-        return describe(self.bundle, self.limits, self.settings, self.time_limit_s)
+        runs = {"asked": str(self.backend), "runs": self.engine.backend and str(self.engine.backend)}
+        return describe(self.bundle, self.limits, self.settings, self.time_limit_s, runs)
 
     def _record(self, request_id: str) -> RequestRecord:
         return RequestRecord(request_id, f"{self.bundle.description.name}/{self.bundle.description.version}")
@@ -169,7 +173,7 @@ class Pipeline:
             shared = (self.bundle, self.engine, self.limits, self.counts)
             case = CaseInHand(*shared, asked, options, settings, keys, reserved, deadline, record, progress)
             predicted = case.predict()
-            properties = predicted[0].properties
+            properties, backends = predicted[0].properties, case.backends
             del case
 
             check_time(deadline - asked.price.export_s, "the network")
@@ -191,9 +195,12 @@ class Pipeline:
                 del answer
 
             timing = clock.server_timing(record.reused)
-            response = responses.result(file.body, file.content_type, record.request_id, timing, asked.warnings)
+            response = responses.result(
+                file.body, file.content_type, record.request_id, timing, asked.warnings, backends=backends
+            )
+            record.backend = response.headers[BACKEND]
             if keys.answer is not None:
-                reserved.share(response.body, answer_note(file.content_type, asked.warnings))
+                reserved.share(response.body, answer_note(file.content_type, asked.warnings, backends))
         return response
 
     def _keys(self, request: Request, options: Options) -> Keys:
@@ -220,9 +227,12 @@ class Pipeline:
         """The answer of an equal request as this one's own."""
         record.reused, record.passes = Reused.ANSWER, 0
         self.counts.add(SHARED_ANSWERS, 1)
-        content_type, warnings = read_answer_note(shared.note)
-        timing = record.clock.server_timing(record.reused)
-        return responses.result(shared.body, content_type, record.request_id, timing, warnings)
+        note, timing = read_answer_note(shared.note), record.clock.server_timing(record.reused)
+        response = responses.result(
+            shared.body, note.content_type, record.request_id, timing, note.warnings, backends=note.backends
+        )
+        record.backend = response.headers[BACKEND]
+        return response
 
     def dry_run(self) -> str | None:
         """Answer one small made-up case, so that the first real one finds everything loaded.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from .backend import Backend
 from .bundle import ModelBundle
 from .cases import Price, Settings, forward_passes
 from .engine.prediction import Engine, Keys, Reservation
@@ -48,6 +49,7 @@ class CaseInHand:
         deadline: ``time.monotonic()`` after which it is given up.
         record: is told where the time goes.
         progress: is told how far it is.
+        backends: what ran the networks of the members that were predicted.
     """
 
     bundle: ModelBundle
@@ -68,6 +70,7 @@ class CaseInHand:
     _labels: dict[str, LabelArray] = field(default_factory=dict, init=False)
     _known: dict[str, Price] = field(default_factory=dict, init=False)
     _ahead: dict[str, Price] = field(default_factory=dict, init=False)
+    backends: set[Backend] = field(default_factory=set, init=False)
 
     def predict(self) -> list[Predicted]:
         """The logits of each model of an ensemble, or of the one model."""
@@ -125,12 +128,13 @@ class CaseInHand:
         del self._ahead[name]
         passes = forward_passes(member, case.data.shape[1:], settings)
         with self.progress.stage(Stage.NETWORK, passes, self._spoken(name)):
-            keep = keep_of(case, self.keys.volumes.get(name), constant=self._constant)
+            keep = keep_of(case, self.keys.volumes.get(name), constant=self._constant, backends=self.backends)
             later = sum(price.passes for price in self._ahead.values())
             watcher = self.progress.watcher
             prediction = self.engine.predict(case.data, settings, self.deadline, watcher, keep, later)
         clock.add(Stage.QUEUE, prediction.queue_s)
         clock.add(Stage.NETWORK, prediction.network_s)
+        self.backends.add(prediction.backend)
         found = self._predicted[name] = Predicted(member, prediction.logits, case.properties)
         return found
 
@@ -156,7 +160,8 @@ class CaseInHand:
         self.counts.add(CACHE_LOOKUPS, 1, MISS if found is None else HIT)
         if found is None:
             return None
-        case, self._constant = found
+        case, self._constant = found.case, found.constant
+        self.backends |= found.backends
         self.record.reused = Reused.VOLUME
         return case
 

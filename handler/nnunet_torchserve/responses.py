@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
@@ -24,6 +24,9 @@ REQUEST_ID = "X-Nnunet-Request-Id"
 """The id that the log and a problem have: the client's if it sent a usable one, else the front end's."""
 
 MODEL = "X-Nnunet-Model"
+BACKEND = "X-Nnunet-Backend"
+"""What ran the networks: ``eager``, as nnU-Net runs them, or another backend."""
+
 RETRY_AFTER = "Retry-After"
 PROBLEM_JSON = "application/problem+json"
 
@@ -79,16 +82,31 @@ class ResponseMaker:
     limit: int
 
     def result(
-        self, body: bytes, content_type: str, request_id: str, server_timing: str, warnings: Sequence[str] = ()
+        self,
+        body: bytes,
+        content_type: str,
+        request_id: str,
+        server_timing: str,
+        warnings: Sequence[str] = (),
+        *,
+        backends: Collection[str],
     ) -> Response:
         """A 200 with the segmentation.
+
+        Args:
+            body: the segmentation.
+            content_type: of the body.
+            request_id: of the request.
+            server_timing: the value of the header.
+            warnings: see :class:`Warnings`.
+            backends: what ran the networks; several only where an engine was replaced by another one meanwhile.
 
         Raises:
             ResponseTooLarge: the body is above the limit.
         """
         if len(body) > self.limit:
             raise ResponseTooLarge(too_large_message(len(body), self.limit))
-        headers = self._headers(request_id) | {SERVER_TIMING: server_timing}
+        headers = self._headers(request_id) | {SERVER_TIMING: server_timing, BACKEND: ", ".join(sorted(backends))}
         if warnings:
             headers[WARNING] = ", ".join(warnings)
         return _checked(Response(HTTPStatus.OK, content_type, body, headers))

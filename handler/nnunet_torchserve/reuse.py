@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from .backend import Backend
 from .codecs.inflate import Body, Payload
 from .engine.prediction import Keep, KeptVolume, Keys
 from .options import Options
@@ -83,7 +85,8 @@ class _Note(BaseModel):
 class _VolumeNote(_Note):
     """What the export needs of a case beside its logits: ``DefaultPreprocessor``'s properties, by its names.
 
-    And the key under which it is kept: whoever gets another one's by mistake must notice.
+    And the key under which it is kept: whoever gets another one's by mistake must notice. ``backends`` ran what the
+    volume depends on: a first stage's networks.
     """
 
     spacing: tuple[float, ...]
@@ -92,9 +95,27 @@ class _VolumeNote(_Note):
     shape_after_cropping_and_before_resampling: tuple[int, ...]
     constant: bool
     key: str
+    backends: tuple[Backend, ...]
 
 
-def keep_of(case: PreprocessedCase, key: str | None, *, constant: bool) -> Keep | None:
+@dataclass(frozen=True, slots=True)
+class KeptCase:
+    """A case whose volume was kept.
+
+    Attributes:
+        case: as it was preprocessed.
+        constant: every voxel of the image has one value.
+        backends: what ran the networks that the volume depends on.
+    """
+
+    case: PreprocessedCase
+    constant: bool
+    backends: frozenset[Backend]
+
+
+def keep_of(
+    case: PreprocessedCase, key: str | None, *, constant: bool, backends: Collection[Backend] = ()
+) -> Keep | None:
     """How a case's volume is kept; ``None`` if it is not to be kept.
 
     Nor is it if a preprocessor of the model's own has more to say of a case than we know.
@@ -103,8 +124,9 @@ def keep_of(case: PreprocessedCase, key: str | None, *, constant: bool) -> Keep 
         case: the case.
         key: of its volume, if it is to be kept.
         constant: every voxel of the image has one value.
+        backends: what has run networks for this case so far.
     """
-    ours = {"constant": constant, "key": key}
+    ours = {"constant": constant, "key": key, "backends": sorted(backends)}
     if key is None or set(case.properties) | set(ours) != set(_VolumeNote.model_fields):
         return None
     try:
@@ -114,8 +136,8 @@ def keep_of(case: PreprocessedCase, key: str | None, *, constant: bool) -> Keep 
     return Keep(key, note.model_dump_json())
 
 
-def recalled(kept: KeptVolume | None, key: str) -> tuple[PreprocessedCase, bool] | None:
-    """The case of a kept volume, and whether its image is constant; ``None`` if there is none.
+def recalled(kept: KeptVolume | None, key: str) -> KeptCase | None:
+    """The case of a kept volume; ``None`` if there is none.
 
     Raises:
         RuntimeError: the volume is another key's.
@@ -126,23 +148,33 @@ def recalled(kept: KeptVolume | None, key: str) -> tuple[PreprocessedCase, bool]
     if note.key != key:
         msg = "the engine gave another request's volume"
         raise RuntimeError(msg)
-    return PreprocessedCase(kept.data, note.model_dump(exclude={"constant", "key"})), note.constant
+    properties = note.model_dump(exclude={"constant", "key", "backends"})
+    return KeptCase(PreprocessedCase(kept.data, properties), note.constant, frozenset(note.backends))
 
 
-class _AnswerNote(_Note):
+class AnswerNote(_Note):
+    """What belongs to the body of an answer.
+
+    Attributes:
+        content_type: of the body.
+        warnings: see :class:`~.responses.Warnings`.
+        backends: what ran the networks.
+    """
+
     content_type: str
     warnings: tuple[str, ...]
+    backends: tuple[Backend, ...]
 
 
-def answer_note(content_type: str, warnings: Sequence[str]) -> str:
+def answer_note(content_type: str, warnings: Sequence[str], backends: Collection[Backend]) -> str:
     """What belongs to the body of an answer."""
-    return _AnswerNote(content_type=content_type, warnings=tuple(warnings)).model_dump_json()
+    note = AnswerNote(content_type=content_type, warnings=tuple(warnings), backends=tuple(sorted(backends)))
+    return note.model_dump_json()
 
 
-def read_answer_note(note: str) -> tuple[str, Sequence[str]]:
-    """Content type and warnings."""
-    answer = _AnswerNote.model_validate_json(note)
-    return answer.content_type, answer.warnings
+def read_answer_note(note: str) -> AnswerNote:
+    """What :func:`answer_note` wrote."""
+    return AnswerNote.model_validate_json(note)
 
 
 def _plain(number: Any) -> Any:

@@ -97,6 +97,7 @@ class RequestRecord:
         priority: as it was asked for, once its options are read.
         status: of the answer.
         code: of the problem, if it is one.
+        backend: what ran the networks.
         is_description: it was answered with the model's description, and is not counted.
     """
 
@@ -110,6 +111,7 @@ class RequestRecord:
     priority: str | None = None
     status: int = 0
     code: str | None = None
+    backend: str | None = None
     is_description: bool = False
 
     def line(self) -> str:
@@ -125,6 +127,7 @@ class RequestRecord:
             "passes": self.passes,
             "reused": self.reused,
             "priority": self.priority,
+            "backend": self.backend,
             "ms": stages,
         }
         return json.dumps(document)

@@ -389,6 +389,24 @@ def test_the_summary_is_for_people_or_for_a_program(
     assert "Müller groß: done after" in said.err
 
 
+def test_what_another_backend_answered_is_said(
+    call: Callable[..., Path], server: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mask in a folder has no header: whoever takes it for nnU-Net's own must have been told."""
+
+    def other(wire: Wire, received: Received) -> None:
+        wire.head()
+        backend = "eager" if received.body.endswith(b"of a") else "openvino:float32"
+        wire.result(received.body, None, **{"X-Nnunet-Backend": backend})
+        wire.chunk(b"")
+
+    server.replies = [other]
+    call("--json", "--disable_progress_bar")
+    assert json.loads(capsys.readouterr().out)["other_backends"] == {"openvino:float32": 3}
+    call(output="again")
+    assert "openvino:float32 ran the network of 3 cases: a voxel may differ" in capsys.readouterr().out
+
+
 def test_a_terminal_shows_each_case_in_flight_and_its_place() -> None:
     text = io.StringIO()
     with watched("all", 3, Console(file=text, force_terminal=True, width=110)) as watcher:

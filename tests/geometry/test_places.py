@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from nibabel.affines import apply_affine
 
 from nnunet_torchserve import codecs
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine.prediction import Keep, Prediction, Reservation, Watcher
@@ -326,6 +327,8 @@ def check(body: bytes, where: Grid, folder: Path, *, itk_reads_nifti: bool) -> N
 class Threshold:
     """An engine whose segmentation is known: label 1 where the image is bright."""
 
+    backend = Backend.EAGER
+
     @contextmanager
     def reserve(
         self,
@@ -350,7 +353,7 @@ class Threshold:
     ) -> Prediction:
         bright = (data[0] > (data.min() + data.max()) / 2).to(torch.float16)
         logits = torch.stack([1 - bright, bright, *[torch.zeros_like(bright) - 1] * 2])
-        return Prediction(logits, queue_s=0.0, network_s=0.0)
+        return Prediction(logits, queue_s=0.0, network_s=0.0, backend=Backend.EAGER)
 
 
 @pytest.fixture(scope="module")

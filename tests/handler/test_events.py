@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from nnunet_torchserve import events
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, price, settings_for
 from nnunet_torchserve.codecs import open_image
@@ -167,6 +168,8 @@ def test_without_the_option_there_are_no_events(pipeline: Load, plain: Response)
 
 class Scripted:
     """An engine that fails as it is told."""
+
+    backend: Backend | None = None
 
     def __init__(self, error: Exception, *, waits: bool = False, at_once: bool = False) -> None:
         self.error, self._waits, self._at_once = error, waits, at_once

@@ -227,7 +227,7 @@ def test_weights_come_back_bit_for_bit_and_what_the_archive_does_not_hold_stays(
     first, second = networks.modules
     second.load_state_dict(first.state_dict())  # so that wrong folds would show
     networks.unload()
-    networks.load(weights.read)
+    networks.load(weights)
     first.register_buffer("derived", torch.arange(3.0), persistent=False)
     parameters = [id(each) for each in first.parameters()]
     strides = [each.stride() for each in first.parameters()]
@@ -235,7 +235,7 @@ def test_weights_come_back_bit_for_bit_and_what_the_archive_does_not_hold_stays(
     networks.unload()
     assert not networks.loaded
     assert sum(each.numel() for module in networks.modules for each in module.parameters()) == 0
-    networks.load(weights.read)
+    networks.load(weights)
     assert networks.loaded
     for fold, module in zip(bundle.lead.folds, networks.modules, strict=True):
         state, stored = module.state_dict(), bundle.lead.weights(fold)

@@ -26,6 +26,7 @@ import torch
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from nnunet_torchserve import pipeline as pipeline_module
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.prediction import Prediction, Reservation
 from nnunet_torchserve.errors import Busy
@@ -99,6 +100,8 @@ def test_bad_requests_leave_no_memory_and_no_thread_behind(limited: Load) -> Non
 
 class BrokenEngine:
     """Fails as it is told."""
+
+    backend: Backend | None = None
 
     def __init__(self, error: BaseException) -> None:
         self._error = error

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from nnunet_torchserve import predicting
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
 from nnunet_torchserve.engine import channel, folder, remote
@@ -319,11 +320,12 @@ def test_a_volume_of_another_key_is_never_used() -> None:
         "shape_after_cropping_and_before_resampling": (1, 1, 1),
     }
     case = PreprocessedCase(torch.zeros((1, 1, 1, 1)), properties)
-    keep = keep_of(case, KEY, constant=True)
+    keep = keep_of(case, KEY, constant=True, backends={Backend.OPENVINO_FLOAT32})
     assert keep is not None
     found = recalled(KeptVolume(case.data, keep.note), KEY)
     assert found is not None
-    assert (found[0].properties["bbox_used_for_cropping"], found[1]) == (((0, 1),) * 3, True)
+    assert (found.case.properties["bbox_used_for_cropping"], found.constant) == (((0, 1),) * 3, True)
+    assert found.backends == {Backend.OPENVINO_FLOAT32}
     with pytest.raises(RuntimeError, match="another"):
         recalled(KeptVolume(case.data, keep.note), OTHER_KEY)
     assert keep_of(case, None, constant=True) is None
@@ -504,6 +506,7 @@ def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Calla
     assert [stages(answer) for answer in answers[1:]] == [{"decode", "queue"}] * 2
     assert len({answer.headers["X-Nnunet-Request-Id"] for answer in answers}) == len(answers)
     assert {answer.content_type for answer in answers} == {expected.content_type}
+    assert [answer.headers["X-Nnunet-Backend"] for answer in answers] == ["eager"] * 3
     [line] = [passes for total, passes in flying.tally.take().items() if total is Total.PASSES]
     assert line == passes_of(flying.bundle.lead, SLOW)
     wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.engine.scheduler import Policy
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.settings import HandlerSettings
@@ -44,11 +45,19 @@ def test_nothing_and_null_are_defaults() -> None:
         ("limits", {"voxels": "many"}),
         ("limits", {"voxel": 5}),
         ("cache", 5),
+        ("backend", "openvino:int4"),
+        ("backend", ["eager"]),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(BundleError, match=f"handler.{name}"):
         HandlerSettings.read({name: value})
+
+
+def test_a_backend_is_set_by_hand() -> None:
+    """What the archive was made with holds where nothing is said."""
+    assert HandlerSettings().backend is None
+    assert HandlerSettings.read({"backend": "openvino"}).backend is Backend.OPENVINO_FLOAT32
 
 
 @pytest.mark.parametrize("section", ["fast", 7, [1]])

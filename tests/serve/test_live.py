@@ -43,6 +43,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
     assert answer.headers["content-type"] == "application/gzip"
     assert answer.headers["x-nnunet-request-id"] == "study-7"
     assert re.fullmatch(r"name=five_folds; version=1\.0; digest=sha256:[0-9a-f]{64}", answer.headers["x-nnunet-model"])
+    assert answer.headers["x-nnunet-backend"] == "eager"
     stages = re.findall(r"(\w+);dur=[\d.]+", answer.headers["server-timing"])
     assert stages == ["decode", "preprocess", "queue", "network", "export", "encode"]
     assert server.logs("study-7")
@@ -58,6 +59,7 @@ def test_the_answers_headers(server: LiveServer) -> None:
         "passes": 12,
         "reused": None,
         "priority": "interactive",
+        "backend": "eager",
     }
 
 

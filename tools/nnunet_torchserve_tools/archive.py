@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 
 import nnunet_handler
 import nnunet_torchserve
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, SCHEMA_VERSION, BundleDescription, ModelBundle
+from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.golden import golden_tensors
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import FoldNetworks
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import (
@@ -46,6 +47,7 @@ from nnunet_torchserve_client.choosing import archive_name
 
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
+from .graphs import stored_backend, write_graphs
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .postprocessing_choice import PostprocessingChoice
 from .segments import checked_segments, structures_of
@@ -106,6 +108,7 @@ class ArchiveRequest:
         input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
         segments: JSON with what the model's structures are, in codes, see :mod:`nnunet_torchserve.segments`.
+        backend: that the archive is made for beside eager, and served with unless somebody says otherwise.
         serving: what goes to model-config.yaml.
     """
 
@@ -125,6 +128,7 @@ class ArchiveRequest:
     requires: tuple[str, ...] = ()
     input_orientation: str | None = None
     segments: Path | None = None
+    backend: Backend = Backend.EAGER
     serving: ServingSettings = field(default_factory=ServingSettings)
 
 
@@ -180,6 +184,8 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
+    if request.backend is not Backend.EAGER:
+        stored_backend(request.backend)  # before anything that takes long
     contents = _contents(request, name, composition, tell)
     codes = _read_codes(request.segments, lead)
     try:
@@ -286,6 +292,7 @@ def _make_archive(
             recipe=composition.recipe,
             postprocessing=postprocessing,
             code=code,
+            backend=None if request.backend is Backend.EAGER else stored_backend(request.backend),
             requires=REQUIRES,
             built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
@@ -312,7 +319,7 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
     Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
-    answer one small case.
+    answer one small case; with another backend, if there is one, too.
     """
     _write_bundle(stage, description)
     threads = torch.get_num_threads()
@@ -320,22 +327,28 @@ def _add_golden_patches(stage: Path, description: BundleDescription, settings: H
     try:
         for member in ModelBundle(stage).members.values():
             expected = (Exception,) if description.code is not None else _NO_NETWORK
-            save_file(_golden(member, expected), member.folder / GOLDEN_FILE)
+            networks, golden = _golden(member, expected)
+            save_file(golden, member.folder / GOLDEN_FILE)
+            if description.backend is not None:
+                write_graphs(member, networks)
         _write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
         batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
-        engine = LocalEngine(complete, _CPU, batch, settings.policy, limits)
-        if (warning := Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings).dry_run()) is not None:
-            warnings.warn(warning, ModelWarning, stacklevel=4)
+        backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
+        for backend in backends:
+            engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
+            pipeline = Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings)
+            if (warning := pipeline.dry_run()) is not None:
+                warnings.warn(warning, ModelWarning, stacklevel=4)
     except BundleError as error:
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
 
 
-def _golden(member: Member, expected: tuple[type[Exception], ...]) -> dict[str, torch.Tensor]:
-    """The golden patch of a member.
+def _golden(member: Member, expected: tuple[type[Exception], ...]) -> tuple[EagerNetworks, dict[str, torch.Tensor]]:
+    """The networks of a member, and its golden patch.
 
     Args:
         member: written, but for this.
@@ -346,9 +359,9 @@ def _golden(member: Member, expected: tuple[type[Exception], ...]) -> dict[str, 
     """
     name, stage = member.name, f"plans.json, dataset.json and the checkpoints of {member.name} make no network"
     try:
-        networks = FoldNetworks(member, _CPU)
+        networks = EagerNetworks(member, _CPU)
         stage = f"the network of {name} was built, and fails on a patch on the CPU"
-        return golden_tensors(networks, member.folds)
+        return networks, golden_tensors(networks, member.folds)
     except BundleError as error:
         msg = str(error) if name in str(error) else f"{name}: {error}"
         raise ToolError(msg) from error

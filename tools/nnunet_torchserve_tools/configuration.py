@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
+from nnunet_torchserve.backend import BACKEND_VARIABLE
 from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import LIMITS_VARIABLE
 from nnunet_torchserve.machine import THREADS_VARIABLE, usable_threads
@@ -94,6 +95,9 @@ def environment(plan: Plan, server: Server) -> dict[str, str]:
     # libraries look at the host's processors when they are loaded, not at a container's quota
     variables[THREADS_VARIABLE] = str(usable_threads())
     variables |= _homes(server)
+    variables.pop(BACKEND_VARIABLE, None)
+    if plan.backend is not None:
+        variables[BACKEND_VARIABLE] = plan.backend
     body_limit = plan.sizes.body_limit
     limits = {"body_bytes": body_limit, "response_bytes": body_limit, "waiting_cases": plan.waiting_cases}
     return (

@@ -29,7 +29,7 @@ from .addresses import AskedPorts, Hosts, Ports, free_ports
 from .configuration import configure, environment
 from .ending import STOPPING_FILE, stop
 from .errors import ToolError, UsageError
-from .model_store import Archive, find_archives
+from .model_store import Archive, find_archives, missed_backend
 from .plan import DeviceKind, Plan, ServeRequest, make_plan
 from .readiness import Tell, tail, wait_ready
 from .server import Server, read_state
@@ -87,6 +87,9 @@ def start(
         if archive.code:
             files = ", ".join(archive.code)
             warn(f"{archive.file} brings code of its own, which this server will run: {files}; 'describe' says more")
+    for archive in plan.archives:
+        if (missed := missed_backend(archive, plan.backend, plan.gpus)) is not None:
+            warn(missed)
     server = replace(_prepare(plan, warn), health_url=health_url)
     configure(plan, request.config, warn)
     variables = environment(plan, server)

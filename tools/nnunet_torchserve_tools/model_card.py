@@ -179,6 +179,9 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
     if steps:
         kept = "; ".join(", ".join(map(str, step["labels"])) for step in steps)
         yield f"  postprocessing: only the largest component stays of each of: {kept}"
+    if (backend := card["backend"]["archive"]) is not None:
+        needs = ", ".join(f"{package}{version}" for package, version in backend["requires"].items())
+        yield f"  served by {backend['backend']} where there is {needs}, else by eager"
     yield f"  reader {card['reader']}, orientation {card['input_orientation'] or 'as sent'}"
     built = card["built_with"]
     yield f"  made with nnunetv2 {built.get('nnunetv2')}, torch {built.get('torch')}; needs nnunetv2 " + str(

@@ -7,10 +7,13 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from nnunet_torchserve.bundle import BUNDLE_FILE
+from nnunet_torchserve.backend import Backend, StoredBackend, wanted_backend, why_not
+from nnunet_torchserve.bundle import BUNDLE_FILE, check_requirements
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.served import ServedModel, served_model
 from nnunet_torchserve.settings import HandlerSettings
@@ -39,6 +42,8 @@ class Archive:
         device_ids: the GPUs that serve it; empty for all.
         response_timeout_s: what a request may take.
         code: files of somebody's own that it brings along.
+        backend: that it holds something for, beside eager.
+        wanted_backend: that its model-config.yaml names.
     """
 
     name: str
@@ -49,6 +54,8 @@ class Archive:
     device_ids: tuple[int, ...] = ()
     response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
     code: tuple[str, ...] = ()
+    backend: StoredBackend | None = None
+    wanted_backend: Backend | None = None
 
     def gpus_of(self, gpus: int) -> int:
         """How many of so many GPUs serve it."""
@@ -112,7 +119,7 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
         if not isinstance(config, dict):
             msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
             raise UsageError(msg)
-        HandlerSettings.read(config.get("handler"))
+        handler = HandlerSettings.read(config.get("handler"))
         workers = config.get("minWorkers")
         if workers is not None and (type(workers) is not int or workers < 1):
             msg = f"minWorkers: {workers!r} should be a number from 1"
@@ -120,15 +127,46 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
         ids = check_device_ids(config.get("deviceIds"))
         timeout_s = float(config.get("responseTimeout") or DEFAULT_RESPONSE_TIMEOUT_S)
         name, version = name or model["modelName"], model["modelVersion"]
-        model_of, code = served_model(name, version, bundle), json.loads(bundle).get("code") or {}
+        described = json.loads(bundle)
+        model_of, code, stored = (
+            served_model(name, version, bundle),
+            described.get("code") or {},
+            _backend_of(described),
+        )
         own = tuple(map(str, code.get("files") or ()))
-        return Archive(name, version, file, model_of, workers, ids, timeout_s, own)
+        return Archive(name, version, file, model_of, workers, ids, timeout_s, own, stored, handler.backend)
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
     except (zipfile.BadZipFile, AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         msg = f"{file} is damaged or was not made by 'nnunet-torchserve archive'"
         raise UsageError(msg) from error
+
+
+def _backend_of(described: dict[str, Any]) -> StoredBackend | None:
+    """What an archive holds for another backend than eager; an archive of another core may speak of it otherwise."""
+    try:
+        return StoredBackend.model_validate(described["backend"])
+    except (KeyError, ValidationError):
+        return None
+
+
+def missed_backend(archive: Archive, asked: Backend | None, gpus: int) -> str | None:
+    """Why an archive will be served by eager although another backend is asked for, as far as it can be told here.
+
+    Args:
+        archive: to be served.
+        asked: by ``serve --backend``.
+        gpus: to be used.
+    """
+    stored = archive.backend
+    wanted = wanted_backend(stored, archive.wanted_backend, {}) if asked is None else asked
+    if (reason := why_not(wanted, stored, "cuda" if gpus else "cpu")) is None and stored is not None:
+        try:
+            check_requirements(stored.requires if wanted is stored.backend else {}, f"backend {wanted}")
+        except BundleError as error:
+            reason = str(error)
+    return reason and f"{archive.file} is served by {Backend.EAGER} and not by {wanted}: {reason}"
 
 
 def check_gpus(archives: Sequence[Archive], gpus: int) -> None:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.machine import memory_bytes
 
@@ -46,6 +47,7 @@ class ServeRequest:
         workers: per device and model; ``None`` takes the archive's number, else 4 on a CPU and 8 a GPU.
         queue: waiting requests a model; ``None`` is twice its workers.
         device: see :class:`DeviceKind`.
+        backend: for all models; ``None`` leaves it to each archive.
         body_limit, heap: bytes set by hand, or ``None``.
         config: another config.properties to start from.
         ready_timeout_s: for every worker to be ready.
@@ -61,6 +63,7 @@ class ServeRequest:
     workers: int | None = None
     queue: int | None = None
     device: DeviceKind = DeviceKind.AUTO
+    backend: Backend | None = None
     body_limit: int | None = None
     heap: int | None = None
     config: Path | None = None
@@ -86,6 +89,7 @@ class Plan:
         java: the Java runtime.
         store, state_dir, runtime: real paths.
         locale: environment variables that make them readable.
+        backend: what the workers are told; ``None``: nothing.
     """
 
     archives: Sequence[Archive]
@@ -103,6 +107,7 @@ class Plan:
     state_dir: Path
     runtime: Path
     locale: Mapping[str, str]
+    backend: Backend | None
 
 
 def make_plan(request: ServeRequest) -> Plan:
@@ -141,6 +146,7 @@ def make_plan(request: ServeRequest) -> Plan:
         state_dir=paths[1],
         runtime=paths[2],
         locale=_locale([*paths, *(Path(archive.file) for archive in archives), Path(sys.executable)]),
+        backend=request.backend,
     )
 
 

@@ -325,6 +325,8 @@ def _summed_up(summary: Summary) -> Iterator[str]:
         yield f"Where the time of the cases went, which were in flight together: {parts}"
     for case, warnings in summary.warnings.items():
         yield f"{case}: the server warns of {', '.join(warnings)}"
+    for backend, count in summary.other_backends.items():
+        yield f"{backend} ran the network of {count} cases: a voxel may differ from what nnU-Net's own command writes"
 
 
 def _what_is_missing(summary: Summary, asked: argparse.Namespace) -> str:

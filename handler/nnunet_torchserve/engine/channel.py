@@ -22,12 +22,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
+from ..backend import Backend
 from ..cases import Settings
 from ..errors import ServingError
 from ..member import MemberName
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
-PROTOCOL = 7
+PROTOCOL = 8
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
@@ -52,6 +53,7 @@ class EngineSettings(BaseModel):
         golden_interval_s: seconds between two checks of the golden patch; ``None``: it is checked at the start only.
         cache_bytes: of preprocessed volumes that are kept for later cases.
         unload_after_s: seconds without a case after which the networks give their memory back; ``None``: never.
+        backend: that is to run; eager does where the machine cannot.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +68,7 @@ class EngineSettings(BaseModel):
     golden_interval_s: Annotated[float, Field(gt=0)] | None = None
     cache_bytes: Annotated[int, Field(ge=0)] = 0
     unload_after_s: Annotated[float, Field(gt=0)] | None = None
+    backend: Backend = Backend.EAGER
 
 
 class ChannelError(Exception):
@@ -83,10 +86,14 @@ _Key = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Hello(_Message):
-    """Engine → worker, first of all, with the descriptors of flight record and tally: the networks are loaded."""
+    """Engine → worker, first of all, with the descriptors of flight record and tally: the networks are loaded.
+
+    ``backend`` is what really runs them.
+    """
 
     kind: Literal["hello"] = "hello"
     protocol: int
+    backend: Backend
 
 
 class Refused(_Message):

@@ -255,14 +255,10 @@ class Compute:
         if networks.loaded or weights is None:
             return True
 
-        def read(member: str, fold: FoldName) -> Mapping[str, torch.Tensor]:
-            self._get_on()  # each may be as slow as the disk is
-            return weights.read(member, fold)
-
         self._memory.hold_networks(self._device_bytes)  # first: what others place meanwhile must leave this room
         try:
             with _ending_if_wrong():
-                networks.load(read)
+                networks.load(_Watched(weights, self._get_on))
                 self._check(self._get_on)
             self._device_bytes = peak_bytes(networks, self._core.batch)
         except Exception as error:
@@ -386,6 +382,24 @@ class Compute:
         self._memory.free(case_id)
         if self._sizes.pop(case_id, 0) > _LARGE_BYTES:
             self._give_memory_back()
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Weights, and who is told of each file that is read: it may be as slow as the disk is."""
+
+    weights: OpenWeights
+    get_on: Callable[[], None]
+
+    def read(self, member: str, fold: FoldName) -> Mapping[str, torch.Tensor]:
+        """See :class:`~.backends.interface.Weights`."""
+        self.get_on()
+        return self.weights.read(member, fold)
+
+    def content(self, file: str) -> bytes:
+        """See there too."""
+        self.get_on()
+        return self.weights.content(file)
 
 
 @contextmanager

@@ -272,9 +272,8 @@ class EngineCore:
         self._faults.before_pass(shapes)
         patches = [self._on_device(each.case.accumulator.patch(each.unit)) for each in passes]
         patches += [patches[-1]] * (self.batch - len(patches))
-        with self.networks.autocast():
-            network = self.networks.of(passes[0].case.member)
-            logits = network.forward(passes[0].unit.fold, torch.stack(patches))
+        network = self.networks.of(passes[0].case.member)
+        logits = network.forward(passes[0].unit.fold, torch.stack(patches))
         for shape, patch_logits in zip(shapes, logits, strict=False):
             self._faults.after_pass(shape, patch_logits)
         self._faults.spoil(shapes, self.networks.modules)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..backend import Backend
 from ..bundle import ModelBundle
 from ..errors import BundleError
 from ..machine import torch_threads
 from ..member import GOLDEN_FILE, read_tensors
 from ..options import FoldName
 from ..tiling import STOCK_THREADS
-from .network import FoldNetworks, Networks
+from .backends.interface import FoldNetworks
+from .network import Networks
 
 GOLDEN_SCALE = 1 / 32
 """The golden patch is stored as int8; the network sees it multiplied by this."""
@@ -22,6 +25,12 @@ GOLDEN_SCALE = 1 / 32
 GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 """Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
 processors in the last bits; CUDA runs under float16 autocast, as stock does."""
+
+BACKEND_TOLERANCE = {Backend.OPENVINO_FLOAT32: 1e-3}
+"""The same for what does not compute as stock does. The stored logits are eager's, so this is a bound for how far a
+backend may be from them, and never a check of bits. float32 summed in another order differs by about 1e-5."""
+
+logger = logging.getLogger(__name__)
 
 _GOLDEN_SEED = 20261122
 _GOLDEN_SAMPLES = 4096
@@ -75,7 +84,9 @@ def check_golden(
 def _check_member(
     member: str, networks: FoldNetworks, golden: Mapping[str, torch.Tensor], get_on: Callable[[], None]
 ) -> None:
-    tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
+    tolerance = BACKEND_TOLERANCE.get(networks.backend)
+    if tolerance is None:
+        tolerance = GOLDEN_TOLERANCE.get(networks.device.type, GOLDEN_TOLERANCE["cuda"])
     for fold in networks.folds:
         get_on()
         finite = golden[f"fold_{fold}"].isfinite()
@@ -91,8 +102,7 @@ def _check_member(
 
 @torch.inference_mode()
 def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) -> torch.Tensor:
-    with networks.autocast():
-        logits: Any = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
+    logits: Any = networks.forward(fold, (patch.float() * GOLDEN_SCALE)[None].to(networks.device))
     expected = (1, networks.classes, *networks.patch_size)
     if not isinstance(logits, torch.Tensor) or logits.shape != expected:
         is_tensor = isinstance(logits, torch.Tensor)
@@ -106,15 +116,38 @@ def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) 
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
 
 
-def load_networks(bundle: ModelBundle, device: torch.device) -> Networks:
-    """The networks of an archive on a device, checked against the golden patches.
+def load_networks_or_eager(bundle: ModelBundle, device: torch.device, backend: Backend, batch: int) -> Networks:
+    """The same with another backend than eager; with eager, and a warning in the log, if this machine cannot run it.
 
     Raises:
-        BundleError: the weights do not fit, or a golden patch gives other logits.
+        BundleError: with eager it failed too.
+    """
+    if backend is not Backend.EAGER:
+        try:
+            return load_networks(bundle, device, backend, batch)
+        except (BundleError, MemoryError) as error:
+            logger.warning("%s is used and not %s: %s", Backend.EAGER, backend, error)
+    return load_networks(bundle, device)
+
+
+def load_networks(
+    bundle: ModelBundle, device: torch.device, backend: Backend = Backend.EAGER, batch: int = 1
+) -> Networks:
+    """The networks of an archive on a device, checked against the golden patches.
+
+    Args:
+        bundle: the model.
+        device: where they are to be.
+        backend: what runs them.
+        batch: patches in a forward pass, of a backend that must know.
+
+    Raises:
+        BundleError: the weights do not fit, or a golden patch gives other logits; or archive, device or machine have
+            not what the backend needs.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     torch.set_num_threads(min(STOCK_THREADS, torch_threads()))
-    networks = Networks(bundle, device)
+    networks = Networks(bundle, device, backend, batch)
     check_golden(networks, read_golden(bundle))
     return networks

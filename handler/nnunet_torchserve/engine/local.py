@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from ..backend import Backend
 from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..errors import Busy, Deadline, OutOfMemory
@@ -39,6 +40,7 @@ class LocalEngine:
         max_patch_batch: int = 1,
         policy: Policy = Policy.SHORTEST_REMAINING,
         limits: Limits | None = None,
+        backend: Backend = Backend.EAGER,
     ) -> None:
         """Load the networks and check the golden patch.
 
@@ -49,17 +51,24 @@ class LocalEngine:
                 padded). 1 is bit-equal to stock on a CPU.
             policy: which case goes first.
             limits: what all cases may take together.
+            backend: what runs the networks; no other one is taken in its place.
 
         Raises:
-            BundleError: the weights do not fit, or the golden patch gives other logits.
+            BundleError: the weights do not fit, or the golden patch gives other logits; or archive, device or machine
+                have not what the backend needs.
         """
         limits = limits or Limits()
-        self._core = EngineCore(load_networks(bundle, device), max_patch_batch, policy)
+        self._core = EngineCore(load_networks(bundle, device, backend, max_patch_batch), max_patch_batch, policy)
         self._lock = threading.Lock()
         self._outcomes: dict[int, Outcome] = {}
         self._numbers = itertools.count()
         self._admission = Admission(Budget(limits.memory_bytes, limits.passes, limits.waiting_cases))
         self._room = threading.Condition()
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the networks."""
+        return self._core.networks.backend
 
     @contextmanager
     def reserve(
@@ -129,7 +138,8 @@ class LocalEngine:
         if outcome.error is not None:
             raise outcome.error
         queue_s, network_s = case.times(time.monotonic())
-        return Prediction(case.accumulator.result().cpu()[case.accumulator.unpad], queue_s, network_s)
+        logits = case.accumulator.result().cpu()[case.accumulator.unpad]
+        return Prediction(logits, queue_s, network_s, self.backend)
 
     def _accumulator(self, data: torch.Tensor, settings: Settings) -> CaseAccumulator:
         networks = self._core.networks.of(settings.member)

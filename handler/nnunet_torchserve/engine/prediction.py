@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from ..backend import Backend
 from ..cases import Price, Settings
 from ..options import Priority
 
@@ -21,11 +22,13 @@ class Prediction:
         logits: float16 (float32 if the settings sum so) (classes, z, y, x) on the network's grid, on the CPU.
         queue_s: seconds before the case's first forward pass.
         network_s: seconds from there to its last.
+        backend: what ran the networks.
     """
 
     logits: torch.Tensor
     queue_s: float
     network_s: float
+    backend: Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,10 @@ class Watcher(Protocol):
 
 class Engine(Protocol):
     """Patches in, logits out; wherever the networks live."""
+
+    @property
+    def backend(self) -> Backend | None:
+        """What runs the networks now; ``None`` while there is no engine. Any thread may ask."""
 
     def reserve(
         self,

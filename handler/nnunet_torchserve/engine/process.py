@@ -85,7 +85,7 @@ def _load(
     from .compute import Compute
     from .core import EngineCore
     from .faults import Faults
-    from .golden import check_golden, load_networks, read_golden
+    from .golden import check_golden, load_networks_or_eager, read_golden
     from .ledger import Ledger
     from .network import device_name, peak_bytes, probe_batch
     from .scheduler import Policy
@@ -97,17 +97,21 @@ def _load(
     bundle = ModelBundle(model_dir)
     faults = Faults.from_environment(settings.device)
     faults.before_load(follows_a_death=restarts > 0)
-    networks = load_networks(bundle, torch.device(settings.device))
-    batch = probe_batch(networks) if settings.max_patch_batch == "auto" else settings.max_patch_batch
+    asked = settings.max_patch_batch
+    networks = load_networks_or_eager(
+        bundle, torch.device(settings.device), settings.backend, 1 if asked == "auto" else asked
+    )
+    batch = probe_batch(networks) if asked == "auto" else asked
     record, record_fd = channel.FlightRecord.create()
     policy = Policy(settings.policy)
     core = EngineCore(networks, batch, policy, record.write, faults)
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
-    logger.info("ready: %s on %s, batches of %d, %s; %s", model, settings.device, batch, policy, settings_text)
+    runs = f"{networks.backend} on {settings.device}"
+    logger.info("ready: %s, %s, batches of %d, %s; %s", model, runs, batch, policy, settings_text)
     golden = read_golden(bundle)  # now: unregistering the model deletes the file, and those of the weights
     weights = None
     if settings.unload_after_s is not None:
-        weights = OpenWeights(bundle.members.values(), bundle.description.files)
+        weights = OpenWeights(bundle.members.values(), bundle.description.files, networks.files)
     tally = Tally()
     tally.total(Total.RESTARTS, restarts)
     compute = Compute(
@@ -121,7 +125,7 @@ def _load(
         settings.unload_after_s,
     )
     limit_s = faults.busy_limit_s or busy_limit_s(settings.device)
-    return Switchboard(folder, listener, compute, settings, record_fd, life, tally, limit_s)
+    return Switchboard(folder, listener, compute, settings, record_fd, life, tally, limit_s, networks.backend)
 
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:

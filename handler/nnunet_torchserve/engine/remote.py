@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from .. import errors
+from ..backend import Backend
 from ..bundle import ModelBundle
 from ..cases import Price, Settings
 from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, ServingError
@@ -86,6 +87,7 @@ class RemoteEngine:
         unload_after_s: float | None = None,
         counts: Counts | None = None,
         on_tally: Callable[[int, int], None] | None = None,
+        backend: Backend = Backend.EAGER,
     ) -> None:
         """Connect to the engine, starting it if there is none; returns when its networks are loaded.
 
@@ -101,6 +103,7 @@ class RemoteEngine:
             counts: where strikes are counted.
             on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
                 that engine, which is valid during the call.
+            backend: see :class:`~.channel.EngineSettings`.
 
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
@@ -119,6 +122,7 @@ class RemoteEngine:
             golden_interval_s=golden_interval_s,
             cache_bytes=cache_bytes,
             unload_after_s=unload_after_s,
+            backend=backend,
         )
         self._starter = Starter(bundle, settings, on_tally)
         self._lock = threading.RLock()
@@ -200,6 +204,12 @@ class RemoteEngine:
             finally:
                 if self._claim is _UNCLAIMED:
                     self._release()
+
+    @property
+    def backend(self) -> Backend | None:
+        """What runs the networks of the engine that it is linked to."""
+        link = self._link
+        return None if link is None else link.backend
 
     @property
     def folder(self) -> Path:
@@ -406,7 +416,7 @@ class RemoteEngine:
                 link.in_use = False
                 logits = channel.attach(descriptors[0], message.shape, getattr(torch, message.dtype))
                 unpad = (slice(None), *(slice(start, stop) for start, stop in message.unpad))
-                return Prediction(logits[unpad], message.queue_s, message.network_s)
+                return Prediction(logits[unpad], message.queue_s, message.network_s, link.backend)
             if isinstance(message, channel.Progress) and watcher is not None:
                 watcher.passes(message.passes)
             if isinstance(message, channel.Failed):

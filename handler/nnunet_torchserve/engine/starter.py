@@ -25,6 +25,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..backend import Backend
 from ..bundle import ModelBundle
 from ..environment import FAULTS_VARIABLE, TESTING_VARIABLE, runtime_dir
 from ..errors import BundleError, Deadline, NoEngine
@@ -77,6 +78,7 @@ class Link:
         endpoint: the worker's end.
         process: a pidfd: it cannot be mistaken for another process.
         record: the engine's flight record.
+        backend: what runs the engine's networks.
         case_id: of the granted case.
         in_use: an answer is awaited.
     """
@@ -84,6 +86,7 @@ class Link:
     endpoint: socket.socket
     process: int
     record: channel.FlightRecord
+    backend: Backend
     case_id: int | None = None
     in_use: bool = False
 
@@ -119,7 +122,9 @@ class Starter:
         """
         self._on_tally = on_tally
         self._arguments = [str(bundle.folder), settings.model_dump_json()]
-        versions = [f"{package}={importlib.metadata.version(package)}" for package in ("torch", "nnunetv2")]
+        backend = bundle.description.backend
+        packages = ["torch", "nnunetv2", *(backend.requires if backend is not None else ())]
+        versions = [f"{package}={_version(package)}" for package in packages]
         surroundings = [f"{name}={os.environ.get(name)}" for name in _SURROUNDINGS]
         identity = "\n".join([bundle.digest, self._arguments[1], *versions, *surroundings])
         self._name = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -256,7 +261,7 @@ class Starter:
             endpoint.settimeout(max(_SHORTEST_PATIENCE_S, patience - time.monotonic()))
             endpoint.connect(f"/proc/self/fd/{directory}/{SOCKET}")
             process = os.pidfd_open(channel.peer_pid(endpoint))
-            return Link(endpoint, process, self._greeting(endpoint, process))
+            return Link(endpoint, process, *self._greeting(endpoint, process))
         except (OSError, channel.ChannelError) as error:
             endpoint.close()
             if process >= 0:
@@ -273,7 +278,7 @@ class Starter:
         finally:
             os.close(directory)
 
-    def _greeting(self, endpoint: socket.socket, process: int) -> channel.FlightRecord:
+    def _greeting(self, endpoint: socket.socket, process: int) -> tuple[channel.FlightRecord, Backend]:
         """Wait for the engine's hello, and take what comes with it."""
         received = channel.receive(endpoint)
         if received is None:
@@ -289,7 +294,7 @@ class Starter:
             os.close(tally)
         else:
             self._on_tally(tally, process)
-        return channel.FlightRecord.map(record)
+        return channel.FlightRecord.map(record), message.backend
 
     def _start_engine(self, folder: Path) -> bool:
         """Start an engine unless somebody else does or one lives; whether that was done."""
@@ -307,6 +312,14 @@ class Starter:
         finally:
             os.close(lock)
         return True
+
+
+def _version(package: str) -> str:
+    """As it is installed; a package that is missing may come, and then another engine is needed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ..backend import Backend
 from ..errors import Busy, OutOfMemory
 from ..options import Priority
 from . import channel
@@ -108,6 +109,7 @@ class Switchboard:
         life: int,
         tally: Tally,
         limit_s: float,
+        backend: Backend = Backend.EAGER,
     ) -> None:
         """Take over a listening socket.
 
@@ -120,7 +122,9 @@ class Switchboard:
             life: what :func:`~.folder.take_life_lock` gave.
             tally: where it notes what it does; sent with every hello.
             limit_s: of :func:`busy_limit_s`.
+            backend: what runs the networks.
         """
+        self._backend = backend
         self._folder, self._listener, self._record_fd, self._life = folder, listener, record_fd, life
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -184,7 +188,9 @@ class Switchboard:
             return
         endpoint.setblocking(False)
         connection.expect()
-        if connection.answer(Hello(protocol=channel.PROTOCOL), (self._record_fd, self._tally.descriptor)):
+        if connection.answer(
+            Hello(protocol=channel.PROTOCOL, backend=self._backend), (self._record_fd, self._tally.descriptor)
+        ):
             self._connections[endpoint.fileno()] = connection
             self._selector.register(endpoint, selectors.EVENT_READ)
             self._note_workers()

@@ -1,0 +1,100 @@
+"""Which backend makes logits of patches: its names, what an archive holds for it, and which one is to run.
+
+``eager`` is the reference, stock's own arithmetic. Every other one gives other bits, so that whatever it answered says
+so: the header of the answer, the model's description, the log. How each runs is :mod:`.engine.backends`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+BACKEND_VARIABLE = "NNUNET_TORCHSERVE_BACKEND"
+"""What ``serve --backend`` says to the workers."""
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(StrEnum):
+    """Library and precision."""
+
+    EAGER = "eager"
+    """PyTorch runs nnU-Net's own modules, as stock does."""
+
+    OPENVINO_FLOAT32 = "openvino:float32"
+    """OpenVINO on the CPU; float32 as stock, summed in another order."""
+
+
+DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
+"""Library -> what its name alone means."""
+
+
+def parse_backend(text: str) -> Backend:
+    """Read ``NAME`` or ``NAME:PRECISION``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    try:
+        return DEFAULT_PRECISIONS.get(str(text)) or Backend(text)
+    except ValueError:
+        msg = f"there is no backend {text!r}; there are {', '.join(Backend)}"
+        raise ValueError(msg) from None
+
+
+class StoredBackend(BaseModel):
+    """What an archive holds beside the weights, for a backend that needs something made ahead.
+
+    Attributes:
+        backend: that it was made for, and is served with unless somebody says otherwise.
+        requires: package -> version specifier; a server without them serves eager.
+        made_with: package -> version.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backend: Backend
+    requires: dict[str, str]
+    made_with: dict[str, str]
+
+
+def wanted_backend(
+    stored: StoredBackend | None, setting: Backend | None, environ: Mapping[str, str] = os.environ
+) -> Backend:
+    """The backend that a server is to use: what ``serve`` says, else model-config.yaml, else the archive.
+
+    Args:
+        stored: what the archive holds.
+        setting: of model-config.yaml.
+        environ: has what ``serve --backend`` said.
+
+    Raises:
+        ValueError: the environment names no backend.
+    """
+    if said := environ.get(BACKEND_VARIABLE):
+        return parse_backend(said)
+    return setting or (Backend.EAGER if stored is None else stored.backend)
+
+
+def usable_backend(wanted: Backend, stored: StoredBackend | None, device_type: str) -> Backend:
+    """The wanted backend, or eager where archive or device have none such, which is logged.
+
+    What only shows when it is loaded, the engine finds out: :func:`~.engine.golden.load_networks_or_eager`.
+    """
+    if (reason := why_not(wanted, stored, device_type)) is None:
+        return wanted
+    logger.warning("backend %s: %s; %s is used instead", wanted, reason, Backend.EAGER)
+    return Backend.EAGER
+
+
+def why_not(wanted: Backend, stored: StoredBackend | None, device_type: str) -> str | None:
+    """What keeps an archive from being served with a backend on a kind of device, as far as the archive tells."""
+    if wanted is Backend.EAGER:
+        return None
+    if stored is None or stored.backend is not wanted:
+        return f"the archive holds nothing for it; make it with 'nnunet-torchserve archive --backend {wanted}'"
+    return None if device_type == "cpu" else f"it runs on a CPU, not on {device_type}"

@@ -1,0 +1,202 @@
+"""OpenVINO on the CPU: each fold is a graph that was made when the archive was, compiled here for this machine.
+
+The graph's weights are float32. In which precision it is computed is asked for when it is compiled, and read back from
+what was compiled: OpenVINO takes another one where it thinks that better, or where the processor lacks the asked one.
+
+A graph is compiled for one size of a batch, and a smaller batch is filled up: like that an answer does not depend on
+who else is served. Its threads are OpenVINO's own, as many as PyTorch's. They are not pinned to processors: two engines
+would pin theirs to the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+from ...backend import Backend
+from ...errors import BundleError
+from ...member import Member
+from ...options import FoldName
+from .interface import Weights
+from .openvino_library import openvino
+
+_HINTS = {Backend.OPENVINO_FLOAT32: "f32"}
+"""Backend -> OpenVINO's name of the precision that is asked for, and has to be found."""
+
+_COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+"""Kinds of layers that take the time; the precision of the others follows from theirs."""
+
+_PLACES = ("Exception from", "Check '", "FrontEnd API failed", "Model wasn't fully converted")
+_LONGEST_REASON = 500
+
+_NO_MEMORY = ("bad_alloc", "bad allocation", "allocate memory")
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A fold's graph: OpenVINO's intermediate representation."""
+
+    xml: bytes
+    weights: bytes
+
+
+class OpenVinoNetworks:
+    """The graphs of every fold of a member; a :class:`~.interface.FoldNetworks`."""
+
+    def __init__(self, member: Member, backend: Backend, batch: int) -> None:
+        """Compile all folds.
+
+        Args:
+            member: whose folder has the graphs; their checksums have been compared.
+            backend: which precision.
+            batch: patches in one forward pass.
+
+        Raises:
+            BundleError: OpenVINO is not there, does not take a graph, or computes in another precision.
+        """
+        self.device = torch.device("cpu")
+        self.backend = backend
+        self.patch_size = member.patch_size
+        self.classes = member.classes
+        self.input_channels = int(determine_num_input_channels(member.plans, member.configuration, member.dataset))
+        self._batch = batch
+        self._files: dict[FoldName, tuple[str, str]] = {}
+        self._inside = member.description.folder
+        for fold in member.description.folds:
+            self._files[fold.fold] = graph_files(fold.fold)
+        self._core = openvino().Core()
+        self._requests: dict[FoldName, Any] = {}
+        for name, files in self._files.items():
+            self._requests[name] = self._compiled(name, _read_graph(member, files))
+
+    @property
+    def folds(self) -> tuple[FoldName, ...]:
+        """The folds that it has."""
+        return tuple(self._files)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Files of the archive that :meth:`load` reads."""
+        return tuple(f"{self._inside}/{name}" for names in self._files.values() for name in names)
+
+    @property
+    def modules(self) -> Collection[torch.nn.Module]:
+        """None: they are not PyTorch's."""
+        return ()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the graphs are compiled; without that no pass may be made."""
+        return len(self._requests) == len(self._files)
+
+    def unload(self) -> None:
+        """Give the memory up."""
+        self._requests = {}
+
+    def load(self, weights: Weights) -> None:
+        """Compile the graphs again; if that fails, none is there."""
+        requests = {}
+        for fold, names in self._files.items():
+            xml, content = (weights.content(f"{self._inside}/{name}") for name in names)
+            requests[fold] = self._compiled(fold, Graph(xml, content))
+        self._requests = requests
+
+    def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch of patches, float32; see :meth:`~.interface.FoldNetworks.forward`."""
+        asked = patches.numpy()
+        parts = [self._infer(fold, asked[first : first + self._batch]) for first in range(0, len(asked), self._batch)]
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+    def _infer(self, fold: FoldName, patches: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The logits of at most as many patches as the graph takes."""
+        missing = self._batch - len(patches)
+        if missing:
+            patches = np.concatenate([patches, np.repeat(patches[-1:], missing, axis=0)])
+        try:
+            found = self._requests[fold].infer({0: np.ascontiguousarray(patches)}, share_inputs=True)
+        except RuntimeError as error:
+            raise _explained(error) from error
+        logits: npt.NDArray[np.float32] = found[0]
+        return logits[: self._batch - missing]
+
+    def _compiled(self, fold: FoldName, graph: Graph) -> Any:
+        """What a graph is run by.
+
+        Raises:
+            BundleError: OpenVINO does not take it, or computes in another precision.
+            MemoryError: there is no memory for it.
+        """
+        settings = {
+            "INFERENCE_PRECISION_HINT": _HINTS[self.backend],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
+        try:
+            model = self._core.read_model(model=graph.xml, weights=graph.weights)
+            model.reshape([self._batch, self.input_channels, *self.patch_size])
+            compiled = self._core.compile_model(model, "CPU", settings)
+            runs_in = computing_precisions(compiled)
+            request = compiled.create_infer_request()
+        except RuntimeError as error:
+            explained = _explained(error)
+            if explained is not error:
+                raise explained from error
+            msg = f"OpenVINO cannot compile the graph of fold {fold}: {reason_of(error)}"
+            raise BundleError(msg) from error
+        if runs_in != {_HINTS[self.backend]}:
+            msg = f"OpenVINO computes fold {fold} in {', '.join(sorted(runs_in))} and not as {self.backend} on this CPU"
+            raise BundleError(msg)
+        return request
+
+
+def _read_graph(member: Member, files: tuple[str, str]) -> Graph:
+    try:
+        xml, weights = ((member.folder / name).read_bytes() for name in files)
+    except OSError as error:
+        msg = f"the graph {files[0]} of {member.name} cannot be read"
+        raise BundleError(msg) from error
+    return Graph(xml, weights)
+
+
+def graph_files(fold: FoldName) -> tuple[str, str]:
+    """Where a member's folder has the graph of a fold, and its weights."""
+    return f"fold_{fold}.openvino.xml", f"fold_{fold}.openvino.bin"
+
+
+def graph_paths(folder: Path, fold: FoldName) -> tuple[Path, Path]:
+    """The same as paths."""
+    xml, weights = graph_files(fold)
+    return folder / xml, folder / weights
+
+
+def computing_precisions(compiled: Any) -> set[str]:
+    """In which precisions a compiled model's convolutions and matrix products run, in OpenVINO's names."""
+    found = set()
+    for layer in compiled.get_runtime_model().get_ops():
+        information = layer.get_rt_info()
+        if information["layerType"].value in _COMPUTING:
+            found.add(str(information["runtimePrecision"].value))
+    return found
+
+
+def _explained(error: RuntimeError) -> Exception:
+    """OpenVINO's error as Python's own, where it means the memory."""
+    if any(sign in str(error) for sign in _NO_MEMORY):
+        return MemoryError(reason_of(error))
+    return error
+
+
+def reason_of(error: BaseException) -> str:
+    """The line that says why; OpenVINO's messages begin with where in its source they were raised, or with advice."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(_PLACES)]
+    return (told or lines or [type(error).__name__])[0][:_LONGEST_REASON]
