@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
+from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -553,7 +554,16 @@ def check_segmentation(body: bytes, where: Grid, folder: Path) -> None:
         assert np.count_nonzero(mask) == np.count_nonzero(where.marker())
 
 
-@pytest.mark.parametrize(("name", "kind", "orientation"), table(ACQUISITIONS, SegType, ["RAS", "LPS", "PIR"]))
+WAYS = list(product(SegType, ("RAS", "LPS", "PIR")))
+SERIES = [
+    pytest.param(name, *way, marks=() if number % len(WAYS) == chosen else pytest.mark.long)
+    for number, name in enumerate(ACQUISITIONS)
+    for chosen, way in enumerate(WAYS)
+]
+"""Each acquisition in one way, and each way with one; every combination in ``make test-long``."""
+
+
+@pytest.mark.parametrize(("name", "kind", "orientation"), SERIES)
 def test_a_marker_in_a_series_is_there_in_every_answer(
     name: str, kind: SegType, orientation: str, finder: Callable[..., bytes], tmp_path: Path
 ) -> None:
