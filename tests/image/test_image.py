@@ -124,7 +124,6 @@ def test_a_folder_is_predicted_by_the_same_image(image: str, server: Container, 
     ]
     volumes_of = [f"--volume={each}:/{each.name}" for each in (images, predictions)]
     with container(image, "predict", *arguments, options=volumes_of, memory="1g") as client:
-        client.start()
         assert podman("wait", client.name) == "0", client.log()
     [answer] = predictions.glob("*.nii.gz")
     assert answer.stat().st_uid == NOBODYS_UID
@@ -214,9 +213,8 @@ def test_a_server_that_was_killed_starts_again_over_what_it_left(server: Contain
 
 
 def test_it_starts_by_its_own_command(image: str, store: Path, measured: list[str]) -> None:
+    began = time.monotonic()
     with container(image, options=[f"--volume={store}:/models:ro"], memory="3500m") as each:
-        began = time.monotonic()
-        each.start()
         each.wait_until_ready()
         seconds, computed = time.monotonic() - began, each.processor_seconds()
         assert f"ready http://127.0.0.1:8080 {MODEL}" in each.log()
@@ -239,7 +237,6 @@ def test_it_starts_as_the_chart_starts_it(image: str, store: Path, tmp_path: Pat
     assert charted["securityContext"]["readOnlyRootFilesystem"] is True
     arguments = [*charted["command"][1:], *charted["args"]]
     with container(image, *arguments, options=options, user=user) as each:
-        each.start()
         each.wait_until_ready()
         listed = each.execute("nnunet-torchserve", "list", "--state-dir", ".nnunet-torchserve")
         assert MODEL in listed

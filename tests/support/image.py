@@ -220,7 +220,7 @@ class Container:
 def container(
     image: str, *arguments: str, options: Sequence[str] = (), user: int = NOBODYS_UID, memory: str = "2500m"
 ) -> Iterator[Container]:
-    """Create a container as careful people run one, not started yet, and remove it in the end with all that it wrote.
+    """Run a container as careful people do, and remove it in the end with all that it wrote.
 
     Args:
         image: its name.
@@ -231,7 +231,16 @@ def container(
     """
     name = f"nnunet-torchserve-test-{uuid.uuid4().hex[:12]}"
     volumes = {f"{name}-{number}": path for number, path in enumerate(WRITABLE)}
-    command = ["create", "--name", name, "--pull=never", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all"]
+    command = [
+        "run",
+        "--detach",
+        "--name",
+        name,
+        "--pull=never",
+        "--read-only",
+        "--read-only-tmpfs=false",
+        "--cap-drop=all",
+    ]
     command += ["--security-opt=no-new-privileges", f"--user={user}:{user}", "--passwd=false", "--cpus=2"]
     command += [f"--memory={memory}", f"--memory-swap={memory}"]
     command += [f"--volume={volume}:{path}" for volume, path in volumes.items()]
