@@ -135,10 +135,10 @@ def test_an_idle_engine_gives_its_networks_memory_back_and_answers_as_before(
         assert not [
             file.path for file in engine.process.memory_maps() if "weights" in file.path or "fold_" in file.path
         ]
-        assert engine.total(Total.UNLOADS) == unloads
+        assert engine.total(Total.UNLOADS) >= unloads  # more on a slow machine, where it idles between two lines here
         assert torch.equal(engine.remote.predict(volume(unloads), BOTH).logits, expected[unloads])
         assert engine.process.memory_info().rss - unloaded > 0.9 * weights
-        assert engine.total(Total.RELOADS) == unloads
+        assert engine.total(Total.RELOADS) >= unloads
         assert engine.total(Total.RELOADING_MICROSECONDS) > 0
 
 
