@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import save_json
 
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import SCHEMA_VERSION, ModelBundle
 from nnunet_torchserve.errors import Draining
 from nnunet_torchserve.pipeline import Pipeline
@@ -159,7 +161,8 @@ def test_a_description_is_given_while_draining_and_costs_nothing(
         raise Draining(msg, 1)
 
     counts = Counts()
-    drained = replace(pipeline("flat"), refuse=refuse, counts=counts, engine=None)  # type: ignore[arg-type]
+    engine: Any = SimpleNamespace(backend=Backend.EAGER)  # it knows that already, and can be asked for nothing else
+    drained = replace(pipeline("flat"), refuse=refuse, counts=counts, engine=engine)
     with caplog.at_level(logging.INFO):
         assert described(drained)["name"] == "flat"
     assert counts.take() == {}
