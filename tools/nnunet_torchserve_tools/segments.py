@@ -2,7 +2,7 @@
 
 Only names that say exactly what a concept of the standard is called get a proposal, with or without a side; whoever
 knows the model reads it before it goes into an archive. The concepts are those that DICOM lists for segments (PS3.16,
-CID 7191 to 7198), as pydicom carries them: no table of our own could be as right.
+CID 7191 to 7194, 7197 and 7198), as pydicom carries them: no table of our own could be as right.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def propose(model: Path) -> Proposal:
                     laterality=None if laterality is None else sides[laterality],
                 )
                 break
-    source = f"DICOM PS3.16, CID 7191 to 7198, as in pydicom {importlib.metadata.version('pydicom')}"
+    source = f"DICOM PS3.16, CID 7191 to 7194, 7197 and 7198, as in pydicom {importlib.metadata.version('pydicom')}"
     return Proposal(found, [name for name in names if name not in found], source)
 
 

@@ -305,7 +305,7 @@ def _data_set(**elements: Any) -> Any:
 def cielab(color: tuple[int, int, int]) -> list[int]:
     """Red, green and blue (0 to 255, sRGB) as PS3.3, C.10.7.1.1 stores CIELab: 16 bits each.
 
-    Of the white D65, as every reader takes it (highdicom, dcmqi, OHIF).
+    Of the white D65, as readers take it (highdicom, dcmqi).
     """
     from skimage.color import rgb2lab
 
