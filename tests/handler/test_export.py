@@ -286,10 +286,14 @@ def test_a_region_painted_with_a_label_above_254_comes_out_as_in_stock(largest: 
 
 
 def _sharpen(
-    data: torch.Tensor, new_shape: Sequence[int], current: Sequence[float], new: Sequence[float], *, power: float = 1
-) -> torch.Tensor:
-    """A resampling that nnU-Net does not have; it treats each channel by itself, as a resampling does."""
-    resized = functional.interpolate(data[None].float() / 8, [int(n) for n in new_shape], mode="nearest")[0]
+    data: Any, new_shape: Sequence[int], current: Sequence[float], new: Sequence[float], *, power: float = 1
+) -> Any:
+    """A resampling that nnU-Net does not have; it treats each channel by itself, as a resampling does.
+
+    nnU-Net's methods give it arrays or tensors.
+    """
+    values = torch.as_tensor(data)[None].float()
+    resized = functional.interpolate(values / 8, [int(n) for n in new_shape], mode="nearest")[0]
     return resized**power - (current[0] > new[0]) / 4
 
 
