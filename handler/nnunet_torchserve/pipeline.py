@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
@@ -191,7 +191,7 @@ class Pipeline:
             with clock.stage(Stage.ENCODE):
                 lead, image, turn = self.bundle.lead, asked.images[0], asked.turns[0]
                 also = properties_document(lead, image, turn, properties) if options.properties else None
-                file = codecs.encode(answer, asked.form, self._about(request, options, asked), also)
+                file = codecs.encode(answer, asked.form, self._about(request, options, asked, backends), also)
                 del answer
 
             timing = clock.server_timing(record.reused)
@@ -211,7 +211,7 @@ class Pipeline:
         answers, previous = self.settings.single_flight, request.previous_stage()
         return keys_of(request.images(), options, recipe, answers=answers, previous=previous)
 
-    def _about(self, request: Request, options: Options, asked: Asked) -> codecs.About:
+    def _about(self, request: Request, options: Options, asked: Asked, backends: Collection[Backend]) -> codecs.About:
         """What the answer's files say beside the voxels."""
         provenance = None
         if asked.form.says_where_from:
@@ -219,7 +219,7 @@ class Pipeline:
             images = [codecs.digest_of(image, body) for image, body in pairs]
             labels = request.previous_stage()
             previous = None if labels is None else hashlib.sha256(labels).hexdigest()
-            provenance = provenance_of(self.bundle, options, images, previous)
+            provenance = provenance_of(self.bundle, options, images, previous, backends)
         painting, codes = self.bundle.lead.painting, self.bundle.codes
         return codecs.About(asked.images, painting, codes, provenance, self.limits.response_bytes)
 

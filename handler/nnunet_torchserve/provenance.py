@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from . import __version__
+from .backend import Backend
 from .bundle import ModelBundle
 from .options import Accumulate, ExportMethod, Options
 
@@ -37,6 +38,7 @@ class Provenance:
         previous_stage: sha256 of the labels of a cascade's first stage, if they were sent.
         options: those on which the labels depend, as JSON has them.
         deviations: sentences on what is not as stock nnU-Net does it.
+        backends: what ran the networks.
     """
 
     model: str
@@ -46,11 +48,12 @@ class Provenance:
     previous_stage: str | None
     options: Mapping[str, Any]
     deviations: tuple[str, ...] = ()
+    backends: tuple[Backend, ...] = (Backend.EAGER,)
 
     @property
     def key(self) -> str:
         """All that decides the labels, in one text."""
-        return json.dumps([self.digest, self.images, self.previous_stage, self.options], sort_keys=True)
+        return json.dumps([self.digest, self.images, self.previous_stage, self.options, self.backends], sort_keys=True)
 
     def as_json(self) -> dict[str, Any]:
         """For a report."""
@@ -59,13 +62,18 @@ class Provenance:
             "images": [f"sha256:{digest}" for digest in self.images],
             "previous_stage": self.previous_stage and f"sha256:{self.previous_stage}",
             "options": dict(self.options),
+            "backends": list(self.backends),
             "software": {"nnunet-torchserve": __version__, **_installed()},
             "deviations": list(self.deviations),
         }
 
 
 def provenance_of(
-    bundle: ModelBundle, options: Options, images: Sequence[str], previous_stage: str | None
+    bundle: ModelBundle,
+    options: Options,
+    images: Sequence[str],
+    previous_stage: str | None,
+    backends: Collection[Backend],
 ) -> Provenance:
     """Where an answer comes from.
 
@@ -74,6 +82,7 @@ def provenance_of(
         options: of the request.
         images: sha256 of each.
         previous_stage: sha256 of the labels that came with them, if any did.
+        backends: what ran the networks.
     """
     description = bundle.description
     return Provenance(
@@ -83,13 +92,15 @@ def provenance_of(
         tuple(images),
         previous_stage,
         options.model_dump(mode="json", exclude=set(_DECIDES_NO_LABELS)),
-        tuple(_deviations(bundle, options)),
+        tuple(_deviations(bundle, options, backends)),
+        tuple(sorted(backends)),
     )
 
 
-def _deviations(bundle: ModelBundle, options: Options) -> list[str]:
+def _deviations(bundle: ModelBundle, options: Options, backends: Collection[Backend]) -> list[str]:
     """What stock nnU-Net does otherwise, of what was asked for or archived; docs/parity.md has the rest."""
-    found = []
+    others = sorted(set(backends) - {Backend.EAGER})
+    found = [f"The network was run by {backend}, whose logits are not stock's to the bit." for backend in others]
     if options.accumulate is Accumulate.FLOAT32:
         found.append("The logits of patches were summed in float32, where stock sums in float16.")
     if options.export is not ExportMethod.EXACT:

@@ -35,7 +35,9 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import OpenWeights
+from nnunet_torchserve.options import Options
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.provenance import provenance_of
 from nnunet_torchserve.request import Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support.chaos import engine_processes as engines
@@ -197,6 +199,15 @@ def test_without_openvino_eager_answers_and_says_so(
     assert "eager is used and not openvino:float32: OpenVINO cannot be imported" in caplog.text
     with pytest.raises(BundleError, match=r"pip install 'nnunet-torchserve\[openvino\]'"):
         LocalEngine(bundle, CPU, backend=OPENVINO)
+
+
+def test_what_an_answer_says_of_its_origin_names_the_backend_and_is_another_object(bundle: ModelBundle) -> None:
+    """Two objects with one UID and other voxels would be one too many for any archive."""
+    stocks, others = (provenance_of(bundle, Options(), ["0"], None, {each}) for each in (Backend.EAGER, OPENVINO))
+    assert stocks.key != others.key
+    assert (stocks.as_json()["backends"], others.as_json()["backends"]) == (["eager"], ["openvino:float32"])
+    assert not stocks.deviations
+    assert any("openvino:float32" in deviation for deviation in others.deviations)
 
 
 def test_another_version_of_openvino_is_not_tried(bundle: ModelBundle, tmp_path: Path) -> None:
