@@ -34,7 +34,7 @@ class Provenance:
     Attributes:
         model, version: of the archive.
         digest: sha256 of its bundle.json, which has the sha256 of everything else in it.
-        images: sha256 of each image, see :func:`~.codecs.digests_of`.
+        images: sha256 of each image, see :func:`~.codecs.digest_of`.
         previous_stage: sha256 of the labels of a cascade's first stage, if they were sent.
         options: those on which the labels depend, as JSON has them.
         deviations: sentences on what is not as stock nnU-Net does it.
