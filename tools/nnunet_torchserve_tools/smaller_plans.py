@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ToolError, UsageError
+from .json_files import read_object
 
 Json = dict[str, Any]
 
@@ -166,15 +167,4 @@ def cost(plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: st
 
 
 def _read(file: Path) -> Json:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{file} cannot be read; name the plans in the dataset's folder below nnUNet_preprocessed"
-        raise UsageError(msg) from error
-    except ValueError as error:
-        msg = f"{file} is no valid JSON"
-        raise ToolError(msg) from error
-    if not isinstance(document, dict):
-        msg = f"{file} holds no JSON object"
-        raise ToolError(msg)
-    return document
+    return read_object(file, f"{file} cannot be read; name the plans in the dataset's folder below nnUNet_preprocessed")

@@ -26,6 +26,7 @@ from nnunet_torchserve.own_code import Kind
 from .checkpoint import Checkpoint, without_aliases
 from .errors import ToolError, UsageError
 from .folds import numbered_folds, read_checkpoints
+from .json_files import read_object
 from .plans_check import check_mirroring, check_plans, network_builder
 from .trainer_files import NO_FILES, TrainerFiles, wanted_names, warn_of_copies
 
@@ -201,15 +202,5 @@ def previous_stage_of(folder: Path) -> Path | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        msg = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
-        raise UsageError(msg) from error
-    except ValueError as error:
-        msg = f"{file} is no valid JSON"
-        raise ToolError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{file} holds no JSON object"
-        raise ToolError(msg)
-    return content
+    missing = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
+    return read_object(file, missing)
