@@ -27,6 +27,7 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from support import warm
+from support.chaos import engine_processes
 from support.examples import register_profiles
 from support.models import carried
 from support.once import once, run_folder
@@ -70,6 +71,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def _runtime_dir(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Engines of the tests share nothing with a server of this user."""
     os.environ[RUNTIME_DIR_VARIABLE] = str(tmp_path_factory.mktemp("runtime") / "engines")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A runtime directory of a test's own; its engines are gone in the end."""
+    folder = tmp_path / "run"
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(folder))
+    yield folder
+    for engine in engine_processes(folder):
+        engine.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from nnunet_torchserve.engine.folder import ALIVE, LOG
 from nnunet_torchserve.engine.golden import load_networks
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import OutOfMemory
 from nnunet_torchserve.export import label_map
 from nnunet_torchserve.options import Accumulate
@@ -62,14 +60,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
 @pytest.fixture(scope="module")
 def networks(bundle: ModelBundle, cuda: torch.device) -> network.Networks:
     return load_networks(bundle, cuda)
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
-    yield tmp_path / "run"
-    for engine in engines(tmp_path / "run"):
-        engine.kill()
 
 
 def volume(seed: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:

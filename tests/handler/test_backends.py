@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,6 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, TallyReader
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import OpenWeights
@@ -78,14 +77,6 @@ def eager(bundle: ModelBundle) -> LocalEngine:
 @pytest.fixture(scope="module")
 def fast(bundle: ModelBundle) -> LocalEngine:
     return LocalEngine(bundle, CPU, backend=OPENVINO)
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
-    yield tmp_path / "run"
-    for engine in engines(tmp_path / "run"):
-        engine.kill()
 
 
 def volume(size: int, seed: int) -> torch.Tensor:

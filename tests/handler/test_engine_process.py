@@ -60,15 +60,6 @@ def connect() -> Iterator[Connect]:
         engine.disconnect()
 
 
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A runtime directory; its engines are gone in the end."""
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
-    yield tmp_path / "run"
-    for engine in engines(tmp_path / "run"):
-        engine.kill()
-
-
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runtime directory with one engine, which does not leave."""

@@ -27,7 +27,6 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError, Busy
 from nnunet_torchserve.member import OpenWeights
 from nnunet_torchserve.options import FoldName
@@ -59,14 +58,6 @@ def expected(bundle: ModelBundle) -> dict[int, torch.Tensor]:
     """Seed of a volume -> its logits."""
     engine = LocalEngine(bundle, CPU)
     return {seed: engine.predict(volume(seed), BOTH).logits for seed in range(4)}
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(tmp_path / "run"))
-    yield tmp_path / "run"
-    for engine in engines(tmp_path / "run"):
-        engine.kill()
 
 
 def volume(seed: int) -> torch.Tensor:

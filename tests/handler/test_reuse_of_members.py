@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.prediction import Prediction
 from nnunet_torchserve.engine.remote import RemoteEngine
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.pipeline import Pipeline
@@ -55,15 +54,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     [archive] = make_archives(request)
     zipfile.ZipFile(archive).extractall(folder / "unpacked")
     return ModelBundle(folder / "unpacked")
-
-
-@pytest.fixture
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "run"
-    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(folder))
-    yield folder
-    for process in engine_processes(folder):
-        process.kill()
 
 
 def ask(worker: Pipeline, **options: object) -> Response:

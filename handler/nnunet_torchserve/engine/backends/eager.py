@@ -105,15 +105,7 @@ class EagerNetworks:
         return tuple(self._networks)
 
     def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
-        """Logits of a batch of patches.
-
-        Args:
-            fold: whose network.
-            patches: (B, C, *patch) on the device.
-
-        Returns:
-            (B, classes, *patch), float32 (float16 on CUDA).
-        """
+        """Logits of a batch of patches, float32 (float16 on CUDA); see :meth:`~.interface.FoldNetworks.forward`."""
         with self._autocast():
             logits: torch.Tensor = self._networks[fold](patches)
         return logits
