@@ -24,6 +24,7 @@ from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.java import java_home
 from nnunet_torchserve_tools.launcher import ServeRequest
 from nnunet_torchserve_tools.plan import packaged
+from nnunet_torchserve_tools.readiness import MAX_SILENT_DEATHS
 from support import volumes
 from support.archives import with_code
 
@@ -124,7 +125,10 @@ def test_odd_paths_a_posix_locale_a_long_tmpdir_an_open_address_and_a_worker_tha
 
 
 def test_a_worker_that_dies_before_it_loads_is_reported_with_the_reason(model_store: Path, tmp_path: Path) -> None:
-    """A death that says nothing is a warning, for TorchServe starts the worker again; one with a reason is the end."""
+    """A death that says nothing is a warning, for TorchServe starts the worker again; one with a reason is the end.
+
+    TorchServe itself kills the new worker now and then, which is one more death that says nothing.
+    """
     code = KILLED_ONCE.format(marker=str(tmp_path / "was killed")) + "raise OSError('the disk\\nis gone')"
     with_code(model_store / "flat.mar", tmp_path / "flat.mar", code)
     request = ServeRequest(tmp_path, state_dir=tmp_path / "state", workers=1, ports=launcher.free_ports(), heap=2**29)
@@ -133,7 +137,8 @@ def test_a_worker_that_dies_before_it_loads_is_reported_with_the_reason(model_st
         launcher.start(request, warn=warnings.append)
     log = (tmp_path / "state" / "logs" / "model_log.log").read_text()
     assert log.count("s_name_part0=") <= 4  # at once: TorchServe goes on trying for minutes, about once in a second
-    assert len(warnings) == 1
+    assert 1 <= len(warnings) < MAX_SILENT_DEATHS
+    assert all("it was killed, or ended without a word; TorchServe tries again" in warning for warning in warnings)
     assert launcher.read_state(tmp_path / "state") is None
 
 
