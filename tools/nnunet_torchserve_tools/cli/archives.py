@@ -1,0 +1,261 @@
+"""Verbs of archives and of the models that they are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ToolError
+from .arguments import MIB, backend_of, device_ids_of, folds_of, postprocessing_of
+from .command_line import app, reports_errors, say, warn, warnings_as_lines
+
+
+@app.command()
+@reports_errors
+def archive(
+    models: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="nnU-Net's TRAINER__PLANS__CONFIGURATION folder, or a zip of nnUNetv2_export_model_to_zip; several "
+            "with --ensemble."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a folder: what nnUNetv2_find_best_configuration recommends for the dataset of this name "
+            "or number, below nnUNet_results or in the zip that is named."
+        ),
+    ] = None,
+    configuration: Annotated[
+        list[str] | None, typer.Option(help="Which model of a zip that holds several; repeatable with --ensemble.")
+    ] = None,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="The models are one: the mean of their probabilities.")
+    ] = False,
+    previous_stage: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The folder or zip of a cascade's first stage, which is then predicted too; repeatable. Default: that "
+            "of the same zip."
+        ),
+    ] = None,
+    postprocessing: Annotated[
+        str | None,
+        typer.Option(
+            help="nnU-Net's postprocessing.pkl or .json; auto for that of exactly the models and folds of an archive; "
+            "none. Default: none, as nnUNetv2_predict does none; with --dataset what is recommended."
+        ),
+    ] = None,
+    folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
+    per_fold: Annotated[bool, typer.Option("--per-fold", help="Also one archive for each fold.")] = False,
+    name: Annotated[str | None, typer.Option(help="Model name; default: dataset and configuration.")] = None,
+    version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint file in each fold's folder.")] = "checkpoint_final.pth",
+    output: Annotated[Path, typer.Option(help="Where the archives go.")] = Path("model_store"),
+    input_orientation: Annotated[
+        str | None,
+        typer.Option(
+            help="Orientation that the model was trained in, what the axes run towards, as RAS (command orientation "
+            "tells it); every image is brought into it and the answer back. Without it images are taken as they are "
+            "sent, as nnU-Net takes them, and no DICOM."
+        ),
+    ] = None,
+    segments: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with what each structure is in codes, for DICOM segmentations; command segments proposes one."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="TorchServe workers in all; default: left to the server.")
+    ] = None,
+    response_timeout: Annotated[int, typer.Option(min=20, help="Seconds for one request.")] = 1200,
+    max_patch_batch: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Patches in one forward pass; default: 1 on a CPU, probed on a GPU."),
+    ] = None,
+    golden_interval: Annotated[
+        float | None, typer.Option(min=0.1, help="Minutes between checks of the weights in a running engine.")
+    ] = None,
+    cache: Annotated[
+        int,
+        typer.Option(min=0, help="MiB of preprocessed images that each engine keeps for later requests; 0: none."),
+    ] = 0,
+    single_flight: Annotated[
+        bool, typer.Option("--single-flight", help="Compute equal requests that come at the same time once.")
+    ] = False,
+    unload_after: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Minutes without a request after which the weights leave the memory."),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:PRECISION]",
+            help="What is to run the network: eager, as stock does, or openvino:float32, which is sooner on a CPU and "
+            "gives other bits. Whoever has no OpenVINO is served by eager.",
+        ),
+    ] = "eager",
+    device_ids: Annotated[
+        str | None,
+        typer.Option(help="GPUs that serve the model, as 1,2; default: all. Without meaning with serve --device cpu."),
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
+    ] = False,
+    trainer_file: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="What the model needs and nnunetv2 does not have: its trainer, network, preprocessor, normalisation, "
+            "resampling or label manager; repeatable. It is run now, and by every server of the archive.",
+        ),
+    ] = None,
+    requires: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE==VERSION",
+            help="What those files import; a server checks it and installs nothing; repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Package what nnU-Net trained for TorchServe."""
+    from ..archive import ArchiveRequest, make_archives
+    from ..selection import Choice, selected
+    from ..serving_settings import ServingSettings
+
+    serving = ServingSettings(
+        workers=workers,
+        response_timeout_s=response_timeout,
+        max_patch_batch=max_patch_batch or "auto",
+        golden_interval_s=None if golden_interval is None else golden_interval * 60,
+        cache_bytes=cache * MIB,
+        single_flight=single_flight,
+        unload_after_s=None if unload_after is None else unload_after * 60,
+        device_ids=device_ids_of(device_ids),
+    )
+    choice = Choice(
+        sources=tuple(models or ()),
+        dataset=dataset,
+        configurations=tuple(configuration or ()),
+        ensemble=ensemble,
+        previous_stages=tuple(previous_stage or ()),
+        postprocessing=postprocessing_of(postprocessing),
+        folds=folds_of(folds),
+        checkpoint=checkpoint,
+    )
+    with warnings_as_lines(), selected(choice) as selection:
+        for line in selection.remarks:
+            say(line)
+        request = ArchiveRequest(
+            model_folder=selection.models[0],
+            output=output,
+            others=selection.models[1:],
+            previous_stages=selection.previous_stages,
+            postprocessing=selection.postprocessing,
+            postprocessing_folds=selection.postprocessing_folds,
+            folds=selection.folds,
+            per_fold=per_fold,
+            name=name,
+            version=version,
+            checkpoint=checkpoint,
+            trust_checkpoint=trust_checkpoint,
+            trainer_files=tuple(trainer_file or ()),
+            requires=tuple(requires or ()),
+            input_orientation=input_orientation and input_orientation.upper(),
+            segments=segments,
+            backend=backend_of(backend),
+            serving=serving,
+        )
+        files = make_archives(request, say)
+    for file in files:
+        typer.echo(f"{file}  {file.stat().st_size / MIB:.1f} MiB")
+
+
+@app.command()
+@reports_errors
+def fetch(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            help="https address of the archive; default: NNUNET_TORCHSERVE_FETCH_URL, where it is a secret."
+        ),
+    ] = None,
+    sha256: Annotated[str, typer.Option(help="Of the file, as sha256sum prints it.")] = "",
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest file that is taken; default: 8 GiB.")] = 8 * 1024**3,
+    into: Annotated[Path, typer.Option(help="The model store.")] = Path("model_store"),
+    name: Annotated[str | None, typer.Option(help="Name of the file there; default: the address's last part.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Authorities (PEM) that may sign the server's certificate.")
+    ] = None,
+) -> None:
+    """Load an archive into a model store, if it is the one with this sha256."""
+    from .. import fetch as fetching
+
+    wanted = fetching.Wanted(
+        url=fetching.wanted_url(url),
+        sha256=sha256,
+        max_bytes=max_bytes,
+        into=into,
+        name=name,
+        authorities=verify,
+        token=fetching.given_token(),
+    )
+    typer.echo(fetching.fetch(wanted, tell=warn))
+
+
+@app.command(name="describe")
+@reports_errors
+def describe_(
+    archive_file: Annotated[Path, typer.Argument(metavar="FILE.mar", help="The archive.")],
+    shape: Annotated[str | None, typer.Option(help="Voxels of an image along x, y, z, as 512,512,300.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Its mm along x, y, z, as 0.7,0.7,1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Describe an archive: what it is made of, what its images must be, what a case of a given shape costs."""
+    from ..model_card import lines, model_card, read_shape
+
+    card = model_card(archive_file, read_shape(shape, spacing))
+    if as_json:
+        typer.echo(json.dumps(card, indent=2))
+    else:
+        for line in lines(card):
+            typer.echo(line)
+
+
+@app.command(name="orientation")
+@reports_errors
+def orientation_(
+    images: Annotated[list[Path], typer.Argument(help="Training images, or the folder imagesTr.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+) -> None:
+    """Tell how training images are stored, and whether all agree: what archive --input-orientation wants to know."""
+    from ..orientation import survey
+
+    found = survey(images)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2))
+    else:
+        for line in found.lines():
+            typer.echo(line)
+    if found.agreed is None:
+        msg = "the images do not agree, or not all say how they lie: no single orientation is right for this model"
+        raise ToolError(msg)
+
+
+@app.command(name="segments")
+@reports_errors
+def segments_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL_FOLDER", help="A trained model's folder, or dataset.json.")],
+) -> None:
+    """Propose codes for a model's structures, as JSON for archive --segments; read it over before you use it."""
+    from ..segments import propose
+
+    found = propose(model)
+    typer.echo(found.as_json())
+    for line in found.lines():
+        say(line)

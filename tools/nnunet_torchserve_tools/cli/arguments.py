@@ -1,0 +1,81 @@
+"""Arguments of several verbs, and what is made of an argument's text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from nnunet_torchserve.backend import Backend
+    from nnunet_torchserve.options import FoldName
+
+MIB = 1024**2
+STATE_DIR = typer.Option(help="The server's state directory.")
+MANAGEMENT_URL = typer.Option(help="Of a server of this machine, instead of its state directory.")
+MODEL = typer.Option(help="NAME or NAME/VERSION; default: every model.")
+
+_LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
+
+
+def port(default: int, largest: int = 65535) -> Any:
+    """An option for one of the server's ports."""
+    return typer.Option(min=1, max=largest, help=f"Default: that of --config, else {default}.")
+
+
+def http_port(default: int) -> Any:
+    """The same for a port of TorchServe's HTTP servers."""
+    return port(default, _LARGEST_HTTP_PORT)
+
+
+def postprocessing_of(text: str | None) -> Any:
+    """The option of that name: a file, ``"auto"``, ``"none"`` or nothing."""
+    return text if text in {None, "auto", "none"} else Path(str(text))
+
+
+def backend_of(text: str) -> Backend:
+    """The option of that name.
+
+    Raises:
+        UsageError: no backend is called so.
+    """
+    from nnunet_torchserve.backend import parse_backend
+
+    try:
+        return parse_backend(text)
+    except ValueError as error:
+        msg = f"--backend: {error}"
+        raise UsageError(msg) from error
+
+
+def folds_of(text: str | None) -> tuple[FoldName, ...] | None:
+    """Numbers, or ``"all"``.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple("all" if fold.strip() == "all" else int(fold) for fold in text.split(","))
+    except ValueError as error:
+        msg = f"--folds {text}: numbers separated by commas, or all, were expected"
+        raise UsageError(msg) from error
+
+
+def device_ids_of(text: str | None) -> tuple[int, ...] | None:
+    """Numbers.
+
+    Raises:
+        UsageError: something else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as error:
+        msg = f"--device-ids {text}: numbers separated by commas were expected"
+        raise UsageError(msg) from error
