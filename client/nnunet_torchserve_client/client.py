@@ -114,7 +114,7 @@ class Client:
         Raises:
             WrongUse: something of this cannot be meant so.
         """
-        from .transport import checked_url, connections  # brings httpx, half of what the package takes to be imported
+        from .connection import checked_url, connections  # brings httpx, half of what the package takes to be imported
 
         urls = list(dict.fromkeys(checked_url(each) for each in _given_urls(url)))
         if not _is_name(model) or not (version is None or _is_name(version)):

@@ -135,6 +135,8 @@ class Retries:
             except TooLate as late:
                 if trial.trouble is None:
                     raise
+                if late.request_id is None:
+                    trial.tries -= 1  # it waited for a place until the end, and was not sent
                 raise trial.trouble from late  # what kept the case waiting says more than that it waited too long
             except ClientError as error:
                 trial.count(error)

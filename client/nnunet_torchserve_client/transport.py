@@ -21,44 +21,35 @@ import io
 import itertools
 import json
 import math
-import socket
-import ssl
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import cache
 from http import HTTPStatus
 from typing import Any
-from urllib.request import getproxies
 
 import httpx
 
 from .answers import Answer
 from .bodies import EMPTY, Body
+from .connection import no_connection
 from .credentials import Credentials
 from .errors import (
     BadAnswer,
-    Busy,
     Cancelled,
     ClientError,
     CutOff,
     NotServed,
     Silent,
     TooLate,
-    Unauthorized,
     UnknownModel,
     Unreachable,
-    Untrusted,
-    WorkerDied,
     WrongUse,
-    error_class,
 )
 from .events import Event, Kind, server_event
+from .failures import lower_case, parsed, problem, problem_of
 from .stopping import Line, Stop
 
 OPTIONS_HEADER = "X-Nnunet-Options"
@@ -66,8 +57,6 @@ MOST_OPTIONS_BYTES = 4096
 """The server's bound."""
 
 EVENTS_TYPE = "application/vnd.nnunet-torchserve.events"
-WORKER_DIED = "Worker died."
-"""TorchServe's message, with status 500 or 507."""
 
 CONNECT_S = 10.0
 SEND_S = 60.0
@@ -81,77 +70,11 @@ _LONGEST_LINE = 1024**2
 _MOST_ANSWER_BYTES = 2**31
 """TorchServe's own bound."""
 
-_MOST_PROBLEM_BYTES = 256 * 1024
 _TELL_BYTES = 1024**2
 """Bytes between two events of sending or receiving."""
 
 _KEPT = {HTTPStatus.TEMPORARY_REDIRECT, HTTPStatus.PERMANENT_REDIRECT}
 """Redirects that keep method and body."""
-
-_KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
-    (socket.IPPROTO_TCP, getattr(socket, name), value)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
-    if hasattr(socket, name)
-]
-"""A request may wait in a queue without a byte for long: that a machine is gone is noticed all the same."""
-
-
-def connections(url: str, credentials: Credentials, *, use_proxies: bool) -> httpx.Client:
-    """The connections to one server.
-
-    Args:
-        url: its base URL.
-        credentials: how its certificate is checked.
-        use_proxies: whether the environment's proxies are used; never for this machine's own addresses.
-
-    Raises:
-        WrongUse: the URL is none.
-    """
-    verify = _trust(credentials.verify)
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    if use_proxies and getproxies() and not _is_loopback(httpx.URL(url).host):
-        return httpx.Client(verify=verify, limits=limits)
-    transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
-    return httpx.Client(transport=transport, trust_env=False)
-
-
-@cache
-def _trust(verify: bool | str) -> ssl.SSLContext | bool:
-    """Which certificates are taken; made once, for a list of authorities takes a while to read."""
-    if not isinstance(verify, str):
-        return verify and httpx.create_ssl_context()
-    try:
-        return ssl.create_default_context(cafile=verify)
-    except (OSError, ssl.SSLError) as error:
-        msg = f"verify: {verify} holds no certificates in PEM form"
-        raise WrongUse(msg) from error
-
-
-def checked_url(url: str) -> str:
-    """A base URL without a slash at the end.
-
-    Raises:
-        WrongUse: it is none, or holds credentials. The message does not hold it then.
-    """
-    try:
-        parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        msg = "a server is given as http://HOST:PORT or https://HOST, with a path if a proxy has one"
-        raise WrongUse(msg) from error
-    if parsed.userinfo:
-        msg = "the URL holds a user or a password; give credentials as token or headers"
-        raise WrongUse(msg)
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        msg = f"{url!r} is no server; give http://HOST:PORT or https://HOST, with a path if a proxy has one"
-        raise WrongUse(msg)
-    if "predictions" in parsed.path.split("/"):
-        msg = f"{url!r}: a server's address is what comes before /predictions; the model is named by itself"
-        raise WrongUse(msg)
-    return str(parsed).rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +148,7 @@ class Exchange:
             if self._lost and not self._begun:
                 msg = "the request was lost in the server's queue: it answered a later one"
                 raise self._named(Silent(msg)) from error
-            raise self._named(_no_connection(error, begun=self._begun)) from error
+            raise self._named(no_connection(error, begun=self._begun)) from error
 
     def _follow(self, asked: Asked, line: Line) -> Answer:
         """Ask where redirects lead to."""
@@ -281,7 +204,7 @@ class Exchange:
 
     def _take(self, response: httpx.Response) -> Answer:
         if response.is_error:
-            raise _problem(response, _read_some(response))
+            raise problem(response)
         if response.status_code != HTTPStatus.OK:
             msg = f"HTTP {response.status_code}, which this client does not know"
             raise BadAnswer(msg, status=response.status_code)
@@ -308,20 +231,22 @@ class Exchange:
                     raise CutOff(msg)
                 unread += part
             line, _, unread = unread.partition(b"\n")
-            document = _parsed(line)
+            document = parsed(line)
             if document is None:
                 msg = "a line of the answer is no event"
                 raise BadAnswer(msg)
             if document.get("event") == "error":
                 status = document.get("status")
-                raise _problem_of(document, _lower(document.get("headers")), status if isinstance(status, int) else 500)
+                raise problem_of(
+                    document, lower_case(document.get("headers")), status if isinstance(status, int) else 500
+                )
             if document.get("event") == "result":
                 length = document.get("length")
                 if not isinstance(length, int) or not 0 <= length <= _MOST_ANSWER_BYTES:
                     msg = "a result without its length, or with one that no answer has"
                     raise BadAnswer(msg)
                 content = self._receive(parts, unread, length)
-                headers = {**head, **_lower(document.get("headers"))}
+                headers = {**head, **lower_case(document.get("headers"))}
                 return self._answer(content, str(document.get("content_type", "")), headers)
             event = server_event(self._case, self.url, document)
             if event is not None:
@@ -473,129 +398,3 @@ def _redirected(target: httpx.URL, response: httpx.Response) -> httpx.URL:
         msg = f"HTTP {status} redirects to {host}, where nothing is encrypted; an image is not sent there"
         raise NotServed(msg, status=status)
     return where.copy_with(userinfo=b"", fragment=None)
-
-
-def _read_some(response: httpx.Response) -> bytes:
-    """The body of an error, or its beginning."""
-    content = b""
-    for part in response.iter_bytes():
-        content += part
-        if len(content) > _MOST_PROBLEM_BYTES:
-            break
-    return content
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        document = json.loads(text)
-    except ValueError:
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _problem(response: httpx.Response, body: bytes) -> ClientError:
-    return _problem_of(_parsed(body), _lower(response.headers), response.status_code)
-
-
-def _problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], status: int) -> ClientError:
-    """The error that an answer is.
-
-    Args:
-        document: its JSON: a problem document, TorchServe's own ``code``, ``type`` and ``message``, or nothing.
-        headers: names in lower case.
-        status: HTTP status.
-    """
-    said = document or {}
-    code = said.get("code")
-    request_id = said.get("request_id") or headers.get("x-nnunet-request-id") or headers.get("x-request-id")
-    known: dict[str, Any] = {
-        "status": status,
-        "request_id": request_id if isinstance(request_id, str) else None,
-        "retry_after_s": _retry_after_s(headers.get("retry-after")),
-    }
-    if isinstance(code, str):  # docs/http.md, "Errors made by the handler"
-        return error_class(status, code)(str(said.get("detail") or code), code=code, **known)
-    message = said.get("message")
-    if status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE) and message == WORKER_DIED:
-        return WorkerDied("the worker that had the case died", **known)
-    if status == HTTPStatus.INSUFFICIENT_STORAGE and said.get("type") == "OutOfMemoryError":
-        return Busy("more uploads at once than the server's memory holds", **known)
-    if said.get("type") == "InvalidKeyException":
-        return Unauthorized("TorchServe does not take this token: it is wrong, expired or missing", **known)
-    if said.get("type") in _NO_INFERENCE_PORT:
-        status, message = HTTPStatus.NOT_FOUND, f"{_WITHOUT_REASON[404]} Is it the inference port (8080)?"
-    if isinstance(message, str) and "type" in said:
-        return error_class(status, None)(message[:500], **known)
-    return error_class(status, None)(_WITHOUT_REASON.get(status) or f"HTTP {status} without a reason", **known)
-
-
-_NO_INFERENCE_PORT = {"ResourceNotFoundException", "MethodNotAllowedException"}
-"""TorchServe's types of error on its other ports, and on other paths of this one."""
-
-_WITHOUT_REASON: Mapping[int, str] = {
-    HTTPStatus.UNAUTHORIZED: "the server, or a proxy before it, wants credentials: a token or a header",
-    HTTPStatus.FORBIDDEN: "the server, or a proxy before it, does not take these credentials",
-    HTTPStatus.NOT_FOUND: "nothing is served at this address: is the path before /predictions right?",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is above the limit of the server, or of a proxy before it",
-    HTTPStatus.BAD_GATEWAY: "a proxy does not reach the server",
-    HTTPStatus.SERVICE_UNAVAILABLE: "the server, or a proxy before it, takes no requests now",
-    HTTPStatus.GATEWAY_TIMEOUT: "a proxy gave the request up; it should wait as long as a case may take",
-}
-"""Of what stands before the server, and of TorchServe where it says nothing."""
-
-
-def _lower(headers: object) -> dict[str, str]:
-    if not isinstance(headers, Mapping):
-        return {}
-    return {str(name).lower(): str(value) for name, value in headers.items()}
-
-
-def _retry_after_s(text: str | None) -> float | None:
-    """RFC 9110, 10.2.3: seconds, or a date."""
-    if not text:
-        return None
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        date = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    aware = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return max(0.0, (aware - datetime.now(UTC)).total_seconds())
-
-
-def _no_connection(error: httpx.TransportError, *, begun: bool) -> ClientError:
-    causes = list(_causes(error))
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return Untrusted(f"the server's certificate is not to be trusted: {cause.verify_message}")
-    if isinstance(error, httpx.LocalProtocolError | httpx.UnsupportedProtocol):
-        return WrongUse("the request could not be made as HTTP")
-    if isinstance(error, httpx.ConnectError | httpx.ProxyError):
-        reason = next(filter(None, map(_of_the_system, causes)), str(error) or type(error).__name__)
-        return Unreachable(f"no connection to the server: {reason}")
-    if begun:
-        return CutOff("the connection ended before the answer did")
-    return Unreachable("the connection ended before the answer began")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came of, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _of_the_system(error: BaseException) -> str | None:
-    """What the operating system or TLS says of a connection, with what may be wrong; ``None`` of other errors."""
-    if isinstance(error, ssl.SSLError):
-        return "it does not speak TLS at this port: is it http, not https?" if error.reason in _NO_TLS else error.reason
-    if isinstance(error, socket.gaierror):
-        return f"{error.strerror}: is the host's name right?"
-    if isinstance(error, ConnectionRefusedError):
-        return f"{error.strerror}: does it run, and at this port?"
-    return error.strerror if isinstance(error, OSError) else None
-
-
-_NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"}
-"""OpenSSL's reasons where what answers is no TLS."""
