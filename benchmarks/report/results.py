@@ -82,9 +82,9 @@ def source(name: str) -> str:
     """When, where and with which code a result was measured, with a link to its file."""
     document = load(name)
     said = [document["date"][:10] if "date" in document else "date not noted"]
-    if commit := document.get("commit"):
+    if commits := _commits(document):
         changes = " and uncommitted changes" if document.get("uncommitted_changes") else ""
-        said.append(f"commit {commit[:9]}{changes}")
+        said.append(f"commit {' and '.join(commit[:9] for commit in commits)}{changes}")
     if machine := document.get("machine"):
         flags = [flag for flag in machine.get("cpu_flags", []) if flag != "avx"]
         said.append(f"{machine['cores']} cores of {machine['cpu']}" + (f" ({', '.join(flags)})" if flags else ""))
@@ -93,3 +93,11 @@ def source(name: str) -> str:
     if "transcribed" in document:
         said.append("transcribed from the log of a run")
     return f"<sub>{link(name)}: {'; '.join(said)}</sub>"
+
+
+def _commits(document: Mapping[str, Any]) -> list[str]:
+    """Of its cases, where they were measured one by one, and of the last run."""
+    cases = document.get("cases")
+    measured = [*(cases.values() if isinstance(cases, Mapping) else cases or []), document]
+    commits = [each["commit"] for each in measured if isinstance(each, Mapping) and each.get("commit")]
+    return list(dict.fromkeys(commits))

@@ -439,7 +439,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
         command, whole_request, recipes, overhead, throughput, fairness, gap, engine_memory, growth, gpu_serving,
-        export, approximate, preprocess, reading, writing, path, client, in_service,
+        export, approximate, preprocess, postprocess, reading, writing, path, client, in_service,
     )
 }  # fmt: skip
 """Every table by the name that stands in the page's marker."""
