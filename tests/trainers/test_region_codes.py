@@ -123,6 +123,9 @@ def test_regions_lie_in_memory_as_stocks_do(make: Callable[[list[Region]], Regio
         ((9, 14, 11), [[1, 1, 1], [0.5, 0.5, 0.5], [0.25, 0.5, 1], [1 / 3, 0.3, 0.7], [1 / 9, 1 / 14, 0.1]]),
         ((13, 16), [[1, 1], [1, 0.5], [0.5, 0.25]]),
         ((8, 8, 8), [1, 0.5, 0.125]),
+        # where a voxel lies in the middle between two others, and float32 and float64 take different ones
+        ((26, 28, 30), [[11 / 26, 23 / 28, 29 / 30]]),
+        ((52, 54), [[22 / 52, 19 / 54]]),
     ],
 )
 def test_a_scale_takes_the_voxels_that_stock_takes(

@@ -15,7 +15,12 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
     nnUNetTrainerNoDeepSupervision,
 )
 
-from nnunet_torchserve_trainers.region_targets import PackedRegionsMixin, RegionBitmaskMixin, RegionLabelmapMixin
+from nnunet_torchserve_trainers.region_targets import (
+    PackedRegionsMixin,
+    RegionBitmaskMixin,
+    RegionLabelmapMixin,
+    Stage,
+)
 from nnunet_torchserve_trainers.region_trainers import nnUNetTrainerRegionBitmask, nnUNetTrainerRegionLabelmap
 from support.tables import table
 from support.training import IGNORE, REGIONS, Task, at_home, batches, many_regions, same_everywhere, scales, seed
@@ -35,15 +40,19 @@ def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     same_everywhere(monkeypatch)
 
 
+STAGES = (Stage.TRAINING, Stage.TRAINING, Stage.VALIDATION, Stage.VALIDATION)
+"""Of what ``batches`` gives."""
+
+
 def assert_same_batches(stock: Any, ours: Any, shipped: torch.dtype, number: int = 0) -> None:
     """Of training and of validation, after the same seed: equal images, and equal targets once unpacked."""
-    for theirs, mine in zip(batches(stock, number), batches(ours, number), strict=True):
+    for stage, theirs, mine in zip(STAGES, batches(stock, number), batches(ours, number), strict=True):
         assert list(theirs["keys"]) == list(mine["keys"])
         assert torch.equal(theirs["data"], mine["data"])
         for target in scales(mine["target"]):
             assert target.dtype == shipped
             assert target.shape[1] == 1
-        regions = ours._unpacked(mine)["target"]
+        regions = ours._unpacked(stage, mine)["target"]
         assert isinstance(regions, list) == isinstance(theirs["target"], list)
         for expected, found in zip(scales(theirs["target"]), scales(regions), strict=True):
             assert expected.dtype == found.dtype == torch.bool
@@ -83,9 +92,9 @@ def test_many_regions_are_packed_as_far_as_they_can_be(
         if shipped != torch.bool:
             assert_same_batches(stock, ours, shipped)
             return
-        for theirs, mine in zip(batches(stock, 0), batches(ours, 0), strict=True):
+        for stage, theirs, mine in zip(STAGES, batches(stock, 0), batches(ours, 0), strict=True):
             assert all(map(torch.equal, theirs["target"], mine["target"]))
-            assert ours._unpacked(mine) is mine
+            assert ours._unpacked(stage, mine) is mine
 
 
 @pytest.mark.parametrize("mixin", MIXINS)
@@ -99,10 +108,10 @@ def test_a_trainer_with_other_augmentation_gets_it_too(mixin: type, tmp_path: Pa
 def test_without_regions_everything_is_stocks(mixin: type, tmp_path: Path) -> None:
     with at_home(tmp_path, Task({"background": 0, "one": 1, "two": 2}, (8, 8))) as home:
         stock, ours = home.trainer(nnUNetTrainer), home.trainer(mixed(mixin, nnUNetTrainer))
-        for theirs, mine in zip(batches(stock, 0), batches(ours, 0), strict=True):
+        for stage, theirs, mine in zip(STAGES, batches(stock, 0), batches(ours, 0), strict=True):
             assert torch.equal(theirs["data"], mine["data"])
             assert all(map(torch.equal, theirs["target"], mine["target"]))
-            assert ours._unpacked(mine) is mine
+            assert ours._unpacked(stage, mine) is mine
 
 
 class SeesRegions(SegOnlyTransform):  # type: ignore[misc]
@@ -138,9 +147,27 @@ def test_whoever_makes_regions_in_a_way_of_its_own_keeps_it(mixin: type, trainer
         stock, ours = home.trainer(trainer), home.trainer(mixed(mixin, trainer))
         expected, found = batches(stock, 0, 1), batches(ours, 0, 1)
         assert [each["target"][0].dtype for each in found] == [torch.bool, SHIPPED[mixin]]
-        for theirs, mine in zip(expected, found, strict=True):
-            assert all(map(torch.equal, theirs["target"], ours._unpacked(mine)["target"]))
+        for stage, theirs, mine in zip(Stage, expected, found, strict=True):
+            assert all(map(torch.equal, theirs["target"], ours._unpacked(stage, mine)["target"]))
         assert "makes them in a way of its own" in Path(ours.log_file).read_text()
+
+
+class ShipsLabels(nnUNetTrainer):  # type: ignore[misc]
+    """Its loader ships the label map, of the type that our codes have, and its steps make something else of it."""
+
+    @staticmethod
+    def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
+        return nnUNetTrainer.get_training_transforms(*args, **kwargs | {"regions": None})
+
+
+@pytest.mark.parametrize("mixin", MIXINS)
+def test_whole_numbers_of_a_trainers_own_are_not_taken_for_codes(mixin: type, tmp_path: Path) -> None:
+    with at_home(tmp_path, Task(REGIONS, (16, 12))) as home:
+        ours = home.trainer(mixed(mixin, ShipsLabels))
+        [training, validation] = batches(ours, 0, 1)
+        training["target"] = [target.to(SHIPPED[mixin]) for target in training["target"]]
+        assert ours._unpacked(Stage.TRAINING, training) is training
+        assert ours._unpacked(Stage.VALIDATION, validation)["target"][0].dtype == torch.bool
 
 
 @pytest.mark.parametrize("ignore", [{}, IGNORE])

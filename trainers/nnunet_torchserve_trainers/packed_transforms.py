@@ -64,10 +64,14 @@ def _nearest(segmentation: torch.Tensor, scale: Scale) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _taken(size: int, smaller: int) -> torch.Tensor | None:
-    """Which of ``size`` voxels in a row torch takes; ``None`` if that is all of them."""
+    """Which of ``size`` voxels in a row torch takes; ``None`` if that is all of them.
+
+    Asked in float32, as stock asks: torch places voxels in the precision of what they hold, and where one lies in the
+    middle between two others, float64 may take the other neighbour. Every index is exact in it.
+    """
     if size == smaller:
         return None
-    row = torch.arange(size, dtype=torch.float64)[None, None]
+    row = torch.arange(size, dtype=torch.float32)[None, None]
     return interpolate(row, smaller, mode="nearest-exact")[0, 0].to(torch.int32)
 
 

@@ -12,6 +12,7 @@ in a way of its own, they change nothing but the name in the checkpoint (:mod:`~
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +24,13 @@ from nnunet_torchserve_trainers.stock_name import StockNameMixin
 
 Batch = dict[str, Any]
 """Of nnU-Net's loader: ``data`` (B, C, *spatial), ``target`` (B, R, *spatial) or one for each scale, ``keys``."""
+
+
+class Stage(StrEnum):
+    """Of an epoch: each has transforms of its own."""
+
+    TRAINING = "training"
+    VALIDATION = "validation"
 
 
 class PackedRegionsMixin(StockNameMixin):
@@ -45,20 +53,20 @@ class PackedRegionsMixin(StockNameMixin):
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """As the trainer's that is inherited from, with packed targets."""
-        return self._packed("training", super().get_training_transforms(*args, **kwargs))
+        return self._packed(Stage.TRAINING, super().get_training_transforms(*args, **kwargs))
 
     def get_validation_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
         """As the trainer's that is inherited from, with packed targets."""
-        return self._packed("validation", super().get_validation_transforms(*args, **kwargs))
+        return self._packed(Stage.VALIDATION, super().get_validation_transforms(*args, **kwargs))
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
         """As stock, of a batch whose targets may be packed."""
-        step: dict[str, Any] = super().train_step(self._unpacked(batch))
+        step: dict[str, Any] = super().train_step(self._unpacked(Stage.TRAINING, batch))
         return step
 
     def validation_step(self, batch: Batch) -> dict[str, Any]:
         """As stock, of a batch whose targets may be packed."""
-        step: dict[str, Any] = super().validation_step(self._unpacked(batch))
+        step: dict[str, Any] = super().validation_step(self._unpacked(Stage.VALIDATION, batch))
         return step
 
     @cached_property
@@ -69,7 +77,13 @@ class PackedRegionsMixin(StockNameMixin):
     def _code_on_device(self) -> RegionCode | None:
         return None if self._code is None else self._code.to(self.device)
 
-    def _packed(self, stage: str, pipeline: BasicTransform) -> BasicTransform:
+    @cached_property
+    def _packed_stages(self) -> set[Stage]:
+        """Those whose loader packs. A trainer of one's own may ship whole numbers too, which are no codes."""
+        return set()
+
+    def _packed(self, stage: Stage, pipeline: BasicTransform) -> BasicTransform:
+        self._packed_stages.discard(stage)
         if not self.target_regions:
             return pipeline
         found = None if self._code is None else packed(pipeline, self.target_regions, self._code)
@@ -80,13 +94,16 @@ class PackedRegionsMixin(StockNameMixin):
             self.print_to_log_file(f"{how} are not packed, for this trainer makes them in a way of its own")
         else:
             self.print_to_log_file(f"{how} leave the loader as one, of {self._code.dtype}")
-        return pipeline if found is None else found
+        if found is None:
+            return pipeline
+        self._packed_stages.add(stage)
+        return found
 
-    def _unpacked(self, batch: Batch) -> Batch:
-        """Targets that are codes become regions on the device; others, which are bool or no regions, stay."""
+    def _unpacked(self, stage: Stage, batch: Batch) -> Batch:
+        """Targets that are codes become regions on the device; others stay, also those that somebody has unpacked."""
         code, target = self._code_on_device, batch["target"]
         scales = target if isinstance(target, list) else [target]
-        if code is None or any(each.dtype != code.dtype or each.shape[1] != 1 for each in scales):
+        if code is None or stage not in self._packed_stages or any(each.dtype != code.dtype for each in scales):
             return batch
         regions = [code.decode(each.to(self.device, non_blocking=True)) for each in scales]
         return batch | {"target": regions if isinstance(target, list) else regions[0]}
