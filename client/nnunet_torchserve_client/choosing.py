@@ -32,7 +32,8 @@ class Wanted:
 
     Attributes:
         dataset: nnU-Net's name or number of it.
-        trainer, plans, configuration: nnU-Net's names.
+        trainer: of the folder that nnU-Net would look for, or of the checkpoints in it.
+        plans, configuration: nnU-Net's names.
         checkpoint: file name that the weights came from.
     """
 
@@ -48,12 +49,14 @@ class Wanted:
 
     def differences(self, model: ServedModel) -> list[str]:
         """What a served model has otherwise, in words."""
+        names = {field.name: getattr(model, field.name) for field in fields(self)} | {"trainer": model.trained_by}
         wrong = [
-            f"{field.name} {getattr(model, field.name)}, not {wanted}"
-            for field in fields(self)
-            if (wanted := getattr(self, field.name)) is not None
-            and wanted != getattr(model, field.name)
-            and not (field.name == "dataset" and wanted.isdigit() and int(wanted) == _number(model.dataset))
+            f"{name} {has}, not {wanted}"
+            for name, has in names.items()
+            if (wanted := getattr(self, name)) is not None
+            and wanted != has
+            and not (name == "trainer" and model.is_of_trainer(wanted))
+            and not (name == "dataset" and wanted.isdigit() and int(wanted) == _number(model.dataset))
         ]
         if model.is_ensemble and self.configuration is not None:
             wrong.append(f"an {model.made_of}, not {self.configuration} alone (--model without it takes that)")
@@ -128,6 +131,7 @@ def choose(wanted: Wanted, folds: Folds | None, version: str | None, described: 
         also = f", with folds {listed_folds(folds)}" if folds else ""
         msg = f"no served model is of {wanted}{also}. This server has {_listed(served) or 'none'}"
         raise WrongModel(msg)
+    fitting = [model for model in fitting if model.trained_by == wanted.trainer] or fitting  # as nnU-Net's folders
     if len({model.digest for model in fitting}) > 1:
         msg = f"more than one served model is of {wanted}: {_listed(fitting)}. Choose with --model and --version"
         raise WrongModel(msg)

@@ -19,12 +19,13 @@ class ServedModel:
 
     Attributes:
         name, version: in the URL of a prediction.
-        dataset, trainer, plans, configuration: nnU-Net's names.
+        dataset, trainer, plans, configuration: nnU-Net's names; ``trainer`` is the checkpoints' word.
         folds: numbers, or ``"all"``.
         checkpoint: file name that the weights came from.
         digest: of the archive.
         recipe: how one answer is made of the archive's members; the names above are those of its last stage, and of an
             ensemble's first model. ``None`` if the server does not say it.
+        folder_trainer: the trainer that nnU-Net's folder was named after; empty if the server does not say it.
     """
 
     name: str
@@ -37,11 +38,21 @@ class ServedModel:
     checkpoint: str
     digest: str
     recipe: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
+    folder_trainer: str = ""
+
+    @property
+    def trained_by(self) -> str:
+        """The trainer that nnU-Net's commands mean by ``-tr``: that of the folder's name."""
+        return self.folder_trainer or self.trainer
+
+    def is_of_trainer(self, name: str) -> bool:
+        """Whether this is the trainer of its folder or of its checkpoints, which is whose network they hold."""
+        return name in (self.trained_by, self.trainer)
 
     @property
     def model_folder(self) -> str:
         """The name of nnU-Net's folder, ``TRAINER__PLANS__CONFIGURATION``."""
-        return f"{self.trainer}__{self.plans}__{self.configuration}"
+        return f"{self.trained_by}__{self.plans}__{self.configuration}"
 
     @property
     def is_ensemble(self) -> bool:
@@ -58,6 +69,7 @@ def _served(document: Mapping[str, Any]) -> ServedModel:
     names = ("name", "version", "dataset", "trainer", "plans", "configuration", "checkpoint", "digest")
     return ServedModel(
         **{name: str(document.get(name, "")) for name in names},
+        folder_trainer=str(document.get("folder_trainer") or ""),
         folds=tuple(document.get("folds") or ()),
         recipe=document.get("recipe"),
     )

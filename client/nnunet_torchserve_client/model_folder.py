@@ -68,12 +68,14 @@ class ModelFolder:
                 ensemble.
         """
         model = description.model
-        names = ("dataset", "trainer", "plans", "configuration")
+        names = ("dataset", "plans", "configuration")
         wrong = [
             f"{name} {getattr(model, name)}, not {wanted}"
             for name in names
             if (wanted := getattr(self, name)) is not None and wanted != getattr(model, name)
         ]
+        if self.trainer is not None and not model.is_of_trainer(self.trainer):
+            wrong.append(f"trainer {model.trained_by}, not {self.trainer}")
         if checkpoint != model.checkpoint:
             wrong.append(f"checkpoint {model.checkpoint}, not {checkpoint}")
         if model.is_ensemble:

@@ -96,6 +96,7 @@ def _trained(member: Member) -> dict[str, object]:
     return {
         "dataset": description.dataset,
         "trainer": description.trainer,
+        "folder_trainer": description.folder_trainer,
         "plans": description.plans,
         "configuration": description.configuration,
         "folds": list(member.folds),

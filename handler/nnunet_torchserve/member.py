@@ -85,7 +85,7 @@ class MemberDescription(BaseModel):
 
     Attributes:
         name: of its folder.
-        dataset, trainer, plans, configuration: nnU-Net's names.
+        dataset, trainer, plans, configuration: nnU-Net's names; ``trainer`` is the checkpoints' word.
         network_class: full name of the network's class, as nnU-Net resolved the name in plans.json when the archive was
             made; ``None`` if the plans name none.
         network_trainer: the class, of nnunetv2 or the archive's own code, whose ``build_network_architecture`` builds
@@ -117,9 +117,35 @@ class MemberDescription(BaseModel):
         return f"{MEMBERS_FOLDER}/{self.name}"
 
     @property
+    def folder_trainer(self) -> str:
+        """See :func:`folder_trainer`."""
+        return folder_trainer(self.source.get("folder"), self.plans, self.configuration) or self.trainer
+
+    @property
     def files(self) -> list[str]:
         """The archive's files that say what it predicts; the golden patch, which is made of them, is none."""
         return [f"{self.folder}/{name}" for name in (PLANS_FILE, DATASET_FILE, *(f.weights_file for f in self.folds))]
+
+
+def folder_trainer(folder: str | None, plans: str | None, configuration: str | None) -> str | None:
+    """The trainer that nnU-Net's folder of a model is named after, which ``-tr`` of its commands means.
+
+    Checkpoints may name another: the one whose network they hold, so that they predict without the first.
+
+    Args:
+        folder: where the model came from, as ``source`` of a member has it: ``DATASET/TRAINER__PLANS__CONFIGURATION``.
+        plans: of the model.
+        configuration: of the model.
+
+    Returns:
+        ``None`` if the folder has been named otherwise.
+
+    >>> folder_trainer("Dataset004_Hippocampus/nnUNetTrainerMine__nnUNetPlans__3d_fullres", "nnUNetPlans", "3d_fullres")
+    'nnUNetTrainerMine'
+    >>> folder_trainer("models/hippocampus", "nnUNetPlans", "3d_fullres")
+    """
+    trainer, mark, rest = (folder or "").rpartition("/")[2].partition("__")
+    return trainer if trainer.isidentifier() and mark and rest == f"{plans}__{configuration}" else None
 
 
 class Member:

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .bundle import SCHEMA_VERSION
+from .member import folder_trainer
 from .options import FoldName
 
 SERVED_FILE = "served.json"
@@ -35,6 +36,7 @@ class ServedModel:
         checkpoint: file name of the checkpoints that it was made of.
         digest: of the archive, as ``X-Nnunet-Model`` has it.
         recipe: of the archive, whose last stage's names these are; of an ensemble, those of its first model.
+        folder_trainer: the trainer that nnU-Net's folder was named after; ``trainer`` is the checkpoints' word.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ServedModel:
     checkpoint: str | None
     digest: str
     recipe: dict[str, Any] | None = field(default=None, hash=False)
+    folder_trainer: str | None = None
 
 
 class _Loose(BaseModel):
@@ -59,6 +62,7 @@ class _Fold(_Loose):
 
 class _Source(_Loose):
     checkpoint: str | None = None
+    folder: str | None = None
 
 
 class _Trained(_Loose):
@@ -124,6 +128,7 @@ def served_model(name: str, version: str, bundle: bytes) -> ServedModel:
         described.source.checkpoint,
         f"sha256:{hashlib.sha256(bundle).hexdigest()}",
         None if ours is None else ours.recipe,
+        folder_trainer(described.source.folder, described.plans, described.configuration) or described.trainer,
     )
 
 

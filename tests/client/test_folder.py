@@ -348,6 +348,27 @@ def test_more_than_one_that_fits_is_not_guessed(call: Callable[..., Path], serve
         call(*by_name, "-f", "9", model=None)
 
 
+def test_a_model_is_found_by_the_trainer_of_its_folder_and_by_that_of_its_checkpoints(
+    call: Callable[..., Path], server: Peer
+) -> None:
+    """nnU-Net's commands look for a folder; checkpoints may name the trainer whose network they hold."""
+    ours = served("ours", folder_trainer="nnUNetTrainerMine")
+    by_name = ["-d", "Dataset901_Blobs", "-c", "3d_fullres", "--continue_prediction"]
+    server.description = {**DESCRIPTION, "served": [ours]}
+    for asked in (["-tr", "nnUNetTrainerMine"], ["-tr", "nnUNetTrainer"], []):
+        call(*by_name, *asked, model=None)
+        assert server.paths[-1] == "/predictions/ours/1.0"
+    with pytest.raises(
+        UsageError, match=r"no served model is of .*Other, .*nnUNetTrainerMine__nnUNetPlans__3d_fullres"
+    ):
+        call(*by_name, "-tr", "nnUNetTrainerOther", model=None)
+    stocks = served("stocks", digest="sha256:2", folder_trainer="nnUNetTrainer")
+    server.description = {**DESCRIPTION, "served": [ours, stocks]}
+    for trainer, name in (("nnUNetTrainerMine", "ours"), ("nnUNetTrainer", "stocks")):
+        call(*by_name, "-tr", trainer, model=None)
+        assert server.paths[-1] == f"/predictions/{name}/1.0"
+
+
 def test_a_dataset_that_nobody_can_name(call: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(name, raising=False)

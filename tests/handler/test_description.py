@@ -142,6 +142,25 @@ def test_a_model_is_listed_as_the_last_stage_of_its_first_member(
     assert written["folds"] == tuple(fold["fold"] for fold in looks_like["folds"])
     assert written["checkpoint"] == "checkpoint_best.pth"
     assert written["recipe"] == recipe
+    assert written["folder_trainer"] == "nnUNetTrainer", "nobody knows the folder: the checkpoints' word"
+
+
+@pytest.mark.parametrize(
+    ("folder", "trainer"),
+    [
+        ("Dataset900_X/nnUNetTrainerMine__nnUNetPlans__2d", "nnUNetTrainerMine"),
+        ("Dataset900_X/nnUNetTrainerMine__nnUNetPlans__3d_fullres", "nnUNetTrainer"),  # renamed to something
+        ("Dataset900_X/nnUNetTrainerMine__Other__2d", "nnUNetTrainer"),
+        ("Dataset900_X/my model__nnUNetPlans__2d", "nnUNetTrainer"),
+        ("Dataset900_X/__nnUNetPlans__2d", "nnUNetTrainer"),
+        ("models/flat", "nnUNetTrainer"),
+    ],
+)
+def test_the_trainer_of_a_folder_is_told_beside_that_of_its_checkpoints(folder: str, trainer: str) -> None:
+    flat = FLAT | {"source": {"checkpoint": "checkpoint_final.pth", "folder": folder}}
+    content = {"schema_version": SCHEMA_VERSION, "members": [flat], "recipe": ONE_FLAT}
+    model = served_model("brain", "1.0", json.dumps(content).encode())
+    assert (model.trainer, model.folder_trainer) == ("nnUNetTrainer", trainer)
 
 
 def test_an_image_that_comes_along_is_not_looked_at(pipeline: Load) -> None:

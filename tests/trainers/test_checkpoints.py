@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainer
 )
 
 from nnunet_torchserve.request import Request
+from nnunet_torchserve_client.answers import Answer
+from nnunet_torchserve_client.choosing import Wanted, check, choose, wanted_of_folder
+from nnunet_torchserve_client.description import read_description
+from nnunet_torchserve_client.errors import WrongModel
+from nnunet_torchserve_client.model_folder import ModelFolder
 from nnunet_torchserve_tools.zip_source import models_in
 from nnunet_torchserve_trainers.region_targets import RegionLabelmapMixin
 from nnunet_torchserve_trainers.region_trainers import nnUNetTrainerRegionBitmask, nnUNetTrainerRegionLabelmap
@@ -96,6 +102,22 @@ def test_it_is_predicted_and_served_by_whoever_has_no_such_trainer(trained: Path
     response = pipeline.answer(Request(parts | {"options": b'{"output_format": "npz"}'}, {}))
     with np.load(io.BytesIO(response.body)) as answer:
         np.testing.assert_array_equal(answer["labels"], expected)
+
+
+def test_a_client_finds_it_by_the_folders_name(trained: Path, home: Home, tmp_path: Path) -> None:
+    """As ``nnUNetv2_predict -tr`` does, whatever the checkpoints say."""
+    described = json.loads(pipeline_of(trained, tmp_path).answer(Request({"options": b'{"describe": true}'}, {})).body)
+    names = ("name", "version", "digest", "dataset", "trainer", "folder_trainer", "plans", "configuration", "folds")
+    served = [{name: described[name] for name in (*names, "checkpoint")}]
+    document = json.dumps(described | {"served": served}).encode()
+    description = read_description(Answer("", document, "application/json", {}, "", ""))
+    assert (described["trainer"], described["folder_trainer"]) == ("nnUNetTrainer", "nnUNetTrainerRegionLabelmap")
+    wanted = Wanted(home.plans["dataset_name"], "nnUNetTrainerRegionLabelmap", "nnUNetPlans", "2d")
+    assert choose(wanted, (ENSEMBLE_FOLD,), None, description).model_folder == trained.name
+    check(wanted_of_folder(trained, FINAL), None, description)
+    ModelFolder.read(trained, FINAL).check(description, FINAL, None)
+    with pytest.raises(WrongModel, match="trainer nnUNetTrainerRegionLabelmap, not nnUNetTrainerOther"):
+        check(replace(wanted, trainer="nnUNetTrainerOther"), None, description)
 
 
 def test_nnunet_exports_it(trained: Path, home: Home, tmp_path: Path) -> None:

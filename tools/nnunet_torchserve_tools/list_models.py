@@ -30,8 +30,8 @@ _PATIENCE_S = 30.0
 """For a description, which may wait in a queue behind cases."""
 
 _DESCRIBED = (
-    "dataset", "trainer", "plans", "configuration", "folds", "checkpoint", "channels", "labels", "digest", "recipe",
-    "members", "postprocessing",
+    "dataset", "trainer", "folder_trainer", "plans", "configuration", "folds", "checkpoint", "channels", "labels",
+    "digest", "recipe", "members", "postprocessing",
 )  # fmt: skip
 """Keys of a description that are listed."""
 
@@ -49,7 +49,8 @@ class Listed:
     Attributes:
         name, version: in the URL of a prediction.
         is_default: whether the name alone means this version.
-        dataset, trainer, plans, configuration, folds, checkpoint: nnU-Net's.
+        dataset, trainer, plans, configuration, folds, checkpoint: nnU-Net's; ``trainer`` is the checkpoints' word.
+        folder_trainer: the trainer that nnU-Net's folder was named after.
         channels, labels: nnU-Net's, by number and by name.
         recipe: how one answer is made of the members.
         members: what each of them is, by name; of an archive of several the names above are those of one.
@@ -67,6 +68,7 @@ class Listed:
     is_default: bool | None = None
     dataset: str | None = None
     trainer: str | None = None
+    folder_trainer: str | None = None
     plans: str | None = None
     configuration: str | None = None
     folds: list[int | str] | None = None
@@ -86,6 +88,7 @@ class Listed:
     def take(self, model: ServedModel) -> None:
         """What ``serve`` wrote down."""
         self.dataset, self.trainer, self.plans = model.dataset, model.trainer, model.plans
+        self.folder_trainer = model.trained_by
         self.configuration, self.folds = model.configuration, list(model.folds)
         self.checkpoint, self.digest = model.checkpoint, model.digest
         self.recipe = None if model.recipe is None else dict(model.recipe)
@@ -166,7 +169,7 @@ def _made_of(model: Listed) -> Iterator[str]:
 
 
 def _trained(model: Mapping[str, Any]) -> str:
-    made = f"{model.get('trainer')}__{model.get('plans')}__{model.get('configuration')}"
+    made = f"{model.get('folder_trainer') or model.get('trainer')}__{model.get('plans')}__{model.get('configuration')}"
     return f"{made}, folds {listed_folds(model.get('folds') or ())}, {model.get('checkpoint')}"
 
 

@@ -166,7 +166,7 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         yield f"  regions, painted in the order {', '.join(map(str, card['regions_class_order']))}"
     for name, member in card["members"].items():
         folds = ", ".join(map(str, member["folds"]))
-        yield f"  {name}: {member['trainer']}, {member['plans']}, {card['networks'][name]}, folds {folds}"
+        yield f"  {name}: {member['folder_trainer']}, {member['plans']}, {card['networks'][name]}, folds {folds}"
         spacing, patch = _times(member["spacing"]), _times(member["patch_size"])
         weights = member["weights_bytes"] / _MIB
         yield f"    {spacing} mm, patches of {patch}, {member['checkpoint']}, weights {weights:.1f} MiB"
