@@ -15,8 +15,9 @@ import pytest
 
 from nnunet_torchserve.draining import ORDERS, REPORTS, order_name, retry_after_s
 from nnunet_torchserve_tools import connections, ending, stopping
+from nnunet_torchserve_tools.cli import servers
 from nnunet_torchserve_tools.connections import InUse
-from nnunet_torchserve_tools.errors import ToolError
+from nnunet_torchserve_tools.errors import Lost, ToolError
 from nnunet_torchserve_tools.orders import Report, Target, reports
 from nnunet_torchserve_tools.server import Server
 from nnunet_torchserve_tools.stopping import STALLED_S, Exchanges
@@ -208,6 +209,48 @@ def test_a_stop_without_room_for_its_order_goes_on_and_says_so(world: World, mon
     assert "No space left on device" in world.told[0]
 
 
+@pytest.mark.parametrize("heard", [None, Report(7, idle=False, works=True, refused=0)])
+def test_workers_that_cannot_report_do_not_hold_a_stop_up_beyond_their_clients(
+    world: World, monkeypatch: pytest.MonkeyPatch, heard: Report | None
+) -> None:
+    """A disk that is full before their first report, or after one."""
+    workers = [{"pid": str(pid), "status": "READY"} for pid in (1, 2, 3, 4)]
+    said = {} if heard is None else dict.fromkeys((1, 2, 3, 4), heard)
+    monkeypatch.setattr(stopping, "reports", lambda _: said)
+    world.answers = lambda: [{"modelName": "m", "modelVersion": "1", "workers": workers}]
+    world.case = lambda now: InUse(b"case", 10, 0, is_leaving=False) if now < 1200 else None
+    assert world.stop(1000.0) == ""
+    assert 1200 < world.clock.now < 1200 + 3 * stopping.PERIOD_S
+    assert any("a full disk?" in line for line in world.told)
+
+
+def test_workers_that_cannot_report_are_waited_for_where_the_kernel_does_not_tell_either(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "reports", lambda _: {})
+    monkeypatch.setattr(connections, "in_use", lambda _: None)
+    worker = {"pid": str(WORKER), "status": "READY"}
+    world.answers = lambda: [{"modelName": "m", "modelVersion": "1", "workers": [worker]}]
+    assert world.stop(100.0) == f"a request of m/1 with worker {WORKER}"
+    assert world.clock.now > 1100
+
+
+def test_a_worker_that_reports_again_is_believed_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It held Python's lock for long, and goes on with a case whose client's connection is silent."""
+
+    def said(_: Path) -> dict[int, Report]:
+        now = world.clock.now
+        report = Report(int(now * 10), idle=now >= 1100, works=now < 1100, refused=0)
+        return {WORKER: report} if now > 1040 else {}
+
+    monkeypatch.setattr(stopping, "reports", said)
+    world.case = lambda now: InUse(b"case", 10, 0, is_leaving=False) if now < 1101 else None
+    worker = {"pid": str(WORKER), "status": "READY"}
+    world.answers = lambda: [{"modelName": "m", "modelVersion": "1", "workers": [worker]}]
+    assert world.stop(1000.0) == ""
+    assert 1101 < world.clock.now < 1101 + 3 * stopping.PERIOD_S
+
+
 def test_after_a_drain_a_stop_waits_for_those_whom_the_drain_told_to_come_again(world: World) -> None:
     (world.control / ORDERS / order_name(None)).write_text('{"retry_after_s": 20}')
     world.refused = 1
@@ -260,3 +303,23 @@ def test_after_a_second_signal_it_is_never_said_that_nothing_was_lost(
     monkeypatch.setattr(stopping._Stop, "run", lambda *_: "")
     assert stopping.stop_gracefully(tmp_path, hurry=lambda: True).lost
     assert not stopping.stop_gracefully(tmp_path).lost
+
+
+@pytest.mark.parametrize(
+    ("grace_s", "hurries", "is_told"),
+    [(0.0, False, True), (300.0, True, False), (300.0, False, False)],
+    ids=["the grace period is over", "a second signal", "clients that come again at once"],
+)
+def test_more_grace_is_proposed_to_whom_it_would_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_s: float, hurries: bool, is_told: bool
+) -> None:
+    server = Server("", "http://127.0.0.1:1", "http://127.0.0.1:2", "", [], "", str(tmp_path), ready=True)
+    monkeypatch.setattr(Server, "process", lambda _: object())
+    monkeypatch.setattr(stopping, "read_state", lambda _: server)
+    monkeypatch.setattr(ending, "stop", lambda *_: True)
+    monkeypatch.setattr(stopping._Stop, "run", lambda *_: "a request")
+    monkeypatch.setattr(stopping._Stop, "let_workers_go", lambda *_: None)
+    outcome = stopping.stop_gracefully(tmp_path, grace_s, hurry=lambda: hurries)
+    with pytest.raises(Lost) as told:
+        servers._say_what_was_lost(outcome)
+    assert ("--grace" in str(told.value)) == is_told

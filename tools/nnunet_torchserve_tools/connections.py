@@ -63,7 +63,8 @@ def in_use(port: int) -> list[InUse] | None:
     """The connections of clients to a port of this network namespace that wait for an answer, or for the rest of it.
 
     A client that has connected and sent nothing is not among them, nor one that has read its answer and keeps the
-    connection.
+    connection. Nor is a request that came within a few ms of the last answer, in the same tick of the kernel's clock:
+    whoever asks here must know of it from the workers.
 
     Args:
         port: TCP, local.

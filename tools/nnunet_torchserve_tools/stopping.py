@@ -32,7 +32,7 @@ from nnunet_torchserve.draining import ORDERS, retry_after_s
 from . import connections, ending
 from .connections import InUse
 from .errors import ToolError
-from .orders import Descriptions, Target, give_order, reports
+from .orders import Descriptions, Report, Target, give_order, reports
 from .server import Server, read_state
 
 PERIOD_S = 4
@@ -55,6 +55,10 @@ STALLED_S = 10.0
 SILENCE_S = 30.0
 """Of TorchServe's management API: then workers and kernel are believed alone."""
 
+MUTE_S = 30.0
+"""Without a new report of a worker, which writes ten a second: on a full disk it cannot. Then the kernel is believed in
+its place, which knows whether anybody waits for an answer."""
+
 _POLL_S = 0.1
 _QUIET_POLLS, _IDLE_POLLS = 3, 8
 """So often in a row nothing may be in flight, and every worker be idle: a request may be in TorchServe's own hands."""
@@ -74,10 +78,12 @@ class Outcome:
     Attributes:
         was_running: whether there was a server.
         lost: what was in hand when it ended; empty if nothing was.
+        was_cut_short: whether it ended because the grace period was over.
     """
 
     was_running: bool
     lost: str = ""
+    was_cut_short: bool = False
 
 
 def stop_gracefully(
@@ -103,16 +109,19 @@ def stop_gracefully(
     if server is None or (process := server.process()) is None:
         ending.stop(state_dir)  # what one that ended by itself has left
         return Outcome(was_running=False)
-    lost = ""
+    lost, was_cut_short = "", False
     if server.ready:  # else it has promised nothing yet
         stop = _Stop(server, hurry, between, tell)
-        lost = stop.run(server.response_timeout_s if grace_s is None else grace_s)
+        grace_s = server.response_timeout_s if grace_s is None else grace_s
+        deadline = time.monotonic() + grace_s
+        lost = stop.run(grace_s)
+        was_cut_short = bool(lost) and not hurry() and time.monotonic() >= deadline
         if lost and not hurry():
             stop.let_workers_go(process)
     ending.stop(state_dir, _LEAVE_S)
     if server.ready and not lost and hurry():
         lost = "a second signal, and no time to see what was in hand"
-    return Outcome(was_running=True, lost=lost)
+    return Outcome(was_running=True, lost=lost, was_cut_short=was_cut_short)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +202,10 @@ class _Stop:
         self._descriptions = Descriptions(self._target)
         self._period = PERIOD_S
         self._is_ordered = self._is_silent = False
+        self._kernel_tells = False
+        self._heard: dict[int, tuple[int | None, float]] = {}
+        self._mute: set[int] = set()
+        self._was_mute: set[int] = set()
 
     def run(self, grace_s: float) -> str:
         """Order, and wait; returns what is in hand when the time is over, or nothing."""
@@ -270,14 +283,14 @@ class _Stop:
             states: of the model versions, as the management API has them.
         """
         reported = reports(self._target.control)
-        for state in states:
+        serving = [_serving(state) if self._is_ordered else [] for state in states]
+        for pid in (pid for own in serving for pid in own):
+            self._listen(pid, reported.get(pid))
+        for state, own in zip(states, serving, strict=True):
             name = f"{state['modelName']}/{state['modelVersion']}"
-            for worker in state["workers"] if self._is_ordered else ():
-                pid = int(worker["pid"])
-                if worker["status"] != "READY" or not psutil.pid_exists(pid):
-                    continue  # it takes no requests
+            for pid in own:
                 report = reported.get(pid)
-                if report is None or report.number == before.get(pid) or report.works:
+                if pid not in self._mute and (report is None or report.number == before.get(pid) or report.works):
                     return f"a request of {name} with worker {pid}"
             if pending := int((state.get("jobQueueStatus") or {}).get("pendingRequests", 0)):
                 return f"{pending} requests of {name} in the queue"
@@ -285,10 +298,29 @@ class _Stop:
 
     def _work_of_workers(self, before: dict[int, int]) -> str:
         """The same, as far as workers say it themselves."""
-        for pid, report in reports(self._target.control).items():
-            if psutil.pid_exists(pid) and (report.number == before.get(pid) or report.works):
+        for pid, report in self._living().items():
+            if pid not in self._mute and (report.number == before.get(pid) or report.works):
                 return f"a request with worker {pid}"
         return ""
+
+    def _living(self) -> dict[int, Report]:
+        """The reports of the workers that there are."""
+        found = {pid: report for pid, report in reports(self._target.control).items() if psutil.pid_exists(pid)}
+        for pid, report in found.items():
+            self._listen(pid, report)
+        return found
+
+    def _listen(self, pid: int, report: Report | None) -> None:
+        """Note whether a worker reports nothing any more, while somebody else knows of its requests."""
+        now, number = time.monotonic(), None if report is None else report.number
+        last, since = self._heard.setdefault(pid, (number, now))
+        if number != last:
+            self._heard[pid] = number, now
+            self._mute.discard(pid)
+        elif now - since > MUTE_S and self._kernel_tells and pid not in self._mute:
+            self._mute.add(pid)
+            self._was_mute.add(pid)
+            self._tell(f"stopping; worker {pid} does not say what it does (a full disk?): its client is waited for")
 
     def _wait_for_quiet(self, refused_before: int, not_before: float, deadline: float) -> str:
         """Wait for the moment; returns what was in use when there was none."""
@@ -296,13 +328,15 @@ class _Stop:
         quiet = idle_polls = 0
         while True:
             now, clock = time.monotonic(), time.time()
-            lasting = self._look_at_connections(working=not self._is_ordered)
-            idle = all(report.idle for pid, report in reports(self._target.control).items() if psutil.pid_exists(pid))
+            living = self._living()
+            idle = all(pid in self._mute or report.idle for pid, report in living.items())
+            works = any(report.works for pid, report in living.items() if pid in self._was_mute)
+            lasting = self._look_at_connections(working=works or bool(self._mute) or not self._is_ordered)
             idle_polls = idle_polls + 1 if idle else 0
             quiet = quiet + 1 if idle and not lasting else 0
             nobody = now >= not_before and nobody_comes(clock, self._period)
             enough = quiet >= _QUIET_POLLS and idle_polls >= _IDLE_POLLS
-            if enough and (self._refused() == refused_before or nobody):
+            if enough and ((self._refused() == refused_before and not self._mute) or nobody):
                 return self._in_use(idle)
             if self._hurry() or now > deadline:
                 return self._in_use(idle)
@@ -321,6 +355,7 @@ class _Stop:
     def _look_at_connections(self, *, working: bool) -> list[Exchange] | None:
         """The exchanges; ``None`` if the kernel does not tell."""
         seen = connections.in_use(self._port)
+        self._kernel_tells = seen is not None
         if seen is None:
             return None
         may_come = not nobody_comes(time.time(), PERIOD_S)
@@ -344,6 +379,12 @@ class _Stop:
     def _pause(self) -> None:
         self._between()
         time.sleep(_POLL_S)
+
+
+def _serving(state: dict[str, Any]) -> list[int]:
+    """The processes of the workers of a model version that may have a request."""
+    ready = [int(worker["pid"]) for worker in state["workers"] if worker["status"] == "READY"]
+    return [pid for pid in ready if psutil.pid_exists(pid)]
 
 
 def nobody_comes(now: float, period_s: float = PERIOD_S) -> bool:

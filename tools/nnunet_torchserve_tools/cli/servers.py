@@ -137,7 +137,8 @@ def stop(
 def _say_what_was_lost(outcome: Outcome) -> None:
     """Raise :class:`Lost` if anything was in hand when the server was ended."""
     if outcome.lost:
-        msg = f"the server was ended although there was {outcome.lost}; --grace allows more time"
+        more = "; --grace allows more time" if outcome.was_cut_short else ""
+        msg = f"the server was ended although there was {outcome.lost}{more}"
         raise Lost(msg)
 
 
