@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -164,6 +165,22 @@ def test_a_model_without_a_worker_for_longer_than_torchserve_tries_is_a_reason_t
     assert "every worker of m/1.0 has been away for" in verdict.detail
     site.models = {("m", "1.0"): [(1, READY)]}  # it was scaled away
     assert site.ask(Probe.LIVE).ok
+
+
+def test_what_is_not_known_any_more_kills_no_server(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker was READY when the JVM last said so; since then it says nothing, as where nvidia-smi hangs."""
+    monkeypatch.setattr(health, "DESCRIPTION_S", 0.05)
+    monkeypatch.setattr(health, "AWAY_S", 0.2)
+    site.models = {("m", "1.0"): [(1, GONE)]}
+    assert site.ask(Probe.LIVE).ok
+    site.answers.clear()
+    began = time.monotonic()
+    while time.monotonic() < began + 0.3:
+        assert site.ask(Probe.LIVE).ok
+    site.answers.set()
+    monkeypatch.setattr(health, "DESCRIPTION_S", 60.0)
+    site.ask(Probe.LIVE)
+    assert site.ask(Probe.LIVE).code == "workers", "now it has said it"
 
 
 def test_a_jvm_whose_description_hangs_is_not_asked_for_another(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

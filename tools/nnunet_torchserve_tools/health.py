@@ -194,9 +194,9 @@ class Health:
             return Verdict(True, "loading", self.progress)
         if trouble := self._trouble_of_front_end():
             return Verdict(False, "front_end", trouble)
-        now = time.monotonic()
-        for (model, version), workers in self._workers[1].items():
-            away = [now - self._away.get(worker.key, now) for worker in workers]
+        seen, by_version = self._workers  # by the clock of the last look: what is not known kills no server
+        for (model, version), workers in by_version.items():
+            away = [seen - self._away.get(worker.key, seen) for worker in workers]
             if away and min(away) > AWAY_S:
                 lost = f"every worker of {model}/{version} has been away for {min(away):.0f} s"
                 return Verdict(False, "workers", f"{lost}: TorchServe does not start them any more")
