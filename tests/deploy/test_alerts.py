@@ -20,6 +20,8 @@ DEVICE = f'{MODEL}, device="cuda0"'
 
 Series = dict[str, str]
 
+ARCHIVE: Values = {"url": "https://models.example.org/brain.mar", "sha256": "0" * 64, "maxBytes": 2**29}
+
 
 def requests(status: int, code: str, per_minute: int, job: str = "nnunet") -> Series:
     labels = MODEL.replace("nnunet", job)
@@ -213,6 +215,28 @@ def test_the_charts_rules_are_these_for_its_own_pods(tmp_path: Path) -> None:
     file = tmp_path / "rules.yaml"
     file.write_text(yaml.safe_dump({"groups": groups}))
     subprocess.run([tool("promtool"), "check", "rules", str(file)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("models", "more_s"),
+    [
+        ({"gibibytes": 1}, 40),
+        ({"gibibytes": 2.5}, 100),
+        pytest.param(
+            {"store": {"kind": "fetch", "fetch": {"archives": [ARCHIVE, ARCHIVE | {"name": "b.mar"}]}}}, 2 * 40,
+            id="fetched first, then unpacked",
+        ),
+    ],
+)  # fmt: skip
+def test_a_pod_that_starts_is_not_taken_for_one_that_is_down(models: Values, more_s: int) -> None:
+    """Prometheus looks at its metrics port while archives are fetched and unpacked."""
+    values = {"models": models, "metrics": {"enabled": True, "monitor": "pod", "rules": {"enabled": True}}}
+    [_, group] = serve(values).kind("PrometheusRule")["spec"]["groups"]
+    patience = {rule["alert"]: rule.get("for") for rule in group["rules"]}
+    own = {rule["alert"]: rule.get("for") for rule in alerts()}
+    assert (own["NnunetServerDown"], own["NnunetNoServer"]) == ("2m", "5m")
+    changed = {"NnunetServerDown": f"{120 + more_s}s", "NnunetNoServer": f"{300 + more_s}s"}
+    assert patience == own | changed
 
 
 POD = f'namespace="{NAMESPACE}", pod="{NAME}-7d9f-x{{}}", model_name="brain", device="cpu"'

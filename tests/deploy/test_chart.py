@@ -247,6 +247,8 @@ def test_every_number_has_its_reason_beside_it(chart: Path) -> None:
         (merged(METRICS, {"autoscaling": {"kind": "hpa"}}), "metrics.rules.enabled"),
         (merged(METRICS, {"autoscaling": {"kind": "keda", "minReplicas": 9}}), "minReplicas"),
         ({"rollout": {"maxSurge": 0}}, "must be above 0"),
+        ({"metrics": {"enabled": True, "port": 8083}}, "metrics.port"),
+        (merged(PROXY, {"proxy": {"port": 8082}}), "proxy.port"),
         ({"replica": 2}, "replica"),
         ({"server": {"workers": 0}}, "workers"),
         ({"podSecurityContext": {"runAsNonRoot": False}}, "runAsNonRoot"),
@@ -285,7 +287,7 @@ def test_the_pods_grace_period_covers_the_hook_and_the_servers_own_and_its_end(p
     def grace(values: Values) -> int:
         row = serve(proxy, values)
         hook = row.container()["lifecycle"]["preStop"]["exec"]["command"][-1]
-        assert "drain" not in hook
+        assert ("drain" in hook) == bool(proxy), "nginx would wait for the whole queue"
         hook_s = sum(map(int, re.findall(r"(?:sleep|seq) (\d+)", hook.replace("sleep 1;", ""))))
         [server_s] = [int(each.partition("=")[2]) for each in row.container()["args"] if each.startswith("--grace")]
         pod_s = int(row.pod["terminationGracePeriodSeconds"])
@@ -364,6 +366,20 @@ def test_with_the_proxy_the_server_itself_is_reached_by_nobody() -> None:
     assert row.container("proxy")["ports"][0]["name"] == "inference"
     ingress = row.kind("NetworkPolicy")["spec"]["ingress"]
     assert ingress[0]["ports"] == [{"protocol": "TCP", "port": 8443}]
+
+
+def test_nginx_and_the_server_share_no_volume_but_the_file_that_says_that_nginx_has_ended() -> None:
+    """They are of one user, whom an engine's socket lets in."""
+    row = serve(TOKENS)
+    mounts = [{each["name"]: each for each in row.container(name)["volumeMounts"]} for name in ("server", "proxy")]
+    assert set(mounts[0]) & set(mounts[1]) == {"proxy-end"}
+    assert mounts[0]["proxy-end"]["readOnly"] is True
+    folder = mounts[0]["proxy-end"]["mountPath"]
+    hook = row.container()["lifecycle"]["preStop"]["exec"]["command"][-1]
+    command = row.container("proxy")["command"][-1]
+    assert f"[ -e {folder}/ended ]" in hook
+    assert f"touch {folder}/ended;" in command
+    assert "proxy-end" not in serve().text
 
 
 def test_a_pod_has_one_gpu() -> None:

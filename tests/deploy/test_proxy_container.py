@@ -71,7 +71,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     )
     text = rendered.kind("ConfigMap", "-proxy")["data"]["nginx.conf"]
     assert "client_max_body_size 68157440;" in text  # 65 MiB
-    assert "proxy_read_timeout 3060s;" in text
+    assert "proxy_read_timeout 9060s;" in text  # two requests may be ahead of it in the queue
     with Peer().listening() as peer:
         config = changed(
             text,
@@ -88,7 +88,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         }
         run = changed(
             rendered.container("proxy")["command"][-1],
-            here | {"/run/nnunet-torchserve": str(folder / "run"), "off;": f"off; user {getpass.getuser()};"},
+            here | {"/run/nnunet-proxy": str(folder / "run"), "off;": f"off; user {getpass.getuser()};"},
         )
         stop = changed(hook_of(rendered), here | {"sleep 5;": ""})
         with (
@@ -154,7 +154,7 @@ def test_a_pod_that_stops_sends_every_answer_to_its_end(proxy: Proxy) -> None:
         wire.whole(200, b"labels")
 
     proxy.peer.replies = [slow]
-    ended = proxy.folder / "run" / "proxy-ended"
+    ended = proxy.folder / "run" / "ended"
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(proxy.ask, TOKEN)
         asked.wait()

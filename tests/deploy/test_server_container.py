@@ -6,6 +6,7 @@ Only paths and ports are this machine's. What a cluster adds (users, limits, a S
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,26 @@ def test_the_command_line_takes_the_containers_arguments(values: Values) -> None
     assert parsed["foreground"] is True
     assert parsed["grace"] > 1200
     assert parsed["ready_timeout"] == 210
+
+
+def test_a_pod_with_nginx_refuses_what_nginx_still_brings_while_it_waits_for_its_end() -> None:
+    container = serve({"proxy": {"enabled": True, "tls": {"secretName": "tls"}}}).container()
+    words = shlex.split(container["lifecycle"]["preStop"]["exec"]["command"][-1].split(";")[1])
+    assert words[:2] == ["nnunet-torchserve", "drain"]
+    command = typer.main.get_command(app)
+    parsed = command.commands["drain"].make_context("drain", words[2:]).params  # type: ignore[attr-defined]
+    [state_dir] = [each.partition("=")[2] for each in container["args"] if each.startswith("--state-dir=")]
+    assert (str(parsed["state_dir"]), parsed["timeout"], parsed["retry_after"]) == (state_dir, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "times"),
+    [({}, 3), ({"workers": 4, "queue": 1}, 2), ({"workers": 2, "queue": 9}, 6), ({"queue": 16}, 5)],
+)
+def test_nginx_waits_for_a_request_as_long_as_it_may_wait_in_the_queue(values: Values, times: int) -> None:
+    proxied = serve({"proxy": {"enabled": True, "tls": {"secretName": "tls"}}, "server": values})
+    text = proxied.kind("ConfigMap", "-proxy")["data"]["nginx.conf"]
+    assert f"proxy_read_timeout {times * 1200 + 60}s;" in text
 
 
 @dataclass(frozen=True)

@@ -57,15 +57,22 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- else }}{{ int $given }}{{ end -}}
 {{- end }}
 
+{{- define "nnunet.gibibytes" -}}
+{{- if eq .Values.models.store.kind "fetch" }}{{ divf (include "nnunet.fetchBytes" .) 1073741824 }}{{ else }}{{ .Values.models.gibibytes }}{{ end -}}
+{{- end }}
+
 {{- /* How long a start may take: by the number of archives and their size. */ -}}
 {{- define "nnunet.startupSeconds" -}}
 {{- $archives := .Values.models.archives -}}
-{{- $gibibytes := .Values.models.gibibytes -}}
-{{- if eq .Values.models.store.kind "fetch" -}}
-{{- $archives = len .Values.models.store.fetch.archives -}}
-{{- $gibibytes = divf (include "nnunet.fetchBytes" .) 1073741824 -}}
-{{- end -}}
-{{- addf .Values.startup.baseSeconds (mulf $archives .Values.startup.secondsPerArchive) (mulf $gibibytes .Values.startup.secondsPerGibibyte) | ceil | int -}}
+{{- if eq .Values.models.store.kind "fetch" }}{{ $archives = len .Values.models.store.fetch.archives }}{{ end -}}
+{{- addf .Values.startup.baseSeconds (mulf $archives .Values.startup.secondsPerArchive) (mulf (include "nnunet.gibibytes" .) .Values.startup.secondsPerGibibyte) | ceil | int -}}
+{{- end }}
+
+{{- /* For so much longer than a server's on its own a new pod's metrics port may not answer: it has an address, and Prometheus
+     looks at it, while archives are fetched and TorchServe unpacks them, which it does before it opens its ports. */ -}}
+{{- define "nnunet.silentSeconds" -}}
+{{- $times := ternary 2 1 (eq .Values.models.store.kind "fetch") -}}
+{{- mulf (include "nnunet.gibibytes" .) .Values.startup.secondsPerGibibyte $times | ceil | int -}}
 {{- end }}
 
 {{- define "nnunet.fetchBytes" -}}
@@ -118,6 +125,9 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- if and .Values.metrics.rules.enabled (not (and .Values.metrics.enabled .Values.metrics.monitor)) }}{{ fail "metrics.rules.enabled: metrics.enabled and metrics.monitor (pod or service) make the series that the rules are about; their labels are the operator's" }}{{ end -}}
 {{- if and (eq .Values.autoscaling.kind "hpa") (not .Values.metrics.rules.enabled) }}{{ fail "autoscaling.kind hpa: metrics.rules.enabled makes nnunet_waiting_seconds, which a metrics adapter must hand on (docs/kubernetes.md)" }}{{ end -}}
 {{- if and .Values.autoscaling.kind (not .Values.metrics.enabled) }}{{ fail "autoscaling.kind: metrics.enabled, or there is nothing to scale on" }}{{ end -}}
+{{- $ports := list 8080 8083 7070 7071 (ternary (int .Values.metrics.port) 8082 .Values.metrics.enabled) (ternary (int .Values.management.port) 8081 .Values.management.enabled) -}}
+{{- if .Values.proxy.enabled }}{{ $ports = append $ports (int .Values.proxy.port) }}{{ end -}}
+{{- if ne (len (uniq $ports)) (len $ports) }}{{ fail (printf "proxy.port, metrics.port and management.port must be other numbers than each other and than 8080, 8083, 7070 and 7071, which a pod has already; got %v" (slice $ports 4)) }}{{ end -}}
 {{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}{{ fail "autoscaling.minReplicas is above maxReplicas" }}{{ end -}}
 {{- if and (eq (toString .Values.rollout.maxSurge) "0") (eq (toString .Values.rollout.maxUnavailable) "0") }}{{ fail "rollout: maxSurge or maxUnavailable must be above 0, or no pod can ever be replaced" }}{{ end -}}
 {{- end }}
@@ -126,7 +136,10 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- define "nnunet.nginx" -}}
 {{- $text := .Files.Get "files/nginx.conf" -}}
 {{- $body := mul (add (.Values.server.bodyLimitMiB | default 512) 1) 1048576 -}}
-{{- $wait := add .Values.server.longestRequestSeconds 60 -}}
+{{- /* A request may wait in TorchServe's queue, whose length is twice the workers unless values say otherwise. */ -}}
+{{- $workers := .Values.server.workers | default (ternary 8 4 .Values.gpu.enabled) -}}
+{{- $queue := .Values.server.queue | default (mul 2 $workers) -}}
+{{- $wait := add (mul (add 1 (ceil (divf $queue $workers) | int)) .Values.server.longestRequestSeconds) 60 -}}
 {{- $swaps := list
   (list "listen 127.0.0.1:8443;" "# listen: below")
   (list "# tls: " "")
