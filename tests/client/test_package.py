@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -70,6 +71,17 @@ except SystemExit as end:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "2 []\n"
     assert done.stderr.startswith("error: ")
+
+
+def test_nobody_is_told_to_install_a_name_that_no_index_has_of_ours() -> None:
+    """Whoever registers it there first would run code on every machine whose owner does as he is told."""
+    root = Path(__file__).parents[2]
+    folders = [root / name for name in ("docs", "handler", "tools", "client", "trainers")]
+    files = [root / "README.md", *(file for folder in folders for file in folder.rglob("*"))]
+    texts = [file for file in files if file.suffix in {".md", ".py"}]
+    assert len(texts) > 100
+    wrong = r"pip3? (install|download)[^\n]*nnunet-torchserve(?![/\w])"
+    assert [str(file) for file in texts if re.search(wrong, file.read_text())] == []
 
 
 def test_every_public_name_is_there() -> None:

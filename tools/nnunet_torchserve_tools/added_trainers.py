@@ -21,7 +21,7 @@ def external_folder() -> Path:
     places = [] if found is None else found.submodule_search_locations or []
     folders = [folder for place in places if (folder := Path(place) / "external").is_dir()]
     if not folders:
-        msg = f"the package {_PACKAGE} is not installed; it comes with nnunet-torchserve: install that again"
+        msg = f"the package {_PACKAGE} is not installed; it comes with this command: install that again"
         raise ToolError(msg)
     return folders[0]
 
