@@ -1,8 +1,8 @@
 """What one request may ask for.
 
-The names are nnU-Net's own (``nnUNetPredictor``, ``nnUNetv2_predict``). What can be checked without a model and an image
-is checked here; unknown names are refused, so that a misspelt option is never silently ignored. What depends on the
-model or the image is checked where they are known, before a voxel is decoded unless said otherwise:
+The names are nnU-Net's own (``nnUNetPredictor``, ``nnUNetv2_predict``). What can be checked without a model and an
+image is checked here; unknown names are refused, so that a misspelt option is never silently ignored. What depends on
+the model or the image is checked where they are known, before a voxel is decoded unless said otherwise:
 
 - folds, channels of probabilities, and the export of an ensemble: :mod:`.cases`;
 - the number of ``series_uid``: :mod:`.intake`; whether the image is a series, and needs a place: :mod:`.codecs`;
