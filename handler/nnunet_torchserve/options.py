@@ -119,7 +119,7 @@ class Options(BaseModel):
         tile_step_size: sliding-window step as a fraction of the patch size.
         use_gaussian: weight patches by nnU-Net's Gaussian, or all voxels alike.
         accumulate: ``half`` is stock's arithmetic, to the bit; ``float32`` averages the folds of a patch in float32.
-        preprocess: ``exact`` resamples the image sooner, ``stock`` by nnU-Net's own function; see docs/parity.md.
+        preprocess: ``exact`` resamples the image faster, ``stock`` by nnU-Net's own function; see docs/parity.md.
         export: ``exact`` gives stock's labels; ``linear`` interpolates in float32, ``nearest`` takes the nearest label.
         postprocess: remove what the archive's postprocessing removes, as nnU-Net found it best; ``None`` and ``True``
             do so where the archive has one. Probabilities stay as they are.
