@@ -188,7 +188,7 @@ def test_without_openvino_eager_answers_and_says_so(
         networks = load_networks_or_eager(bundle, CPU, OPENVINO, 1)
     assert networks.backend is networks.of("3d_fullres").backend is Backend.EAGER
     assert "eager is used and not openvino:float32: OpenVINO cannot be imported" in caplog.text
-    with pytest.raises(BundleError, match=r"in a clone of nnunet-torchserve, pip install '\.\[openvino\]'"):
+    with pytest.raises(BundleError, match=r"in a clone of the project, pip install '\.\[openvino\]'"):
         LocalEngine(bundle, CPU, backend=OPENVINO)
 
 

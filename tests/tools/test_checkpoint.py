@@ -415,8 +415,8 @@ def test_the_command_blames_nobody_else(file: Path, monkeypatch: pytest.MonkeyPa
         result = CliRunner().invoke(cli.app, ["archive", str(file)])
         assert result.exit_code == 1
         said.append(result.stderr)
-    assert "pip install '.[server]'" not in said[0]
-    assert "pip install '.[server]'" in said[1]
+    assert "nnunet-torchserve[server]" not in said[0]
+    assert "nnunet-torchserve[server]" in said[1]
 
 
 # Files that are none

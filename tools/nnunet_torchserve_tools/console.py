@@ -22,7 +22,7 @@ def explained(error: ToolError | ModuleNotFoundError) -> tuple[str, int]:
     if isinstance(error, ToolError):
         return f"error: {error}", error.exit_code
     ours = (error.name or "").partition(".")[0] in OF_THE_SERVER
-    of_ours = "this command needs the server's packages: in a clone of nnunet-torchserve, pip install '.[server]'"
+    of_ours = "this command needs nnunet-torchserve[server]: in a clone of the project, pip install '.[server]'"
     hint = of_ours if ours else "code that was loaded needs it"
     return f"error: {error.name} is not installed; {hint}", ToolError.exit_code
 

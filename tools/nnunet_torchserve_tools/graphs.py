@@ -35,7 +35,7 @@ def stored_backend(backend: Backend) -> StoredBackend:
     try:
         check_requirements(REQUIRES, f"--backend {backend}")
     except BundleError as error:
-        msg = f"{error}: in a clone of nnunet-torchserve, pip install '.[openvino]'"
+        msg = f"{error}; in a clone of the project, pip install '.[openvino]'"
         raise ToolError(msg) from error
     return StoredBackend(
         backend=backend, requires=REQUIRES, made_with={name: importlib.metadata.version(name) for name in REQUIRES}

@@ -155,7 +155,7 @@ def _concepts() -> tuple[Mapping[_Key, Code], Mapping[_Key, Code], Mapping[str, 
     try:
         from pydicom.sr.codedict import codes
     except ModuleNotFoundError as error:
-        msg = "this command needs pydicom: in a clone of nnunet-torchserve, pip install '.[dicom]'"
+        msg = "this command needs nnunet-torchserve[dicom]: in a clone of the project, pip install '.[dicom]'"
         raise ToolError(msg) from error
     found: dict[_Key, Code | None] = {}
     categories: dict[_Key, Code] = {}

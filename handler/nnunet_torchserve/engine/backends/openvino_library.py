@@ -27,7 +27,7 @@ def openvino() -> ModuleType:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        msg = f"OpenVINO cannot be imported ({error}): in a clone of nnunet-torchserve, pip install '.[openvino]'"
+        msg = f"OpenVINO cannot be imported ({error}); in a clone of the project, pip install '.[openvino]'"
         raise BundleError(msg) from error
 
 
