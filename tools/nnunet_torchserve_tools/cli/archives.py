@@ -127,7 +127,7 @@ def archive(
         ),
     ] = None,
 ) -> None:
-    """Package a trained nnU-Net model for TorchServe."""
+    """Package what nnU-Net trained for TorchServe."""
     from ..archive import ArchiveRequest, make_archives
     from ..selection import Choice, selected
     from ..serving_settings import ServingSettings

@@ -23,7 +23,7 @@ DICOM out: a label map becomes a segmentation of the series that it was made fro
 
 ================  ==================================================================================================
 ``slices``        which object and frame each slice is of
-``origin``        patient, study and series as an answer repeats them, and the series' digest; no place in space
+``origin``        what an answer repeats of its series, and the series' digest
 ``segment``       which structures become segments
 ``segmentation``  the object, but for its frames
 ``frames``        their places, references and pixels
