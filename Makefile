@@ -77,7 +77,7 @@ type: .venv/ready ## mypy --strict
 parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel, on all of PyTorch's threads
 	$(BIN)/pytest tests/parity/test_stock_parity.py -m "not long and not serve"
 
-bench: .venv/ready ## measure against stock nnU-Net (an hour or two; BENCHMARKS="request.command" for one); see benchmarks/README.md
+bench: .venv/ready ## measure against stock nnU-Net (about four hours; BENCHMARKS="request.command" for one); see benchmarks/README.md
 	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 figures: .venv/ready ## draw docs/figures and write the tables of docs/performance.md from benchmarks/results/

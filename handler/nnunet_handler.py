@@ -150,7 +150,7 @@ def _load(context: Any, model_dir: Path) -> Any:
         from nnunet_torchserve.settings import HandlerSettings
         from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
-        msg = f"{error}; install the server's packages, those of nnunet-torchserve[server]"
+        msg = f"{error}; install the server's packages: in a clone of the project, pip install '.[server]'"
         raise RuntimeError(msg) from error
 
     config = context.model_yaml_config or {}

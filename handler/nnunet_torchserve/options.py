@@ -1,7 +1,14 @@
 """What one request may ask for.
 
-The names are nnU-Net's own (``nnUNetPredictor``, ``nnUNetv2_predict``). Everything is validated here, once, before
-any voxel is touched; unknown names are refused, so that a misspelt option is never silently ignored.
+The names are nnU-Net's own (``nnUNetPredictor``, ``nnUNetv2_predict``). What can be checked without a model and an
+image is checked here; unknown names are refused, so that a misspelt option is never silently ignored. What depends on
+the model or the image is checked where they are known, before a voxel is decoded unless said otherwise:
+
+- folds, channels of probabilities, and the export of an ensemble: :mod:`.cases`;
+- the number of ``series_uid``: :mod:`.intake`; whether the image is a series, and needs a place: :mod:`.codecs`;
+- whether ``output_format`` can hold the answer: :mod:`.codecs.answer`;
+- the export of a model with its own way to labels: :mod:`.cases`, and once more in :mod:`.export.labels`, after the
+  network.
 """
 
 from __future__ import annotations
@@ -112,7 +119,7 @@ class Options(BaseModel):
         tile_step_size: sliding-window step as a fraction of the patch size.
         use_gaussian: weight patches by nnU-Net's Gaussian, or all voxels alike.
         accumulate: ``half`` is stock's arithmetic, to the bit; ``float32`` averages the folds of a patch in float32.
-        preprocess: ``exact`` resamples the image sooner, ``stock`` by nnU-Net's own function; see docs/parity.md.
+        preprocess: ``exact`` resamples the image faster, ``stock`` by nnU-Net's own function; see docs/parity.md.
         export: ``exact`` gives stock's labels; ``linear`` interpolates in float32, ``nearest`` takes the nearest label.
         postprocess: remove what the archive's postprocessing removes, as nnU-Net found it best; ``None`` and ``True``
             do so where the archive has one. Probabilities stay as they are.

@@ -1,7 +1,9 @@
 """What is known of a request afterwards: where its time went, the one line that the log has of it, and what is counted.
 
-Metrics are named here and nowhere else; ``metrics.yaml`` tells TorchServe their names and labels, and docs/metrics.md
-people. A count is added in memory when something happens; :mod:`.relay` takes it from there.
+Code takes a metric's name and labels from here. A new one needs four places: its :class:`Metric` and :data:`METRICS`
+here, ``metrics.yaml`` for TorchServe, and docs/metrics.md for people; one that an engine counts also needs a number in
+:mod:`.engine.tally`, which :mod:`.relay` passes on. Tests hold the lists to each other. A count is added in memory when
+something happens; :mod:`.relay` takes it from there.
 
 Locks: :class:`Counts` has one, held for an addition.
 """

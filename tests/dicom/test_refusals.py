@@ -614,4 +614,4 @@ except ServingError as error:
     )
     said = run.stdout.decode()
     assert said.startswith("415 dicom_unavailable")
-    assert "nnunet-torchserve[dicom]" in said
+    assert "its owner install nnunet-torchserve's extra dicom" in said

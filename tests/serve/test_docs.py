@@ -90,6 +90,23 @@ def test_the_documented_reader_of_events_works(folder: Path, server: LiveServer)
     assert b"unknown_format" in refused.stderr
 
 
+def test_the_readme_serves_what_it_calls(folder: Path, server: LiveServer) -> None:
+    """Its blocks name one model throughout and leave the server running; its Python works."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    packed = re.findall(r"nnunet-torchserve archive .*--name (\S+)", "\n".join(blocks))
+    assert {*packed, *re.findall(r"/predictions/(\w+)", text), *re.findall(r"--model (\w+)", text)} == {"brain"}
+    assert not re.search(r"^nnunet-torchserve stop", "\n".join(blocks), re.MULTILINE)
+    [script] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    here = script.replace(
+        "http://127.0.0.1:8080/predictions/brain", f"{server.server.inference_url}/predictions/five_folds"
+    )
+    assert here != script
+    done = subprocess.run([sys.executable, "-c", here], cwd=folder, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    check("labels.nii.gz", (folder / "labels.nii.gz").read_bytes(), folder)
+
+
 def check(name: str, body: bytes, folder: Path) -> None:
     """The answer is what its name says, on the image's grid."""
     if name.endswith(".nii.gz"):

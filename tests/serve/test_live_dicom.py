@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
+import shlex
+import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -22,6 +26,7 @@ from support.volumes import blobs
 
 pytestmark = pytest.mark.serve
 
+PAGE = Path(__file__).parents[2] / "docs" / "dicom.md"
 NAME = "oriented"
 ASKED = {"folds": [0], "use_mirroring": False}
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -81,6 +86,18 @@ def test_a_series_comes_back_as_its_segmentation(live: LiveServer, tmp_path: Pat
         .SegmentSequence[0]["SegmentationAlgorithmIdentificationSequence"][0]
         .AlgorithmParameters
     )
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_command_of_the_page_works(live: LiveServer, tmp_path: Path) -> None:
+    """As it stands, but for the address and the model's name."""
+    [command] = re.findall(r"^curl .*$", PAGE.read_text(), re.MULTILINE)
+    here = command.replace("http://127.0.0.1:8080/predictions/brain", f"{live.server.inference_url}/predictions/{NAME}")
+    assert here != command
+    (tmp_path / "series.zip").write_bytes(body())
+    done = subprocess.run(shlex.split(here), cwd=tmp_path, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_object((tmp_path / "segmentation.dcm").read_bytes(), tmp_path)
 
 
 def test_nothing_of_the_patient_is_left_anywhere(live: LiveServer) -> None:

@@ -95,15 +95,13 @@ def parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="name of the model on the server, instead of -d and -c, or -m")
     add("--version", metavar="VERSION", help="version of the model; default: the server's")
     add("--verify", metavar="FILE", help="authorities (PEM) that may sign the server's certificate")
-    add(
-        "--deadline", type=float, default=3600.0, metavar="S", help="seconds for a case, all tries in it; default: 3600"
-    )
+    add("--deadline", type=float, default=3600.0, metavar="S", help="seconds per case, retries included; default: 3600")
     add("--first-contact", type=float, default=20.0, metavar="S",
-        help="seconds for which a server that has never answered is tried; default: 20")  # fmt: skip
+        help="seconds to keep trying a server that has never answered; default: 20")  # fmt: skip
 
     add = parser.add_argument_group("of nnUNetv2_predict").add_argument
     add("-i", required=True, metavar="FOLDER", help="images, CASE_0000.nii.gz and so on, in the dataset's file format")
-    add("-o", required=True, metavar="FOLDER", help="where the predictions go; is made if it is not there")
+    add("-o", required=True, metavar="FOLDER", help="folder for the predictions; created if missing")
     add("-d", metavar="DATASET", help="name or number of the dataset that the model was trained on")
     add("-p", metavar="PLANS", help=f"plans of the model; default: {DEFAULT_PLANS}")
     add("-tr", metavar="TRAINER", help=f"trainer of the model; default: {DEFAULT_TRAINER}")
@@ -113,29 +111,29 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the trained model folder, instead of -d, -tr, -p, -c; it need not be on this machine",
     )
-    add("-f", nargs="+", metavar="FOLD", help="folds that are averaged; default: 0 1 2 3 4, or all that are served")
+    add("-f", nargs="+", metavar="FOLD", help="folds to average; default: 0 1 2 3 4, or all that are served")
     add("-step_size", type=float, default=0.5, help="step of the sliding window as a share of the patch; default: 0.5")
     add("--disable_tta", action="store_true", help="no mirroring: faster, less accurate")
-    add("--verbose", action="store_true", help="say of each case where its time went")
+    add("--verbose", action="store_true", help="show where the time of each case went")
     add("--save_probabilities", action="store_true", help="also .npz and .pkl, for nnUNetv2_ensemble")
-    add("--continue_prediction", "--c", action="store_true", help="leave out what is there already")
+    add("--continue_prediction", "--c", action="store_true", help="skip cases that are predicted already")
     add("-chk", metavar="NAME", help=f"checkpoint that the model was made of; default: {DEFAULT_CHECKPOINT}")
-    add("-npp", type=int, help="means nothing: the server preprocesses")
-    add("-nps", type=int, help="means nothing: the server exports")
+    add("-npp", type=int, help="ignored: the server preprocesses")
+    add("-nps", type=int, help="ignored: the server exports")
     add(
         "-prev_stage_predictions",
         metavar="FOLDER",
-        help="labels of a cascade's first stage; default: the server makes them, if its archive has that stage",
+        help="labels of a cascade's first stage; default: the server predicts them, if its archive has that stage",
     )
-    add("-num_parts", type=int, default=1, help="predict only every so many-th case,")
-    add("-part_id", type=int, default=0, help="from this one on, counted from 0")
-    add("-device", choices=("cpu", "cuda", "mps"), help="means nothing: the server decides")
-    add("--not_on_device", action="store_true", help="means nothing: the server decides")
+    add("-num_parts", type=int, default=1, help="number of parts: predict every N-th case")
+    add("-part_id", type=int, default=0, help="which part, from 0: the first case that is predicted")
+    add("-device", choices=("cpu", "cuda", "mps"), help="ignored: the server decides")
+    add("--not_on_device", action="store_true", help="ignored: the server decides")
     add("--disable_progress_bar", action="store_true", help="show nothing until the end")
     add(
         "--postprocess",
         action="store_true",
-        help="postprocess the labels, where the archive has that; nnUNetv2_predict never does",
+        help="postprocess the labels, if the archive has postprocessing; nnUNetv2_predict never does",
     )
     add("--json", action="store_true", help="the summary as JSON on stdout")
     return parser

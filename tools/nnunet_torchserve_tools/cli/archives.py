@@ -31,23 +31,23 @@ def archive(
         ),
     ] = None,
     configuration: Annotated[
-        list[str] | None, typer.Option(help="Which model of a zip that holds several; repeatable with --ensemble.")
+        list[str] | None, typer.Option(help="Which model, if the zip holds several; repeatable with --ensemble.")
     ] = None,
     ensemble: Annotated[
-        bool, typer.Option("--ensemble", help="The models are one: the mean of their probabilities.")
+        bool, typer.Option("--ensemble", help="One archive answers with the mean of the models' probabilities.")
     ] = False,
     previous_stage: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The folder or zip of a cascade's first stage, which is then predicted too; repeatable. Default: that "
-            "of the same zip."
+            help="Folder or zip of a cascade's first stage, which the server then predicts too; repeatable. Default: "
+            "the one in the same zip."
         ),
     ] = None,
     postprocessing: Annotated[
         str | None,
         typer.Option(
-            help="nnU-Net's postprocessing.pkl or .json; auto for that of exactly the models and folds of an archive; "
-            "none. Default: none, as nnUNetv2_predict does none; with --dataset what is recommended."
+            help="nnU-Net's postprocessing.pkl or .json; auto: the one for exactly these models and folds; none. "
+            "Default: none, as in nnUNetv2_predict; with --dataset what nnU-Net recommends."
         ),
     ] = None,
     folds: Annotated[str | None, typer.Option(help="Folds, as 0,1,2 or all (nnU-Net's fold_all).")] = None,
@@ -55,71 +55,75 @@ def archive(
     name: Annotated[str | None, typer.Option(help="Model name; default: dataset and configuration.")] = None,
     version: Annotated[str, typer.Option(help="Model version.")] = "1.0",
     checkpoint: Annotated[str, typer.Option(help="Checkpoint file in each fold's folder.")] = "checkpoint_final.pth",
-    output: Annotated[Path, typer.Option(help="Where the archives go.")] = Path("model_store"),
+    output: Annotated[Path, typer.Option(help="Folder for the archives.")] = Path("model_store"),
     input_orientation: Annotated[
         str | None,
         typer.Option(
-            help="Orientation that the model was trained in, what the axes run towards, as RAS (command orientation "
-            "tells it); every image is brought into it and the answer back. Without it images are taken as they are "
-            "sent, as nnU-Net takes them, and no DICOM."
+            help="Orientation of the training images, what the axes run towards, e.g. RAS (the command orientation "
+            "tells you). Every image is turned into it, and the answer back. Without it images are taken as sent, "
+            "as nnU-Net takes them, and DICOM is refused."
         ),
     ] = None,
     segments: Annotated[
         Path | None,
         typer.Option(
-            help="JSON with what each structure is in codes, for DICOM segmentations; command segments proposes one."
+            help="JSON with the codes of each structure, for DICOM segmentations; the command segments proposes one."
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="TorchServe workers in all; default: left to the server.")
+        int | None, typer.Option(min=1, help="TorchServe workers in total; default: the server decides.")
     ] = None,
-    response_timeout: Annotated[int, typer.Option(min=20, help="Seconds for one request.")] = 1200,
+    response_timeout: Annotated[int, typer.Option(min=20, help="Longest time for one request, in seconds.")] = 1200,
     max_patch_batch: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Patches in one forward pass; default: 1 on a CPU, probed on a GPU."),
     ] = None,
     golden_interval: Annotated[
-        float | None, typer.Option(min=0.1, help="Minutes between checks of the weights in a running engine.")
+        float | None,
+        typer.Option(
+            min=0.1, help="Minutes between two checks of the weights in a running engine; default: at its start only."
+        ),
     ] = None,
     cache: Annotated[
         int,
-        typer.Option(min=0, help="MiB of preprocessed images that each engine keeps for later requests; 0: none."),
+        typer.Option(min=0, help="MiB of preprocessed images that each engine keeps for later requests; 0 keeps none."),
     ] = 0,
     single_flight: Annotated[
-        bool, typer.Option("--single-flight", help="Compute equal requests that come at the same time once.")
+        bool, typer.Option("--single-flight", help="Compute equal requests once if they come at the same time.")
     ] = False,
     unload_after: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Minutes without a request after which the weights leave the memory."),
+        typer.Option(min=0.001, help="Minutes without a request until the weights are unloaded; default: never."),
     ] = None,
     backend: Annotated[
         str,
         typer.Option(
             metavar="NAME[:PRECISION]",
-            help="What is to run the network: eager, as stock does, or openvino:float32, which is sooner on a CPU and "
-            "gives other bits. Whoever has no OpenVINO is served by eager.",
+            help="What runs the network: eager, as stock does, or openvino:float32, for CPUs, which rounds "
+            "differently. A server without OpenVINO uses eager.",
         ),
     ] = "eager",
     device_ids: Annotated[
         str | None,
-        typer.Option(help="GPUs that serve the model, as 1,2; default: all. Without meaning with serve --device cpu."),
+        typer.Option(help="GPUs that serve the model, e.g. 1,2; default: all. Ignored by serve --device cpu."),
     ] = None,
     trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only your own.")
+        bool,
+        typer.Option("--trust-checkpoint", help="Open checkpoints as pickles, which can run code: only for your own."),
     ] = False,
     trainer_file: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE.py",
-            help="What the model needs and nnunetv2 does not have: its trainer, network, preprocessor, normalisation, "
-            "resampling or label manager; repeatable. It is run now, and by every server of the archive.",
+            help="Code that the model needs and nnunetv2 lacks: its trainer, network, preprocessor, normalisation, "
+            "resampling or label manager; repeatable. It runs now, and in every server of the archive.",
         ),
     ] = None,
     requires: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PACKAGE==VERSION",
-            help="What those files import; a server checks it and installs nothing; repeatable.",
+            help="A package that those files import; a server checks its version and installs nothing; repeatable.",
         ),
     ] = None,
 ) -> None:
@@ -182,18 +186,18 @@ def fetch(
     url: Annotated[
         str | None,
         typer.Argument(
-            help="https address of the archive; default: NNUNET_TORCHSERVE_FETCH_URL, where it is a secret."
+            help="https address of the archive; default: NNUNET_TORCHSERVE_FETCH_URL, for a secret address."
         ),
     ] = None,
     sha256: Annotated[str, typer.Option(help="Of the file, as sha256sum prints it.")] = "",
-    max_bytes: Annotated[int, typer.Option(min=1, help="Largest file that is taken; default: 8 GiB.")] = 8 * 1024**3,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest file accepted; default: 8 GiB.")] = 8 * 1024**3,
     into: Annotated[Path, typer.Option(help="The model store.")] = Path("model_store"),
     name: Annotated[str | None, typer.Option(help="Name of the file there; default: the address's last part.")] = None,
     verify: Annotated[
         Path | None, typer.Option(help="Authorities (PEM) that may sign the server's certificate.")
     ] = None,
 ) -> None:
-    """Load an archive into a model store, if it is the one with this sha256."""
+    """Download an archive into a model store, if it has this sha256."""
     from .. import fetch as fetching
 
     wanted = fetching.Wanted(
@@ -212,11 +216,11 @@ def fetch(
 @reports_errors
 def describe_(
     archive_file: Annotated[Path, typer.Argument(metavar="FILE.mar", help="The archive.")],
-    shape: Annotated[str | None, typer.Option(help="Voxels of an image along x, y, z, as 512,512,300.")] = None,
-    spacing: Annotated[str | None, typer.Option(help="Its mm along x, y, z, as 0.7,0.7,1.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    shape: Annotated[str | None, typer.Option(help="Voxels of an image along x, y, z, e.g. 512,512,300.")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Its spacing in mm along x, y, z, e.g. 0.7,0.7,1.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Output for programs.")] = False,
 ) -> None:
-    """Describe an archive: what it is made of, what its images must be, what a case of a given shape costs."""
+    """Describe an archive: its models, the images it takes, and what a case of a given shape costs."""
     from ..model_card import lines, model_card, read_shape
 
     card = model_card(archive_file, read_shape(shape, spacing))
@@ -231,9 +235,9 @@ def describe_(
 @reports_errors
 def orientation_(
     images: Annotated[list[Path], typer.Argument(help="Training images, or the folder imagesTr.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Output for programs.")] = False,
 ) -> None:
-    """Tell how training images are stored, and whether all agree: what archive --input-orientation wants to know."""
+    """Tell the orientation of training images, and whether all agree: the value of archive --input-orientation."""
     from ..orientation import survey
 
     found = survey(images)
@@ -252,7 +256,7 @@ def orientation_(
 def segments_(
     model: Annotated[Path, typer.Argument(metavar="MODEL_FOLDER", help="A trained model's folder, or dataset.json.")],
 ) -> None:
-    """Propose codes for a model's structures, as JSON for archive --segments; read it over before you use it."""
+    """Propose codes for a model's structures, as JSON for archive --segments; check it before you use it."""
     from ..segments import propose
 
     found = propose(model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 STATE_DIR = typer.Option(help="The server's state directory.")
-MANAGEMENT_URL = typer.Option(help="Of a server of this machine, instead of its state directory.")
+MANAGEMENT_URL = typer.Option(help="Management URL of a server on this machine, instead of its state directory.")
 MODEL = typer.Option(help="NAME or NAME/VERSION; default: every model.")
 
 _LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
@@ -23,7 +23,7 @@ _LARGEST_HTTP_PORT = 65534  # TorchServe refuses 65535
 
 def port(default: int, largest: int = 65535) -> Any:
     """An option for one of the server's ports."""
-    return typer.Option(min=1, max=largest, help=f"Default: that of --config, else {default}.")
+    return typer.Option(min=1, max=largest, help=f"Default: from --config, else {default}.")
 
 
 def http_port(default: int) -> Any:

@@ -27,14 +27,14 @@ def list_(
         list[str] | None, typer.Option(help="URL of the inference port; default: NNUNET_TORCHSERVE_URL.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Any model of the server: it knows the others.")] = None,
-    management_url: Annotated[str | None, typer.Option(help="Of the server's management port.")] = None,
+    management_url: Annotated[str | None, typer.Option(help="URL of the server's management port.")] = None,
     state_dir: Annotated[
-        Path | None, typer.Option(help="Of a server of this machine, which says all addresses.")
+        Path | None, typer.Option(help="State directory of a server on this machine, which has all addresses.")
     ] = None,
     verify: Annotated[str | None, typer.Option(help="Authorities (PEM) that may sign the certificate.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Output for programs.")] = False,
 ) -> None:
-    """List a server's models: what they are made of, their labels, their workers and the work in hand."""
+    """List a server's models: what they are made of, their labels, their workers and requests."""
     from ..list_models import Sources, addresses, list_models, of_state_dir
 
     sources = Sources(addresses(server), model, management_url, None, verify)

@@ -24,23 +24,24 @@ def serve(
     model_store: Annotated[Path, typer.Option(help="Folder with the archives.")] = Path("model_store"),
     models: Annotated[list[str] | None, typer.Option(help="NAME=FILE.mar or FILE.mar, repeatable, or all.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers per device; default: the archive's, else 4 (8 a GPU).")
+        int | None,
+        typer.Option(min=1, help="Workers per device; default: the archive's, else 4 on a CPU and 8 on each GPU."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     backend: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[:PRECISION]",
-            help="What runs the networks of all models: eager, or openvino:float32 where the archive holds that and "
-            "the machine has it. Default: what each archive was made with.",
+            help="What runs the networks of all models: eager, or openvino:float32 if the archive holds it and "
+            "OpenVINO is installed. Default: what each archive was made for.",
         ),
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option(help="Address of this machine for the inference port; default: that of --config, else 127.0.0.1."),
+        typer.Option(help="Address of this machine for the inference port; default: from --config, else 127.0.0.1."),
     ] = None,
     management_host: Annotated[
-        str | None, typer.Option(help="The same for the management port; any but loopback needs --tokens.")
+        str | None, typer.Option(help="The same for the management port; any address but loopback needs --tokens.")
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(help="The same for the metrics port.")] = None,
     inference_port: Annotated[int | None, http_port(8080)] = None,
@@ -48,26 +49,34 @@ def serve(
     metrics_port: Annotated[int | None, http_port(8082)] = None,
     grpc_inference_port: Annotated[int | None, port(7070)] = None,
     grpc_management_port: Annotated[int | None, port(7071)] = None,
-    queue: Annotated[int | None, typer.Option(min=1, help="Waiting requests; default: twice the workers.")] = None,
-    body_limit: Annotated[int | None, typer.Option(min=1, help="MiB of a request; default: from the memory.")] = None,
-    heap: Annotated[int | None, typer.Option(min=256, help="MiB of the JVM; default: a quarter of the memory.")] = None,
+    queue: Annotated[
+        int | None, typer.Option(min=1, help="How many requests may wait; default: twice the workers.")
+    ] = None,
+    body_limit: Annotated[
+        int | None, typer.Option(min=1, help="Largest request in MiB; default: from the memory.")
+    ] = None,
+    heap: Annotated[
+        int | None, typer.Option(min=256, help="Heap of the JVM in MiB; default: a quarter of the memory.")
+    ] = None,
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="TorchServe asks for its own tokens, for predictions too.")
+        bool, typer.Option("--tokens", help="TorchServe requires its own tokens, for predictions too.")
     ] = False,
     config: Annotated[Path | None, typer.Option(help="Another config.properties to start from.")] = None,
     state_dir: Annotated[Path, typer.Option(help="State and logs of this server.")] = Path(".nnunet-torchserve"),
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay until SIGTERM or stop.")] = False,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay in the foreground until SIGTERM or stop.")
+    ] = False,
     health_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Of /live and /ready, with --foreground; default: 8083.")
+        int | None, typer.Option(min=1, max=65535, help="Port of /live and /ready, with --foreground; default: 8083.")
     ] = None,
     health_host: Annotated[
-        str | None, typer.Option(help="Address of this machine for them; default: 127.0.0.1.")
+        str | None, typer.Option(help="Address of this machine for that port; default: 127.0.0.1.")
     ] = None,
     grace: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds for what is in hand at SIGTERM; default: the response timeout."),
+        typer.Option(min=0, help="Seconds to finish requests after SIGTERM; default: the response timeout."),
     ] = None,
-    ready_timeout: Annotated[float, typer.Option(min=1, help="Seconds for every worker to be ready.")] = 600,
+    ready_timeout: Annotated[float, typer.Option(min=1, help="Seconds until every worker must be ready.")] = 600,
     testing: Annotated[bool, typer.Option("--testing", hidden=True)] = False,
 ) -> None:
     """Start TorchServe and wait until every worker can answer."""
@@ -119,11 +128,11 @@ def serve(
 def stop(
     grace: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds for what is in hand; default: the response timeout; 0 ends it now."),
+        typer.Option(min=0, help="Seconds to finish requests; default: the response timeout; 0 ends the server now."),
     ] = None,
     state_dir: Annotated[Path, typer.Option(help="The server's state directory.")] = Path(".nnunet-torchserve"),
 ) -> None:
-    """Stop the server that was started here: new requests are refused, what is in hand is finished."""
+    """Stop the server of this folder: it refuses new requests and finishes those it has."""
     from ..stopping import stop_gracefully
 
     outcome = stop_gracefully(state_dir, grace, tell=say)
@@ -146,11 +155,14 @@ def _say_what_was_lost(outcome: Outcome) -> None:
 @reports_errors
 def health(
     live: Annotated[
-        bool, typer.Option("--live/--ready", help="Whether it need not be restarted, or whether it takes requests.")
+        bool,
+        typer.Option("--live/--ready", help="Whether the server need not be restarted, or whether it takes requests."),
     ] = False,
-    url: Annotated[str | None, typer.Option(help="Of the health port, instead of the state directory.")] = None,
-    state_dir: Annotated[Path, typer.Option(help="Of a server of this machine.")] = Path(".nnunet-torchserve"),
-    as_json: Annotated[bool, typer.Option("--json", help="For a program.")] = False,
+    url: Annotated[str | None, typer.Option(help="URL of the health port, instead of the state directory.")] = None,
+    state_dir: Annotated[Path, typer.Option(help="State directory of a server on this machine.")] = Path(
+        ".nnunet-torchserve"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Output for programs.")] = False,
 ) -> None:
     """Say whether a server is well; exit code 0 if it is."""
     from ..asking_health import ask
@@ -166,11 +178,11 @@ def health(
 def drain(
     model: Annotated[str | None, MODEL] = None,
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 1260,
-    retry_after: Annotated[int, typer.Option(min=1, help="Seconds after which refused clients shall come again.")] = 10,
+    retry_after: Annotated[int, typer.Option(min=1, help="Seconds after which refused clients should try again.")] = 10,
     state_dir: Annotated[Path, STATE_DIR] = Path(".nnunet-torchserve"),
     management_url: Annotated[str | None, MANAGEMENT_URL] = None,
 ) -> None:
-    """Refuse new requests (503, Retry-After) and wait until none is in flight; then scale down, unregister or stop."""
+    """Refuse new requests (503, Retry-After) and wait until none is in flight: before you scale down or unregister."""
     from .. import drain as draining
 
     target = draining.find_target(state_dir, management_url, model)
@@ -185,7 +197,7 @@ def resume(
     state_dir: Annotated[Path, STATE_DIR] = Path(".nnunet-torchserve"),
     management_url: Annotated[str | None, MANAGEMENT_URL] = None,
 ) -> None:
-    """Take requests again: of one version, of a model with all its versions, or of every model."""
+    """Take requests again: for one version, for a model with all its versions, or for every model."""
     from .. import drain as draining
 
     target = draining.find_target(state_dir, management_url, model, served=False)

@@ -14,7 +14,7 @@ from .command_line import app, reports_errors
 @app.command()
 @reports_errors
 def trainers(
-    path: Annotated[bool, typer.Option("--path", help="Print the folder and nothing else.")] = False,
+    path: Annotated[bool, typer.Option("--path", help="Print only the folder.")] = False,
 ) -> None:
     """List the trainers that this project adds to nnU-Net, and the folder that nnUNet_extTrainer must name."""
     from ..added_trainers import added_trainers, external_folder
@@ -31,11 +31,13 @@ def trainers(
 @app.command("shrink-plans")
 @reports_errors
 def shrink_plans(
-    plans: Annotated[Path, typer.Argument(metavar="PLANS.json", help="Of the dataset below nnUNet_preprocessed.")],
-    name: Annotated[str, typer.Option(help="Of the new plans, which are written beside them.")],
-    features: Annotated[float, typer.Option(help="Share of the features of each stage that is left.")] = 0.5,
+    plans: Annotated[
+        Path, typer.Argument(metavar="PLANS.json", help="Plans of the dataset, below nnUNet_preprocessed.")
+    ],
+    name: Annotated[str, typer.Option(help="Name of the new plans, which are written beside them.")],
+    features: Annotated[float, typer.Option(help="Share of each stage's features to keep.")] = 0.5,
 ) -> None:
-    """Write plans for a lighter network, to be trained with nnUNetv2_train -p NAME on what is preprocessed already."""
+    """Write plans for a lighter network; train it with nnUNetv2_train -p NAME on the data preprocessed before."""
     from ..smaller_plans import write_smaller_plans
 
     written, changes = write_smaller_plans(plans, features, name)

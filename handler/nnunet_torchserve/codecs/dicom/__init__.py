@@ -9,7 +9,7 @@ the wrong side of the body, or with a hole in it (docs/dicom.md has what is refu
 ``library``     pydicom, loaded late and kept quiet
 ``header``      what an image's header says
 ``series``      which images belong together
-``planes``      whether they are a volume, in mm
+``planes``      whether they are a volume, in mm, and the geometry of that volume
 ``pixels``      stored numbers
 ``fragments``   compressed frames in their pieces
 ``compressed``  compressed frames to stored numbers
@@ -30,7 +30,7 @@ DICOM out: a label map becomes a segmentation of the series that it was made fro
 ``written``       elements as bytes
 ``texts``         our own texts in a patient's character set
 ``uids``          UIDs and times that are the same for the same request
-``places``        whether what was written lies where its source lies
+``places``        the last check: whether what was written lies where its source lies
 ================  ==================================================================================================
 """
 

@@ -30,7 +30,7 @@ def _load() -> Any:
     try:
         from pydicom import config, filereader
     except ModuleNotFoundError:
-        msg = "this server does not read DICOM: its owner must install nnunet-torchserve[dicom], or send NIfTI"
+        msg = "this server does not read DICOM: send NIfTI, or have its owner install nnunet-torchserve's extra dicom"
         raise DicomUnavailable(msg) from None
     config.settings.reading_validation_mode = config.IGNORE
     logger = logging.getLogger("pydicom")
