@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import nibabel as nib
@@ -29,7 +30,7 @@ import nnunet_torchserve_client
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
-from nnunet_torchserve.engine.faults import Fault, Kind
+from nnunet_torchserve.engine.faults import Entry, Fault, Kind
 from nnunet_torchserve.engine.folder import LOG, SOCKET
 from nnunet_torchserve.engine.switchboard import IDLE_S
 from nnunet_torchserve.limits import Limits
@@ -80,7 +81,7 @@ POISON = {
 """One pass each, which shares its batch with another case's."""
 
 OUT_OF_MEMORY_TWICE = Case((18, 32, 24))
-BATCH, LARGER_BATCH = 2, 4
+BATCHES, LARGER_BATCH = ServingSettings(max_patch_batch=2), 4
 BATCHES_DIFFER = 1e-3
 """Share of voxels: logits of batches of another size differ in their last bits, which decides near ties."""
 
@@ -93,32 +94,29 @@ class Store:
     """Archives of one trained model, and the faults that they are served with."""
 
     folder: Path
+    model: Path
     faults: list[Fault]
     member: Member
+
+    def add(self, name: str, version: str, fold: int, serving: ServingSettings) -> str:
+        """Make an archive of one fold; its file."""
+        file = self.folder / f"{name}-{version}.mar"
+        with TemporaryDirectory() as made:
+            how = {"folds": (fold,), "name": name, "version": version, "serving": serving}
+            [archive] = make_archives(ArchiveRequest(self.model, Path(made), **how))  # type: ignore[arg-type]
+            shutil.move(archive, file)
+        return file.name
 
 
 @pytest.fixture(scope="module")
 def store(models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """``blobs`` in two versions, ``other``, and ``tight``, whose memory is one case's."""
-    folder = tmp_path_factory.mktemp("chaos_store")
+    """With ``blobs`` 1.0; whoever needs another archive adds it."""
     member = ModelBundle(unpacked("five_folds")).lead
-
-    def archive(name: str, serving: ServingSettings, *, version: str = "1.0", fold: int = 0) -> None:
-        made = tmp_path_factory.mktemp("made")
-        request = ArchiveRequest(models["five_folds"], made, folds=(fold,), name=name, version=version, serving=serving)
-        [archive] = make_archives(request)
-        shutil.copy(archive, folder / f"{name}-{version}.mar")
-
-    batches = ServingSettings(max_patch_batch=BATCH)
-    archive("blobs", batches)
-    archive("blobs", batches, version="2.0", fold=1)
-    archive("other", ServingSettings(max_patch_batch=LARGER_BATCH), fold=2)
-    memory = int(1.5 * _bytes(member, CASES[0]))
-    archive("tight", ServingSettings(max_patch_batch=1, limits={"memory_bytes": memory, "waiting_cases": 1}), fold=3)
-
     faults = [Fault(kind=kind, shape=case.grid(member)) for kind, case in POISON.items()]
     faults.append(Fault(kind=Kind.OUT_OF_MEMORY, shape=OUT_OF_MEMORY_TWICE.grid(member), times=2))
-    return Store(folder, faults, member)
+    store = Store(tmp_path_factory.mktemp("chaos_store"), models["five_folds"], faults, member)
+    store.add("blobs", "1.0", 0, BATCHES)
+    return store
 
 
 def _bytes(member: Member, case: Case) -> int:
@@ -128,11 +126,10 @@ def _bytes(member: Member, case: Case) -> int:
 
 
 @contextmanager
-def serving_blobs(store: Store, folder: Path) -> Iterator[ChaosServer]:
+def serving_blobs(store: Store, folder: Path, workers: int = WORKERS, **how: object) -> Iterator[ChaosServer]:
     """``blobs`` 1.0 with workers that start at once, and the faults in the engine's environment."""
-    hold = CASES[0].held(store.member, folder)
-    models = ["blobs-1.0.mar"]
-    with serving(store.folder, folder, [*store.faults, hold], models=models, workers=WORKERS) as server:
+    faults: list[Entry] = [*store.faults, CASES[0].held(store.member, folder)]
+    with serving(store.folder, folder, faults, models=["blobs-1.0.mar"], workers=workers, **how) as server:
         assert len(engines(server.runtime)) == 1
         yield server
 
@@ -162,15 +159,16 @@ def clients(server: ChaosServer, shared_clients: Clients) -> Clients:
 
 
 @pytest.fixture(scope="module")
-def other(server: ChaosServer) -> None:
+def other(store: Store, server: ChaosServer) -> None:
     """Two workers of another model."""
-    server.register("other-1.0.mar", 2)
+    server.register(store.add("other", "1.0", 2, ServingSettings(max_patch_batch=LARGER_BATCH)), 2)
 
 
 @pytest.fixture(scope="module")
-def tight(server: ChaosServer) -> None:
+def tight(store: Store, server: ChaosServer) -> None:
     """Workers of the model that has memory for one case, and lets one more wait."""
-    server.register("tight-1.0.mar", WORKERS)
+    limits = {"memory_bytes": int(1.5 * _bytes(store.member, CASES[0])), "waiting_cases": 1}
+    server.register(store.add("tight", "1.0", 3, ServingSettings(max_patch_batch=1, limits=limits)), WORKERS)
 
 
 @contextmanager
@@ -515,9 +513,11 @@ def test_a_killed_workers_memory_goes_to_those_who_wait_for_it(clients: Clients,
 
 
 @pytest.mark.usefixtures("tight")
-def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Clients, server: ChaosServer) -> None:
+def test_versions_and_models_have_an_engine_each_and_leave_alone(
+    clients: Clients, server: ChaosServer, store: Store
+) -> None:
     """One of them is unregistered while another works."""
-    server.register("blobs-2.0.mar", 1)
+    server.register(store.add("blobs", "2.0", 1, BATCHES), 1)
     cases = CASES[:2]
     alone = {model: [clients.alone(case, model) for case in cases] for model in (BLOBS, SECOND, TIGHT)}
     assert len({answers[0] for answers in alone.values()}) == len(alone)
@@ -536,17 +536,22 @@ def test_versions_and_models_have_an_engine_each_and_leave_alone(clients: Client
     assert (server.engine(BLOBS), server.engine(TIGHT)) == (before[BLOBS], before[TIGHT])
 
 
-# -- the front end: last, for it ends the server ----------------------------------------------------------------------
+# -- the front end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long  # tests/serve/test_live.py ends a server by its launcher, without load
-def test_nothing_is_left_of_a_server_that_was_told_to_end_under_load(store: Store, tmp_path: Path) -> None:
-    with serving_blobs(store, tmp_path) as server, clients_of(server) as clients:
-        assert_nothing_is_left(server, clients, signal.SIGTERM)
-
-
-def test_nothing_is_left_of_a_server_that_was_killed_under_load(clients: Clients, server: ChaosServer) -> None:
-    assert_nothing_is_left(server, clients, signal.SIGKILL)
+@pytest.mark.parametrize(
+    "how",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),  # tests/serve ends servers by their launcher
+    ],
+)
+def test_nothing_is_left_of_a_server_that_was_ended_under_load(
+    how: signal.Signals, store: Store, tmp_path: Path
+) -> None:
+    """Its workers are children of the front end, as they should be, and not of a fork server."""
+    with serving_blobs(store, tmp_path, 2, cold_workers=True) as server, clients_of(server) as clients:
+        assert_nothing_is_left(server, clients, how)
 
 
 def assert_nothing_is_left(server: ChaosServer, clients: Clients, how: signal.Signals) -> None:

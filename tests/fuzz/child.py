@@ -34,8 +34,9 @@ _LENGTH = struct.Struct("<I")
 class Child:
     """The parent's side: a context in which inputs are run, and a process that is replaced when it has died."""
 
-    def __init__(self, target: str, time_limit_s: float = TIME_LIMIT_S) -> None:
+    def __init__(self, target: str, time_limit_s: float = TIME_LIMIT_S, python: Path | None = None) -> None:
         self.target, self._time_limit_s = target, time_limit_s
+        self._python = str(python or sys.executable)
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
@@ -79,7 +80,7 @@ class Child:
         folder = tempfile.mkdtemp(dir=self._folder.name)
         paths = [str(Path(__file__).parents[1]), *sys.path]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fuzz.child", self.target, folder],
+            [self._python, "-m", "fuzz.child", self.target, folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

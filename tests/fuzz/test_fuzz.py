@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from support import warm
 from support.examples import thin
 
 from .child import Child
@@ -45,14 +46,18 @@ REFUSED = (
 )  # fmt: skip
 
 
+def started(target: str) -> Child:
+    return Child(target, PATIENCE_S, warm.python_of_programs())
+
+
 @pytest.fixture(scope="module")
 def child() -> Iterator[Child]:
-    with Child("image", PATIENCE_S) as running:
+    with started("image") as running:
         yield running
 
 
 def test_a_find_is_noticed_and_the_next_input_is_run_all_the_same() -> None:
-    with Child("trap", time_limit_s=3) as trapped:
+    with Child("trap", time_limit_s=3, python=warm.python_of_programs()) as trapped:
         for trap, problem in TRAPS.items():
             outcome = trapped.run(trap.encode())
             assert (outcome.word, outcome.problem[: len(problem)]) == (FIND, problem), outcome.report
@@ -78,7 +83,7 @@ def test_what_once_was_a_find_is_none_any_more(file: Path, child: Child) -> None
     if target == "image":
         outcome = child.run(file.read_bytes())
     else:
-        with Child(target, PATIENCE_S) as other:
+        with started(target) as other:
             outcome = other.run(file.read_bytes())
     assert outcome.word != FIND, outcome.report
 
@@ -89,7 +94,7 @@ def test_no_mutated_image_is_a_find(child: Child) -> None:
 
 @pytest.mark.parametrize("target", sorted(set(SEEDS) - {"image"}))
 def test_no_mutated_text_is_a_find(target: str) -> None:
-    with Child(target, PATIENCE_S) as other:
+    with started(target) as other:
         check(fuzz(other, SEED, count=OTHERS))
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import BundleError, Busy, CaseFailed, Deadline, NoEngine
 from nnunet_torchserve.options import Priority
+from support import warm
 from support.chaos import PATIENCE_S, shared_memory
 from support.chaos import engine_processes as engines
 
@@ -153,7 +153,7 @@ def test_workers_that_race_at_a_cold_start_share_one_engine(attempt: int, bundle
     )
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(bundle.folder)],
+            [str(warm.python_of_programs()), "-c", program, str(bundle.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -236,7 +236,8 @@ def test_a_worker_that_leaves_takes_its_case_along(bundle: ModelBundle, one_engi
         "engine = RemoteEngine(ModelBundle(Path(sys.argv[1])), torch.device('cpu')); print('ready', flush=True);"
         "engine.predict(torch.zeros((1, 90, 90, 90)), Settings('3d_fullres', (0, 1, 2, 3, 4), (0, 1, 2), 0.3, True))"
     )
-    worker = subprocess.Popen([sys.executable, "-c", program, str(bundle.folder)], stdout=subprocess.PIPE, text=True)
+    command = [str(warm.python_of_programs()), "-c", program, str(bundle.folder)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert worker.stdout is not None
     assert worker.stdout.readline() == "ready\n"
     [running] = engines(one_engine)

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -38,7 +37,7 @@ from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.telemetry import Counts
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
-from support import volumes
+from support import volumes, warm
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
 from support.odd_models import OddModel
 
@@ -553,7 +552,10 @@ def test_the_price_of_several_members_is_an_upper_bound(
 def check_price(model: Path, file: Path, options: dict[str, object]) -> None:
     text = json.dumps({"folds": [0], "use_mirroring": False, "tile_step_size": 1} | options)
     answer = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(model), str(file), text], capture_output=True, text=True, check=False
+        [str(warm.python_of_programs()), "-c", MEASURE, str(model), str(file), text],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert answer.returncode == 0, answer.stderr
     measured, priced = (int(number) for number in answer.stdout.split()[-2:])

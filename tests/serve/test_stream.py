@@ -68,21 +68,19 @@ REFUSED = ["not an image", "a NaN voxel", "zero spacing", "too thin", "unknown o
 
 
 @pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stream_store")
+
+
+@pytest.fixture(scope="module")
 def server(
+    store: Path,
     models: dict[str, Path],
     unpacked: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ChaosServer]:
-    """``blobs``; and ``tight``, whose memory is one case's, lies in the model store."""
-    store, state = tmp_path_factory.mktemp("stream_store"), tmp_path_factory.mktemp("stream")
-    member = ModelBundle(unpacked("five_folds")).lead
-    options = parse_options(LONG.options.encode())
-    image = open_image(LONG.body, Limits(), member.reader)
-    memory = int(1.5 * price(member, image.geometry, 1, settings_for(member, options), options).bytes)
-    for name, limits in ((MODEL, {}), (TIGHT, {"memory_bytes": memory, "waiting_cases": 2})):
-        make_archives(
-            ArchiveRequest(models["five_folds"], store, folds=(0,), name=name, serving=ServingSettings(limits=limits))
-        )
+    state, member = tmp_path_factory.mktemp("stream"), ModelBundle(unpacked("five_folds")).lead
+    make_archives(ArchiveRequest(models["five_folds"], store, folds=(0,), name=MODEL))
     faults = [LONG.held(member, state), LONG.slow(member, pass_s=0.05)]
     with serving(store, state, faults, models=[f"{MODEL}.mar"], workers=WORKERS) as server:
         yield server
@@ -220,7 +218,16 @@ def test_streams_of_several_cases_at_once_are_each_their_own(server: ChaosServer
 
 
 @pytest.mark.long  # tests/handler/test_events.py has it without TorchServe
-def test_a_case_that_waits_for_memory_is_told_so(server: ChaosServer, clients: Clients) -> None:
+def test_a_case_that_waits_for_memory_is_told_so(
+    server: ChaosServer, clients: Clients, store: Path, models: dict[str, Path], unpacked: Callable[[str], Path]
+) -> None:
+    """Of a model that has the memory of one case."""
+    member = ModelBundle(unpacked("five_folds")).lead
+    options = parse_options(LONG.options.encode())
+    image = open_image(LONG.body, Limits(), member.reader)
+    memory = int(1.5 * price(member, image.geometry, 1, settings_for(member, options), options).bytes)
+    serving = ServingSettings(limits={"memory_bytes": memory, "waiting_cases": 2})
+    make_archives(ArchiveRequest(models["five_folds"], store, folds=(0,), name=TIGHT, serving=serving))
     server.register(f"{TIGHT}.mar", WORKERS)
     with ExitStack() as until_the_end:
         with server.held():
@@ -294,6 +301,7 @@ def test_clients_that_do_not_read_or_leave_hold_up_nobody(
                 for each in [pool.submit(ask, server, CASES[0]) for _ in range(WORKERS)]:
                     assert each.result(PATIENCE_S).result == clients.alone(CASES[0], MODEL)
                     answered += 1
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)  # it reads on, and as fast as it can
         body = _read_chunked(slow)
     stream = read_stream(body)
     assert_complete(stream)

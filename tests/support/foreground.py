@@ -37,10 +37,11 @@ class Foreground:
 
     def ask(self, probe: str) -> tuple[int, dict[str, Any], float]:
         """Status, document and seconds of a probe's answer."""
-        began = time.monotonic()
-        with httpx.Client(timeout=30, trust_env=False) as client:
+        with httpx.Client(timeout=30, trust_env=False) as client:  # which takes a while to make
+            began = time.monotonic()
             answer = client.get(f"{self.health_url}/{probe}")
-        return answer.status_code, answer.json(), time.monotonic() - began
+            took = time.monotonic() - began
+        return answer.status_code, answer.json(), took
 
     def says(self, probe: str, code: str) -> bool:
         """Whether that is the code of a probe's answer."""

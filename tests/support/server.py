@@ -88,8 +88,9 @@ def running(
     body_limit: int | None = None,
     testing: bool = False,
     device: launcher.DeviceKind = launcher.DeviceKind.CPU,
+    cold_workers: bool = False,
 ) -> Iterator[LiveServer]:
-    """Start a server, whose engines are :mod:`.warm`, and stop it in the end."""
+    """Start a server, whose engines and, unless they are to be cold, workers are :mod:`.warm`; stop it in the end."""
     request = launcher.ServeRequest(
         model_store,
         models,
@@ -102,7 +103,7 @@ def running(
         testing=testing,
     )
     with pytest.MonkeyPatch.context() as interpreter:
-        interpreter.setattr(sys, "executable", str(warm.python()))
+        interpreter.setattr(sys, "executable", str(warm.python() if cold_workers else warm.python_of_workers()))
         server = launcher.start(request)
     try:
         yield LiveServer(server, state_dir)

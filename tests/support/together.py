@@ -18,6 +18,7 @@ SHARE_A_SERVER = frozenset(
         "test_folder_live.py",
         "test_grpc.py",
         "test_live.py",
+        "test_live_dicom.py",
         "test_live_recipes.py",
         "test_live_reuse.py",
         "test_predictor.py",
