@@ -60,6 +60,7 @@ test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long -m "not image and not cluster"
 
 image-test: .venv/ready ## build the image of deploy/container and run it (podman, buildah, debootstrap; as root)
+	@tests/deploy/install_tools.sh
 	NNUNET_TORCHSERVE_IMAGE=$${NNUNET_TORCHSERVE_IMAGE:-build} $(BIN)/pytest tests/image -m image
 
 cluster-test: .venv/ready ## run the charts on the cluster of KUBECONFIG (IMAGE=repository:tag, PULL=Never if its nodes have it)
