@@ -60,6 +60,7 @@ test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long -m "not image and not cluster"
 
 image-test: .venv/ready ## build the image of deploy/container and run it (podman, buildah, debootstrap; as root)
+	@tests/deploy/install_tools.sh
 	NNUNET_TORCHSERVE_IMAGE=$${NNUNET_TORCHSERVE_IMAGE:-build} $(BIN)/pytest tests/image -m image
 
 cluster-test: .venv/ready ## run the charts on the cluster of KUBECONFIG (IMAGE=repository:tag, PULL=Never if its nodes have it)
@@ -78,7 +79,7 @@ parity: .venv/ready ## compare with stock nnU-Net, voxel by voxel, on all of PyT
 	$(BIN)/pytest tests/parity/test_stock_parity.py -m "not long and not serve"
 
 bench: .venv/ready ## measure against stock nnU-Net (about four hours; BENCHMARKS="request.command" for one); see benchmarks/README.md
-	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	status=0; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || status=1; done; exit $$status
 
 figures: .venv/ready ## draw docs/figures and write the tables of docs/performance.md from benchmarks/results/
 	$(BIN)/python -m benchmarks.report

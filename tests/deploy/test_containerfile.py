@@ -91,6 +91,24 @@ def test_pip_checks_every_checksum_and_runs_no_packages_code_but_the_named() -> 
     assert locked(CONTAINER / "requirements-sources.txt").keys() == {"acvl-utils"}
 
 
+def test_the_whole_project_is_built_and_nothing_else_goes_to_the_builder() -> None:
+    """hatchling says nothing of a package that is not there: the image had no trainers once."""
+    copied = {
+        source
+        for stage in ("tools", "project", "server")
+        for name, rest in steps(stage)
+        if name == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    }
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    packed = {Path(each).parts[0] for each in (*wheel["only-include"], *wheel["force-include"])}
+    assert packed <= copied
+    _, everything, *allowed, unneeded = (ROOT / ".dockerignore").read_text().split("\n")[:-1]
+    assert (everything, unneeded) == ("*", "**/__pycache__")
+    builds = {f"deploy/container/{name}" for name in ("requirements-build.txt", "requirements-sources.txt")}
+    assert {each.removeprefix("!") for each in allowed} == copied - builds
+
+
 def test_both_bases_are_the_one_that_is_given() -> None:
     assert re.findall(r"^FROM (\S+) AS (\S+)$", containerfile(), re.MULTILINE) == [
         ("${BASE}", "tools"),

@@ -260,10 +260,17 @@ def test_it_has_no_compiler_no_cache_and_nothing_that_its_user_may_change(image:
 
 
 VERSIONS = """\
-import importlib.metadata, json, pathlib, sys
-files = [file for each in importlib.metadata.distributions() for file in each.files or () if file.suffix == ".py"]
-compiled = sum(bool(list(file.locate().parent.glob(f"__pycache__/{file.stem}.cpython-311.pyc"))) for file in files)
-versions = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+import importlib.metadata, importlib.util, json, pathlib, struct
+packages = list(importlib.metadata.distributions())
+files = [pathlib.Path(file.locate()) for each in packages for file in each.files or () if file.suffix == ".py"]
+def is_compiled(file):
+    compiled = pathlib.Path(importlib.util.cache_from_source(file))
+    if not compiled.exists():
+        return False
+    status = file.stat()
+    return struct.unpack("<3I", compiled.read_bytes()[4:16]) == (0, int(status.st_mtime), status.st_size)
+compiled = sum(map(is_compiled, files))
+versions = {each.metadata["Name"]: each.version for each in packages}
 print(json.dumps([versions, len(files), compiled]))
 """
 
@@ -277,6 +284,12 @@ def test_it_has_what_is_locked_compiled_beforehand(image: str) -> None:
     wanted = {name: version for path in INSTALLED for name, version in locked(path).items() if name not in extra}
     assert found == wanted | {"nnunet-torchserve": version_of_project()}
     assert compiled > 0.99 * files  # a few, as templates, are not Python of this version
+
+
+def test_it_has_all_verbs(image: str) -> None:
+    said = podman("run", "--rm", "--pull=never", "--read-only", f"--user={NOBODYS_UID}", image, "trainers")
+    assert "nnUNetTrainerRegionLabelmap" in said
+    assert said.splitlines()[-1].startswith("export nnUNet_extTrainer=/opt/nnunet-torchserve/")
 
 
 def labels_of(image: str) -> dict[str, str]:

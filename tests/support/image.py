@@ -103,7 +103,7 @@ def build(name: str, *build_arguments: str) -> subprocess.CompletedProcess[str]:
         build_arguments: as ``BASE=…``.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = ["buildah", "bud", "--layers", "--pull-never", "--network=host", "--tag", name]
+        command = ["buildah", "bud", "--layers", "--pull-never", "--network=host", "--force-rm", "--tag", name]
         command += ["--runtime", "runc", *_ULIMITS] if _BARE else []
         command += _pip_settings(Path(folder, "pip.conf"))
         command += [f"--build-arg={each}" for each in build_arguments]
