@@ -47,6 +47,7 @@ class Asked:
         geometry: of that.
         prices: what each member costs that is predicted, in their order.
         price: what the case costs in all.
+        making: the part of it that making the answer's files takes, in bytes.
         previous: the labels of a cascade's first stage, if they came with the request.
         form: of the answer.
         warnings: of :class:`~.responses.Warnings`, as far as headers give cause.
@@ -57,6 +58,7 @@ class Asked:
     geometry: Geometry
     prices: Mapping[str, Price]
     price: Price
+    making: int
     previous: PreviousStage | None
     form: codecs.AnswerForm
     warnings: list[str]
@@ -115,17 +117,19 @@ def read_headers(
     if any(image.left_out for image in series):
         warnings.append(str(Warnings.DICOM_FILES_IGNORED))
     previous = _previous_stage(bundle, limits, request, images[0])
+    grid, native = images[0].geometry, images[0].native_format
+    form = codecs.answer_form(options, native, grid, member.largest_value, member.painting)
+    if OutputFormat.DICOM_SEG in form.labels:
+        series[0].check_texts()
+        warnings += _segmentation_warnings(bundle, series[0])
     channels = sum(image.channels for image in images)
     prices = prices_of(bundle, geometry, channels, settings, options, has_previous=previous is not None)
-    cost = whole_price(bundle, prices, geometry, channels, options)
+    making = codecs.making_bytes(grid, form, len(member.painting.structures), limits.response_bytes)
+    cost = whole_price(bundle, prices, geometry, channels, options, making)
     record.patches, record.passes = cost.patches, cost.passes
     cost = affordable_case(prices, cost, limits, geometry)
-    grid, native, largest = images[0].geometry, images[0].native_format, member.largest_value
-    form = codecs.answer_form(options, native, grid, largest, member.painting)
-    if OutputFormat.DICOM_SEG in form.labels:
-        warnings += _segmentation_warnings(bundle, series[0])
     _check_answer_fits(member, limits, geometry, form, options)
-    return Asked(images, turns, geometry, prices, cost, previous, form, warnings)
+    return Asked(images, turns, geometry, prices, cost, making, previous, form, warnings)
 
 
 def _open_images(member: Member, limits: Limits, request: Request, options: Options) -> Sequence[ImageSource]:

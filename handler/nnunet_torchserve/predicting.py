@@ -188,7 +188,7 @@ class CaseInHand:
         true = price_of(self.bundle, name, geometry, images, self.settings[name], self.options, grid)
         self._recount(true.patches - old.patches, true.passes - old.passes)
         self._known[name] = true
-        whole = whole_price(self.bundle, self._known, geometry, images, self.options)
+        whole = whole_price(self.bundle, self._known, geometry, images, self.options, self.asked.making)
         affordable_case(self._known, whole, self.limits, geometry)
 
     def _recount(self, patches: int, passes: int) -> None:

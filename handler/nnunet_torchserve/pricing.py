@@ -82,7 +82,9 @@ def predicted_members(recipe: Recipe, *, has_previous: bool = False) -> list[str
     return list(dict.fromkeys(members_of(recipe)))
 
 
-def whole_price(bundle: ModelBundle, prices: Prices, geometry: Geometry, channels: int, options: Options) -> Price:
+def whole_price(
+    bundle: ModelBundle, prices: Prices, geometry: Geometry, channels: int, options: Options, making: int = 0
+) -> Price:
     """What the case costs in all.
 
     Args:
@@ -91,10 +93,16 @@ def whole_price(bundle: ModelBundle, prices: Prices, geometry: Geometry, channel
         geometry: of the image.
         channels: images that came.
         options: what is asked for.
+        making: bytes that the answer's files take while they are made, beside the label map and probabilities.
     """
     recipe, each = bundle.description.recipe, list(prices.values())
     last = each[-1]
-    at_work = max(*(price.bytes for price in each), _postprocessing_bytes(bundle, geometry, options))
+    answer = geometry.voxels * (_LABEL + options.probability_bytes(bundle.lead.classes))
+    at_work = max(
+        *(price.bytes for price in each),
+        _postprocessing_bytes(bundle, geometry, answer, options),
+        int(SAFETY * (answer + making)),
+    )
     if len(each) == 1:
         return replace(last, bytes=at_work)
     stay = [prices[name] for name in models_of(recipe)] if isinstance(recipe, Ensemble) else []
@@ -119,11 +127,10 @@ def affordable_case(prices: Prices, whole: Price, limits: Limits, geometry: Geom
     return affordable(whole, limits, geometry)
 
 
-def _postprocessing_bytes(bundle: ModelBundle, geometry: Geometry, options: Options) -> int:
-    """What the archive's postprocessing takes, beside the answer."""
+def _postprocessing_bytes(bundle: ModelBundle, geometry: Geometry, answer: int, options: Options) -> int:
+    """What the archive's postprocessing takes, with the answer."""
     if bundle.description.postprocessing is None or options.postprocess is False:
         return 0
-    answer = geometry.voxels * (_LABEL + options.probability_bytes(bundle.lead.classes))
     return answer + postprocessing.memory_bytes(geometry.voxels)
 
 

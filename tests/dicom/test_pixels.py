@@ -288,6 +288,18 @@ def test_nothing_but_padding_may_follow_a_codestream(name: str) -> None:
         assert code(with_tail(encode(stored[0]))) == DicomReason.UNSUPPORTED_PIXELS
 
 
+def test_a_lack_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is told so may send the same series again."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    stored = numbers("int16", 16)
+    monkeypatch.setattr(imagecodecs, "dicomrle_decode", fail)
+    with pytest.raises(MemoryError):
+        read(packed_as(rle, RLELossless, stored, stored, 16))
+
+
 def test_twelve_bit_jpeg_is_refused() -> None:
     files = {str(z): compressed(ds, [b"\xff\xd8\xff\xd9"], JPEGExtended12Bit) for z, ds in enumerate(_images())}
     assert code(zipped(files)) == DicomReason.UNSUPPORTED_PIXELS

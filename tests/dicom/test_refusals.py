@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -594,6 +595,27 @@ def test_nothing_of_a_patient_leaves_but_in_the_answer(
     said = json.dumps(answers) + caplog.text + "".join(capfd.readouterr())
     for secret in {SECRET, "CANARY", SECRET_ID, SECRET_DATE} | uids:
         assert secret not in said, secret
+
+
+def test_what_no_segmentation_can_repeat_is_refused_before_anything_is_decoded(
+    served: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of its length
+        body = zip_of(series(volumes(), ACQUISITIONS["axial"].affine(), StudyDescription="x" * 2000))
+    model = served("five_folds")
+    assert ask(model, {"image": body})["status"] == 200  # a report repeats nothing
+    monkeypatch.setattr(codecs.DicomSource, "read", lambda _: pytest.fail("was decoded"))
+    assert ask(model, {"image": body}, output_format="dicom-seg")["code"] == "malformed"
+
+
+def test_a_case_is_charged_for_making_its_segmentation(
+    served: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = zip_of(series(volumes(), ACQUISITIONS["axial"].affine()))
+    monkeypatch.setattr("nnunet_torchserve.codecs.answer.dicom.memory_bytes", lambda *_: 10**15)
+    found = ask(served("five_folds"), {"image": body}, output_format="dicom-seg")
+    assert (found["status"], found["code"]) == (507, "out_of_memory")
+    assert ask(served("five_folds"), {"image": body})["status"] == 200
 
 
 def test_a_server_without_pydicom_says_what_to_install() -> None:

@@ -5,8 +5,10 @@ highdicom and dcmqi read every object; dciodvfy, which knows the standard, finds
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pydicom
 import pytest
 
 from nnunet_torchserve import codecs
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.codecs import DicomSource
 from nnunet_torchserve.codecs.dicom.frames import Frames
 from nnunet_torchserve.codecs.dicom.places import check_places
@@ -249,7 +252,7 @@ def test_a_text_that_is_far_too_long_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         files = files_of(series(VOXELS, AFFINE, StudyDescription="x" * 2000))
-    with pytest.raises(Malformed, match="far longer than its kind"):
+    with pytest.raises(Malformed, match=r"far longer than its kind.*nii\.gz"):
         written(source_of(zipped(files)))
 
 
@@ -279,6 +282,21 @@ def test_how_files_are_packed_named_and_ordered_changes_nothing() -> None:
     ]
     assert len({_identity(source) for source in ways}) == 1
     assert len({source.origin.digest for source in ways}) == 1
+    for kind in SegType:
+        assert len({written(source, kind=kind) for source in ways}) == 1
+
+
+def test_the_order_of_files_decides_no_digit_of_what_slices_say_in_several_ways() -> None:
+    """Of one UID there must not be two objects."""
+    images = series(VOXELS, AFFINE)
+    for z, ds in enumerate(images):
+        change(ds, PixelSpacing=["0.9", f"0.70000{z}"])
+    bodies = {written(source_of(zip_of([images[z] for z in order]))) for order in ([0, 1, 2, 3, 4], [3, 1, 4, 2, 0])}
+    assert len(bodies) == 1
+    assert by_pydicom(bodies.pop()).SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing == [
+        0.9,
+        0.7,
+    ]
 
 
 def test_another_image_model_or_kind_is_another_object() -> None:
@@ -334,8 +352,33 @@ def test_each_segment_says_which_algorithm_made_it_from_what() -> None:
     [algorithm] = first.SegmentationAlgorithmIdentificationSequence
     assert (algorithm.AlgorithmName, algorithm.AlgorithmVersion) == ("model", "1.0")
     assert f"digest=sha256:{'ab' * 32}" in algorithm.AlgorithmParameters
+    assert "backends=eager " in algorithm.AlgorithmParameters
     assert f"images=sha256:{'cd' * 32}" in algorithm.AlgorithmParameters
     assert first.SegmentAlgorithmType == "AUTOMATIC"
+
+
+def test_what_ran_the_network_is_said_in_the_object_too() -> None:
+    """A header of the answer does not come with it into an archive."""
+    other = replace(PROVENANCE, backends=(Backend.OPENVINO_FLOAT32,))
+    [first, *_] = by_pydicom(written(plain(), provenance=other)).SegmentSequence
+    [algorithm] = first.SegmentationAlgorithmIdentificationSequence
+    assert "backends=openvino:float32 " in algorithm.AlgorithmParameters
+
+
+def test_what_an_image_lost_its_segmentation_has_lost_too(tmp_path: Path) -> None:
+    """PS3.3, C.7.6.1.1.5: whatever became of it since."""
+    assert by_pydicom(written(plain())).LossyImageCompression == "00"
+    lossy = {"LossyImageCompressionRatio": ["7.5", "2"], "LossyImageCompressionMethod": ["ISO_14495_1", "ISO_15444_1"]}
+    images = series(VOXELS, AFFINE)
+    change(images[0], **lossy)
+    change(images[3], LossyImageCompression="01")
+    for kind in SegType:
+        body = written(source_of(zip_of(images)), kind=kind)
+        check_object(body, tmp_path)
+        found = by_pydicom(body)
+        assert found.LossyImageCompression == "01"
+        assert found.LossyImageCompressionRatio == [7.5, 2]
+        assert found.LossyImageCompressionMethod == lossy["LossyImageCompressionMethod"]
 
 
 def test_colors_are_the_archive_s_or_unlike_each_other(tmp_path: Path) -> None:
@@ -451,6 +494,31 @@ def test_far_more_bits_than_an_answer_may_have_are_refused_before_they_are_made(
     with pytest.raises(ResponseTooLarge, match="seg_type labelmap"):
         written(plain(), limit=1000)
     written(plain(), kind=SegType.LABELMAP, limit=1000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        (SegType.BINARY, OutputFormat.DICOM_SEG),
+        (SegType.BINARY, (OutputFormat.DICOM_SEG, OutputFormat.NIFTI)),
+        (SegType.LABELMAP, OutputFormat.DICOM_SEG),
+    ],
+)
+def test_what_making_an_object_takes_is_known_before(kind: SegType, form: Any) -> None:
+    """Every structure in every slice, in pixels that do not pack."""
+    shape, names = (12, 256, 256), {"background": 0} | {f"structure {number}": number for number in range(1, 31)}
+    painting = read_painting(names, None, has_regions=False)
+    source = source_of(zip_of(series(np.zeros(shape, np.int16), AFFINE)))
+    labels = np.random.default_rng(0).integers(0, 31, shape).astype(np.uint8)
+    asked = codecs.answer_form(Options(output_format=form, seg_type=kind), source.native_format, source.geometry)
+    about = codecs.About([source], painting, {}, PROVENANCE, 10**9)
+    making = codecs.making_bytes(source.geometry, asked, len(painting.structures), 10**9)
+    tracemalloc.start()
+    file = codecs.encode(LabelMap(labels, source.geometry), asked, about)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(file.body) + labels.size < peak
+    assert peak < making + 3 * labels.size  # what every format takes beside
 
 
 def test_only_a_series_becomes_a_segmentation() -> None:

@@ -251,6 +251,22 @@ def test_a_graph_that_cannot_be_read_is_no_outage(bundle: ModelBundle, tmp_path:
     assert load_networks_or_eager(other, CPU, OPENVINO, 1).backend is Backend.EAGER
 
 
+def test_whatever_else_a_library_raises_is_no_outage(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version may describe its layers otherwise, or fail on the golden patch only."""
+
+    def raising(error: Exception) -> Callable[..., Any]:
+        def fail(*_: object) -> Any:
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patched:
+        patched.setattr(openvino_networks, "computing_precisions", raising(KeyError("layerType")))
+        assert load_networks_or_eager(bundle, CPU, OPENVINO, 1).backend is Backend.EAGER
+    monkeypatch.setattr(openvino_networks.OpenVinoNetworks, "_infer", raising(RuntimeError("no such kernel")))
+    assert load_networks_or_eager(bundle, CPU, OPENVINO, 1).backend is Backend.EAGER
+
+
 def test_openvino_is_imported_without_its_telemetry() -> None:
     openvino()
     from openvino.tools.ovc import telemetry_utils

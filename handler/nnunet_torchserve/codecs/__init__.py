@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..errors import BadOption, UnknownFormat
 from ..limits import Limits
 from ..volume import Geometry, Placement
-from .answer import About, AnswerForm, EncodedFile, answer_form, encode, smallest_answer
+from .answer import About, AnswerForm, EncodedFile, answer_form, encode, making_bytes, smallest_answer
 from .arrays import Placements, holds_arrays, is_npy, open_npy, open_npz
 from .bmp import is_bmp, open_bmp
 from .channels import check_channels
@@ -30,7 +30,7 @@ from .zips import is_zip, open_zip
 
 __all__ = [
     "About", "AnswerForm", "DicomSource", "EncodedFile", "ImageSource", "answer_form", "check_channels",
-    "check_one_body", "digest_of", "encode", "open_image", "open_labels", "smallest_answer",
+    "check_one_body", "digest_of", "encode", "making_bytes", "open_image", "open_labels", "smallest_answer",
 ]  # fmt: skip
 
 _PICTURE_READERS = {

@@ -21,6 +21,7 @@ from ..painting import Painting
 from ..provenance import Provenance
 from ..segments import Codes
 from ..volume import Geometry, LabelMap
+from . import dicom
 from .arrays import encode_npz
 from .bmp import encode_bmp
 from .dicom import DicomSource, SegmentationRequest, check_segments, encode_segmentation, segments_of
@@ -165,6 +166,23 @@ def smallest_answer(geometry: Geometry, form: AnswerForm, probability_bytes: int
     if form.probabilities is ProbabilityFormat.NIFTI_GZ:
         probability_bytes = 0
     return (plain + probability_bytes) * geometry.voxels
+
+
+def making_bytes(geometry: Geometry, form: AnswerForm, structures: int, limit: int) -> int:
+    """Bytes that the answer's files take while they are made, where that may be more than decoding took.
+
+    Label maps are a byte or two a voxel in every format but one: a DICOM segmentation with a bit for each structure.
+
+    Args:
+        geometry: the image's.
+        form: the files.
+        structures: of the model.
+        limit: bytes that an answer may have.
+    """
+    if OutputFormat.DICOM_SEG not in form.labels:
+        return 0
+    making = dicom.memory_bytes(geometry, structures, form.seg_type, limit)
+    return making + making // 2 if form.zipped else making  # as a file of its own, and in the zip
 
 
 def encode(answer: LabelMap, form: AnswerForm, about: About, properties: bytes | None = None) -> EncodedFile:

@@ -107,6 +107,7 @@ class ByteSource:
 
     def skip(self, size: int) -> None:
         """Read ``size`` bytes and keep none."""
+        size -= len(self.read(min(size, len(self._ahead))))  # at once: each read makes a copy of what is left
         while size > 0 and (chunk := self.read(min(size, _CHUNK_BYTES))):
             size -= len(chunk)
 
@@ -257,7 +258,7 @@ class _ZlibReader(io.RawIOBase):
 
 
 class refuse_damage:  # noqa: N801 (reads as a statement)
-    """What a library raises for damaged bytes becomes :class:`Malformed`: they are the client's."""
+    """What a library raises for damaged bytes becomes :class:`Malformed`: they are the client's. Memory is ours."""
 
     def __init__(self, errors: tuple[Any, ...] = _STREAM_ERRORS, message: str = _DAMAGED) -> None:
         self._errors, self._message = errors, message
@@ -266,5 +267,5 @@ class refuse_damage:  # noqa: N801 (reads as a statement)
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, self._errors):
+        if isinstance(error, self._errors) and not isinstance(error, MemoryError):
             raise Malformed(self._message) from None

@@ -125,7 +125,7 @@ def load_networks_or_eager(bundle: ModelBundle, device: torch.device, backend: B
     if backend is not Backend.EAGER:
         try:
             return load_networks(bundle, device, backend, batch)
-        except (BundleError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 (whatever another library does here, eager can answer)
             logger.warning("%s is used and not %s: %s", Backend.EAGER, backend, error)
     return load_networks(bundle, device)
 

@@ -23,6 +23,7 @@ DICOM out: a label map becomes a segmentation of the series that it was made fro
 
 ================  ==================================================================================================
 ``slices``        which object and frame each slice is of
+``copied``        which elements of a series an answer repeats
 ``origin``        what an answer repeats of its series, and the series' digest
 ``segment``       which structures become segments
 ``segmentation``  the object, but for its frames
@@ -40,10 +41,10 @@ from .body import check_one_body
 from .container import TAR_HEAD_BYTES, is_tar
 from .elements import HEAD_BYTES, is_dicom
 from .segment import check_segments, segments_of
-from .segmentation import SegmentationRequest, encode_segmentation
+from .segmentation import SegmentationRequest, encode_segmentation, memory_bytes
 from .volume import DicomSource, open_series
 
 __all__ = [
     "HEAD_BYTES", "TAR_HEAD_BYTES", "DicomSource", "SegmentationRequest", "check_one_body", "check_segments",
-    "encode_segmentation", "is_dicom", "is_tar", "open_series", "segments_of",
+    "encode_segmentation", "is_dicom", "is_tar", "memory_bytes", "open_series", "segments_of",
 ]  # fmt: skip

@@ -32,9 +32,13 @@ _LOCAL_HEADER_BYTES = 30
 _LOCAL_HEADER = b"PK\x03\x04"
 _PACKED = {zipfile.ZIP_STORED: Compression.NONE, zipfile.ZIP_DEFLATED: Compression.DEFLATE}
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_DUMPED_FOLDER, _VOLUME_LABEL = b"D", b"V"
+_NO_FILE = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, _DUMPED_FOLDER, _VOLUME_LABEL)
+"""Entries with bytes that are no file's."""
 _CHUNK_BYTES = 64 * 1024
 _LARGEST_EXTENSION = 64 * 1024
 _CUT_OFF = "the tar is damaged or cut off"
+_ODD_FILE = "the tar holds a file that is packed as sparse, or goes on from another tar; pack the whole series plainly"
 
 
 class Stream(Protocol):
@@ -198,11 +202,11 @@ class Tarred:
         self._body, self._limits = body, limits
 
     def files(self, meter: Meter) -> Iterator[File]:
-        """As they are stored; directories, links and devices are none.
+        """As they are stored; directories and devices are none. What a link leads to is not here: an empty file.
 
         Raises:
             Malformed: it is damaged, ends early, or has anything but zeros behind its end: another tar, whose slices
-                would be lost.
+                would be lost; or holds a file in a form that is not read: sparse, or the rest of one of another tar.
             TooLarge: more headers than files may be, or a file of a kind that only huge ones have.
         """
         source = ByteSource(self._body)
@@ -216,15 +220,18 @@ class Tarred:
                 return
             entry = _tar_header(block)
             padded = -(-entry.size // TAR_HEAD_BYTES) * TAR_HEAD_BYTES
+            if entry.issym():
+                yield _TarredFile(_Part(source, 0), 0)
+            if entry.isdev() or entry.isdir() or entry.islnk() or entry.issym():
+                continue  # whatever size it has, there are no bytes; a hard link's file came before
+            meter.take(padded)
             part = _Part(source, padded)
-            if not (entry.isdev() or entry.isdir() or entry.islnk() or entry.issym()):
-                meter.take(padded)
             if entry.type in tarfile.REGULAR_TYPES and entry.type != tarfile.GNUTYPE_SPARSE:
                 yield _TarredFile(part, entry.size)
             elif entry.type in _EXTENDED:
                 _check_extension(part, entry.size)
-            elif entry.isdev() or entry.isdir() or entry.islnk() or entry.issym():
-                continue  # whatever size it has, there are no bytes
+            elif entry.type not in _NO_FILE:
+                raise Malformed(_ODD_FILE)
             part.finish()
         msg = f"the tar has far more than {self._limits.dicom_files} entries, the limit"
         raise TooLarge(msg)
@@ -311,7 +318,9 @@ def _tar_header(block: bytes) -> tarfile.TarInfo:
 
 
 def _check_extension(part: _Part, size: int) -> None:
-    """A header in pax's form: names, times; and a size, if it does not fit where sizes stand."""
-    if size > _LARGEST_EXTENSION or b" size=" in part.peek(size):
+    """A header in pax's form: names, times; a size, if it does not fit where sizes stand; that a file is sparse."""
+    if size > _LARGEST_EXTENSION or b" size=" in (said := part.peek(size)):
         msg = "the tar holds a file of more than 8 GiB, or far too long a name"
         raise TooLarge(msg)
+    if b" GNU.sparse." in said:
+        raise Malformed(_ODD_FILE)

@@ -42,6 +42,9 @@ _SHORT = frozenset({
 _RAW = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW"})
 """Representations whose undefined length means fragments, which hold no elements."""
 
+LONGEST_UID = 64
+"""Characters (PS3.5, section 9)."""
+
 _GROUPS_WITHOUT_PREAMBLE = (b"\x08\x00", b"\x02\x00")
 _MOST_DIGITS = 12
 """Of an IS (PS3.5, section 6.2)."""
@@ -64,11 +67,15 @@ class Selection:
         sequences: tags of those sequences, there and within them, whose items are read: files of implicit encoding do
             not say that they are sequences.
         classes: of objects; the walk ends where it meets another one.
+        texts: tags of elements at the top that have at most ``longest`` bytes.
+        longest: bytes.
     """
 
     elements: Collection[int]
     sequences: Collection[int]
     classes: Collection[str]
+    texts: Collection[int] = ()
+    longest: int = 0
 
 
 @dataclass(slots=True)
@@ -131,6 +138,7 @@ class Walk:
         pixels_length: of their value, or :data:`UNDEFINED`.
         pixels_vr: their value representation; ``None`` in implicit files.
         is_other: the object is of none of the classes, and was walked over no further.
+        has_long_texts: one of the selection's texts is longer than it may be.
         is_whole: the end of the header was reached; else more bytes are needed.
         elements: how many there were.
     """
@@ -143,6 +151,7 @@ class Walk:
     pixels_length: int = 0
     pixels_vr: bytes | None = None
     is_other: bool = False
+    has_long_texts: bool = False
     is_whole: bool = False
     elements: int = 0
 
@@ -351,6 +360,8 @@ class _Walker:
         if tag == _SOP_CLASS and start + length <= len(self._data):
             self.walk.sop_class = _uid(self._data[start : start + length])
             self.walk.is_other = self.walk.sop_class not in self._selection.classes
+        if tag in self._selection.texts and length > self._selection.longest:
+            self.walk.has_long_texts = True
         if tag == _SERIES and start + length <= len(self._data):
             self.walk.series = _uid(self._data[start : start + length])
         if tag == _FRAMES and start + length <= len(self._data):
@@ -384,4 +395,5 @@ def _element(data: bytes, position: int, order: str, *, implicit: bool) -> tuple
 
 
 def _uid(value: bytes) -> str:
-    return value.decode("ascii", "replace").strip("\0 ")
+    """As far as it could be one: of more characters it is none."""
+    return value[: LONGEST_UID + 2].decode("ascii", "replace").strip("\0 ")

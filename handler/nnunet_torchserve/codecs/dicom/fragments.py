@@ -19,9 +19,11 @@ _DAMAGED = "the compressed pixels of an image are damaged: its pieces do not fol
 def frames_of(value: memoryview, pixels: Pixels) -> Iterator[bytes]:
     """The bytes of each frame, copied when its turn comes; all that can be wrong is noticed before the first.
 
+    An extended offset table is not needed: where there is one, each frame is a piece (PS3.3, C.7.6.3.1.8).
+
     Args:
         value: of the pixels, from the item of the basic offset table on.
-        pixels: how many frames there are, and where the extended offset table says they begin.
+        pixels: how many frames there are.
 
     Raises:
         Malformed: the pieces do not follow each other, or are no such number of frames.
@@ -33,9 +35,6 @@ def frames_of(value: memoryview, pixels: Pixels) -> Iterator[bytes]:
     if pixels.frames == 1:
         return iter([b"".join(pieces)])
     offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
-    if pixels.offsets is not None:
-        whole = pixels.offsets[0]
-        offsets = np.frombuffer(whole[: len(whole) // 8 * 8], "<u8").tolist()
     number_of = {start: number for number, start in enumerate(starts)}
     firsts = [number_of.get(offset) for offset in offsets]
     if len(firsts) != pixels.frames or None in firsts or sorted(set(offsets)) != offsets or firsts[0] != 0:

@@ -29,8 +29,11 @@ _SOURCE_IMAGE = (b"121322", b"DCM", b"Source image for image processing operatio
 """Codes (PS3.16, CID 7203 and 7202)."""
 
 _RLE_HEADER_WORDS = 16
-_GROUPS_BYTES = 700
+GROUPS_BYTES = 700
 """About what a frame takes beside its pixels."""
+
+MOST_OF_RLE = 2
+"""Bytes that RLE makes of one at most: rows of a single pixel have a byte of their own for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def binary_frames(labels: LabelArray, slices: Sequence[Slice], segments: Sequenc
     shown = [(segment, z) for segment in segments for z in _slices_with(segment, found)] or [(segments[0], 0)]
     voxels = labels[0].size
     size = -(-len(shown) * voxels // 8)
-    if (whole := size + len(shown) * _GROUPS_BYTES) > most_bytes:
+    if (whole := size + len(shown) * GROUPS_BYTES) > most_bytes:
         msg = f"the segmentation would have about {whole} bytes, this server sends at most {most_bytes}; "
         msg += "ask for seg_type labelmap, or for another output_format"
         raise ResponseTooLarge(msg)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from ...errors import DicomReason, DicomRefused, Malformed, RequestError, TooLarge
 from ...limits import Limits
-from .elements import PIXEL_DATA, Encoding, Selection, Walk
+from .copied import COPIED, LONGEST_BYTES
+from .elements import LONGEST_UID, PIXEL_DATA, UNDEFINED, Encoding, Selection, Walk
 from .library import data_set, quietly
 from .planes import Plane
 from .rescale import UNSCALED, Linear, Rescale, Table
@@ -43,6 +44,7 @@ _ELEMENTS = {
     "BitsStored": (0x00280101, "US"),
     "HighBit": (0x00280102, "US"),
     "PixelRepresentation": (0x00280103, "US"),
+    "LossyImageCompression": (0x00282110, "CS"),
     "ConcatenationUID": (0x00209161, "UI"),
     "InConcatenationTotalNumber": (0x00209163, "US"),
     "ConcatenationFrameOffsetNumber": (0x00209228, "UL"),
@@ -58,9 +60,8 @@ _SEQUENCES = {0x00283000, 0x52009229, 0x52009230}
 _GROUPS = {0x00209113, 0x00209116, 0x00289110, 0x00289145}
 """Within those: plane position, plane orientation, pixel measures, pixel value transformation."""
 
-_OFFSET_TABLES = {0x7FE00001, 0x7FE00002}
 _CHARACTER_SET = 0x00080005
-_TAGS = {_CHARACTER_SET, 0x00080016} | {tag for tag, _ in _ELEMENTS.values()} | _SEQUENCES | _OFFSET_TABLES
+_TAGS = {_CHARACTER_SET, 0x00080016} | {tag for tag, _ in _ELEMENTS.values()} | _SEQUENCES
 
 _TEXT = frozenset({"CS", "UI", "PN", "LO", "DA", "DS", "IS"})
 
@@ -94,7 +95,9 @@ IMAGE_CLASSES = {
 }
 """Classes of images (PS3.4, annex B.5): single-frame, enhanced, enhanced colour, converted from single frames."""
 
-SELECTION = Selection(frozenset(_TAGS), frozenset(_SEQUENCES | _GROUPS), frozenset(IMAGE_CLASSES))
+SELECTION = Selection(
+    frozenset(_TAGS), frozenset(_SEQUENCES | _GROUPS), frozenset(IMAGE_CLASSES), frozenset(COPIED), LONGEST_BYTES
+)
 """What a header is read from."""
 
 
@@ -111,7 +114,6 @@ class Pixels:
         length: of the value in bytes; ``None`` where frames are compressed, each a piece of its own.
         in_words: numbers of 8 bits are stored two in a word of 16 (PS3.5, annex A.3: OW), the higher byte first: each
             pair is swapped.
-        offsets: the extended table of offsets and lengths of compressed frames, uint64 each, if there is one.
     """
 
     encoding: Encoding
@@ -123,7 +125,6 @@ class Pixels:
     signed: bool
     at: int
     length: int | None
-    offsets: tuple[bytes, bytes] | None = None
     in_words: bool = False
 
     @property
@@ -189,12 +190,16 @@ class ImageHeader:
         modality: by its class.
         patient: digest of name, number and birth date.
         localizer: it was made to plan others.
+        lossy: its values are not quite those that were measured.
+        has_long_texts: a text of those that an answer repeats is longer than such a text may be.
         pixels: how they are stored.
         planes: where each frame lies.
         rescales: of each frame.
         piece: which one it is, if the object is one of several pieces.
         slices: how many its volume has, if the object says it: those of PET must.
         problem: why the object is none that could be used. Whether that matters is not known yet.
+
+    Of an object of a series that is not asked for, no more is known than whose it is.
     """
 
     file: int
@@ -206,6 +211,8 @@ class ImageHeader:
     modality: Modality
     patient: str
     localizer: bool
+    lossy: bool = False
+    has_long_texts: bool = False
     pixels: Pixels | None = None
     planes: Sequence[Plane] = ()
     rescales: Sequence[Rescale] = ()
@@ -214,12 +221,20 @@ class ImageHeader:
     problem: Problem | None = None
 
     @property
+    def table_bytes(self) -> int:
+        """Of its Modality LUT."""
+        first = self.rescales[0] if self.rescales else None
+        return first.values.nbytes if isinstance(first, Table) else 0
+
+    @property
     def has_uids(self) -> bool:
         """Whether every UID is there that tells objects and series apart."""
         return all(UID.fullmatch(uid) for uid in (self.sop_instance, self.study, self.series))
 
 
-def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, limits: Limits) -> ImageHeader:
+def read_header(
+    file: int, size: int | None, walk: Walk, encoding: Encoding, limits: Limits, wanted: str | None = None
+) -> ImageHeader:
     """The header of an object whose class is one of :data:`IMAGE_CLASSES`.
 
     Args:
@@ -228,6 +243,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
         walk: over its elements, to their end.
         encoding: how they are stored.
         limits: what is allowed.
+        wanted: UID of the only series of which more is to be known than whose its objects are.
 
     Raises:
         Malformed: elements that cannot be read.
@@ -239,20 +255,25 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
         header: dict[str, Any] = {
             "file": file,
             "sop_class": walk.sop_class or "",
-            "sop_instance": _text(found, "SOPInstanceUID"),
-            "study": _text(found, "StudyInstanceUID"),
-            "series": _text(found, "SeriesInstanceUID"),
-            "frame_of_reference": _text(found, "FrameOfReferenceUID") or None,
+            "sop_instance": _uid(found, "SOPInstanceUID"),
+            "study": _uid(found, "StudyInstanceUID"),
+            "series": _uid(found, "SeriesInstanceUID"),
+            "frame_of_reference": _uid(found, "FrameOfReferenceUID") or None,
             "modality": IMAGE_CLASSES[walk.sop_class or ""],
             "patient": hashlib.sha256("\0".join(words).casefold().encode()).hexdigest(),
             "localizer": "LOCALIZER" in image_type[2:3],
+            "lossy": _text(found, "LossyImageCompression") == "01",
+            "has_long_texts": walk.has_long_texts,
         }
+    if wanted is not None and header["series"] != wanted:
+        return ImageHeader(**header)
     try:
         pixels = _pixels(found, size, walk, encoding, limits)
         frames = range(pixels.frames)
         shared, own = _functional_groups(found, pixels.frames)
         planes = [_plane(found, shared, own[frame], pixels) for frame in frames]
-        rescales = [_rescale(found, shared, own[frame], pixels, header["modality"]) for frame in frames]
+        table = _table_of(found, pixels)
+        rescales = [_rescale(found, shared, own[frame], table, header["modality"]) for frame in frames]
         piece, slices = _piece(found), _integer(found, "NumberOfSlices", 0)
     except (DicomRefused, Malformed, TooLarge) as error:
         return ImageHeader(**header, problem=Problem.of(error))
@@ -262,7 +283,7 @@ def read_header(file: int, size: int | None, walk: Walk, encoding: Encoding, lim
 def _piece(found: Any) -> Piece | None:
     total = _integer(found, "InConcatenationTotalNumber", 0)
     offset = _integer(found, "ConcatenationFrameOffsetNumber", 0)
-    concatenation = _text(found, "ConcatenationUID")
+    concatenation = _uid(found, "ConcatenationUID")
     return Piece(concatenation, total, offset) if concatenation or total > 1 or offset else None
 
 
@@ -296,10 +317,7 @@ def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits
         msg = f"a DICOM file declares {frames} frames of {rows} × {columns} pixels; this server takes at most "
         msg += f"{limits.dicom_frames} frames, and {limits.voxels} voxels"
         raise TooLarge(msg)
-    with quietly():
-        table = (found.get("ExtendedOffsetTable"), found.get("ExtendedOffsetTableLengths"))
-        offsets = (bytes(table[0]), bytes(table[1])) if table[0] and table[1] else None
-    undefined = walk.pixels_length == 0xFFFFFFFF
+    undefined = walk.pixels_length == UNDEFINED
     length = None if undefined else walk.pixels_length
     pixels = Pixels(
         encoding=encoding,
@@ -311,7 +329,6 @@ def _pixels(found: Any, size: int | None, walk: Walk, encoding: Encoding, limits
         signed=bool(signed),
         at=walk.pixels_at,
         length=length,
-        offsets=offsets,
         in_words=_is_in_words(allocated, walk, encoding),
     )
     ends, expected = walk.pixels_at + (length or 0), pixels.frame_bytes * frames
@@ -388,21 +405,27 @@ def _plane(found: Any, shared: Any, own: Any, pixels: Pixels) -> Plane:
     )
 
 
-def _rescale(found: Any, shared: Any, own: Any, pixels: Pixels, modality: Modality) -> Rescale:
+def _table_of(found: Any, pixels: Pixels) -> Table | None:
+    """The Modality LUT of all frames, if there is one."""
+    with quietly():
+        tables = found.get("ModalityLUTSequence")
+        return _table(tables[0], pixels) if tables else None
+
+
+def _rescale(found: Any, shared: Any, own: Any, table: Table | None, modality: Modality) -> Rescale:
     """Of one frame, from its functional group or, as single-frame objects and some writers have it, from the top.
 
     MR images may go without; those of CT and PET may not (type 1 in PS3.3, C.8.2.1 and C.8.9.4), and would be read as
     other values than they are.
     """
     with quietly():
-        tables = found.get("ModalityLUTSequence")
         group = _group("PixelValueTransformationSequence", shared, own)
         given = {pair for place in (group, found) if place is not None and (pair := _pair(place)) is not None}
-    if len(given) + bool(tables) > 1:
+    if len(given) + (table is not None) > 1:
         msg = "an image says in two ways how its stored numbers become values, and they differ"
         raise Malformed(msg)
-    if tables:
-        return _table(tables[0], pixels)
+    if table is not None:
+        return table
     if not given:
         if modality is Modality.MR:
             return UNSCALED
@@ -471,6 +494,12 @@ def _integer(found: Any, name: str, default: int | None = None) -> int:
 def _text(found: Any, name: str) -> str:
     with quietly():
         return str(next(iter(_values(found, name)), ""))
+
+
+def _uid(found: Any, name: str) -> str:
+    """A UID as it stands there; of what is too long for one, so that it is none, a word that is as different."""
+    text = _text(found, name)
+    return text if len(text) <= LONGEST_UID else f"no UID: {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _values(found: Any, name: str) -> Sequence[Any]:

@@ -60,7 +60,7 @@ class quietly(refuse_damage):  # noqa: N801 (reads as a statement)
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._silence.__exit__(None, None, None)
-        if not isinstance(error, ServingError | MemoryError):
+        if not isinstance(error, ServingError):
             super().__exit__(kind, error, traceback)
 
 

@@ -78,7 +78,6 @@ def stacked(planes: Sequence[Plane]) -> Stack:
     if len(planes) == 1:
         msg = "the series is a single image; a volume of at least two slices was expected"
         raise DicomRefused(DicomReason.SINGLE_IMAGE, msg)
-    first = planes[0]
     numbers = np.array([[*each.position, *each.along_row, *each.along_column, *each.spacing] for each in planes])
     if not (np.abs(numbers) <= _LARGEST_MM).all():
         msg = f"an image's position, orientation or pixel spacing is no number up to {_LARGEST_MM:g}"
@@ -94,9 +93,10 @@ def stacked(planes: Sequence[Plane]) -> Stack:
     _check_line(positions, along, normal, tolerance)
     _check_steps(along, tolerance)
     step = float(along[-1] - along[0]) / (len(planes) - 1)
+    lowest = planes[order[0]]  # whatever came first: a grid does not depend on the order of files
     geometry = make_geometry(
-        (len(planes), first.rows, first.columns),
-        (*first.spacing, step),
+        (len(planes), lowest.rows, lowest.columns),
+        (*lowest.spacing, step),
         positions[0].tolist(),
         np.stack([row, column, normal], axis=1).ravel().tolist(),
     )

@@ -21,11 +21,12 @@ from ... import __version__
 from ...options import SegType
 from ...provenance import Provenance
 from ...segments import Code, color_of
-from ...volume import LabelMap
-from .frames import Frames, binary_frames, labelmap_frames
+from ...volume import Geometry, LabelMap
+from .copied import COPIED, DATES, EMPTY_IF_UNKNOWN, LOSSY_METHOD, LOSSY_RATIO, SERIES_NUMBER
+from .frames import GROUPS_BYTES, MOST_OF_RLE, Frames, binary_frames, labelmap_frames
 from .header import ImageHeader
 from .library import silenced
-from .origin import COPIED, DATES, EMPTY_IF_UNKNOWN, SERIES_NUMBER, Origin
+from .origin import Origin
 from .places import check_places
 from .segment import Segment
 from .texts import Texts
@@ -78,9 +79,11 @@ def encode_segmentation(answer: LabelMap, request: SegmentationRequest, most_byt
 
     Raises:
         ResponseTooLarge: they would take more.
+        Malformed: see :meth:`~.volume.DicomSource.check_texts`, which is to be asked before.
         RuntimeError: it would lie elsewhere than its source.
     """
     source = request.sources[0]
+    source.check_texts()
     if request.kind is SegType.LABELMAP:
         frames = labelmap_frames(answer.array, source.slices, request.segments)
     else:
@@ -89,6 +92,23 @@ def encode_segmentation(answer: LabelMap, request: SegmentationRequest, most_byt
         head = _header(answer, request, frames)
     check_places(head, frames, answer.geometry, source.geometry)
     return b"".join([head, frames.groups, *frames.pixels])
+
+
+def memory_bytes(geometry: Geometry, segments: int, kind: SegType, most_bytes: int) -> int:
+    """What making a segmentation takes at most, beside the label map: it is held in parts, and once as a whole.
+
+    Args:
+        geometry: of the label map.
+        segments: how many there are.
+        kind: how they are stored.
+        most_bytes: that an answer may have; a binary one that has more is never made.
+    """
+    depth = geometry.shape[0]
+    if kind is SegType.BINARY:
+        frames = segments * depth
+        return 2 * min(most_bytes, segments * geometry.voxels // 8 + frames * GROUPS_BYTES)
+    voxel_bytes = 1 if segments < 2**8 else 2
+    return 2 * (MOST_OF_RLE * voxel_bytes * geometry.voxels + depth * GROUPS_BYTES)
 
 
 def _header(answer: LabelMap, request: SegmentationRequest, frames: Frames) -> bytes:
@@ -122,16 +142,21 @@ def _header(answer: LabelMap, request: SegmentationRequest, frames: Frames) -> b
 
 def _copy(ds: Any, origin: Origin, texts: Texts) -> None:
     """Patient and study, as they stand in the source."""
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
-
     for tag, vr in COPIED.items():
         value = origin.elements.get(tag, b"" if tag in EMPTY_IF_UNKNOWN else None)
         if value is not None:
-            ds[tag] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
+            _copy_one(ds, tag, vr, value)
     texts.declare(ds)
     if origin.text(0x00120062) == "YES" and not origin.text(0x00120063):
         ds.DeidentificationMethod = "as in the source images"  # one of the two that are required
+
+
+def _copy_one(ds: Any, tag: int, vr: str, value: bytes) -> None:
+    """A value as it stands in the source, whether it is one of its kind or not."""
+    from pydicom.dataelem import RawDataElement
+    from pydicom.tag import Tag
+
+    ds[tag] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
 
 
 def _say_series(ds: Any, request: SegmentationRequest, key: str, texts: Texts) -> None:
@@ -165,7 +190,7 @@ def _made_frame(source: DicomSource) -> str:
 
 def _say_sources(ds: Any, sources: Sequence[DicomSource]) -> None:
     """References to every image of every series."""
-    ds.SourceImageSequence = [_reference(image) for source in sources for image in source.series.images]
+    ds.SourceImageSequence = [_reference(image) for source in sources for image in source.images]
     own = sources[0].series.study
     by_study = groupby(sorted(sources, key=lambda each: each.series.study), key=lambda each: each.series.study)
     others = []
@@ -180,7 +205,7 @@ def _say_sources(ds: Any, sources: Sequence[DicomSource]) -> None:
 
 
 def _series_reference(source: DicomSource) -> Any:
-    images = [_reference(image) for image in source.series.images]
+    images = [_reference(image) for image in source.images]
     return _data_set(ReferencedInstanceSequence=images, SeriesInstanceUID=source.series.uid)
 
 
@@ -198,12 +223,22 @@ def _say_image(ds: Any, answer: LabelMap, request: SegmentationRequest, frames: 
     ds.Rows, ds.Columns = answer.array.shape[1:]
     ds.BitsAllocated = ds.BitsStored = bits
     ds.HighBit = bits - 1
-    ds.LossyImageCompression = "00"
+    _say_losses(ds, request.sources)
     ds.SegmentationType = "BINARY" if is_binary else "LABELMAP"
     ds.SegmentsOverlap = "YES" if len(values) > len(set(values)) else "NO"
     if not is_binary:
         ds.PixelPaddingValue = 0
         ds.PresentationLUTShape = "IDENTITY"
+
+
+def _say_losses(ds: Any, sources: Sequence[DicomSource]) -> None:
+    """Whether anything that it was made of had lost some of its values (PS3.3, C.7.6.1.1.5: once is for ever)."""
+    lossy = [source for source in sources if any(image.lossy for image in source.images)]
+    ds.LossyImageCompression = "01" if lossy else "00"
+    for source in lossy[:1]:
+        for tag, vr in ((LOSSY_RATIO, "DS"), (LOSSY_METHOD, "CS")):
+            if value := source.origin.elements.get(tag):
+                _copy_one(ds, tag, vr, value)
 
 
 def _say_dimensions(ds: Any, kind: SegType, organization: str) -> None:
@@ -259,12 +294,12 @@ def _background(model: str) -> Any:
 
 def _algorithm(provenance: Provenance, texts: Texts) -> Any:
     said = provenance.as_json()
+    parameters = f"digest=sha256:{provenance.digest} backends={','.join(said['backends'])} "
+    parameters += f"images={','.join(said['images'])} options={said['options']}"
     return _data_set(
         AlgorithmFamilyCodeSequence=[_coded(_ARTIFICIAL_INTELLIGENCE)],
         AlgorithmVersion=texts.long(provenance.version),
-        AlgorithmParameters=texts.free(
-            f"digest=sha256:{provenance.digest} images={','.join(said['images'])} options={said['options']}", 10240
-        ),
+        AlgorithmParameters=texts.free(parameters, 10240),
         AlgorithmName=texts.long(provenance.model),
         AlgorithmSource=f"{_MAKER} {__version__}",
     )

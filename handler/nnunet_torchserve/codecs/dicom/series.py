@@ -33,6 +33,9 @@ from .rescale import UNSCALED
 FIRST_BYTES = 16 * 1024
 """Of a file, looked at first: most headers are shorter."""
 
+_MOST_TABLE_BYTES = 64 * 1024**2
+"""Of the Modality LUTs of all images together; a usual one has 16 kB."""
+
 _MOST_NAMED = 20
 _CHUNK_BYTES = 1024**2
 
@@ -95,6 +98,7 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     found: list[ImageHeader] = []
     ignored = others = dicom = 0
     budget, meter = Budget.of(limits), Meter(limits)
+    frames = table_bytes = 0
     for number, file in enumerate(walk(container, limits, meter)):
         stream = file.open()
         if not is_dicom(stream.peek(HEAD_BYTES)):
@@ -104,7 +108,11 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
         header = _read(number, file, stream, uid, budget, meter, limits)
         ignored += header is Left.NO_IMAGE
         others += header is Left.OTHER_SERIES
-        found += [header] if isinstance(header, ImageHeader) else []
+        if isinstance(header, ImageHeader):
+            found.append(header)
+            frames += len(header.planes)
+            table_bytes += header.table_bytes
+        _check_kept(frames, table_bytes, limits)
     if not found and not others:
         raise _no_images(ignored, dicom)
     images = _chosen(found, uid)
@@ -112,6 +120,17 @@ def find_series(container: Container, limits: Limits, uid: str | None) -> Series
     _check_one(images)
     _check_whole(images)
     return Series(images, ignored, others + len(found) - len(images))
+
+
+def _check_kept(frames: int, table_bytes: int, limits: Limits) -> None:
+    """A few bytes of a file can declare many frames that all lie in one place; of each an object is kept."""
+    if frames > limits.dicom_frames:
+        msg = f"the images have more than {limits.dicom_frames} frames together, the limit; send one series, or name "
+        msg += "it with option series_uid"
+        raise TooLarge(msg)
+    if table_bytes > _MOST_TABLE_BYTES:
+        msg = f"the images' Modality LUTs have more than {_MOST_TABLE_BYTES} bytes together, the limit; send one volume"
+        raise TooLarge(msg)
 
 
 def data_set_stream(stream: Stream, encoding: Encoding, meter: Meter) -> Stream:
@@ -147,7 +166,7 @@ def _read(
         if seen.sop_class is None:
             _check_without_class(seen)
             return Left.NO_IMAGE
-        return read_header(number, size, seen, encoding, limits)
+        return read_header(number, size, seen, encoding, limits, uid)
     except (Malformed, DicomRefused):
         if uid is None or seen.series is None or seen.series == uid:
             raise

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .origin import CHARACTER_SET, Origin
+from .copied import CHARACTER_SET
+from .origin import Origin
 
 _UTF_8 = "ISO_IR 192"
 _DEFAULTS = frozenset({"", "ISO_IR 6"})

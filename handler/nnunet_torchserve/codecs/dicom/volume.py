@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import DicomReason, DicomRefused, Malformed, TooLarge
+from ...errors import DicomReason, DicomRefused, Malformed
 from ...limits import Limits
 from ...options import OutputFormat
 from ..geometry import check_size
@@ -69,9 +69,6 @@ class DicomSource:
         self._container, self._limits = container, limits
         self.series: Series = find_series(container, limits, series_uid)
         images = self.series.images
-        if (frames := sum(len(image.planes) for image in images)) > limits.dicom_frames:
-            msg = f"the series has {frames} frames, this server takes at most {limits.dicom_frames}"
-            raise TooLarge(msg)
         for image in images:
             _check_syntax(_pixels(image))
         self.stack: Stack = stacked([plane for image in images for plane in image.planes])
@@ -98,10 +95,25 @@ class DicomSource:
         return slices_of(self.series.images, self.stack.order)
 
     @cached_property
+    def images(self) -> list[ImageHeader]:
+        """The objects of the series in the order of their first slices, however they came."""
+        return list({each.image.file: each.image for each in self.slices}.values())
+
+    @cached_property
     def origin(self) -> Origin:
         """Whose the series is, and its digest; read in a walk of its own."""
-        in_order = {each.image.file: each.image for each in self.slices}
-        return read_origin(self._container, self._limits, list(in_order.values()))
+        return read_origin(self._container, self._limits, self.images)
+
+    def check_texts(self) -> None:
+        """Refuse a series whose texts a segmentation could not repeat.
+
+        Raises:
+            Malformed: one is far longer than its kind may be.
+        """
+        if self.images[0].has_long_texts:
+            msg = "a text of patient or study in a DICOM header is far longer than its kind may be, so no segmentation "
+            msg += "can repeat it; send the files as the scanner wrote them, or take output_format nii.gz"
+            raise Malformed(msg)
 
     def read(self) -> npt.NDArray[np.float32]:
         """Decode the pixels: float32 (1, Z, Y, X) of the modality's values (Hounsfield units of CT).
