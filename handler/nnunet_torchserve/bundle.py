@@ -16,9 +16,10 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from .agreement import Trained, check_recipe
 from .backend import StoredBackend
 from .errors import BundleError
-from .member import Member, MemberDescription
+from .member import PLANS_FILE, Member, MemberDescription
 from .own_code import CODE_FOLDER, CodeDescription, OwnCode
 from .postprocessing import Postprocessing
 from .recipe import Recipe, last_stage, members_of
@@ -81,11 +82,12 @@ class ModelBundle:
 
         Args:
             folder: of the archive.
-            verify: ``False`` leaves requirements and checksums to whoever only reads what the archive says; no code of
-                the archive's own is run then.
+            verify: ``False`` leaves requirements, checksums and :meth:`check_members` to whoever only reads what the
+                archive says; no code of the archive's own is run then.
 
         Raises:
-            BundleError: damaged, of another schema, or its requirements are not met; the message says which.
+            BundleError: damaged, of another schema, its requirements are not met, or the recipe contradicts its
+                members; the message says which.
         """
         self.folder = folder
         try:
@@ -111,6 +113,18 @@ class ModelBundle:
         self.members = {member.name: Member(folder, member, own, code) for member in self.description.members}
         self.lead = self.members[last_stage(self.description.recipe)]
         self.codes = self._read_codes()
+        if verify:
+            self.check_members()
+
+    def check_members(self) -> None:
+        """Refuse what ``bundle.json`` says of the members and nnU-Net's own files do not.
+
+        Raises:
+            BundleError: a member has another dataset or other plans, or the recipe contradicts the members; see
+                :func:`~.agreement.check_recipe`.
+        """
+        members = {name: _trained(member) for name, member in self.members.items()}
+        check_recipe(self.description.recipe, members)
 
     def _read_codes(self) -> Codes:
         if SEGMENTS_FILE not in self.description.files:
@@ -147,6 +161,36 @@ class ModelBundle:
                 if name not in self.description.files:
                     msg = f"{name} has no sha256 in {BUNDLE_FILE}: it is damaged; make the archive again"
                     raise BundleError(msg)
+
+
+def _trained(member: Member) -> Trained:
+    """A member, as far as others must agree with it.
+
+    Raises:
+        BundleError: its plans are not those that ``bundle.json`` says, or cannot be read.
+    """
+    said = member.description
+    try:
+        has = {"dataset": member.plans.dataset_name, "plans": member.plans.plans_name}
+        trained = Trained(
+            member.name,
+            member.plans,
+            member.dataset,
+            said.configuration,
+            said.trainer,
+            member.folds,
+            member.input_orientation,
+        )
+    except BundleError:
+        raise
+    except Exception as error:
+        msg = f"{member.name}: {PLANS_FILE} and dataset.json cannot be read: {type(error).__name__} {error}"
+        raise BundleError(msg) from error
+    for what, name in has.items():
+        if name != (wrong := getattr(said, what)):
+            msg = f"{BUNDLE_FILE} says that {said.name} has the {what} {wrong}, its {PLANS_FILE} says {name}"
+            raise BundleError(msg)
+    return trained
 
 
 def _check_digest(name: str, actual: str, expected: str | None) -> None:

@@ -2,8 +2,8 @@
 
 A *single* member is preprocessed and predicted. A *cascade* does that with its first stage, makes labels of the logits,
 and gives them to its last stage as another input. An *ensemble* does all that for each of its models, one after the
-other; the mean is made afterwards, by the export. The case holds one reservation all the time. A member that a recipe
-names twice, as the first stage of a cascade beside it, is predicted once.
+other; the mean is made afterwards, by the export. The case holds one reservation all the time, which is amended where
+the price was a guess. A member that a recipe names twice, as the first stage of a cascade beside it, is predicted once.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class CaseInHand:
         return member if len(self.asked.prices) > 1 else None
 
     def _price_again(self, name: str, case: PreprocessedCase) -> None:
-        """Refuse by the grid that there is what could not be refused by a guess: the member, or the whole case."""
+        """By the grid that there is, refuse what no guess could refuse, and charge what was charged by a guess."""
         geometry, old, images = self.asked.geometry, self._known[name], self.bundle.lead.channels
         _, first, second, third = case.data.shape
         grid = (first, second, third)
@@ -189,7 +189,9 @@ class CaseInHand:
         self._recount(true.patches - old.patches, true.passes - old.passes)
         self._known[name] = true
         whole = whole_price(self.bundle, self._known, geometry, images, self.options, self.asked.making)
-        affordable_case(self._known, whole, self.limits, geometry)
+        whole = affordable_case(self._known, whole, self.limits, geometry)
+        with self.record.clock.stage(Stage.QUEUE):
+            self.reserved.amend(whole)
 
     def _recount(self, patches: int, passes: int) -> None:
         """Note so many more than were expected."""

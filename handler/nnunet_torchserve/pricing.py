@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
 from .bundle import ModelBundle
 from .cases import SAFETY, Price, Settings, affordable, export_bytes, price
 from .export import postprocessing
@@ -142,6 +144,8 @@ def mean_in_blocks(bundle: ModelBundle) -> bool:
         arguments = spline_arguments(member.configuration.resampling_fn_probabilities)
         known = arguments is not None and arguments.order == 1
         is_default = not member.labels.has_regions and not member.has_own_export
+        # somebody's own may crop where nnU-Net's does not
+        is_default = is_default and member.configuration.preprocessor_class is DefaultPreprocessor
         return known and is_default and member.plans.transpose_forward == bundle.lead.plans.transpose_forward
 
     return all(in_blocks(member) for member in members)

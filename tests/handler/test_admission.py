@@ -166,6 +166,74 @@ def test_a_full_queue_refuses_nobody_who_would_not_wait() -> None:
     assert not admission.ask(Claim(2, 1, 1))
 
 
+@given(
+    st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=12), st.lists(st.integers(0, 11), min_size=60, max_size=60)
+)
+def test_cases_that_take_more_than_was_guessed_never_wait_for_each_other(
+    cases: list[tuple[tuple[int, int], tuple[int, int]]], choices: list[int]
+) -> None:
+    """Whatever was guessed, each is charged for what it takes before it goes on, or refused; none waits for ever."""
+    admission = Admission(replace(BUDGET, waiting=len(cases)))
+    for number, (guess, _) in enumerate(cases):
+        assert admission.ask(Claim(number, *guess))
+    guessed: set[int] = set()
+    known: set[int] = set()
+    ended: list[int] = []
+    for choice in choices:
+        for number in admission.grant():
+            (known if number in guessed else guessed).add(number)
+        assert admission.charged_bytes <= BUDGET.bytes
+        assert admission.charged_passes <= BUDGET.passes
+        preprocessed = sorted(number for number in guessed - known if not admission.is_growing(number))
+        stuck = admission.stuck()
+        if preprocessed:
+            number = preprocessed[choice % len(preprocessed)]
+            admission.amend(Claim(number, *cases[number][1]))
+            continue
+        if stuck is not None:
+            assert not known, "somebody will end, and leave room"
+            assert stuck == max(guessed)
+            admission.give_up(stuck)
+        elif not known:
+            break
+        number = sorted(known)[choice % len(known)] if stuck is None else stuck
+        assert (
+            stuck is not None
+            or (admission._charged[number].bytes, admission._charged[number].passes) == cases[number][1]
+        )
+        admission.release(number)
+        guessed.discard(number)
+        known.discard(number)
+        ended.append(number)
+    assert sorted(ended) == list(range(len(cases)))
+    assert (admission.charged, admission.waiting, admission.growing) == (0, 0, 0)
+
+
+def test_nobody_new_is_charged_before_a_case_that_waits_for_more() -> None:
+    admission = Admission(BUDGET)
+    for number in (0, 1):
+        assert admission.ask(Claim(number, 40, 1))
+    assert admission.grant() == [0, 1]
+    admission.amend(Claim(0, 70, 1))
+    assert admission.ask(Claim(2, 5, 1))
+    assert admission.grant() == []
+    assert (admission.waiting_bytes, admission.first_waiting_bytes) == (35, 30)
+    assert admission.stuck() is None
+    admission.release(1)
+    assert admission.grant() == [0, 2]
+    assert admission.charged_bytes == 75
+
+
+def test_a_case_that_takes_less_than_was_guessed_gives_the_rest_back_at_once() -> None:
+    admission = Admission(BUDGET, elsewhere=50)
+    assert admission.ask(Claim(0, 100, 1))
+    assert admission.grant() == [0]
+    assert admission.ask(Claim(1, 60, 1))
+    admission.amend(Claim(0, 30, 1))
+    assert admission.grant() == [0, 1]
+    assert admission.charged_bytes == 90
+
+
 # -- the ledger of several engines ------------------------------------------------------------------------------------
 
 
@@ -244,3 +312,55 @@ def test_waiting_ends_with_the_deadline(engine: LocalEngine) -> None:
         with pytest.raises(Deadline), engine.reserve(price(100), time.monotonic() + 0.1):
             pass
         assert engine._admission.waiting == 0
+
+
+def test_a_case_that_takes_more_than_was_guessed_waits_for_the_rest(engine: LocalEngine) -> None:
+    asked, done = threading.Event(), threading.Event()
+
+    def grow() -> None:
+        with engine.reserve(price(50), None) as reserved:
+            asked.set()
+            reserved.amend(price(80))
+            assert engine._admission.charged_bytes == 80
+            done.set()
+
+    with engine.reserve(price(40), None) as first:
+        second = threading.Thread(target=grow)
+        second.start()
+        assert asked.wait(120)
+        assert not done.wait(0.2)
+        assert engine._admission.charged_bytes == 90
+        with pytest.raises(OutOfMemory):
+            first.amend(price(101))
+    second.join(120)
+    assert done.is_set()
+    assert engine._admission.charged == 0
+
+
+def test_of_cases_that_wait_for_each_other_the_latest_is_refused(engine: LocalEngine) -> None:
+    entered, ended = threading.Barrier(2, timeout=120), []
+
+    def grow(number: int) -> None:
+        with engine.reserve(price(40), None) as reserved:
+            entered.wait()
+            try:
+                reserved.amend(price(70))
+                ended.append((number, "charged"))
+            except Busy as busy:
+                ended.append((number, f"refused, {busy.retry_after_s}"))
+
+    both = [threading.Thread(target=grow, args=(number,)) for number in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(120)
+    assert sorted(outcome for _, outcome in ended) == ["charged", "refused, 1"]
+    assert (engine._admission.charged, engine._admission.growing) == (0, 0)
+
+
+def test_waiting_for_more_ends_with_the_deadline(engine: LocalEngine) -> None:
+    with engine.reserve(price(50), None):
+        until = time.monotonic() + 0.1
+        with pytest.raises(Deadline), engine.reserve(price(50), until) as reserved:
+            reserved.amend(price(60))
+        assert (engine._admission.charged, engine._admission.growing) == (1, 0)

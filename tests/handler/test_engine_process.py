@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import shutil
@@ -23,10 +24,12 @@ import torch
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import channel, folder, remote, starter, switchboard
+from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
-from nnunet_torchserve.errors import BundleError, Busy, CaseFailed, Deadline, NoEngine
+from nnunet_torchserve.errors import BundleError, Busy, CaseFailed, Deadline, NoEngine, OutOfMemory
+from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Priority
 from support import warm
 from support.chaos import PATIENCE_S, shared_memory
@@ -121,6 +124,102 @@ class Workers:
         for thread in self._threads:
             thread.join(600)
         assert not any(thread.is_alive() for thread in self._threads)
+
+
+def charged_bytes(runtime: Path) -> int:
+    """What the one engine of a runtime directory has charged all cases for."""
+    [ledger] = runtime.glob("*/holds-host")
+    return int(ledger.read_text().split()[0])
+
+
+def costing(share: float) -> Price:
+    """A case that takes so much of all memory for cases."""
+    size = int(Limits().memory_bytes * share)
+    return Price(grid=(1, 1, 1), patches=1, passes=1, bytes=size, preprocess_s=0, export_s=0)
+
+
+def test_a_case_that_takes_more_than_was_guessed_is_charged_for_it(
+    bundle: ModelBundle, one_engine: Path, connect: Connect
+) -> None:
+    """What it was charged for stays, the rest is waited for before anybody new, and an end of another gives it."""
+    first, second = connect(bundle), connect(bundle)
+    asked, got = threading.Event(), threading.Event()
+
+    def grow() -> None:
+        with second.reserve(costing(0.3), None) as reserved:
+            asked.set()
+            reserved.amend(costing(0.8))
+            assert charged_bytes(one_engine) == costing(0.8).bytes
+            expected = second.predict(volume(24, 1), PLAIN).logits
+            assert torch.equal(expected, LocalEngine(bundle, CPU).predict(volume(24, 1), PLAIN).logits)
+            got.set()
+
+    with first.reserve(costing(0.2), None) as reserved:
+        reserved.amend(costing(0.5))
+        assert charged_bytes(one_engine) == costing(0.5).bytes
+        with pytest.raises(OutOfMemory, match=r"more memory .* than the engine has"):
+            reserved.amend(costing(1.1))
+        other = threading.Thread(target=grow)
+        other.start()
+        assert asked.wait(PATIENCE_S)
+        assert not got.wait(0.3)
+        assert charged_bytes(one_engine) == costing(0.5).bytes + costing(0.3).bytes
+    other.join(PATIENCE_S)
+    assert got.is_set()
+    assert wait_until(lambda: charged_bytes(one_engine) == 0, PATIENCE_S)
+
+
+def test_of_cases_that_wait_for_each_others_memory_one_is_refused(
+    bundle: ModelBundle, one_engine: Path, connect: Connect
+) -> None:
+    together, ended = threading.Barrier(2, timeout=PATIENCE_S), []
+
+    def grow(engine: RemoteEngine) -> None:
+        with engine.reserve(costing(0.4), None) as reserved:
+            together.wait()
+            try:
+                reserved.amend(costing(0.7))
+                ended.append("charged")
+            except Busy as busy:
+                ended.append("refused for a while" if busy.retry_after_s else "refused")
+        with engine.reserve(costing(0.7), None):  # whoever was refused is none the worse for it
+            ended.append("charged later")
+
+    workers = [threading.Thread(target=grow, args=(connect(bundle),)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(PATIENCE_S)
+    assert sorted(ended) == ["charged", "charged later", "charged later", "refused for a while"]
+    assert wait_until(lambda: charged_bytes(one_engine) == 0, PATIENCE_S)
+
+
+def test_a_case_that_needs_more_memory_waits_a_moment_for_other_engines(
+    bundle: ModelBundle, one_engine: Path, connect: Connect
+) -> None:
+    """They hear of it and give up what they keep; one that does not is not waited for any longer."""
+    neighbour, wanted = one_engine / "neighbour", costing(0.7).bytes - costing(0.4).bytes
+    neighbour.mkdir()
+    engine, granted = connect(bundle), []
+    with (neighbour / folder.ALIVE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        ledger = Ledger(neighbour, "host")
+        ledger.hold(0, kept=costing(0.5).bytes)
+
+        def give_up() -> None:
+            granted.append(wait_until(lambda: ledger.wanted_elsewhere() == wanted, PATIENCE_S))
+            ledger.hold(0)
+
+        with engine.reserve(costing(0.4), None) as reserved:
+            other = threading.Thread(target=give_up)
+            other.start()
+            reserved.amend(costing(0.7))
+            other.join(PATIENCE_S)
+            ledger.hold(costing(0.3).bytes)
+            with pytest.raises(Busy):
+                reserved.amend(costing(0.8))
+    shutil.rmtree(neighbour)
+    assert granted == [True]
 
 
 def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -344,10 +344,14 @@ def test_what_is_not_resampled_is_neither_too_thin_nor_too_large(tmp_path: Path)
     np.testing.assert_array_equal(labels_of(served, huge), stock.predict(model, [file], probabilities=False).labels)
 
 
+GROWTH = [1, 2]
+"""By which somebody's own function makes an image larger: a fraction."""
+
+
 def half_the_grid(data: Any, new_shape: Any, current_spacing: Any, new_spacing: Any) -> Any:
     """Somebody's own function: to half of an image that is large, and back to what is asked for."""
     large = data.shape[1] > 20
-    shape = [n // 2 for n in data.shape[1:]] if large else new_shape
+    shape = [n * GROWTH[0] // GROWTH[1] for n in data.shape[1:]] if large else new_shape
     return resample_torch.resample_torch_simple(data, shape)
 
 
@@ -361,6 +365,28 @@ def test_no_guess_about_an_unknown_function_refuses_anything(tmp_path: Path, mon
     few = Pipeline(served.bundle, served.engine, Limits(grid_voxels=1000), 600.0)
     refused = json.loads(few.answer(Request({"image": body}, {})).body)
     assert (refused["code"], refused["detail"].split(" voxels")[0].split()[-1]) == ("too_large", str(18 * 20 * 22))
+    assert charged(served, body, monkeypatch) < charged(served, body, monkeypatch, [1, 1])
+    assert charged(served, body, monkeypatch, [3, 2]) > charged(served, body, monkeypatch, [1, 1])
+
+
+def charged(served: Pipeline, body: bytes, monkeypatch: pytest.MonkeyPatch, growth: Sequence[int] = (1, 2)) -> int:
+    """Bytes that a case is charged for while it is predicted; what its header tells is the same each time."""
+    seen = []
+    engine = served.engine
+    assert isinstance(engine, LocalEngine)
+    with monkeypatch.context() as watched:
+        watched.setitem(globals(), "GROWTH", list(growth))
+        predict = engine.predict
+
+        def watching(*arguments: Any) -> Any:
+            seen.append(engine._admission.charged_bytes)
+            return predict(*arguments)
+
+        watched.setattr(engine, "predict", watching)
+        assert served.answer(Request({"image": body}, {})).status is HTTPStatus.OK
+    assert engine._admission.charged == 0
+    [size] = seen
+    return int(size)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.previous_stage import labels_of
+from nnunet_torchserve.pricing import mean_in_blocks
 from nnunet_torchserve.request import Request
 from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
 from nnunet_torchserve_tools.cli import app
@@ -385,6 +386,19 @@ def test_a_preprocessor_is_called_as_stock_calls_it(tmp_path: Path) -> None:
     with in_nnunetv2(file, **places):
         expected = stock_of_file(model, tmp_path)
     np.testing.assert_array_equal(ask(served(model, tmp_path, file))["labels"], expected)
+
+
+def test_an_ensemble_with_a_preprocessor_that_crops_its_own_way_is_charged_for_whole_probabilities(
+    tmp_path: Path,
+) -> None:
+    """It crops no empty rim, as nothing is 0 any more: the mean is then not made in blocks, nor is that the price."""
+    file = written(tmp_path / "own", OWN_STEPS)
+    noisy = OddModel(2, change_plans=changed(preprocessor_name="NoisyPreprocessor"), plans_name="others").write(
+        tmp_path
+    )
+    both = served(OddModel(2).write(tmp_path), tmp_path, file, others=(noisy,))
+    assert ask(both, save_probabilities=True)["probabilities"].shape[0] == both.bundle.lead.classes
+    assert not mean_in_blocks(both.bundle)
 
 
 def stock_of_file(model: Path, folder: Path) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """Trained models become the members of one archive, and the recipe that makes one answer of them.
 
-What cannot be combined is refused here, by name: a first stage that is not the one of the plans, models whose labels,
-channels or readers are not the same.
+What cannot be combined is refused, by name: a first stage that is not the one of the plans, models whose labels,
+channels or readers are not the same (:mod:`nnunet_torchserve.agreement`, which whoever loads an archive asks too).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from nnunet_torchserve.agreement import check_recipe, why_no_first_stage
+from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.options import FoldName
-from nnunet_torchserve.painting import integers
 from nnunet_torchserve.recipe import Cascade, Ensemble, Recipe, Single, last_stage
 
 from .errors import ModelWarning, ToolError, UsageError
@@ -71,10 +71,14 @@ def compose(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]
     if len(set(folders)) != len(folders):
         msg = "an ensemble is of different models: a folder is named twice"
         raise UsageError(msg)
+    try:
+        return _composed(models, first_stages)
+    except BundleError as error:
+        raise ToolError(str(error)) from error
+
+
+def _composed(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]) -> Composition:
     first_of = _first_of(models, first_stages)
-    for other in models[1:]:
-        _check_same(models[0], other)
-    _warn_of_folds(models)
     everybody = _with_first_stages(models, first_of)
     names = _names(everybody)
 
@@ -89,11 +93,14 @@ def compose(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]
 
     recipes = [stage(model) for model in models]
     recipe = recipes[0] if len(recipes) == 1 else Ensemble(of=tuple(recipes))
-    return Composition({names[model.folder.resolve()]: model for model in everybody}, recipe)
+    members = {names[model.folder.resolve()]: model for model in everybody}
+    check_recipe(recipe, {name: model.trained() for name, model in members.items()})
+    _warn_of_folds(models)
+    return Composition(members, recipe)
 
 
 def _is_cascade(model: TrainedModel) -> bool:
-    return model.settings().previous_stage_name is not None
+    return model.trained().previous_stage is not None
 
 
 def _first_of(models: Sequence[TrainedModel], first_stages: Sequence[TrainedModel]) -> dict[Path, TrainedModel]:
@@ -113,7 +120,7 @@ def _first_of(models: Sequence[TrainedModel], first_stages: Sequence[TrainedMode
         raise UsageError(msg)
     found: dict[Path, TrainedModel] = {}
     for cascade in cascades:
-        reasons = [_unfit(first, cascade) for first in first_stages]
+        reasons = [why_no_first_stage(first.trained(), cascade.trained()) for first in first_stages]
         if None not in reasons:
             raise ToolError("; ".join(reason for reason in reasons if reason))
         found[cascade.folder.resolve()] = first_stages[reasons.index(None)]
@@ -150,38 +157,6 @@ def _names(models: Sequence[TrainedModel]) -> dict[Path, str]:
     return {model.folder.resolve(): name for model, name in zip(models, names, strict=True)}
 
 
-def _unfit(first: TrainedModel, last: TrainedModel) -> str | None:
-    """A cascade's stages are of one training: the plans name the first, and it has the same folds. Else why not."""
-    wanted = last.settings().previous_stage_name
-    pairs: dict[str, tuple[object, object]] = {
-        "configuration": (first.configuration, wanted),
-        "trainer": (first.trainer, last.trainer),
-        "plans": (first.plans_name, last.plans_name),
-        "dataset": (first.dataset_name, last.dataset_name),
-        "folds": (sorted(map(str, first.folds)), sorted(map(str, last.folds))),
-        "labels": (_labels(first), _labels(last)),
-    }
-    for what, (has, needs) in pairs.items():
-        if has != needs:
-            return f"{first.folder} is no first stage of {last.folder}: it has the {what} {has}, not {needs}"
-    return None
-
-
-def _check_same(one: TrainedModel, other: TrainedModel) -> None:
-    """An ensemble's members answer the same question about the same images."""
-    pairs: dict[str, tuple[object, object]] = {
-        "labels": (_labels(one), _labels(other)),
-        "regions_class_order": (_order(one), _order(other)),
-        "channels": (_channels(one), _channels(other)),
-        "image reader": (one.plans["image_reader_writer"], other.plans["image_reader_writer"]),
-        "label manager": (one.manager().label_manager_class, other.manager().label_manager_class),
-    }
-    for what, (first, second) in pairs.items():
-        if first != second:
-            msg = f"{one.folder} and {other.folder} are no ensemble: their {what} differ, {first} and {second}"
-            raise ToolError(msg)
-
-
 def _warn_of_folds(models: Sequence[TrainedModel]) -> None:
     """Each model is the mean of its own folds: one that lacks some is easily forgotten."""
     if len({frozenset(model.folds) for model in models}) < 2:  # noqa: PLR2004
@@ -192,26 +167,7 @@ def _warn_of_folds(models: Sequence[TrainedModel]) -> None:
         f"the models of the ensemble have different folds, and each model counts as one: {told}. Choose folds that all "
         "of them have with --folds, or train the others."
     )
-    warnings.warn(msg, ModelWarning, stacklevel=4)
-
-
-def _labels(model: TrainedModel) -> list[tuple[str, tuple[int, ...]]]:
-    try:
-        return [(str(name), tuple(integers(label))) for name, label in model.dataset["labels"].items()]
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        msg = f"{model.folder}: dataset.json: labels cannot be read: {error}"
-        raise ToolError(msg) from error
-
-
-def _order(model: TrainedModel) -> list[int] | None:
-    order: Any = model.dataset.get("regions_class_order")
-    has_regions = model.manager().get_label_manager(model.dataset).has_regions
-    return [int(value) for value in order or ()] if has_regions else None
-
-
-def _channels(model: TrainedModel) -> list[str]:
-    names: Any = model.dataset.get("modality") or model.dataset.get("channel_names") or {}
-    return [str(name) for name in (names.values() if isinstance(names, Mapping) else names)]
+    warnings.warn(msg, ModelWarning, stacklevel=5)
 
 
 def _spoken(models: Sequence[TrainedModel]) -> str:

@@ -91,6 +91,7 @@ def _described(archive: zipfile.ZipFile, folder: Path) -> ModelBundle:
                 msg = f"{inside} is not what the archive was made with: it is damaged"
                 raise BundleError(msg)
             (member.folder / name).write_bytes(content)
+    bundle.check_members()
     return bundle
 
 
@@ -191,7 +192,8 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         guess = " (a guess: the plan's own function decides)" if case["is_guess"] else ""
         memory = case["memory_bytes"] / _MIB
         yield f"  a case of {_times(case['shape'])} voxels (x, y, z) of {_times(case['spacing'])} mm{guess}:"
-        yield f"    {case['forward_passes']} forward passes, at most {memory:.0f} MiB in worker and engine"
+        most = "about" if case["is_guess"] else "at most"
+        yield f"    {case['forward_passes']} forward passes, {most} {memory:.0f} MiB in worker and engine"
 
 
 def _code_lines(code: Mapping[str, Any] | None) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from safetensors.torch import save_file
 
+from nnunet_torchserve.agreement import Trained
 from nnunet_torchserve.member import (
     ALIASES_KEY,
     DATASET_FILE,
@@ -88,6 +89,10 @@ class TrainedModel:
     def settings(self) -> ConfigurationManager:
         """nnU-Net's view of the configuration."""
         return self.manager().get_configuration(self.configuration)
+
+    def trained(self) -> Trained:
+        """As far as others must agree with it."""
+        return Trained(str(self.folder), self.manager(), self.dataset, self.configuration, self.trainer, self.folds)
 
     def of_folds(self, folds: tuple[FoldName, ...]) -> TrainedModel:
         """The same with some of its folds."""

@@ -4,6 +4,10 @@ A case is charged from the moment that its header is priced until the last byte 
 export take as much memory as the network. Cases wait in the order in which they came, and none overtakes: a large
 case would otherwise never find room under a stream of small ones. Only interactive cases overtake batch ones, and the
 batch case that has waited for longest no more than a few times.
+
+What a case takes may have been a guess, until it was preprocessed. If it takes more, it holds what it was charged for
+and waits for the rest before all who hold nothing yet. Cases that only wait for each other would wait for ever: one of
+them is refused (:meth:`Admission.stuck`).
 """
 
 from __future__ import annotations
@@ -121,6 +125,9 @@ class Admission:
     elsewhere: int = 0
     _charged: dict[int, Claim] = field(default_factory=dict)
     _waiting: dict[int, Claim] = field(default_factory=dict)
+    _amended: dict[int, Claim] = field(default_factory=dict)
+    """Charged claims that turned out to be others, as they are to be charged."""
+
     _overtaken: int = 0
     """How often the batch claim that waits for longest was overtaken."""
 
@@ -148,9 +155,22 @@ class Admission:
         return sum(1 for _ in takewhile(lambda other: other.number != number, self._in_turn()))
 
     @property
+    def growing(self) -> int:
+        """Charged claims that wait for more."""
+        return len(self._amended)
+
+    def is_growing(self, number: int) -> bool:
+        """Whether a charged claim waits for more."""
+        return number in self._amended
+
+    @property
     def waiting_bytes(self) -> int:
-        """Bytes of the claims that wait."""
-        return sum(claim.bytes for claim in self._waiting.values())
+        """Bytes of the claims that wait, and those that charged ones wait for."""
+        return sum(claim.bytes for claim in self._waiting.values()) + self._growth_bytes
+
+    @property
+    def _growth_bytes(self) -> int:
+        return sum(max(0, claim.bytes - self._charged[number].bytes) for number, claim in self._amended.items())
 
     @property
     def charged_passes(self) -> int:
@@ -159,8 +179,8 @@ class Admission:
 
     @property
     def first_waiting_bytes(self) -> int:
-        """Bytes of the claim whose turn is next."""
-        return next((claim.bytes for claim in self._in_turn()), 0)
+        """Bytes of the claim whose turn is next; charged ones that wait for more have it together."""
+        return self._growth_bytes or next((claim.bytes for claim in self._in_turn()), 0)
 
     def busy_message(self) -> str:
         """Why a claim was refused."""
@@ -175,13 +195,32 @@ class Admission:
         self._waiting[claim.number] = claim
         return True
 
+    def stuck_message(self) -> str:
+        """Why a claim that was charged is refused after all."""
+        return "this case needs more memory than its header told, and all of it is taken; try again later"
+
+    def amend(self, claim: Claim) -> None:
+        """A charged claim turned out to be another; :meth:`grant` charges that as soon as it fits."""
+        self._amended[claim.number] = claim
+
+    def stuck(self) -> int | None:
+        """The latest of the claims that wait for more, if every charged one does: none of them will end by itself."""
+        return max(self._amended) if self._amended and self._amended.keys() == self._charged.keys() else None
+
+    def give_up(self, number: int) -> None:
+        """A charged claim waits for no more, and stays as it was charged until it is released."""
+        self._amended.pop(number, None)
+
     def enter(self, claim: Claim) -> None:
         """Queue a claim that was taken in before, however many wait, where its number places it."""
         self._waiting = dict(sorted([*self._waiting.items(), (claim.number, claim)]))
 
     def grant(self) -> list[int]:
-        """Charge whatever may be charged now; the numbers of those claims."""
+        """Charge whatever may be charged now, amended claims first; the numbers of those claims."""
         granted: list[int] = []
+        while grown := self._amendable(self.elsewhere):
+            self._charged[grown.number] = self._amended.pop(grown.number)
+            granted.append(grown.number)
         while claims := self._admissible(self.elsewhere):  # one by one: each may be the last that overtakes
             claim = claims[0]
             first = self._first_batch()
@@ -192,9 +231,13 @@ class Admission:
             granted.append(claim.number)
         return granted
 
+    def could_grow(self, elsewhere: int) -> bool:
+        """Whether a charged claim that waits for more could have it if only ``elsewhere`` bytes were held elsewhere."""
+        return self._amendable(elsewhere) is not None
+
     def could_grant(self, elsewhere: int) -> bool:
         """Whether a claim that waits could be charged if only ``elsewhere`` bytes were held elsewhere."""
-        return bool(self._admissible(elsewhere))
+        return self.could_grow(elsewhere) or bool(self._admissible(elsewhere))
 
     def release(self, number: int) -> None:
         """Forget a claim, whether it waits or is charged."""
@@ -203,6 +246,7 @@ class Admission:
             self._overtaken = 0
         self._waiting.pop(number, None)
         self._charged.pop(number, None)
+        self._amended.pop(number, None)
 
     def would_fit(self, claim: Claim, elsewhere: int) -> bool:
         """Whether a claim could be charged, after those that wait, if only ``elsewhere`` bytes were held elsewhere."""
@@ -215,4 +259,15 @@ class Admission:
         return in_turn([*self._waiting.values(), *more], self._overtaken)
 
     def _admissible(self, elsewhere: int, *more: Claim) -> list[Claim]:
-        return admissible(self._in_turn(*more), self._charged.values(), self.budget.beside(elsewhere))
+        taken = [self._amended.get(number, claim) for number, claim in self._charged.items()]
+        return admissible(self._in_turn(*more), taken, self.budget.beside(elsewhere))
+
+    def _amendable(self, elsewhere: int) -> Claim | None:
+        """The first amended claim that fits, or takes no more than it has."""
+        for number, claim in sorted(self._amended.items()):
+            before = self._charged[number]
+            others = [other for other in self._charged.values() if other.number != number]
+            is_less = claim.bytes <= before.bytes and claim.passes <= before.passes
+            if is_less or admissible([claim], others, self.budget.beside(elsewhere)):
+                return claim
+        return None

@@ -28,7 +28,7 @@ from ..errors import ServingError
 from ..member import MemberName
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
-PROTOCOL = 8
+PROTOCOL = 9
 MAX_MESSAGE_BYTES = 16 * 1024
 HEARTBEAT_S = 1.0
 PROGRESS_S = 0.5
@@ -123,6 +123,17 @@ class Granted(_Message):
 
     kind: Literal["granted"] = "granted"
     case_id: int
+
+
+class Amend(_Message):
+    """Worker → engine, with a granted case that is not being predicted: what it takes is known now, and this.
+
+    Answered with granted, or failed.
+    """
+
+    kind: Literal["amend"] = "amend"
+    bytes: Annotated[int, Field(ge=0)]
+    passes: Annotated[int, Field(ge=0)]
 
 
 class Recall(_Message):
@@ -268,7 +279,7 @@ class Failed(_Message):
 
 Message = (
     (Hello | Refused | Heartbeat)
-    | (Reserve | Queued | Granted | Answered)
+    | (Reserve | Queued | Granted | Answered | Amend)
     | (Submit | Progress | Done | Failed)
     | (Recall | Recalled)
     | (Offer | Wanted | Release)

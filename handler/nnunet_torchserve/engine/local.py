@@ -94,17 +94,38 @@ class LocalEngine:
                 while not self._admission.is_charged(claim.number):
                     if watcher is not None:
                         watcher.queued(self._admission.ahead_of(claim.number))
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        msg = "the time for this request ran out while it waited for memory"
-                        raise Deadline(msg)
-                    self._room.wait(left)
-            yield Reservation(time.monotonic() - began)
+                    self._wait_for_room(deadline)
+            yield Reservation(time.monotonic() - began, amend=lambda known: self._amend(claim, known, deadline))
         finally:
             with self._room:
                 self._admission.release(claim.number)
                 self._admission.grant()
                 self._room.notify_all()
+
+    def _amend(self, claim: Claim, price: Price, deadline: float | None) -> None:
+        """See :class:`~.prediction.Reservation`."""
+        amended = replace(claim, bytes=price.bytes, passes=price.passes)
+        if amended.exceeds(self._admission.budget) and not claim.guaranteed:
+            raise OutOfMemory(NEVER_FITS)
+        with self._room:
+            self._admission.amend(amended)
+            self._admission.grant()
+            self._room.notify_all()
+            try:
+                while self._admission.is_growing(claim.number):
+                    if self._admission.stuck() == claim.number:
+                        raise Busy(self._admission.stuck_message(), 1)
+                    self._wait_for_room(deadline)
+            finally:
+                self._admission.give_up(claim.number)
+
+    def _wait_for_room(self, deadline: float | None) -> None:
+        """Until something was released, or the time has run out."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            msg = "the time for this request ran out while it waited for memory"
+            raise Deadline(msg)
+        self._room.wait(left)
 
     def predict(
         self,

@@ -78,12 +78,15 @@ class Reservation:
     Attributes:
         waited_s: seconds that it took.
         answer: spares everything; nothing is held then.
+        amend: says what the case takes, where that was a guess; waits until it is charged so. Raises what
+            :meth:`Engine.reserve` raises, and :class:`~.errors.Busy` if it waits for cases that wait themselves.
         recall: gives the volume that was kept under a key, which spares decoding and preprocessing, if it is there.
         share: takes the answer and a note, for equal cases that wait for it.
     """
 
     waited_s: float
     answer: SharedAnswer | None = None
+    amend: Callable[[Price], None] = lambda _price: None
     recall: Callable[[str], KeptVolume | None] = lambda _key: None
     share: Callable[[bytes, str], None] = lambda _body, _note: None
 

@@ -161,6 +161,7 @@ class RemoteEngine:
                 reservation = self._survive(lambda: self._reserved(deadline, watcher))
                 self._claim = self._claim.model_copy(update={"guaranteed": True})  # from here on it holds its memory
                 reservation.waited_s = time.monotonic() - began
+                reservation.amend = lambda known: self._amend(known, deadline)
                 yield reservation
             finally:
                 self._claim = _UNCLAIMED
@@ -306,6 +307,25 @@ class RemoteEngine:
             if isinstance(message, channel.Failed):
                 link.in_use = False
                 self._raise(message)
+
+    def _amend(self, price: Price, deadline: float | None) -> None:
+        """See :class:`~.prediction.Reservation`; another engine charges what the case was charged for before."""
+
+        def ask() -> None:
+            self._reserved(deadline, None)
+            link = self._connected(deadline)
+            self._send(link, channel.Amend(bytes=price.bytes, passes=price.passes))
+            while True:
+                message, _ = self._next_message(link, deadline)
+                if isinstance(message, channel.Granted):
+                    link.in_use = False
+                    return
+                if isinstance(message, channel.Failed):
+                    link.in_use = False
+                    self._raise(message)
+
+        self._survive(ask)
+        self._claim = self._claim.model_copy(update={"bytes": price.bytes, "passes": price.passes})
 
     def _release(self) -> None:
         link = self._link

@@ -2,8 +2,9 @@
 
 A case. The worker reserves what the case will take (:mod:`.admission`), decodes and preprocesses it, submits it, gets
 its logits, exports them, and releases. Whatever ends the connection releases too. Before it preprocesses, it may recall
-a volume that an earlier case left (:mod:`.cache`). A case of several members is preprocessed and submitted for one
-after the other. In place of the grant may come the answer of an equal case (:mod:`.flights`).
+a volume that an earlier case left (:mod:`.cache`). Before it submits, it may amend what it has reserved, if that was a
+guess. A case of several members is preprocessed and submitted for one after the other. In place of the grant may come
+the answer of an equal case (:mod:`.flights`).
 
 Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
 thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from ..backend import Backend
@@ -40,6 +42,7 @@ from .cache import Kept, VolumeCache
 from .channel import (
     HEARTBEAT_S,
     PROGRESS_S,
+    Amend,
     Answered,
     EngineSettings,
     Failed,
@@ -82,6 +85,10 @@ _ROLL_CALL_S = 600.0
 
 _LOOK_AGAIN_S = 0.1
 """While cases wait: another engine may have released memory."""
+
+_STUCK_S = 3.0
+"""For which cases that all need more memory than they have wait for that of other engines. These keep volumes that they
+give up when they hear of it, at their next heartbeat; or have cases that end; or such as wait for ours."""
 
 _LONGEST_RETRY_S = 600
 _FLOAT32_BYTES = 4
@@ -137,7 +144,7 @@ class Switchboard:
         self._workers_before, self._roll_call_until = workers_of(folder), time.monotonic() + _ROLL_CALL_S
         self._host = Ledger(folder, "host")
         self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
-        self._waits_since = math.inf
+        self._waits_since = self._stuck_since = math.inf
         self._compute = compute
         self._busy_limit_s = limit_s
         self._tally = tally
@@ -165,14 +172,18 @@ class Switchboard:
 
     def _serve_until(self, next_beat: float) -> None:
         """Wait for messages, at most until the next heartbeat; cases that wait for memory are looked at more often."""
-        pause = _LOOK_AGAIN_S if self._admission.waiting else max(0.0, next_beat - time.monotonic())
+        pause = _LOOK_AGAIN_S if self._is_waited_for() else max(0.0, next_beat - time.monotonic())
         for key, _ in self._selector.select(pause):
             if key.fileobj is self._listener:
                 self._accept()
             elif key.fd in self._connections:
                 self._serve(self._connections[key.fd])
-        if self._admission.waiting:
+        if self._is_waited_for():
             self._grant()
+
+    def _is_waited_for(self) -> bool:
+        """Whether a case waits for memory, or for more of it."""
+        return self._admission.waiting > 0 or self._admission.growing > 0
 
     def _accept(self) -> None:
         try:
@@ -237,6 +248,9 @@ class Switchboard:
         """Obey a message that came alone."""
         if isinstance(message, Reserve) and connection.state is State.IDLE:
             self._reserve(connection, message)
+        elif isinstance(message, Amend) and _has_a_turn(connection):
+            connection.expect()
+            self._amend(connection, message)
         elif isinstance(message, Recall) and _has_a_turn(connection):
             connection.expect()
             self._recall(connection, message.key)
@@ -271,6 +285,17 @@ class Switchboard:
                 self._beat([connection])
         else:
             self._ask(connection)
+
+    def _amend(self, connection: Connection, message: Amend) -> None:
+        """Charge a case for what it takes after all."""
+        claim = replace(connection.claim, bytes=message.bytes, passes=message.passes)
+        if claim.exceeds(self._admission.budget) and not claim.guaranteed:
+            connection.answer(Failed.of(OutOfMemory(NEVER_FITS)))
+            return
+        ahead = connection.passes_ahead + claim.passes - connection.claim.passes
+        connection.claim, connection.passes_ahead = claim, max(0, ahead)
+        self._admission.amend(claim)
+        self._grant()
 
     def _batch_cases(self) -> int:
         return sum(owner.claim.priority is Priority.BATCH for owner in self._owners.values())
@@ -321,14 +346,25 @@ class Switchboard:
             granted += admission.grant()
         for case_id in granted:
             self._tell_granted(self._owners[case_id])
-        if not admission.waiting:
+        self._refuse_if_stuck(now)
+        if not self._is_waited_for():
             self._waits_since = math.inf
         elif granted or self._waits_since == math.inf:
             self._waits_since = now
         self._hold()
 
+    def _refuse_if_stuck(self, now: float) -> None:
+        """Refuse a case that needs more memory where all others do, and nobody will give them any."""
+        admission = self._admission
+        stuck = admission.stuck()
+        self._stuck_since = math.inf if stuck is None else min(self._stuck_since, now)
+        if stuck is not None and (now - self._stuck_since > _STUCK_S or not admission.could_grow(0)):
+            admission.give_up(stuck)
+            self._owners[stuck].answer(Failed.of(Busy(admission.stuck_message(), self._retry_after_s())))
+
     def _tell_granted(self, connection: Connection) -> None:
-        connection.state = State.GRANTED
+        if connection.state is State.WAITING:
+            connection.state = State.GRANTED
         connection.answer(Granted(case_id=connection.case_id))
 
     def _recall(self, connection: Connection, key: str) -> None:
