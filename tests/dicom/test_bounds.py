@@ -16,7 +16,7 @@ from pydicom.sequence import Sequence as Items
 from nnunet_torchserve import codecs
 from nnunet_torchserve.codecs import DicomSource
 from nnunet_torchserve.codecs.dicom import series as series_module
-from nnunet_torchserve.codecs.dicom.header import ImageHeader
+from nnunet_torchserve.codecs.dicom.header import ImageHeader, read_header
 from nnunet_torchserve.codecs.inflate import ByteSource, Compression
 from nnunet_torchserve.errors import DicomReason, ServingError
 from nnunet_torchserve.limits import Limits
@@ -43,10 +43,9 @@ def code(body: bytes, limits: Limits | None = None, **more: Any) -> str:
 def headers(monkeypatch: pytest.MonkeyPatch) -> list[ImageHeader]:
     """Those that were read."""
     found: list[ImageHeader] = []
-    read = series_module.read_header
 
     def noted(*arguments: Any) -> ImageHeader:
-        found.append(read(*arguments))
+        found.append(read_header(*arguments))
         return found[-1]
 
     monkeypatch.setattr(series_module, "read_header", noted)
