@@ -24,7 +24,7 @@ import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nibabel.orientations import io_orientation
 
 from .codecs import ImageSource
-from .codecs.nifti import geometry_of_itk, image_of_nibabel
+from .codecs.nifti_headers import geometry_of_itk, image_of_nibabel
 from .member import REORIENTING_READERS, Member
 from .orientation import Turn
 from .volume import Geometry

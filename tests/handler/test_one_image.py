@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from nnunet_torchserve import codecs
-from nnunet_torchserve.codecs.nifti import encode_nifti
+from nnunet_torchserve.codecs.nifti_headers import encode_nifti
 from nnunet_torchserve.errors import ServingError
 from nnunet_torchserve.limits import Limits
 

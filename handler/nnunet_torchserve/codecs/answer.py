@@ -27,7 +27,7 @@ from .bmp import encode_bmp
 from .dicom import DicomSource, SegmentationRequest, check_segments, encode_segmentation, segments_of
 from .inflate import gzipped
 from .metaimage import encode_metaimage
-from .nifti import encode_nifti
+from .nifti_headers import encode_nifti
 from .nrrd import encode_nrrd
 from .pictures import MOST_OF_8_BITS
 from .png import encode_png

@@ -3,27 +3,20 @@
 Voxels and spacing are what nnU-Net's own readers give for the same file, and the place in the patient is the one
 that the plan's reader sees. ITK (``SimpleITKIO``) converts the header's length unit to mm, takes the sform or the
 qform by rules of its own and the spacing always from ``pixdim``; nibabel (``NibabelIO``) takes the numbers as they
-stand and prefers the sform. Both are reproduced. A NIfTI answer to a NIfTI image repeats the input's affine fields,
-bit for bit, and nothing else of its header: no description, no names.
+stand and prefers the sform. Both are reproduced (:mod:`.nifti_affine`).
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
-import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk  # noqa: N813 (the name that the field uses)
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
-from nibabel.quaternions import quat2mat
 from nibabel.spatialimages import HeaderDataError
 
 from ..errors import Malformed, TooLarge, UnknownFormat, WrongChannels
@@ -33,6 +26,7 @@ from ..volume import RAS_TO_LPS, Geometry
 from .channels import series_advice, vector_advice
 from .geometry import LARGEST_MM, SMALLEST_MM, check_size, check_spacing, make_geometry
 from .inflate import ByteSource
+from .nifti_affine import affine_of_itk, affine_of_nibabel
 from .voxels import read_voxels
 
 HEADER_BYTES = 540
@@ -40,11 +34,6 @@ HEADER_BYTES = 540
 
 _UNIT_IN_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 """NIfTI xyzt_units & 7: unknown, metre, millimetre, micrometre."""
-
-_GEOMETRY_FIELDS = (
-    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
-    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units",
-)  # fmt: skip
 
 _FLAT = 1e-6
 """How far from the patient's own axis, in mm, a slice may lie that was written as a 2-D image: float32."""
@@ -60,15 +49,6 @@ _COLOURS = {("R", "G", "B"): 3, ("R", "G", "B", "A"): 4}
 
 _LAST_FORM = 5
 """NIFTI_XFORM_TEMPLATE_OTHER; nibabel writes codes above as 0."""
-
-_ORTHONORMAL = 1e-4
-"""How far from a turn ITK lets an sform be (``itkNiftiImageIO.cxx``)."""
-
-_HALF_TURN = 1e-7
-"""Below it NIfTI's library takes a quaternion's first number for 0 (``nifti_quatern_to_mat44``)."""
-
-_LONGEST_QUATERNION = 1 + 1e-4
-_NO_ROTATION = "the NIfTI header's qform is no rotation"
 
 
 def header_class(head: bytes) -> Any:
@@ -198,7 +178,7 @@ class NiftiSource:
         if slices != 1 or float(self._header["pixdim"][3]) != 1 or self._unit != 1:
             return False
         with np.errstate(all="ignore"):
-            affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
+            affine = affine_of_nibabel(self._header) if self._as_nibabel else affine_of_itk(self._header)
         return np.allclose(affine[2], (0, 0, 1, 0), atol=_FLAT) and np.allclose(affine[:2, 2], 0, atol=_FLAT)
 
     @property
@@ -242,7 +222,7 @@ class NiftiSource:
         spacing = [size * unit for size in pixdim]
         check_spacing(spacing, ndim)  # before the qform is made of it
         with np.errstate(all="ignore"):
-            affine = self._affine_of_nibabel() if self._as_nibabel else self._affine_of_itk()
+            affine = affine_of_nibabel(self._header) if self._as_nibabel else affine_of_itk(self._header)
             lengths = np.linalg.norm(affine[:3, :3], axis=0)
             turn = (RAS_TO_LPS @ affine)[:3, :3] / lengths
         usable = all(SMALLEST_MM <= length * unit <= LARGEST_MM for length in lengths)
@@ -266,146 +246,3 @@ class NiftiSource:
         flat = make_geometry(shape, spacing, (0, 0), (1, 0, 0, 1))
         solid = make_geometry((1, *shape), (*spacing, 1.0), (RAS_TO_LPS @ affine)[:3, 3] * unit, turn.ravel())
         return Geometry(flat.shape, flat.spacing_zyx, flat.spacing, solid.origin, solid.direction, ndim=2)
-
-    def _affine_of_itk(self) -> npt.NDArray[np.float64]:
-        """Voxel (x, y, z) to RAS, from the form that ITK takes.
-
-        The sform if its code is 1 or there is no qform, unless it is no turn and there is a qform; else the qform;
-        without either, no turn and no origin, in LPS.
-        """
-        qform, sform = int(self._header["qform_code"]), int(self._header["sform_code"])
-        if sform == 1 or (sform > 0 and qform <= 0):
-            affine = np.asarray(self._header.get_sform(), np.float64)
-            if qform <= 0 or _is_turn(affine):
-                return affine
-        if qform > 0:
-            return self._qform_of_itk()
-        return RAS_TO_LPS.copy()
-
-    def _affine_of_nibabel(self) -> npt.NDArray[np.float64]:
-        """Voxel (x, y, z) to RAS: the sform, else the qform, else nibabel's own (x to the left, centred)."""
-        if int(self._header["sform_code"]) > 0:
-            return np.asarray(self._header.get_sform(), np.float64)
-        if int(self._header["qform_code"]) > 0:
-            return self._qform_of_nibabel()
-        return np.asarray(self._header.get_base_affine(), np.float64)
-
-    def _qform_of_itk(self) -> npt.NDArray[np.float64]:
-        """As NIfTI's own library computes it (``nifti_quatern_to_mat44``).
-
-        nibabel differs where the turn is half of a full one, nearly: it takes what the rounding of b, c and d left of a
-        as it is, which is up to half a millimetre at the edge of a large image.
-        """
-        header = self._header
-        b, c, d = (float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d"))
-        length = b * b + c * c + d * d
-        if not length <= _LONGEST_QUATERNION:
-            raise Malformed(_NO_ROTATION)
-        a = math.sqrt(1 - length) if 1 - length >= _HALF_TURN else 0.0
-        affine = np.eye(4)
-        affine[:3, :3] = quat2mat((a, b, c, d)) * header["pixdim"][1:4].astype(np.float64)
-        if header["pixdim"][0] < 0:
-            affine[:3, 2] *= -1
-        affine[:3, 3] = [float(header[name]) for name in ("qoffset_x", "qoffset_y", "qoffset_z")]
-        return affine
-
-    def _qform_of_nibabel(self) -> npt.NDArray[np.float64]:
-        header = self._header.copy()
-        if header["pixdim"][0] not in (-1, 1):  # as nibabel mends it
-            header["pixdim"][0] = 1
-        try:
-            return np.asarray(header.get_qform(), np.float64)
-        except (HeaderDataError, ValueError):
-            raise Malformed(_NO_ROTATION) from None
-
-
-def _is_turn(affine: npt.NDArray[np.float64]) -> bool:
-    """Whether the columns are orthogonal once their lengths are set to 1; a column of 0 is left to be refused."""
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not lengths.all() or not np.isfinite(lengths).all():
-        return True
-    columns = affine[:3, :3] / lengths
-    off: npt.NDArray[np.float64] = np.abs(columns @ columns.T - np.eye(3))  # in ITK's order
-    return bool(off.max() <= _ORTHONORMAL)
-
-
-def geometry_of_itk(
-    template: Any, sizes: Sequence[int]
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    """What ITK makes of a checked header: spacing, origin and direction, x, y(, z), to the last bit.
-
-    :class:`NiftiSource` computes the same in double precision; ITK's library does some of it in single.
-    ITK sees a header that is written anew, in memory; it takes nothing for NIfTI that has not its ending.
-
-    Args:
-        template: the header of an image.
-        sizes: voxels along x, y(, z).
-    """
-    header = _header_like(template, len(sizes), Nifti1Header)  # ITK reads no NIfTI-2
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(sizes)
-    header["vox_offset"] = header.sizeof_hdr + 4
-    with (
-        open(os.memfd_create("header"), "wb", buffering=0) as file,  # noqa: PTH123 (a descriptor, not a path)
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        file.write(header.binaryblock)
-        named = Path(folder) / "header.nii"
-        named.symlink_to(f"/proc/self/fd/{file.fileno()}")
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("NiftiImageIO")
-        reader.SetFileName(str(named))
-        reader.ReadImageInformation()
-        return reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
-
-
-def image_of_nibabel(template: Any | None, geometry: Geometry) -> Any:
-    """An image without voxels, in three dimensions, whose affine and zooms are those that nibabel reads.
-
-    Args:
-        template: the header of a NIfTI image, or ``None`` for one that was no NIfTI, and is written as one.
-        geometry: where it lies.
-    """
-    no_voxels = np.broadcast_to(np.uint8(0), geometry.shape[::-1])
-    if template is None:
-        return nib.Nifti1Image(no_voxels, RAS_TO_LPS @ geometry.affine)
-    header = _header_like(template, 3)
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(no_voxels.shape)
-    if header["pixdim"][0] not in (-1, 1):  # as nibabel mends it
-        header["pixdim"][0] = 1
-    image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
-    return image(no_voxels, header.get_best_affine(), header)
-
-
-def _header_like(template: Any, ndim: int, kind: Any = None) -> Any:
-    """A new header, of the same kind unless another is named, that says nothing but where the image lies."""
-    header = (kind or type(template))()
-    for field in _GEOMETRY_FIELDS:
-        header[field] = template[field]
-    header["pixdim"][: ndim + 1] = template["pixdim"][: ndim + 1]
-    return header
-
-
-def encode_nifti(array: npt.NDArray[Any], geometry: Geometry, template: Any | None) -> bytes:
-    """An uncompressed NIfTI file.
-
-    Args:
-        array: (Z, Y, X), or (C, Z, Y, X) with the channels to be the fourth axis; integers or float32.
-        geometry: where it lies.
-        template: the NIfTI header of the input, if it was one, whose affine fields are repeated; else a NIfTI-1
-            header gets the geometry as sform, and as qform too where that can say it.
-    """
-    solid = geometry.ndim == 3 or array.ndim == 4
-    voxels = array.T if solid else array[0].T
-    header = Nifti1Header() if template is None else _header_like(template, geometry.ndim)
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(voxels.shape)
-    if template is None:
-        affine = RAS_TO_LPS @ geometry.affine
-        header.set_xyzt_units("mm")
-        header.set_qform(affine, 1 if _is_turn(affine) else 0)
-        header.set_sform(affine, 1)
-        header["pixdim"][1:4] = geometry.spacing
-    image = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
-    return bytes(image(voxels, None, header).to_bytes())
