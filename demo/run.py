@@ -25,7 +25,8 @@ from rich.table import Table
 from nnunet_torchserve_client import Answer, Case, Client, Event, Kind
 from nnunet_torchserve_client.progress import shown, state_of
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from train_model import LABELS, template_folder
 
 MODEL = Path(__file__).parent / "model" / "Dataset811_BrainTissueDemo" / "nnUNetTrainer__nnUNetPlans__3d_fullres"

@@ -25,7 +25,8 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support import warm
 from support.chaos import engine_processes
 from support.examples import register_profiles

@@ -48,7 +48,8 @@ from nnunet_torchserve.engine.core import CaseInFlight, EngineCore
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.tiling import count_windows
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.untrained import standard_unet
 
 MOST_OF_A_FORWARD = 0.05

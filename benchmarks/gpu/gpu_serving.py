@@ -32,7 +32,8 @@ from benchmarks.harness.spread import spread, two_or_more
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.options import HEADER
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support import stock
 from support.untrained import standard_unet
 

@@ -21,7 +21,8 @@ from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.options import HEADER, FoldName
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import ChaosServer, family, wait_for
 from support.server import LiveServer

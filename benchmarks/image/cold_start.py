@@ -25,7 +25,8 @@ from benchmarks.harness.quiet import wait_for_quiet
 from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import MODEL
 from benchmarks.harness.spread import two_or_more
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.image import BUILT, Container, container, podman
 
 MOST_S = 30.0

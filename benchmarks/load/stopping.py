@@ -31,7 +31,8 @@ from benchmarks.harness.results import Target, write_results
 from benchmarks.harness.served import MODEL
 from benchmarks.harness.spread import two_or_more
 from benchmarks.load.fairness import Images
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.stopping import PERIOD_S
 from support.chaos import engine_processes, wait_for
 from support.foreground import Clients, Foreground, foreground

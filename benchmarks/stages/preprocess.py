@@ -40,7 +40,8 @@ from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.options import PreprocessMethod
 from nnunet_torchserve.preprocess import PreprocessedCase, preprocess
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.plans import Array, Plan, Spacing, volume_of
 
 SEED = 20261123

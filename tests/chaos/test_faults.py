@@ -36,7 +36,8 @@ from nnunet_torchserve.engine.switchboard import IDLE_S
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Options, parse_options
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import (
     PATIENCE_S,

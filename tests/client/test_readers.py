@@ -29,7 +29,8 @@ from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve_client import RemotePredictor, errors
 from nnunet_torchserve_tools import predict
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support import core_peer, stock, volumes
 from support.predictions import assert_same, assert_same_files
 

@@ -27,7 +27,8 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.errors import OutOfMemory
 from nnunet_torchserve.export import label_map
 from nnunet_torchserve.options import Accumulate
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support import stock
 from support.chaos import engine_processes as engines
 from support.chaos import wait_for

@@ -38,7 +38,8 @@ from nnunet_torchserve.options import Options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.provenance import provenance_of
 from nnunet_torchserve.request import Request
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.chaos import engine_processes as engines
 from support.chaos import has_ended, wait_for
 from support.odd_models import OddModel, old_format

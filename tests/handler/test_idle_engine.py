@@ -30,7 +30,8 @@ from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.errors import BundleError, Busy
 from nnunet_torchserve.member import OpenWeights
 from nnunet_torchserve.options import FoldName
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.chaos import engine_processes as engines
 from support.chaos import has_ended, wait_for
 from support.untrained import standard_unet

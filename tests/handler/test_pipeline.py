@@ -36,7 +36,8 @@ from nnunet_torchserve.options import Priority
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.telemetry import Counts
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support import volumes, warm
 from support.bad_requests import BAD_REQUESTS, BODY_LIMIT, FAST, GOOD, INT16, BadRequest
 from support.odd_models import OddModel

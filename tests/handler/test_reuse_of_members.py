@@ -27,7 +27,8 @@ from nnunet_torchserve.responses import Response
 from nnunet_torchserve.reuse import keys_of
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.telemetry import SERVER_TIMING
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.bad_requests import GOOD
 from support.chaos import engine_processes
 from support.odd_models import OddModel

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.models import CARRIED, RECIPES, carried, folder_in, served_files, train_all
 
 

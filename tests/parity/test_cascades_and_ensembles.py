@@ -23,7 +23,8 @@ from nnunetv2.postprocessing.remove_connected_components import (
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import Response
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from support import stock, volumes
 from support.odd_models import OddModel

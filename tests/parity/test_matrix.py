@@ -18,7 +18,8 @@ from nnunetv2.postprocessing.remove_connected_components import (
 )
 
 from nnunet_torchserve.request import Request
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.errors import ToolError
 from support import matrix, stock
 from support.matrix import CASCADE, ENSEMBLE, Image, Made, Row

@@ -36,7 +36,8 @@ from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.previous_stage import labels_of
 from nnunet_torchserve.pricing import mean_in_blocks
 from nnunet_torchserve.request import Request
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.model_card import Shape, lines, model_card

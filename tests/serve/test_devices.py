@@ -22,7 +22,8 @@ import pytest
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.faults import Entry, Fault, Kind, LoadFails, StandIn
 from nnunet_torchserve.engine.outage import Outage
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.launcher import DeviceKind
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import nvidia_smi

@@ -16,7 +16,8 @@ import pytest
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools import drain
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from support.chaos import PATIENCE_S, Case, ChaosServer, serving, wait_for
 from support.server import LiveServer

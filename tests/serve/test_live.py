@@ -18,7 +18,8 @@ import pytest
 
 from nnunet_torchserve.member import GOLDEN_FILE
 from nnunet_torchserve_tools import launcher
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from support import volumes
 from support.bad_requests import BAD_REQUESTS, FAST, GOOD

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from nnunet_torchserve.backend import Backend
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.bad_requests import GOOD
 from support.server import running
 

@@ -14,7 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.list_models import Sources, list_models
 from support import stock, volumes
 from support.chaos import PATIENCE_S

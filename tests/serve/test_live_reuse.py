@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.bad_requests import FAST, GOOD
 from support.chaos import Case, ChaosServer, serving, wait_for

@@ -27,7 +27,8 @@ from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import parse_options
 from nnunet_torchserve.responses import EVENTS
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import volumes
 from support.bad_requests import BAD_REQUESTS

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from nnunet_torchserve.backend import Backend, StoredBackend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.graphs import REQUIRES, write_graphs

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.options import Options
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.model_card import Shape, lines, model_card

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.segments import read_segments
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
 from nnunet_torchserve_tools.segments import checked_segments, propose

@@ -14,7 +14,8 @@ from nnunetv2.model_sharing.model_export import export_pretrained_model
 from typer.testing import CliRunner, Result
 
 from nnunet_torchserve.bundle import BUNDLE_FILE
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.selection import Choice, Selection, selected

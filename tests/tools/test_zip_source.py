@@ -19,7 +19,8 @@ from nnunetv2.utilities import file_path_utilities
 
 from nnunet_torchserve.postprocessing import KeepLargest
 from nnunet_torchserve_tools import zip_source
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.postprocessing_file import postprocessing_of_folds
 from nnunet_torchserve_tools.zip_source import WantedWeights, ZippedModel, is_zip, models_in, unzipped

@@ -6,52 +6,36 @@ golden patch and a description with checksums. The same folder gives the same by
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import nnunet_handler
 import nnunet_torchserve
 from nnunet_torchserve.backend import Backend
-from nnunet_torchserve.bundle import BUNDLE_FILE, SCHEMA_VERSION, BundleDescription, ModelBundle
-from nnunet_torchserve.engine.backends.eager import EagerNetworks
-from nnunet_torchserve.engine.golden import golden_tensors
-from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import (
-    GOLDEN_FILE,
-    REORIENTING_READERS,
-    Member,
-    painting_of,
-)
-from nnunet_torchserve.options import FoldName
+from nnunet_torchserve.bundle import SCHEMA_VERSION, BundleDescription
+from nnunet_torchserve.member import REORIENTING_READERS, painting_of
 from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.own_code import CODE_FOLDER, CodeDescription
-from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.postprocessing import Postprocessing
 from nnunet_torchserve.recipe import Cascade, Single
 from nnunet_torchserve.segments import SEGMENTS_FILE
-from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_client.choosing import archive_name
 
+from .archive_request import ArchiveRequest
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
-from .graphs import stored_backend, write_graphs
+from .golden_patches import NO_NETWORK, add_golden_patches
+from .graphs import stored_backend
 from .mar import MANIFEST_FILE, MODEL_NAME, VERSION, manifest, write_zip
 from .postprocessing_choice import PostprocessingChoice
 from .segments import checked_segments, structures_of
-from .serving_settings import MODEL_CONFIG_FILE, ServingSettings, check_device_ids
+from .serving_settings import MODEL_CONFIG_FILE, check_device_ids
 from .trained import TrainedModel, read_trained_model
 from .trainer_files import TrainerFiles, read_trainer_files, say_aloud
 
@@ -72,64 +56,6 @@ REQUIRES = {
     "isal": ">=1.6",
 }
 _BUILT_WITH = (*REQUIRES, "dynamic-network-architectures", "acvl-utils", "nnunet-torchserve")
-
-_DRY_RUN_LIMIT_S = 600.0
-
-_NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
-anything."""
-
-_OF_A_GPU = re.compile(r"cuda|nvidia|triton", re.IGNORECASE)
-"""What networks say that want a GPU."""
-
-_CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveRequest:
-    """What to package.
-
-    Attributes:
-        model_folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION`` folder.
-        output: where the archives go.
-        others: more such folders, which are an ensemble with the first.
-        previous_stages: the folders of the first stages of the cascades among them.
-        postprocessing: nnU-Net's file, or ``"auto"`` for the one of exactly these models and folds, for each archive.
-        postprocessing_folds: for which nnU-Net determined what the file says, so that archives of others do not get it;
-            ``None``: every archive gets it.
-        folds: ``None`` takes every numbered fold.
-        per_fold: also make one archive for each fold.
-        name: ``None`` makes one of dataset and configuration.
-        version: TorchServe model version.
-        checkpoint: file name within each fold's folder.
-        trust_checkpoint: open checkpoints as ordinary pickles.
-        trainer_files: somebody's own code, which the models need and every server of the archive runs.
-        requires: what that needs, as ``PACKAGE==VERSION``.
-        input_orientation: nibabel's letters of the orientation that the model was trained in, every image is brought
-            into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
-        segments: JSON with what the model's structures are, in codes, see :mod:`nnunet_torchserve.segments`.
-        backend: that the archive is made for beside eager, and served with unless somebody says otherwise.
-        serving: what goes to model-config.yaml.
-    """
-
-    model_folder: Path
-    output: Path
-    others: tuple[Path, ...] = ()
-    previous_stages: tuple[Path, ...] = ()
-    postprocessing: Path | Literal["auto"] | None = None
-    postprocessing_folds: tuple[FoldName, ...] | None = None
-    folds: tuple[FoldName, ...] | None = None
-    per_fold: bool = False
-    name: str | None = None
-    version: str = "1.0"
-    checkpoint: str = "checkpoint_final.pth"
-    trust_checkpoint: bool = False
-    trainer_files: tuple[Path, ...] = ()
-    requires: tuple[str, ...] = ()
-    input_orientation: str | None = None
-    segments: Path | None = None
-    backend: Backend = Backend.EAGER
-    serving: ServingSettings = field(default_factory=ServingSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +132,7 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         msg = f"the archive cannot be written into {request.output}, by way of {tempfile.gettempdir()}: {reason}"
         raise ToolError(msg) from error
     except Exception as error:
-        if code is None and not isinstance(error, _NO_NETWORK):
+        if code is None and not isinstance(error, NO_NETWORK):
             raise
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
@@ -297,7 +223,7 @@ def _make_archive(
             built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
         )
-        _add_golden_patches(stage, bundle, request.serving.handler)
+        add_golden_patches(stage, bundle, request.serving.handler)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(manifest(name, request.version, Path(nnunet_handler.__file__).name))
@@ -313,74 +239,6 @@ def serving_core_files() -> dict[str, Path]:
     files = {handler.name: handler}
     files |= {f"{core.name}/{file.relative_to(core).as_posix()}": file for file in sorted(core.rglob("*.py"))}
     return files
-
-
-def _add_golden_patches(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
-    """Run the stored weights once on one thread and write ``bundle.json``, complete.
-
-    Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
-    answer one small case; with another backend, if there is one, too.
-    """
-    _write_bundle(stage, description)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for member in ModelBundle(stage).members.values():
-            expected = (Exception,) if description.code is not None else _NO_NETWORK
-            networks, golden = _golden(member, expected)
-            save_file(golden, member.folder / GOLDEN_FILE)
-            if description.backend is not None:
-                write_graphs(member, networks)
-        _write_bundle(stage, description)
-        complete = ModelBundle(stage)
-        limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
-        batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
-        backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
-        for backend in backends:
-            engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
-            pipeline = Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings)
-            if (warning := pipeline.dry_run()) is not None:
-                warnings.warn(warning, ModelWarning, stacklevel=4)
-    except BundleError as error:
-        raise ToolError(str(error)) from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _golden(member: Member, expected: tuple[type[Exception], ...]) -> tuple[EagerNetworks, dict[str, torch.Tensor]]:
-    """The networks of a member, and its golden patch.
-
-    Args:
-        member: written, but for this.
-        expected: what may be raised where there is no network, or one that fails.
-
-    Raises:
-        ToolError: it is so; the message says whether the network is not built or does not run.
-    """
-    name, stage = member.name, f"plans.json, dataset.json and the checkpoints of {member.name} make no network"
-    try:
-        networks = EagerNetworks(member, _CPU)
-        stage = f"the network of {name} was built, and fails on a patch on the CPU"
-        return networks, golden_tensors(networks, member.folds)
-    except BundleError as error:
-        msg = str(error) if name in str(error) else f"{name}: {error}"
-        raise ToolError(msg) from error
-    except expected as error:
-        msg = f"{stage}: {type(error).__name__} {error}"
-        if _OF_A_GPU.search(msg):
-            msg += ". Archives are made and checked on a CPU: a network that runs on CUDA only cannot be served"
-        raise ToolError(msg) from error
-
-
-def _write_bundle(stage: Path, description: BundleDescription) -> None:
-    """Write ``bundle.json`` for the files that are there."""
-    files = {
-        file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(stage.rglob("*"))
-        if file.is_file() and file.name != BUNDLE_FILE
-    }
-    complete = description.model_copy(update={"files": files})
-    (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
 
 
 def _read_codes(file: Path | None, model: TrainedModel) -> bytes | None:

@@ -55,7 +55,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was found, as :class:`~.archive.ArchiveRequest` takes it, for as long as the ``with`` block lasts.
+    """What was found, as :class:`~.archive_request.ArchiveRequest` takes it, for as long as the ``with`` block lasts.
 
     Attributes:
         models: folders: one, or those of an ensemble.

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from benchmarks.harness.served import MODEL
 from benchmarks.harness.spread import spread
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 
 Side = TypeVar("Side")
 

@@ -34,7 +34,8 @@ from benchmarks.harness.served import MODEL, Client, serving
 from benchmarks.harness.spread import percentile_95, spread
 from nnunet_torchserve.draining import DEFAULT_RETRY_AFTER_S
 from nnunet_torchserve_tools import drain
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.chaos import wait_for
 
 CLIENTS = 8

@@ -128,7 +128,8 @@ def archive(
     ] = None,
 ) -> None:
     """Package what nnU-Net trained for TorchServe."""
-    from ..archive import ArchiveRequest, make_archives
+    from ..archive import make_archives
+    from ..archive_request import ArchiveRequest
     from ..selection import Choice, selected
     from ..serving_settings import ServingSettings
 

@@ -1,0 +1,119 @@
+"""What is computed with an archive's stored weights before anybody gets it: its golden patches, and a trial.
+
+A worker computes a golden patch again before it takes requests, and compares. So what is written here is what the
+weights in the archive give, and not what the checkpoints gave from which they were taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.bundle import BUNDLE_FILE, BundleDescription, ModelBundle
+from nnunet_torchserve.engine.backends.eager import EagerNetworks
+from nnunet_torchserve.engine.golden import golden_tensors
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.member import GOLDEN_FILE, Member
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.settings import HandlerSettings
+
+from .errors import ModelWarning, ToolError
+from .graphs import write_graphs
+
+NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
+anything."""
+
+_DRY_RUN_LIMIT_S = 600.0
+
+_OF_A_GPU = re.compile(r"cuda|nvidia|triton", re.IGNORECASE)
+"""What networks say that want a GPU."""
+
+_CPU = torch.device("cpu")
+
+
+def add_golden_patches(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
+    """Run the stored weights once on one thread and write ``bundle.json``, complete.
+
+    Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
+    answer one small case; with another backend, if there is one, too.
+
+    Args:
+        stage: the folder that becomes the archive, with all its members.
+        description: what ``bundle.json`` will say, but for the checksums.
+        settings: the archive's own.
+
+    Raises:
+        ToolError: a network cannot be built or fails, a graph cannot be made of it, or the archive does not load.
+
+    Warns:
+        ModelWarning: the trial did not prove that the archive answers.
+    """
+    _write_bundle(stage, description)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for member in ModelBundle(stage).members.values():
+            expected = (Exception,) if description.code is not None else NO_NETWORK
+            networks, golden = _golden(member, expected)
+            save_file(golden, member.folder / GOLDEN_FILE)
+            if description.backend is not None:
+                write_graphs(member, networks)
+        _write_bundle(stage, description)
+        complete = ModelBundle(stage)
+        limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
+        batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
+        backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
+        for backend in backends:
+            engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
+            pipeline = Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings)
+            if (warning := pipeline.dry_run()) is not None:
+                warnings.warn(warning, ModelWarning, stacklevel=4)
+    except BundleError as error:
+        raise ToolError(str(error)) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _golden(member: Member, expected: tuple[type[Exception], ...]) -> tuple[EagerNetworks, dict[str, torch.Tensor]]:
+    """The networks of a member, and its golden patch.
+
+    Args:
+        member: written, but for this.
+        expected: what may be raised where there is no network, or one that fails.
+
+    Raises:
+        ToolError: it is so; the message says whether the network is not built or does not run.
+    """
+    name, stage = member.name, f"plans.json, dataset.json and the checkpoints of {member.name} make no network"
+    try:
+        networks = EagerNetworks(member, _CPU)
+        stage = f"the network of {name} was built, and fails on a patch on the CPU"
+        return networks, golden_tensors(networks, member.folds)
+    except BundleError as error:
+        msg = str(error) if name in str(error) else f"{name}: {error}"
+        raise ToolError(msg) from error
+    except expected as error:
+        msg = f"{stage}: {type(error).__name__} {error}"
+        if _OF_A_GPU.search(msg):
+            msg += ". Archives are made and checked on a CPU: a network that runs on CUDA only cannot be served"
+        raise ToolError(msg) from error
+
+
+def _write_bundle(stage: Path, description: BundleDescription) -> None:
+    """Write ``bundle.json`` for the files that are there."""
+    files = {
+        file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(stage.rglob("*"))
+        if file.is_file() and file.name != BUNDLE_FILE
+    }
+    complete = description.model_copy(update={"files": files})
+    (stage / BUNDLE_FILE).write_text(complete.model_dump_json(indent=1))
