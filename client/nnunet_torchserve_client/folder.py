@@ -19,136 +19,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from .answers import Answer
 from .cases import ImageFiles, check_part, output_format
 from .client import Case, Client
 from .description import Description
 from .errors import ClientError, UnreadableFile, UnwritableFile, WrongChannels, WrongUse
-from .events import Event, Kind
+from .events import Event
 from .file_cases import file_case, finish_files, image_files, wanted_of, with_previous_stage
 from .flight import Outcome
+from .folder_call import FolderCall
 from .outputs import ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE, write_json, write_side_files
 from .progress import Watcher
+from .stages import WRITE, Waits, listed_stages
+from .summary import Summary
 
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR)
 """The folder has gone, which is that of all cases here."""
 
-TRANSFER, WAIT, PAUSE, WRITE = "transfer", "worker", "pause", "write"
-"""Where a case's time goes, beside the server's own stages: to and from the server; until a worker took it, here and in
-TorchServe's queue; between two tries; into files."""
-
-
-_LEAST_S = 0.05
-
 _NO_ENDING = "without an ending"
-
-
-@dataclass(frozen=True, slots=True)
-class FolderCall:
-    """What is asked for, in the words of nnU-Net's ``predict_from_files``.
-
-    Attributes:
-        source: folder of the images.
-        output: folder of the predictions.
-        save_probabilities: also write ``.npz`` and ``.pkl``.
-        overwrite: ``False`` leaves out what is there already.
-        num_parts: only every so many-th case is predicted,
-        part_id: from this one on.
-        verbose: tell of each case where its time went.
-        previous_stage: folder of the labels of a cascade's first stage; ``None`` leaves them to the server.
-    """
-
-    source: str
-    output: str
-    save_probabilities: bool = False
-    overwrite: bool = True
-    num_parts: int = 1
-    part_id: int = 0
-    verbose: bool = False
-    previous_stage: str | None = None
-
-    @property
-    def failed_file(self) -> Path:
-        """Where the failures of this part are listed."""
-        name = "failed.json" if self.num_parts == 1 else f"failed_{self.part_id}_of_{self.num_parts}.json"
-        return Path(self.output, name)
-
-    def arguments(self, processes: tuple[int, int]) -> dict[str, object]:
-        """As nnU-Net writes them beside its predictions.
-
-        Args:
-            processes: for preprocessing and for export; they mean nothing here.
-        """
-        return {
-            "list_of_lists_or_source_folder": self.source,
-            "output_folder_or_list_of_truncated_output_files": self.output,
-            "save_probabilities": self.save_probabilities,
-            "overwrite": self.overwrite,
-            "num_processes_preprocessing": processes[0],
-            "num_processes_segmentation_export": processes[1],
-            "folder_with_segs_from_prev_stage": self.previous_stage,
-            "num_parts": self.num_parts,
-            "part_id": self.part_id,
-        }
-
-
-@dataclass(slots=True)
-class Summary:
-    """What became of a call.
-
-    Attributes:
-        cases: of this part, those that were there already among them.
-        there: cases that were left out, because they were there.
-        done: names of those that were predicted and written.
-        failed: the error of each that failed.
-        left: names of those that were not tried, or given up.
-        interrupted: whether the caller ended it.
-        seconds: in all.
-        stages: where the cases' time went, seconds summed over cases: those that were in flight together count each.
-        warnings: the server's, by case.
-        other_backends: what ran the networks if it was not nnU-Net's own way, and for how many cases.
-    """
-
-    cases: int
-    there: int = 0
-    done: list[str] = field(default_factory=list)
-    failed: list[ClientError] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    interrupted: bool = False
-    seconds: float = 0.0
-    stages: dict[str, float] = field(default_factory=dict)
-    warnings: dict[str, list[str]] = field(default_factory=dict)
-    other_backends: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every case is there."""
-        return not self.failed and not self.left
-
-    def as_json(self) -> dict[str, Any]:
-        """For a program."""
-        return {
-            "cases": self.cases,
-            "already_there": self.there,
-            "done": len(self.done),
-            "failed": [error.as_json() for error in self.failed],
-            "not_predicted": self.left,
-            "interrupted": self.interrupted,
-            "seconds": round(self.seconds, 3),
-            "stage_seconds": {name: round(seconds, 3) for name, seconds in self.stages.items()},
-            "warnings": self.warnings,
-            "other_backends": self.other_backends,
-        }
-
-
-def listed_stages(stages: Mapping[str, float]) -> str:
-    """For people: the longest first, without what is not worth a word."""
-    longest_first = sorted(stages.items(), key=lambda stage: -stage[1])
-    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest_first if seconds >= _LEAST_S)
 
 
 def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFiles], int]:
@@ -219,7 +109,7 @@ class _Run:
         self._client, self._call, self._options, self._watcher = client, call, options, watcher
         self._description = client.describe()
         self._lock = threading.Lock()
-        self._waits = _Waits()
+        self._waits = Waits()
 
     def run(self, cases: Sequence[ImageFiles], there: int, processes: tuple[int, int]) -> Summary:
         started = time.monotonic()
@@ -366,40 +256,3 @@ def _write_unless_there(path: Path, document: Mapping[str, object], *, sort_keys
     ours = json.loads(json.dumps(document))
     if not isinstance(there, dict) or {**there, "part_id": 0} != {**ours, "part_id": 0}:
         write_json(path, document, sort_keys=sort_keys)
-
-
-class _Waits:
-    """How long cases waited for a worker, here and in TorchServe's queue, and between tries.
-
-    Events tell it, which come one at a time. A case's first wait for a place began when it was first tried, which its
-    answer says.
-    """
-
-    def __init__(self) -> None:
-        self._since: dict[str, float] = {}
-        self._first_sent: dict[str, float] = {}
-        self._waited: dict[str, float] = {}
-        self._paused: dict[str, float] = {}
-
-    def event(self, event: Event) -> None:
-        """Note the time."""
-        now, case = time.monotonic(), event.case
-        if (since := self._since.pop(case, None)) is not None:
-            self._waited[case] = self._waited.get(case, 0.0) + max(0.0, now - since)
-        if event.kind is Kind.SENDING:
-            self._first_sent.setdefault(case, now)
-        elif event.kind is Kind.WAITING:
-            self._since[case] = now
-        elif event.kind is Kind.RETRY:
-            self._paused[case] = self._paused.get(case, 0.0) + event.pause_s
-            self._since[case] = now + event.pause_s
-
-    def stages(self, case: str, answer: Answer) -> dict[str, float]:
-        """Where the time of a case went, until its answer was there; the case is forgotten."""
-        now = time.monotonic()
-        waited, paused = self._waited.pop(case, 0.0), self._paused.pop(case, 0.0)
-        waited += max(0.0, self._first_sent.pop(case, now) - (now - answer.seconds))
-        waited -= answer.timing.get("decode", 0.0)  # the first event comes when the image has been read
-        stages = {WAIT: max(0.0, waited), PAUSE: paused, **answer.timing}
-        stages[TRANSFER] = max(0.0, answer.seconds - sum(stages.values()))
-        return stages

@@ -31,8 +31,11 @@ from nnunet_torchserve_client.client import URL_VARIABLE, Client
 from nnunet_torchserve_client.credentials import TOKEN_VARIABLE
 from nnunet_torchserve_client.description import Description
 from nnunet_torchserve_client.events import Event, Kind
-from nnunet_torchserve_client.folder import FolderCall, Summary, cases_of, listed_stages, predict_folder
+from nnunet_torchserve_client.folder import cases_of, predict_folder
+from nnunet_torchserve_client.folder_call import FolderCall
 from nnunet_torchserve_client.progress import Nothing, Watcher, printable, watched
+from nnunet_torchserve_client.stages import listed_stages
+from nnunet_torchserve_client.summary import Summary
 
 from .errors import ToolError, UsageError
 
