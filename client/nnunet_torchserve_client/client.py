@@ -5,13 +5,11 @@ Threads: a :class:`Client` may be used by any number of threads. It keeps nothin
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +18,11 @@ from typing import Any, Self, overload
 from .answers import Answer
 from .bodies import EMPTY, Body, Image, body_of
 from .credentials import credentials
-from .description import Description, read_description
+from .description import Description
 from .errors import BodyTooLarge, ClientError, WrongModel, WrongUse
 from .events import Event, Kind, Listener
 from .flight import Finish, Given, Outcome, Seat, fly
+from .known_description import KnownDescription
 from .retrying import Patience, Retries, Trial
 from .servers import Server, Servers, Wish
 from .stopping import Stop
@@ -40,14 +39,6 @@ _LONGEST_S = 10_000_000
 
 _SHORTEST_TIMEOUT_S = 0.001
 """The server wants a number above 0."""
-
-_PATIENT_S = 5.0
-"""After which a person is told that the description waits in the server's queue."""
-
-_LOOK_S = 0.1
-"""Between two looks at whether a caller that waits for another one's description still wants it."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +125,7 @@ class Client:
         self._servers = Servers(
             [Server(each, connections(each, self._credentials, use_proxies=use_proxies), pause_s) for each in urls]
         )
-        self._description: Description | None = None
-        self._describing = threading.Lock()
+        self._known = KnownDescription(model)
         self._telling = threading.RLock()
         self._closed = Stop()
 
@@ -182,13 +172,10 @@ class Client:
         return self._describe(self._teller(on_event), stop or Stop())
 
     def _describe(self, tell: Listener, stop: Stop) -> Description:
-        with self._describing_alone(stop):
-            description = self._description
-            if description is None:
-                with self._saying_if_it_waits(tell) as told:
-                    answer = self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
-                self._description = description = read_description(answer)
-            return description
+        def ask(told: Listener) -> Answer:
+            return self._ask(self.model, EMPTY, {"describe": True}, told, stop, streams=False)
+
+        return self._known.get(ask, tell, stop)
 
     def check(self, answer: Answer, description: Description) -> None:
         """Raise unless the model that was described has answered; if it has not, the description is forgotten.
@@ -210,41 +197,7 @@ class Client:
 
     def forget(self, description: Description) -> None:
         """Let whoever wants a description next ask the server anew, unless somebody has done so already."""
-        if self._description is description:
-            self._description = None
-
-    @contextmanager
-    def _describing_alone(self, stop: Stop) -> Iterator[None]:
-        """One caller asks; others wait for that, each for as long as it wants to."""
-        stop.check()
-        while not self._describing.acquire(timeout=_LOOK_S):
-            stop.check()
-        try:
-            yield
-        finally:
-            self._describing.release()
-
-    @contextmanager
-    def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:
-        """Logs a warning if the last event is still, after a while, that the question waits in the server's queue."""
-        latest: Kind | None = None
-
-        def told(event: Event) -> None:
-            nonlocal latest
-            latest = event.kind
-            tell(event)
-
-        def say() -> None:
-            if latest is Kind.WAITING:
-                logger.warning("the question what model %s is waits in the server's queue, behind cases", self.model)
-
-        alarm = threading.Timer(_PATIENT_S, say)
-        alarm.daemon = True
-        alarm.start()
-        try:
-            yield told
-        finally:
-            alarm.cancel()
+        self._known.forget(description)
 
     def predict(
         self, case: Case, options: Options | None = None, on_event: Listener | None = None, stop: Stop | None = None

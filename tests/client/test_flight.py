@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nnunet_torchserve_client import Answer, Case, Client, errors
-from nnunet_torchserve_client import client as client_module
+from nnunet_torchserve_client import Answer, Case, Client, errors, known_description
 from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT
 from nnunet_torchserve_client.servers import WAITING_BATCH_CASES, WAITING_CASES
 from nnunet_torchserve_client.stopping import Stop
@@ -329,7 +328,7 @@ def test_single_calls_do_not_fill_the_servers_queue_either(server: Peer) -> None
 def test_the_model_is_described_once_and_a_long_wait_for_that_is_said(
     server: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_module, "_PATIENT_S", 0.2)
+    monkeypatch.setattr(known_description, "_PATIENT_S", 0.2)
     server.description = None
 
     def describe(wire: Wire, _: Received) -> None:
