@@ -24,7 +24,8 @@ from .events import Event, Kind, Listener
 from .flight import Finish, Given, Outcome, Seat, fly
 from .known_description import KnownDescription
 from .retrying import Patience, Retries, Trial
-from .servers import Server, Servers, Wish
+from .server import Server
+from .servers import Servers, Wish
 from .stopping import Stop
 
 SILENCE_S = 60.0
@@ -250,7 +251,7 @@ class Client:
     ) -> Generator[Outcome[Case, Any], None, None]:
         """The answers to many cases, several of which are in flight.
 
-        As many are in flight as the servers take (:mod:`.servers`). What is kept at any time is what is in flight, one
+        As many are in flight as the servers take (:mod:`.server`). What is kept at any time is what is in flight, one
         case more, and a few answers that wait to be taken.
 
         Args:

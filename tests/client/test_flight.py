@@ -12,7 +12,7 @@ import pytest
 
 from nnunet_torchserve_client import Answer, Case, Client, errors, known_description
 from nnunet_torchserve_client.flight import MOST_FINISHING, MOST_KEPT
-from nnunet_torchserve_client.servers import WAITING_BATCH_CASES, WAITING_CASES
+from nnunet_torchserve_client.server import WAITING_BATCH_CASES, WAITING_CASES
 from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
 from support.peer import Peer, Received, Wire

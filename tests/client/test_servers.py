@@ -12,16 +12,15 @@ import pytest
 
 from nnunet_torchserve_client import Case, Client, errors
 from nnunet_torchserve_client.events import Event, Kind
-from nnunet_torchserve_client.servers import (
+from nnunet_torchserve_client.server import (
     LONGEST_ABSENCE_S,
     MOST_FAULTS,
     RAREST_PROBE_S,
     WAITING_CASES,
     Company,
     Server,
-    Servers,
-    Wish,
 )
+from nnunet_torchserve_client.servers import Servers, Wish
 from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
 from support.peer import Peer, Received, Wire
