@@ -34,7 +34,7 @@ from nnunet_torchserve.engine.golden import check_golden, load_networks, read_go
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, TallyReader
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
-from nnunet_torchserve.member import OpenWeights
+from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.chaos import engine_processes, family, wait_for

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from .agreement import Trained, check_recipe
 from .backend import StoredBackend
 from .errors import BundleError
-from .member import PLANS_FILE, Member, MemberDescription
+from .member import Member
+from .member_description import PLANS_FILE, MemberDescription
 from .own_code import CODE_FOLDER, CodeDescription, OwnCode
 from .postprocessing import Postprocessing
 from .recipe import Recipe, last_stage, members_of

@@ -10,7 +10,8 @@ from . import __version__
 from .bundle import ModelBundle
 from .intensities import value_range
 from .limits import Limits
-from .member import FoldDescription, Member
+from .member import Member
+from .member_description import FoldDescription
 from .options import Options
 from .own_code import CODE_FOLDER
 from .recipe import in_words

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from .codecs import ImageSource
 from .errors import LONGEST_NAMES, ChannelsDisagree, WrongChannels, WrongRange
 from .export.canvas import written
-from .member import Member, paints_as_default
+from .label_manager import paints_as_default
+from .member import Member
 from .orientation import Turn
 from .postprocessing import LARGEST_LABEL
 from .request import PREVIOUS_STAGE

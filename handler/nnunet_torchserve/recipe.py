@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .member import MemberName
+from .member_description import MemberName
 
 
 class _Value(BaseModel):

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from .bundle import SCHEMA_VERSION
-from .member import folder_trainer
+from .member_description import folder_trainer
 from .options import FoldName
 
 SERVED_FILE = "served.json"

@@ -33,7 +33,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, TallyReader
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import OpenWeights
+from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.provenance import provenance_of

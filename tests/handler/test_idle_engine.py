@@ -28,7 +28,7 @@ from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.errors import BundleError, Busy
-from nnunet_torchserve.member import OpenWeights
+from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from nnunet_torchserve.member import GOLDEN_FILE
+from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve_tools import launcher
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.member import GOLDEN_FILE
+from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.checkpoint import without_aliases

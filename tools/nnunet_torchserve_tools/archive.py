@@ -19,7 +19,8 @@ import nnunet_handler
 import nnunet_torchserve
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import SCHEMA_VERSION, BundleDescription
-from nnunet_torchserve.member import REORIENTING_READERS, painting_of
+from nnunet_torchserve.label_manager import painting_of
+from nnunet_torchserve.member import REORIENTING_READERS
 from nnunet_torchserve.orientation import is_orientation
 from nnunet_torchserve.own_code import CODE_FOLDER, CodeDescription
 from nnunet_torchserve.postprocessing import Postprocessing

@@ -21,7 +21,8 @@ from nnunet_torchserve.engine.golden import golden_tensors
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import GOLDEN_FILE, Member
+from nnunet_torchserve.member import Member
+from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
 

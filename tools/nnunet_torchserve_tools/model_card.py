@@ -22,7 +22,8 @@ from nnunet_torchserve.cases import settings_of
 from nnunet_torchserve.description import describe
 from nnunet_torchserve.errors import BundleError, RequestError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.member import DATASET_FILE, PLANS_FILE, Member, NetworkBuilder
+from nnunet_torchserve.member import Member
+from nnunet_torchserve.member_description import DATASET_FILE, PLANS_FILE, NetworkBuilder
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pricing import prices_of, whole_price
 from nnunet_torchserve.settings import HandlerSettings

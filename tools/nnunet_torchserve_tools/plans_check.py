@@ -24,7 +24,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_torchserve.errors import BundleError
-from nnunet_torchserve.member import NetworkBuilder
+from nnunet_torchserve.member_description import NetworkBuilder
 from nnunet_torchserve.names import NNUNETV2_ONLY, Names
 from nnunet_torchserve.own_code import Kind
 

@@ -12,17 +12,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from safetensors.torch import save_file
 
 from nnunet_torchserve.agreement import Trained
-from nnunet_torchserve.member import (
-    ALIASES_KEY,
-    DATASET_FILE,
-    PLANS_FILE,
-    FoldDescription,
-    MemberDescription,
-    output_names,
-)
+from nnunet_torchserve.label_manager import output_names
+from nnunet_torchserve.member_description import DATASET_FILE, PLANS_FILE, FoldDescription, MemberDescription
 from nnunet_torchserve.names import Names
 from nnunet_torchserve.options import FoldName
 from nnunet_torchserve.own_code import Kind
+from nnunet_torchserve.stored_tensors import ALIASES_KEY
 
 from .checkpoint import Checkpoint, without_aliases
 from .errors import ToolError, UsageError
@@ -41,7 +36,7 @@ class TrainedModel:
         checkpoint: file name within each fold's folder.
         plans, dataset: the content of nnU-Net's files.
         checkpoints: of the chosen folds, in their order.
-        network_class: see :class:`~nnunet_torchserve.member.MemberDescription`.
+        network_class: see :class:`~nnunet_torchserve.member_description.MemberDescription`.
         names: what the names in its files mean.
     """
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..backend import Backend
 from ..cases import Settings
 from ..errors import ServingError
-from ..member import MemberName
+from ..member_description import MemberName
 from ..options import MIN_TILE_STEP_SIZE, Accumulate, FoldName, Priority
 
 PROTOCOL = 9

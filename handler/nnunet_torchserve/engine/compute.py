@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 
 from ..errors import BundleError, Busy, OutOfMemory, ServingError
-from ..member import OpenWeights
+from ..open_weights import OpenWeights
 from ..options import FoldName
 from . import channel
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator

@@ -13,8 +13,9 @@ from ..backend import Backend
 from ..bundle import ModelBundle
 from ..errors import BundleError
 from ..machine import torch_threads
-from ..member import GOLDEN_FILE, read_tensors
+from ..member_description import GOLDEN_FILE
 from ..options import FoldName
+from ..stored_tensors import read_tensors
 from ..tiling import STOCK_THREADS
 from .backends.interface import FoldNetworks
 from .network import Networks

@@ -80,7 +80,7 @@ def _load(
 
     from ..bundle import ModelBundle
     from ..environment import refuse_faults_outside_tests
-    from ..member import OpenWeights
+    from ..open_weights import OpenWeights
     from . import channel
     from .compute import Compute
     from .core import EngineCore

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import BadOption
-from ..member import decides_as_default
+from ..label_manager import decides_as_default
 from ..options import ExportMethod
 from ..resampling import is_somebodys_own
 from ..volume import LabelArray

@@ -17,7 +17,8 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 
 from ...backend import Backend
 from ...errors import BundleError
-from ...member import Member, NetworkBuilder
+from ...member import Member
+from ...member_description import NetworkBuilder
 from ...options import FoldName
 from ...own_code import Kind
 from .interface import Weights

@@ -15,7 +15,7 @@ from ...options import FoldName
 
 
 class Weights(Protocol):
-    """An archive's files, to be read when networks are loaded again: :class:`~...member.OpenWeights`."""
+    """An archive's files, to be read when networks are loaded again: :class:`~...open_weights.OpenWeights`."""
 
     def read(self, member: str, fold: FoldName) -> Mapping[str, torch.Tensor]:
         """The state dict of a member's fold."""
