@@ -73,7 +73,9 @@ def engine(model_dir: Path, started: float) -> list[dict[str, object]]:
     steps.note("torch")
     _import("nnunet_torchserve.bundle", "nnunet_torchserve.engine.golden")
     steps.note("the networks' modules, with nnunetv2's")
-    _import("nnunet_torchserve.engine.process", "nnunet_torchserve.engine.core", "nnunet_torchserve.engine.channel")
+    _import(
+        "nnunet_torchserve.engine.process", "nnunet_torchserve.engine.core", "nnunet_torchserve.engine.flight_record"
+    )
     steps.note("the engine's other modules")
     from nnunet_torchserve.bundle import ModelBundle
     from nnunet_torchserve.engine.golden import check_golden, read_golden

@@ -21,7 +21,8 @@ class HandlerSettings(BaseModel):
     """The section ``handler``; what is not there, or null, has its default.
 
     Attributes:
-        max_patch_batch, golden_interval_s, cache_bytes, unload_after_s: see :class:`~.engine.channel.EngineSettings`.
+        max_patch_batch, golden_interval_s, cache_bytes, unload_after_s: see
+            :class:`~.engine.engine_settings.EngineSettings`.
         policy: how cases are ordered.
         limits: overrides of :class:`~.limits.Limits`.
         single_flight: equal requests at the same time are computed once.

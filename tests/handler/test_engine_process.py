@@ -26,7 +26,9 @@ from nnunet_torchserve.cases import Price, Settings
 from nnunet_torchserve.engine import channel, folder, remote, starter, switchboard
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.messages import Failed, Granted, Heartbeat, Message, Release, Reserve, Submit
 from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.engine.shared_memory import share
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import BundleError, Busy, CaseFailed, Deadline, NoEngine, OutOfMemory
 from nnunet_torchserve.limits import Limits
@@ -428,19 +430,19 @@ def raw_link(runtime: Path) -> socket.socket:
     return endpoint
 
 
-def submit_of(shape: tuple[int, int, int, int], **fields: object) -> channel.Submit:
+def submit_of(shape: tuple[int, int, int, int], **fields: object) -> Submit:
     plain = {"folds": (0,), "mirroring_axes": (), "tile_step_size": 0.5, "use_gaussian": True, "deadline": None}
     plain |= {"shape": shape, "member": "3d_fullres", "suspect": False, "accumulate": "half"}
-    return channel.Submit.model_validate_json(json.dumps(plain | fields))
+    return Submit.model_validate_json(json.dumps(plain | fields))
 
 
 def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
     engine = connect(bundle)
     [running] = engines(one_engine)
-    small, descriptor = channel.share((1, 8, 8, 8), torch.float32, "test")
+    small, descriptor = share((1, 8, 8, 8), torch.float32, "test")
     unsealed = os.memfd_create("unsealed")
     os.ftruncate(unsealed, small.numel() * 4)
-    lies: list[tuple[channel.Submit, int]] = [
+    lies: list[tuple[Submit, int]] = [
         (submit_of((1, 80, 80, 80)), descriptor),
         (submit_of((1, 8, 8, 8)), unsealed),
         (submit_of((1, 8, 8, 8)), os.open(os.devnull, os.O_RDONLY)),
@@ -453,8 +455,8 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
     wrong_shape, twice = {"shape": [1, -8, -8, 8]}, {"folds": [0, 0]}
     for nonsense in ({"mirroring_axes": [0] * 30}, twice, {"tile_step_size": 1e-6}, {"member": "../up"}, wrong_shape):
         with raw_link(one_engine) as link:
-            channel.send(link, channel.Reserve(bytes=1, passes=1))
-            assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
+            channel.send(link, Reserve(bytes=1, passes=1))
+            assert isinstance((channel.receive(link) or ("",))[0], Granted)
             text = submit_of((1, 8, 8, 8)).model_dump_json()
             sent = json.dumps(json.loads(text) | nonsense).encode()
             link.sendmsg([sent], rights)
@@ -462,29 +464,29 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
                 assert channel.receive(link) is None
     for message, fd in lies:
         with raw_link(one_engine) as link:
-            channel.send(link, channel.Reserve(bytes=1, passes=1))
+            channel.send(link, Reserve(bytes=1, passes=1))
             channel.send(link, message, (fd,))
             answers = [channel.receive(link) for _ in range(2)]
             assert isinstance(answers[1], tuple), message
-            assert isinstance(answers[1][0], channel.Failed), message
+            assert isinstance(answers[1][0], Failed), message
     for packet in (b"", b"{}", b"\xff" * 100, b'{"kind": "hello", "protocol": 2}', b"[" * 10_000):
         with raw_link(one_engine) as link:
             link.send(packet)
             with suppress(ConnectionResetError):
                 assert channel.receive(link) is None
-    out_of_turn: list[list[channel.Message]] = [
+    out_of_turn: list[list[Message]] = [
         [submit_of((1, 8, 8, 8))],
-        [channel.Release()],
-        [channel.Reserve(bytes=1, passes=1), channel.Reserve(bytes=1, passes=1)],
-        [channel.Reserve(bytes=1, passes=1), submit_of((1, 8, 8, 8))],
-        [channel.Heartbeat()],
+        [Release()],
+        [Reserve(bytes=1, passes=1), Reserve(bytes=1, passes=1)],
+        [Reserve(bytes=1, passes=1), submit_of((1, 8, 8, 8))],
+        [Heartbeat()],
     ]
     for messages in out_of_turn:
         with raw_link(one_engine) as link:
             for each in messages:
                 channel.send(link, each)
             while (received := channel.receive(link)) is not None:
-                assert isinstance(received[0], channel.Granted)
+                assert isinstance(received[0], Granted)
     assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
     assert engines(one_engine) == [running]
     os.close(descriptor)
@@ -504,8 +506,8 @@ def test_batch_cases_leave_a_worker_to_interactive_ones(keeper: RemoteEngine, on
 
     with raw_link(one_engine) as second, raw_link(one_engine) as third:
         for link in (second, third):
-            channel.send(link, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
-            assert isinstance((channel.receive(link) or ("",))[0], channel.Granted)
+            channel.send(link, Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+            assert isinstance((channel.receive(link) or ("",))[0], Granted)
         assert wait_until(lambda: refusal() is not None, PATIENCE_S), "an earlier test's worker may not be gone yet"
         refused = refusal()
         assert refused is not None
@@ -513,7 +515,7 @@ def test_batch_cases_leave_a_worker_to_interactive_ones(keeper: RemoteEngine, on
         assert refused.retry_after_s is not None
         with keeper.reserve(cost, None):
             pass
-        channel.send(third, channel.Release())
+        channel.send(third, Release())
         assert wait_until(lambda: refusal() is None, PATIENCE_S)
 
 
@@ -525,19 +527,19 @@ def test_batch_cases_keep_their_workers_when_the_engine_has_died(
     [running] = engines(runtime)
     idle = [raw_link(runtime) for _ in range(2)]
     for link in idle:
-        channel.send(link, channel.Reserve(bytes=2**60, passes=1))
-        assert isinstance((channel.receive(link) or ("",))[0], channel.Failed)
+        channel.send(link, Reserve(bytes=2**60, passes=1))
+        assert isinstance((channel.receive(link) or ("",))[0], Failed)
     running.send_signal(signal.SIGKILL)
     psutil.wait_procs([running], PATIENCE_S)
     for link in idle:
         link.close()
     cost = Price(grid=(1, 1, 1), patches=1, passes=1, bytes=1, preprocess_s=0, export_s=0)
     with engine.reserve(cost, None, priority=Priority.BATCH), raw_link(runtime) as second:
-        channel.send(second, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
-        assert isinstance((channel.receive(second) or ("",))[0], channel.Granted), "two of three workers"
+        channel.send(second, Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+        assert isinstance((channel.receive(second) or ("",))[0], Granted), "two of three workers"
         with raw_link(runtime) as third:
-            channel.send(third, channel.Reserve(bytes=1, passes=1, priority=Priority.BATCH))
-            assert isinstance((channel.receive(third) or ("",))[0], channel.Failed), "the last one is kept"
+            channel.send(third, Reserve(bytes=1, passes=1, priority=Priority.BATCH))
+            assert isinstance((channel.receive(third) or ("",))[0], Failed), "the last one is kept"
     engine.disconnect()
     [home] = {path.parent for path in runtime.glob(f"*/{folder.SOCKET}")}
     assert wait_until(lambda: folder.workers_of(home) == 0, PATIENCE_S), "one that leaves has none"

@@ -17,15 +17,17 @@ import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings
-from nnunet_torchserve.engine import channel, folder
+from nnunet_torchserve.engine import folder
 from nnunet_torchserve.engine.compute import Admit, Compute, Drop, Expect
 from nnunet_torchserve.engine.core import EngineCore
 from nnunet_torchserve.engine.device_memory import is_worth_freeing
 from nnunet_torchserve.engine.golden import check_golden, read_golden
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.messages import Failed, Message, Submit
 from nnunet_torchserve.engine.network import Networks
 from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.engine.shared_memory import share
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.errors import BundleError, Busy
 from nnunet_torchserve.open_weights import OpenWeights
@@ -272,17 +274,17 @@ class StuckWeights(OpenWeights):
 class Answers:
     """A worker that keeps what it is told."""
 
-    messages: list[channel.Message] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
-    def answer(self, message: channel.Message, descriptors: Sequence[int] = ()) -> bool:
+    def answer(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
         self.messages.append(message)
         return True
 
 
 def admit(case_id: int, worker: Answers) -> Admit:
-    shared, descriptor = channel.share(SHAPE, torch.float32, "test")
+    shared, descriptor = share(SHAPE, torch.float32, "test")
     shared.copy_(volume(0))
-    submit = channel.Submit(shape=SHAPE, deadline=None, suspect=False, **asdict(BOTH))
+    submit = Submit(shape=SHAPE, deadline=None, suspect=False, **asdict(BOTH))
     return Admit(case_id, submit, descriptor, 0.0, worker)
 
 
@@ -308,7 +310,7 @@ def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: Mod
     compute.put(admit(1, worker))
     compute._once()
     [refused] = worker.messages
-    assert isinstance(refused, channel.Failed)
+    assert isinstance(refused, Failed)
     assert (refused.error, refused.retry_after_s) == ("Busy", 10)
     assert weights.failures == 0
     assert not networks.loaded

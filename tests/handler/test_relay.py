@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_torchserve.engine.channel import share
+from nnunet_torchserve.engine.shared_memory import share
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.relay import DeviceMonitor, Relay, label
 from nnunet_torchserve.telemetry import (

@@ -27,13 +27,14 @@ from nnunet_torchserve import predicting
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
-from nnunet_torchserve.engine import channel, folder, remote
+from nnunet_torchserve.engine import folder, remote, shared_memory
 from nnunet_torchserve.engine.cache import MOST_VOLUMES, Kept, VolumeCache
-from nnunet_torchserve.engine.channel import freeze, is_frozen, share
 from nnunet_torchserve.engine.flights import Flights
 from nnunet_torchserve.engine.ledger import Ledger
+from nnunet_torchserve.engine.messages import HEARTBEAT_S, Message, Submit
 from nnunet_torchserve.engine.prediction import NO_KEYS, Keep, KeptVolume, Reservation, Watcher
 from nnunet_torchserve.engine.remote import RemoteEngine
+from nnunet_torchserve.engine.shared_memory import freeze, is_frozen, share
 from nnunet_torchserve.engine.starter import Link
 from nnunet_torchserve.engine.tally import Level, TallyReader, Total
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
@@ -215,7 +216,7 @@ def test_a_warning_is_kept_with_its_image(caching: Fleet) -> None:
 def test_what_could_still_be_changed_is_not_kept(caching: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = caching.engine()
     with monkeypatch.context() as patch:
-        patch.setattr(channel, "freeze", lambda _: True)  # and does not
+        patch.setattr(shared_memory, "freeze", lambda _: True)  # and does not
         keep_one(engine)
     with engine.reserve(price(1), None) as reserved:
         assert reserved.recall(KEY) is None
@@ -297,9 +298,9 @@ def test_a_lost_connection_leaves_no_volume_behind(
     send_as_ever = RemoteEngine._send
     cut: list[bool] = []
 
-    def send(self: RemoteEngine, link: Link, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
+    def send(self: RemoteEngine, link: Link, message: Message, descriptors: Sequence[int] = ()) -> None:
         send_as_ever(self, link, message, descriptors)
-        if isinstance(message, channel.Submit) and not cut:
+        if isinstance(message, Submit) and not cut:
             wait_for(lambda: fleet.level(Level.CACHED_BYTES) > 0)
             link.endpoint.shutdown(socket.SHUT_RDWR)
             cut.append(True)
@@ -415,7 +416,7 @@ def test_it_gives_way_to_another_engines_case(fleet: Fleet, monkeypatch: pytest.
     assert folder.take_life_lock(other)
     theirs = Ledger(other, "host")
     theirs.hold(0, wanted=MACHINE_BYTES - GOOD_BYTES, since=time.monotonic())  # there is room for both
-    beats = channel.HEARTBEAT_S * 3
+    beats = HEARTBEAT_S * 3
     with pytest.raises(AssertionError):
         wait_for(lambda: fleet.level(Level.CACHED_BYTES) == 0, within_s=beats)
     theirs.hold(0, wanted=MACHINE_BYTES - GOOD_BYTES + 1, since=time.monotonic())
@@ -645,7 +646,7 @@ def test_an_answer_that_could_still_be_changed_is_not_handed_on(
     with flying.engine().reserve(price(1), None, answer_key=KEY) as reserved:
         follower = follow()
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 1)
-        monkeypatch.setattr(channel, "freeze", lambda _: True)  # and does not
+        monkeypatch.setattr(shared_memory, "freeze", lambda _: True)  # and does not
         reserved.share(BODY, "")
         assert follower.reserved.result(300).answer is None
 

@@ -24,7 +24,7 @@ from benchmarks.harness.memory import with_extra_memory
 from benchmarks.stages.codecs.images import SEED, Kind, image_file
 from benchmarks.stages.codecs.sides import NUMPY, OURS, STOCK, decoders, opened
 from nnunet_torchserve import codecs
-from nnunet_torchserve.engine import channel
+from nnunet_torchserve.engine.shared_memory import share
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.orientation import turn_towards
 from nnunet_torchserve.preprocess import preprocess
@@ -143,7 +143,7 @@ def steps_of(way: Way, body: bytearray) -> dict[str, Any]:
 
 def shared_copy(data: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The volume in a memfd, as ``RemoteEngine`` sends it."""
-    shared, descriptor = channel.share(tuple(data.shape), torch.float32, "benchmark")
+    shared, descriptor = share(tuple(data.shape), torch.float32, "benchmark")
     shared.copy_(data)
     return shared, descriptor
 

@@ -28,12 +28,12 @@ import torch
 from ..errors import BundleError, Busy, OutOfMemory, ServingError
 from ..open_weights import OpenWeights
 from ..options import FoldName
-from . import channel
+from . import channel, shared_memory
 from .accumulator import CaseAccumulator, Layout, held_bytes, new_accumulator
-from .channel import Done, Failed, Message, Submit
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .device_memory import DeviceMemory
 from .ledger import Ledger
+from .messages import Done, Failed, Message, Submit
 from .network import peak_bytes
 from .tally import Level, Tally, Total
 
@@ -308,7 +308,7 @@ class Compute:
 
     def _case(self, command: Admit) -> CaseInFlight:
         message, settings = command.message, command.message.settings()
-        data = channel.attach(command.descriptor, message.shape, torch.float32)
+        data = shared_memory.attach(command.descriptor, message.shape, torch.float32)
         if settings.member not in self._core.networks.members:
             msg = f"not this model's: {settings}"
             raise channel.ChannelError(msg)
@@ -320,7 +320,7 @@ class Compute:
             raise channel.ChannelError(msg)
 
         def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            tensor, self._results[command.case_id] = channel.share(shape, dtype, "nnunet-logits")
+            tensor, self._results[command.case_id] = shared_memory.share(shape, dtype, "nnunet-logits")
             return tensor
 
         def accumulate(layout: Layout) -> CaseAccumulator:
@@ -355,7 +355,7 @@ class Compute:
     def _deliver(self, case: CaseInFlight) -> None:
         logits = case.accumulator.result()
         if case.case_id not in self._results:  # it was not summed in shared memory
-            shared, self._results[case.case_id] = channel.share(logits.shape, logits.dtype, "nnunet-logits")
+            shared, self._results[case.case_id] = shared_memory.share(logits.shape, logits.dtype, "nnunet-logits")
             with self._memory.transfers():
                 shared.copy_(logits)
         queue_s, network_s = case.times(time.monotonic())

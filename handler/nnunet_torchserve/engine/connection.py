@@ -10,7 +10,7 @@ from enum import Enum, auto
 
 from . import channel
 from .admission import Claim
-from .channel import Message
+from .messages import Message
 
 
 class State(Enum):

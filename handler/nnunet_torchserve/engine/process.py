@@ -81,10 +81,11 @@ def _load(
     from ..bundle import ModelBundle
     from ..environment import refuse_faults_outside_tests
     from ..open_weights import OpenWeights
-    from . import channel
     from .compute import Compute
     from .core import EngineCore
+    from .engine_settings import EngineSettings
     from .faults import Faults
+    from .flight_record import FlightRecord
     from .golden import check_golden, load_networks_or_eager, read_golden
     from .ledger import Ledger
     from .network import device_name, peak_bytes, probe_batch
@@ -93,7 +94,7 @@ def _load(
     from .tally import Tally, Total
 
     refuse_faults_outside_tests()
-    settings = channel.EngineSettings.model_validate_json(settings_text)
+    settings = EngineSettings.model_validate_json(settings_text)
     bundle = ModelBundle(model_dir)
     faults = Faults.from_environment(settings.device)
     faults.before_load(follows_a_death=restarts > 0)
@@ -102,7 +103,7 @@ def _load(
         bundle, torch.device(settings.device), settings.backend, 1 if asked == "auto" else asked
     )
     batch = probe_batch(networks) if asked == "auto" else asked
-    record, record_fd = channel.FlightRecord.create()
+    record, record_fd = FlightRecord.create()
     policy = Policy(settings.policy)
     core = EngineCore(networks, batch, policy, record.write, faults)
     model = f"{bundle.description.name}/{bundle.description.version} sha256:{bundle.digest[:12]}"
@@ -130,7 +131,8 @@ def _load(
 
 def _refuse_everybody(listener: socket.socket, reason: str) -> None:
     """Tell the workers why there will be no engine: those that wait, and the one that is about to ask."""
-    from .channel import Refused, send
+    from .channel import send
+    from .messages import Refused
 
     listener.settimeout(_LATEST_S)
     with suppress(OSError):  # at the latest of a timeout

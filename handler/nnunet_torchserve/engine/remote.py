@@ -36,7 +36,8 @@ from ..errors import BundleError, CaseFailed, Deadline, NoEngine, OutOfMemory, S
 from ..limits import Limits, memory_for_cases
 from ..options import Priority
 from ..telemetry import STRIKES, Counts
-from . import channel
+from . import channel, messages, shared_memory
+from .engine_settings import EngineSettings
 from .prediction import Keep, KeptVolume, Prediction, Reservation, SharedAnswer, Watcher
 from .scheduler import Policy
 from .starter import RETRY_AFTER_S, Link, Starter
@@ -56,7 +57,7 @@ _KEEP_S = 1.0
 _SHORT_LIFE_S, _LONGEST_PAUSE_S = 60.0, 300.0
 """An engine that dies sooner after its hello, for the second time running, is not started again at once."""
 
-_UNCLAIMED = channel.Reserve(bytes=0, passes=0, guaranteed=True)
+_UNCLAIMED = messages.Reserve(bytes=0, passes=0, guaranteed=True)
 _ERRORS: Mapping[str, type[ServingError]] = {
     error.__name__: error
     for error in (errors.Busy, errors.CaseFailed, errors.NonFiniteLogits, errors.Deadline, errors.OutOfMemory)
@@ -94,16 +95,16 @@ class RemoteEngine:
         Args:
             bundle: the model.
             device: where the networks run.
-            max_patch_batch: passes in a batch; see :class:`~.channel.EngineSettings`.
+            max_patch_batch: passes in a batch; see :class:`~.engine_settings.EngineSettings`.
             policy: how cases are ordered.
             limits: what all cases may take together.
-            golden_interval_s: see :class:`~.channel.EngineSettings`.
+            golden_interval_s: see :class:`~.engine_settings.EngineSettings`.
             cache_bytes: see there too.
-            unload_after_s: see :class:`~.channel.EngineSettings`.
+            unload_after_s: see :class:`~.engine_settings.EngineSettings`.
             counts: where strikes are counted.
             on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
                 that engine, which is valid during the call.
-            backend: see :class:`~.channel.EngineSettings`.
+            backend: see :class:`~.engine_settings.EngineSettings`.
 
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
@@ -111,7 +112,7 @@ class RemoteEngine:
         """
         limits = limits or Limits()
         self._counts = counts or Counts()
-        settings = channel.EngineSettings(
+        settings = EngineSettings(
             device=str(device),
             max_patch_batch=max_patch_batch,
             policy=policy,
@@ -149,7 +150,7 @@ class RemoteEngine:
         with self._lock:
             began = time.monotonic()
             self._strikes = 0
-            self._claim = channel.Reserve(
+            self._claim = messages.Reserve(
                 bytes=price.bytes,
                 passes=price.passes,
                 guaranteed=guaranteed,
@@ -295,16 +296,16 @@ class RemoteEngine:
         self._send(link, self._claim)
         while True:
             message, descriptors = self._next_message(link, deadline)
-            if isinstance(message, channel.Granted):
+            if isinstance(message, messages.Granted):
                 link.case_id, link.in_use = message.case_id, False
                 return granted
-            if isinstance(message, channel.Answered):
+            if isinstance(message, messages.Answered):
                 link.in_use = False
-                body = channel.attach(descriptors[0], (message.size,), torch.uint8)
+                body = shared_memory.attach(descriptors[0], (message.size,), torch.uint8)
                 return Reservation(0.0, answer=SharedAnswer(body.numpy().tobytes(), message.note))
-            if isinstance(message, channel.Queued) and watcher is not None:
+            if isinstance(message, messages.Queued) and watcher is not None:
                 watcher.queued(message.ahead)
-            if isinstance(message, channel.Failed):
+            if isinstance(message, messages.Failed):
                 link.in_use = False
                 self._raise(message)
 
@@ -314,13 +315,13 @@ class RemoteEngine:
         def ask() -> None:
             self._reserved(deadline, None)
             link = self._connected(deadline)
-            self._send(link, channel.Amend(bytes=price.bytes, passes=price.passes))
+            self._send(link, messages.Amend(bytes=price.bytes, passes=price.passes))
             while True:
                 message, _ = self._next_message(link, deadline)
-                if isinstance(message, channel.Granted):
+                if isinstance(message, messages.Granted):
                     link.in_use = False
                     return
-                if isinstance(message, channel.Failed):
+                if isinstance(message, messages.Failed):
                     link.in_use = False
                     self._raise(message)
 
@@ -333,7 +334,7 @@ class RemoteEngine:
             return
         link.case_id = None
         try:
-            channel.send(link.endpoint, channel.Release())
+            channel.send(link.endpoint, messages.Release())
         except OSError:
             self.disconnect()
 
@@ -343,14 +344,14 @@ class RemoteEngine:
         if link is None or link.case_id is None:
             return None
         try:
-            self._send(link, channel.Recall(key=key))
+            self._send(link, messages.Recall(key=key))
             while True:
                 message, descriptors = self._next_message(link, None)
-                if isinstance(message, channel.Recalled):
+                if isinstance(message, messages.Recalled):
                     link.in_use = False
                     if message.shape is None:
                         return None
-                    return KeptVolume(channel.attach(descriptors[0], message.shape, torch.float32), message.note)
+                    return KeptVolume(shared_memory.attach(descriptors[0], message.shape, torch.float32), message.note)
         except (_EngineGone, channel.ChannelError, OSError) as error:
             logger.warning("a kept volume could not be recalled: %s", error)
             self.disconnect()
@@ -365,12 +366,12 @@ class RemoteEngine:
             cases = self._wanted(link)
             if not cases:
                 return
-            shared, descriptor = channel.share((len(body),), torch.uint8, "nnunet-answer")
+            shared, descriptor = shared_memory.share((len(body),), torch.uint8, "nnunet-answer")
             try:
                 shared.numpy()[:] = np.frombuffer(body, np.uint8)
                 del shared
-                channel.freeze(descriptor)
-                channel.send(link.endpoint, channel.Release(size=len(body), note=note), (descriptor,))
+                shared_memory.freeze(descriptor)
+                channel.send(link.endpoint, messages.Release(size=len(body), note=note), (descriptor,))
             finally:
                 os.close(descriptor)
             link.case_id = None
@@ -385,13 +386,13 @@ class RemoteEngine:
             OSError: the engine does not say so at once; this case's own client waits.
         """
         until = time.monotonic() + _SHARING_S
-        channel.send(link.endpoint, channel.Offer())
+        channel.send(link.endpoint, messages.Offer())
         while True:
             link.endpoint.settimeout(max(_FIRST_WAIT_S, until - time.monotonic()))
             received = channel.receive(link.endpoint)
             if received is None or time.monotonic() > until:
                 raise ConnectionResetError
-            if isinstance(received[0], channel.Wanted):
+            if isinstance(received[0], messages.Wanted):
                 return received[0].cases
 
     def _ask(
@@ -405,12 +406,12 @@ class RemoteEngine:
         passes_after: int,
     ) -> Prediction:
         shape = tuple(int(n) for n in data.shape)
-        shared, descriptor = channel.share(shape, torch.float32, "nnunet-volume")
+        shared, descriptor = shared_memory.share(shape, torch.float32, "nnunet-volume")
         try:
             shared.copy_(data)
             del shared
-            frozen = keep is not None and channel.freeze(descriptor)
-            submit = channel.Submit(
+            frozen = keep is not None and shared_memory.freeze(descriptor)
+            submit = messages.Submit(
                 shape=shape,  # type: ignore[arg-type]
                 member=settings.member,
                 folds=settings.folds,
@@ -423,7 +424,7 @@ class RemoteEngine:
                 suspect=self._strikes > 0,
                 passes_after=passes_after,
                 watched=watcher is not None,
-                keep=channel.Keep(key=keep.key, note=keep.note) if keep is not None and frozen else None,
+                keep=messages.Keep(key=keep.key, note=keep.note) if keep is not None and frozen else None,
             )
             self._send(link, submit, (descriptor,))
         finally:
@@ -432,25 +433,25 @@ class RemoteEngine:
             watcher.passes(0)
         while True:
             message, descriptors = self._next_message(link, deadline)
-            if isinstance(message, channel.Done):
+            if isinstance(message, messages.Done):
                 link.in_use = False
-                logits = channel.attach(descriptors[0], message.shape, getattr(torch, message.dtype))
+                logits = shared_memory.attach(descriptors[0], message.shape, getattr(torch, message.dtype))
                 unpad = (slice(None), *(slice(start, stop) for start, stop in message.unpad))
                 return Prediction(logits[unpad], message.queue_s, message.network_s, link.backend)
-            if isinstance(message, channel.Progress) and watcher is not None:
+            if isinstance(message, messages.Progress) and watcher is not None:
                 watcher.passes(message.passes)
-            if isinstance(message, channel.Failed):
+            if isinstance(message, messages.Failed):
                 link.in_use = False
                 self._raise(message)
 
-    def _send(self, link: Link, message: channel.Message, descriptors: Sequence[int] = ()) -> None:
+    def _send(self, link: Link, message: messages.Message, descriptors: Sequence[int] = ()) -> None:
         link.in_use = True
         try:
             channel.send(link.endpoint, message, descriptors)
         except OSError as error:
             raise _EngineGone(in_batch=False) from error
 
-    def _next_message(self, link: Link, deadline: float | None) -> tuple[channel.Message, list[int]]:
+    def _next_message(self, link: Link, deadline: float | None) -> tuple[messages.Message, list[int]]:
         """What the engine says next, which is a heartbeat every second at least.
 
         Silence is counted in short waits: a machine that stood still as a whole has missed one of them, not all.
@@ -461,7 +462,7 @@ class RemoteEngine:
         link.endpoint.settimeout(_WAIT_S)
         silence_s = 0.0
         while silence_s < SILENCE_S:
-            if deadline is not None and time.monotonic() > deadline + 2 * channel.HEARTBEAT_S:
+            if deadline is not None and time.monotonic() > deadline + 2 * messages.HEARTBEAT_S:
                 msg = "the time for this request ran out while it waited for the engine"
                 raise Deadline(msg)
             try:
@@ -480,7 +481,7 @@ class RemoteEngine:
             link.kill()
         raise _EngineGone(in_batch=link.case_id is not None and link.case_id in link.record.read())
 
-    def _raise(self, failed: channel.Failed) -> NoReturn:
+    def _raise(self, failed: messages.Failed) -> NoReturn:
         raise _ERRORS.get(failed.error, ServingError)(failed.detail, failed.retry_after_s)
 
     def _connected(self, deadline: float | None) -> Link:

@@ -29,7 +29,9 @@ from ..backend import Backend
 from ..bundle import ModelBundle
 from ..environment import FAULTS_VARIABLE, TESTING_VARIABLE, runtime_dir
 from ..errors import BundleError, Deadline, NoEngine
-from . import channel
+from . import channel, messages
+from .engine_settings import EngineSettings
+from .flight_record import FlightRecord
 from .folder import LOCK, SOCKET, is_alive, kill_engine
 from .outage import Outage
 
@@ -85,7 +87,7 @@ class Link:
 
     endpoint: socket.socket
     process: int
-    record: channel.FlightRecord
+    record: FlightRecord
     backend: Backend
     case_id: int | None = None
     in_use: bool = False
@@ -111,7 +113,7 @@ class Starter:
     """Finds or starts one engine."""
 
     def __init__(
-        self, bundle: ModelBundle, settings: channel.EngineSettings, on_tally: Callable[[int, int], None] | None
+        self, bundle: ModelBundle, settings: EngineSettings, on_tally: Callable[[int, int], None] | None
     ) -> None:
         """Name the engine.
 
@@ -278,15 +280,15 @@ class Starter:
         finally:
             os.close(directory)
 
-    def _greeting(self, endpoint: socket.socket, process: int) -> tuple[channel.FlightRecord, Backend]:
+    def _greeting(self, endpoint: socket.socket, process: int) -> tuple[FlightRecord, Backend]:
         """Wait for the engine's hello, and take what comes with it."""
         received = channel.receive(endpoint)
         if received is None:
             raise ConnectionResetError
         message, descriptors = received
-        if isinstance(message, channel.Refused):
+        if isinstance(message, messages.Refused):
             raise BundleError(message.reason)
-        if not isinstance(message, channel.Hello) or message.protocol != channel.PROTOCOL:
+        if not isinstance(message, messages.Hello) or message.protocol != messages.PROTOCOL:
             msg = f"the engine said {message.kind} instead of hello"
             raise BundleError(msg)
         record, tally = descriptors
@@ -294,7 +296,7 @@ class Starter:
             os.close(tally)
         else:
             self._on_tally(tally, process)
-        return channel.FlightRecord.map(record), message.backend
+        return FlightRecord.map(record), message.backend
 
     def _start_engine(self, folder: Path) -> bool:
         """Start an engine unless somebody else does or one lives; whether that was done."""

@@ -36,15 +36,21 @@ from pathlib import Path
 from ..backend import Backend
 from ..errors import Busy, OutOfMemory
 from ..options import Priority
-from . import channel
+from . import channel, shared_memory
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .cache import Kept, VolumeCache
-from .channel import (
+from .compute import Admit, Compute, Drop, Expect
+from .connection import HOLDING, Connection, State
+from .engine_settings import EngineSettings
+from .flights import Flights
+from .folder import SOCKET, bound_log, listen, note_workers, still_ours, workers_of
+from .ledger import Ledger
+from .messages import (
     HEARTBEAT_S,
     PROGRESS_S,
+    PROTOCOL,
     Amend,
     Answered,
-    EngineSettings,
     Failed,
     Granted,
     Heartbeat,
@@ -60,11 +66,6 @@ from .channel import (
     Submit,
     Wanted,
 )
-from .compute import Admit, Compute, Drop, Expect
-from .connection import HOLDING, Connection, State
-from .flights import Flights
-from .folder import SOCKET, bound_log, listen, note_workers, still_ours, workers_of
-from .ledger import Ledger
 from .tally import Level, Tally, Total
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Switchboard:
         endpoint.setblocking(False)
         connection.expect()
         if connection.answer(
-            Hello(protocol=channel.PROTOCOL, backend=self._backend), (self._record_fd, self._tally.descriptor)
+            Hello(protocol=PROTOCOL, backend=self._backend), (self._record_fd, self._tally.descriptor)
         ):
             self._connections[endpoint.fileno()] = connection
             self._selector.register(endpoint, selectors.EVENT_READ)
@@ -377,7 +378,7 @@ class Switchboard:
     def _keep(self, message: Submit, descriptor: int) -> None:
         """Keep a submitted volume if it is to be kept and nobody can change it."""
         keep, size = message.keep, math.prod(message.shape) * _FLOAT32_BYTES
-        if keep is None or not channel.is_frozen(descriptor, size):
+        if keep is None or not shared_memory.is_frozen(descriptor, size):
             return
         with suppress(OSError):  # no descriptor is left: the case needs none of this
             self._cache.keep(keep.key, Kept(os.dup(descriptor), message.shape, keep.note, size))
@@ -397,7 +398,7 @@ class Switchboard:
     def _land(self, connection: Connection, message: Release, descriptor: int) -> None:
         """A case has an answer, which others wait for."""
         try:
-            if message.size is None or not channel.is_frozen(descriptor, message.size):
+            if message.size is None or not shared_memory.is_frozen(descriptor, message.size):
                 msg = "an answer is no sealed memory of its size"
                 raise channel.ChannelError(msg)
             for case_id in self._flights.land(connection.case_id):

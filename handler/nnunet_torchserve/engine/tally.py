@@ -22,7 +22,7 @@ from enum import IntEnum
 
 import torch
 
-from . import channel
+from . import channel, shared_memory
 
 
 class Total(IntEnum):
@@ -82,7 +82,7 @@ class Tally:
 
     def __init__(self) -> None:
         """All zeros, in new shared memory."""
-        shared, self.descriptor = channel.share((_SIZE // torch.int64.itemsize,), torch.int64, "nnunet-tally")
+        shared, self.descriptor = shared_memory.share((_SIZE // torch.int64.itemsize,), torch.int64, "nnunet-tally")
         self._numbers = shared.numpy()
 
     def total(self, total: Total, value: int) -> None:
