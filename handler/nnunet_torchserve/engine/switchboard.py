@@ -6,12 +6,12 @@ a volume that an earlier case left (:mod:`.cache`). Before it submits, it may am
 guess. A case of several members is preprocessed and submitted for one after the other. In place of the grant may come
 the answer of an equal case (:mod:`.flights`).
 
-Threads. This one reads every socket and owns the connections' state, admission and the host's ledger. The compute
-thread (:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in
-order; a case's first one when it reserves, so that unloaded networks are loaded while it is decoded. Nothing comes
-back: the compute thread answers the worker itself, through :class:`Connection`. The only locks
-are those around a connection's sends and its closing; nothing is called under them but the socket. How many passes of
-a case are done is a number that this thread reads and the compute thread writes: progress costs the passes nothing.
+Threads. This one reads every socket and owns the connections' state and :mod:`.host_memory`. The compute thread
+(:mod:`.compute`) owns the core, all torch work and the device's ledger. Commands go there in a queue, in order; a
+case's first one when it reserves, so that unloaded networks are loaded while it is decoded. Nothing comes back: the
+compute thread answers the worker itself, through :class:`Connection`. The only locks are those around a connection's
+sends and its closing; nothing is called under them but the socket. How many passes of a case are done is a number that
+this thread reads and the compute thread writes: progress costs the passes nothing.
 
 Faults. Whatever a worker sends, only its own connection is closed; but a volume that it has kept, or an answer that it
 hands on, reaches other workers as it is: they are processes of the same user, and nobody can change it later. If the
@@ -26,7 +26,6 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -37,14 +36,14 @@ from ..backend import Backend
 from ..errors import Busy, OutOfMemory
 from ..options import Priority
 from . import channel, shared_memory
-from .admission import NEVER_FITS, Admission, Budget, Claim
-from .cache import Kept, VolumeCache
+from .admission import NEVER_FITS, Budget, Claim
+from .cache import Kept
 from .compute import Admit, Compute, Drop, Expect
 from .connection import HOLDING, Connection, State
 from .engine_settings import EngineSettings
 from .flights import Flights
 from .folder import SOCKET, bound_log, listen, note_workers, still_ours, workers_of
-from .ledger import Ledger
+from .host_memory import HostMemory
 from .messages import (
     HEARTBEAT_S,
     PROGRESS_S,
@@ -78,18 +77,11 @@ BUSY_LIMIT_S: Mapping[str, float] = {"cpu": 300.0, "cuda": 60.0}
 a GPU well below a second, the first ones, which choose their algorithms, some; a CPU may take minutes for a large patch
 on busy cores."""
 
-_INHERITANCE_S = 2.0
-"""After a death: cases that hold their memory already come first."""
-
 _ROLL_CALL_S = 600.0
 """After a death: until all workers have come back, which each does with its next case."""
 
 _LOOK_AGAIN_S = 0.1
 """While cases wait: another engine may have released memory."""
-
-_STUCK_S = 3.0
-"""For which cases that all need more memory than they have wait for that of other engines. These keep volumes that they
-give up when they hear of it, at their next heartbeat; or have cases that end; or such as wait for ours."""
 
 _LONGEST_RETRY_S = 600
 _FLOAT32_BYTES = 4
@@ -140,12 +132,8 @@ class Switchboard:
         self._owners: dict[int, Connection] = {}
         self._next_case = 1
         budget = Budget(settings.memory_bytes, settings.passes, settings.waiting_cases, settings.machine_bytes)
-        self._admission = Admission(budget)
-        self._cache, self._flights = VolumeCache(settings.cache_bytes), Flights()
+        self._memory, self._flights = HostMemory(folder, budget, settings.cache_bytes), Flights()
         self._workers_before, self._roll_call_until = workers_of(folder), time.monotonic() + _ROLL_CALL_S
-        self._host = Ledger(folder, "host")
-        self._grants_from = time.monotonic() + (_INHERITANCE_S if self._host.held() else 0.0)
-        self._waits_since = self._stuck_since = math.inf
         self._compute = compute
         self._busy_limit_s = limit_s
         self._tally = tally
@@ -167,24 +155,21 @@ class Switchboard:
                 logger.error("the directory was cleaned up, and another engine may start: leaving")
                 return
             self._beat(self._connections.values())
-            self._make_room_elsewhere()
+            if self._memory.make_room_elsewhere():
+                self._hold()
             self._listen_again_if_unlinked()
             bound_log()
 
     def _serve_until(self, next_beat: float) -> None:
         """Wait for messages, at most until the next heartbeat; cases that wait for memory are looked at more often."""
-        pause = _LOOK_AGAIN_S if self._is_waited_for() else max(0.0, next_beat - time.monotonic())
+        pause = _LOOK_AGAIN_S if self._memory.is_waited_for else max(0.0, next_beat - time.monotonic())
         for key, _ in self._selector.select(pause):
             if key.fileobj is self._listener:
                 self._accept()
             elif key.fd in self._connections:
                 self._serve(self._connections[key.fd])
-        if self._is_waited_for():
+        if self._memory.is_waited_for:
             self._grant()
-
-    def _is_waited_for(self) -> bool:
-        """Whether a case waits for memory, or for more of it."""
-        return self._admission.waiting > 0 or self._admission.growing > 0
 
     def _accept(self) -> None:
         try:
@@ -267,7 +252,7 @@ class Switchboard:
         connection.expect()
         claim = Claim(self._next_case, message.bytes, message.passes, message.guaranteed, message.priority)
         self._next_case += 1
-        if claim.exceeds(self._admission.budget) and not claim.guaranteed:
+        if claim.exceeds(self._memory.admission.budget) and not claim.guaranteed:
             connection.answer(Failed.of(OutOfMemory(NEVER_FITS)))
             return
         if not claim.guaranteed and claim.priority is Priority.BATCH and self._batch_cases() >= self._for_batch():
@@ -290,12 +275,12 @@ class Switchboard:
     def _amend(self, connection: Connection, message: Amend) -> None:
         """Charge a case for what it takes after all."""
         claim = replace(connection.claim, bytes=message.bytes, passes=message.passes)
-        if claim.exceeds(self._admission.budget) and not claim.guaranteed:
+        if claim.exceeds(self._memory.admission.budget) and not claim.guaranteed:
             connection.answer(Failed.of(OutOfMemory(NEVER_FITS)))
             return
         ahead = connection.passes_ahead + claim.passes - connection.claim.passes
         connection.claim, connection.passes_ahead = claim, max(0, ahead)
-        self._admission.amend(claim)
+        self._memory.admission.amend(claim)
         self._grant()
 
     def _batch_cases(self) -> int:
@@ -315,12 +300,8 @@ class Switchboard:
 
     def _ask(self, connection: Connection) -> None:
         """Let a case wait for memory, or refuse it."""
-        claim, admission = connection.claim, self._admission
-        while not admission.ask(claim):
-            if self._cache.size and admission.would_fit(claim, admission.elsewhere - self._cache.size):
-                admission.elsewhere -= self._cache.drop_oldest()
-                continue
-            busy = Failed.of(Busy(self._admission.busy_message(), self._retry_after_s()))
+        if not self._memory.ask(connection.claim):
+            busy = Failed.of(Busy(self._memory.admission.busy_message(), self._retry_after_s()))
             connection.answer(busy)
             self._leave(connection)
             return
@@ -335,33 +316,14 @@ class Switchboard:
             self._beat([connection])
 
     def _grant(self) -> None:
-        """Let the cases go on that fit now, seen together with what other engines hold."""
-        admission, now = self._admission, time.monotonic()
-        # all of it, while it is decided
-        self._host.hold(admission.charged_bytes, admission.waiting_bytes, -math.inf, self._cache.size)
-        admission.elsewhere = self._host.elsewhere(self._waits_since) if now >= self._grants_from else sys.maxsize
-        admission.elsewhere += self._cache.size
-        granted = admission.grant()
-        while self._cache.size and admission.could_grant(admission.elsewhere - self._cache.size):  # it gives way
-            admission.elsewhere -= self._cache.drop_oldest()
-            granted += admission.grant()
+        """Let the cases go on that fit now, and refuse one where all wait for each other."""
+        granted, stuck = self._memory.grant()
         for case_id in granted:
             self._tell_granted(self._owners[case_id])
-        self._refuse_if_stuck(now)
-        if not self._is_waited_for():
-            self._waits_since = math.inf
-        elif granted or self._waits_since == math.inf:
-            self._waits_since = now
+        if stuck is not None:
+            refused = Busy(self._memory.admission.stuck_message(), self._retry_after_s())
+            self._owners[stuck].answer(Failed.of(refused))
         self._hold()
-
-    def _refuse_if_stuck(self, now: float) -> None:
-        """Refuse a case that needs more memory where all others do, and nobody will give them any."""
-        admission = self._admission
-        stuck = admission.stuck()
-        self._stuck_since = math.inf if stuck is None else min(self._stuck_since, now)
-        if stuck is not None and (now - self._stuck_since > _STUCK_S or not admission.could_grow(0)):
-            admission.give_up(stuck)
-            self._owners[stuck].answer(Failed.of(Busy(admission.stuck_message(), self._retry_after_s())))
 
     def _tell_granted(self, connection: Connection) -> None:
         if connection.state is State.WAITING:
@@ -369,7 +331,7 @@ class Switchboard:
         connection.answer(Granted(case_id=connection.case_id))
 
     def _recall(self, connection: Connection, key: str) -> None:
-        kept = self._cache.find(key)
+        kept = self._memory.cache.find(key)
         if kept is None:
             connection.answer(Recalled())
         else:
@@ -381,19 +343,8 @@ class Switchboard:
         if keep is None or not shared_memory.is_frozen(descriptor, size):
             return
         with suppress(OSError):  # no descriptor is left: the case needs none of this
-            self._cache.keep(keep.key, Kept(os.dup(descriptor), message.shape, keep.note, size))
+            self._memory.cache.keep(keep.key, Kept(os.dup(descriptor), message.shape, keep.note, size))
             self._hold()
-
-    def _make_room_elsewhere(self) -> None:
-        """What is kept gives way to the cases of other engines too."""
-        admission = self._admission
-        if not self._cache.size or not (wanted := self._host.wanted_elsewhere()):
-            return
-        others = self._host.elsewhere(-math.inf) + wanted + admission.charged_bytes
-        machine = admission.budget.shared_bytes or 0
-        while self._cache.size and others + self._cache.size > machine:
-            self._cache.drop_oldest()
-        self._hold()
 
     def _land(self, connection: Connection, message: Release, descriptor: int) -> None:
         """A case has an answer, which others wait for."""
@@ -410,23 +361,22 @@ class Switchboard:
         self._release(connection)
 
     def _hold(self) -> None:
-        admission = self._admission
-        self._host.hold(admission.charged_bytes, admission.first_waiting_bytes, self._waits_since, self._cache.size)
+        self._memory.hold()
         self._note()
 
     def _note(self) -> None:
-        tally, admission = self._tally, self._admission
+        tally, admission = self._tally, self._memory.admission
         tally.level(Level.CASES_IN_FLIGHT, admission.charged)
         tally.level(Level.CASES_WAITING, admission.waiting)
         tally.level(Level.CHARGED_BYTES, admission.charged_bytes)
-        tally.level(Level.CACHED_BYTES, self._cache.size)
+        tally.level(Level.CACHED_BYTES, self._memory.cache.size)
         tally.level(Level.CASES_FOLLOWING, self._flights.waiting)
         tally.level(Level.PASSES_AHEAD, sum(owner.passes_ahead for owner in self._owners.values()))
 
     def _release(self, connection: Connection) -> None:
         if connection.state is not State.FOLLOWING:
             self._compute.put(Drop(connection.case_id))
-            self._admission.release(connection.case_id)
+            self._memory.admission.release(connection.case_id)
         self._leave(connection)
 
     def _leave(self, connection: Connection) -> None:
@@ -435,7 +385,7 @@ class Switchboard:
         connection.state = State.IDLE
         next_case = self._flights.leave(connection.case_id)
         if next_case is not None:  # it waits already: it is not refused now
-            self._admission.enter(self._owners[next_case].claim)
+            self._memory.admission.enter(self._owners[next_case].claim)
             self._wait_for_memory(self._owners[next_case])
         self._hold()
 
@@ -461,7 +411,7 @@ class Switchboard:
         if connection.watched and connection.state is State.FOLLOWING:
             return Queued(ahead=0)
         if connection.watched and connection.state is State.WAITING:
-            return Queued(ahead=self._admission.ahead_of(connection.case_id))
+            return Queued(ahead=self._memory.admission.ahead_of(connection.case_id))
         if connection.watched and connection.state is State.SUBMITTED:
             done = self._compute.passes_done(connection.case_id)
             if done is not None:
@@ -470,8 +420,8 @@ class Switchboard:
 
     def _retry_after_s(self, cases: int | None = None) -> int:
         """Seconds that the passes in hand take at the measured rate; those of so many cases, if they are not all."""
-        share = 1.0 if cases is None else cases / max(cases, self._admission.charged)
-        seconds = share * self._admission.charged_passes / self._compute.passes_per_s
+        share = 1.0 if cases is None else cases / max(cases, self._memory.admission.charged)
+        seconds = share * self._memory.admission.charged_passes / self._compute.passes_per_s
         return max(1, min(_LONGEST_RETRY_S, math.ceil(seconds)))
 
     def _listen_again_if_unlinked(self) -> None:
