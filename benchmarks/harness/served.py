@@ -105,6 +105,7 @@ def serving(
     folds: tuple[FoldName, ...] | None = (FOLD,),
     others: tuple[Path, ...] = (),
     previous_stages: tuple[Path, ...] = (),
+    trainer_files: tuple[Path, ...] = (),
     workers: int | None = None,
     settings: ServingSettings | None = None,
     config: Path | None = None,
@@ -118,6 +119,7 @@ def serving(
         folds: ``None`` takes all.
         others: trained model folders that are an ensemble with the model.
         previous_stages: the folders of first stages.
+        trainer_files: somebody's own code, which they need.
         workers: ``None`` takes the launcher's own number.
         settings: what the archive says of serving.
         config: another config.properties to start from.
@@ -130,6 +132,7 @@ def serving(
         store,
         others=others,
         previous_stages=previous_stages,
+        trainer_files=trainer_files,
         folds=folds,
         name=MODEL,
         serving=settings or ServingSettings(),

@@ -134,7 +134,16 @@ class Report:
         return max(MOST_GROWTH * first, MOST_GROWTH_MB)
 
 
-def run(model: Material | Path, tasks: Sequence[Task], plan: Plan, scratch: Path) -> Report:
+def run(
+    model: Material | Path,
+    tasks: Sequence[Task],
+    plan: Plan,
+    scratch: Path,
+    *,
+    others: tuple[Path, ...] = (),
+    previous_stages: tuple[Path, ...] = (),
+    trainer_files: tuple[Path, ...] = (),
+) -> Report:
     """Serve a model, all folds of it, under fire.
 
     Args:
@@ -142,9 +151,20 @@ def run(model: Material | Path, tasks: Sequence[Task], plan: Plan, scratch: Path
         tasks: distinct requests; each is sent again and again.
         plan: see there.
         scratch: a directory of this run's own.
+        others: as there, as what follows.
+        previous_stages: of a cascade.
+        trainer_files: of somebody's own.
     """
     report = Report()
-    with serving(model, scratch, folds=None, workers=plan.workers) as client:
+    with serving(
+        model,
+        scratch,
+        folds=None,
+        others=others,
+        previous_stages=previous_stages,
+        trainer_files=trainer_files,
+        workers=plan.workers,
+    ) as client:
         _Soak(client, tasks, plan, report).run()
         server, memory = client.live.server, shared_memory(family(client.runtime))
     report.left_over += [f"process {process.pid}" for process in family(client.runtime)]

@@ -7,7 +7,7 @@ answer like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,9 @@ class Trained:
     @property
     def previous_stage(self) -> str | None:
         """The configuration whose labels it sees, as the plans name it; ``None``: it sees none."""
-        return self._read("plans.json", lambda: self.plans.get_configuration(self.configuration).previous_stage_name)
+        configuration = self._read("plans.json", lambda: self.plans.get_configuration(self.configuration))
+        name: str | None = configuration.previous_stage_name
+        return name
 
     def training(self) -> dict[str, object]:
         """What the stages of a cascade have in common beside what :meth:`question` has."""
@@ -82,7 +84,7 @@ class Trained:
         kind = self.plans.label_manager_class
         return f"{kind.__module__}.{kind.__qualname__}"
 
-    def _read(self, what: str, read: Any) -> Any:
+    def _read(self, what: str, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except BundleError:

@@ -1,8 +1,9 @@
-"""A minute of what ``make soak`` does for long: requests while engines and workers are killed at random."""
+"""Some of what ``make soak`` does for long: requests while engines and workers are killed at random."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 
 from benchmarks.load.soak import Plan, Task, run
 from support.chaos import Case
+from support.odd_models import OddModel
+from support.own_grid import own_code, write
 
 pytestmark = pytest.mark.serve
 
@@ -45,3 +48,20 @@ def test_killing_engines_and_workers_costs_clients_only_time(models: dict[str, P
     assert report.left_over == []
     for kind in ("engine", "worker"):
         assert report.growth_mb(kind) <= report.allowed_mb(kind), report.quiet
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.* goes into the archive as code", "ignore:.torch.jit:FutureWarning")
+def test_killing_engines_and_workers_costs_clients_of_a_recipe_only_time(tmp_path: Path) -> None:
+    """An ensemble with a cascade, of somebody's own trainer, whose cases take more than their headers tell."""
+    file = own_code(tmp_path / "own", 2)
+    flat = write(OddModel(2), tmp_path, file)
+    lowres = write(OddModel(named="3d_lowres", spacing=3.0), tmp_path, file)
+    cascade = write(OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres"), tmp_path, file, own_grid=False)
+    asked = [task for task in tasks() if "folds" not in task.options]
+    parts = {"others": (cascade,), "previous_stages": (lowres,), "trainer_files": (file,)}
+    report = run(flat, asked, replace(MINUTE, most_seconds=40.0), tmp_path / "served", **parts)
+    assert len(report.kills) >= FEWEST_KILLS
+    assert report.answered >= FEWEST_ANSWERS // 4
+    assert (report.wrong, report.failed, report.hung) == (0, [], 0)
+    assert (report.held_when_quiet, report.left_over) == (0, [])

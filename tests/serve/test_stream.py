@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from http import HTTPStatus
 from http.client import HTTPResponse
-from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -33,7 +32,7 @@ from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support import volumes
 from support.bad_requests import BAD_REQUESTS
 from support.chaos import PATIENCE_S, Case, ChaosServer, Clients, clients_of, serving, wait_for
-from support.events import Event, Stream, assert_complete, read_stream
+from support.events import Event, Reading, Stream, assert_complete, read_stream
 
 pytestmark = pytest.mark.serve
 
@@ -101,31 +100,6 @@ def ask(server: ChaosServer, case: Case, model: str = MODEL, **more: object) -> 
     answer = server.live.predict(model, case.body, options=streamed(case, **more))
     assert (answer.status_code, answer.headers["content-type"]) == (HTTPStatus.OK, EVENTS), answer.text
     return read_stream(answer.content)
-
-
-class Reading:
-    """A stream that is read event by event."""
-
-    def __init__(self, response: httpx.Response) -> None:
-        self.response = response
-        self._parts = response.iter_raw()
-        self._left = b""
-
-    def until(self, wanted: Callable[[Event], bool]) -> Event:
-        """Read on to the first event that is ``wanted``."""
-        while True:
-            line, newline, left = self._left.partition(b"\n")
-            if not newline:
-                self._left += next(self._parts)
-                continue
-            self._left = left
-            event: Event = json.loads(line)
-            if wanted(event):
-                return event
-
-    def rest(self) -> Stream:
-        """Read to the end."""
-        return read_stream(b"".join(chain([self._left], self._parts)))
 
 
 @contextmanager

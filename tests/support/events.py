@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
+
+import httpx
 
 Event = dict[str, Any]
 
@@ -61,3 +65,28 @@ def assert_complete(stream: Stream, *, restarts: bool = False) -> None:
         assert (done[0], done[-1]) == (0, totals.pop())
         if not restarts:
             assert done == sorted(set(done))
+
+
+class Reading:
+    """A stream that is read event by event."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self._parts = response.iter_raw()
+        self._left = b""
+
+    def until(self, wanted: Callable[[Event], bool]) -> Event:
+        """Read on to the first event that is ``wanted``."""
+        while True:
+            line, newline, left = self._left.partition(b"\n")
+            if not newline:
+                self._left += next(self._parts)
+                continue
+            self._left = left
+            event: Event = json.loads(line)
+            if wanted(event):
+                return event
+
+    def rest(self) -> Stream:
+        """Read to the end."""
+        return read_stream(b"".join(chain([self._left], self._parts)))
