@@ -546,6 +546,7 @@ def test_versions_and_models_have_an_engine_each_and_leave_alone(
         signal.SIGKILL,
         pytest.param(signal.SIGTERM, marks=pytest.mark.long),  # tests/serve ends servers by their launcher
     ],
+    ids=lambda how: how.name,
 )
 def test_nothing_is_left_of_a_server_that_was_ended_under_load(
     how: signal.Signals, store: Store, tmp_path: Path

@@ -25,7 +25,8 @@ from nnunet_torchserve.codecs import open_image
 from nnunet_torchserve.engine.faults import Hold
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options
-from nnunet_torchserve_tools.archive import ArchiveRequest, make_archives
+from nnunet_torchserve_tools.archive import make_archives
+from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
 from support.chaos import HOLD, PATIENCE_S, SPACING, Case, ChaosServer, family, serving, shared_memory, wait_for
 from support.events import Reading, Stream

@@ -406,7 +406,6 @@ def test_faults_are_refused_outside_tests(
     assert connect(bundle).predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
 
 
-@pytest.mark.usefixtures("cold")
 def test_an_engine_that_cannot_load_says_why(
     unpacked: Callable[[str], Path], runtime: Path, connect: Connect, tmp_path: Path
 ) -> None:

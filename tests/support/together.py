@@ -27,7 +27,7 @@ SHARE_A_SERVER = frozenset(
         "test_stock_parity.py",
     }
 )
-"""Files with tests that use the fixture ``server`` of conftest.py."""
+"""Files with tests that use the fixture ``server``."""
 
 
 class Together(LoadScopeScheduling):  # type: ignore[misc]
