@@ -153,9 +153,11 @@ def _model(model_dir: Path) -> str:
 def family(runtime: Path) -> list[psutil.Process]:
     """Every process that was started for a server of this runtime directory: JVM, workers, engines."""
     found = [engine for engine in engine_processes(runtime) if not has_ended(engine)]
+    title = f"{RUNTIME_DIR_VARIABLE}={runtime} "  # of a warm one
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             ours = process.environ().get(RUNTIME_DIR_VARIABLE) == str(runtime)
+            ours = ours or " ".join(process.cmdline()).startswith(title)
             if ours and process.pid != os.getpid() and process not in found and not has_ended(process):
                 found.append(process)
     return found

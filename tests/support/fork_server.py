@@ -8,7 +8,7 @@ imported after the fork, from where a fresh interpreter would have found them.
 
 There are two kinds: ``engines``, which have the settings of memory that a worker starts its engine with, and
 ``programs``. What differs from a fresh interpreter: the parent, which is this process (``os.getppid`` tells of the
-waiting one's), and ``/proc/<pid>/environ``.
+waiting one's), and ``/proc/<pid>/environ``; the runtime directory of engines stands in front of the command line.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 
 OURS = "nnunet_torchserve"
 ENGINES, PROGRAMS = "engines", "programs"
@@ -157,7 +159,8 @@ def _take_place(arguments: list[str], environment: dict[str, str], folder: str, 
     """What an interpreter has from the process that started it."""
     from setproctitle import setproctitle
 
-    setproctitle(" ".join(arguments))  # while its environment is where it was: it finds its title beside it
+    words = [f"{RUNTIME_DIR_VARIABLE}={environment.get(RUNTIME_DIR_VARIABLE)}", *arguments]
+    setproctitle(" ".join(words))  # while its environment is where it was: it finds its title beside it
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.closerange(_STREAMS, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
