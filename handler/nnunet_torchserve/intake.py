@@ -17,7 +17,6 @@ from .errors import (
     ChannelsDisagree,
     NonFinite,
     OrientationUnknown,
-    RequestError,
     ResponseTooLarge,
     TooLarge,
     WrongChannels,
@@ -26,7 +25,7 @@ from .limits import Limits
 from .member import REORIENTING_READERS, Member
 from .options import Options, OutputFormat
 from .orientation import Turn, turn_towards
-from .previous_stage import PreviousStage, check_grid, labels_of
+from .previous_stage import PreviousStage, check_grid, labels_of, said_of_the_labels
 from .pricing import affordable_case, prices_of, whole_price
 from .recipe import Cascade
 from .request import PREVIOUS_STAGE, Request
@@ -165,11 +164,8 @@ def _previous_stage(bundle: ModelBundle, limits: Limits, request: Request, image
     if not isinstance(recipe, Cascade):
         msg = f"this model is no cascade, and takes no {PREVIOUS_STAGE}; leave it out"
         raise WrongChannels(msg)
-    try:
+    with said_of_the_labels():
         labels = codecs.open_labels(body, limits, bundle.lead.reader, image.geometry)
-    except RequestError as error:
-        error.args = (f"{PREVIOUS_STAGE}: {error}",)
-        raise
     check_grid(labels, image.geometry)
     return PreviousStage(labels, _turn(bundle.lead, labels), labels_of(bundle.lead))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .codecs import ImageSource
-from .errors import LONGEST_NAMES, ChannelsDisagree, WrongChannels, WrongRange
+from .errors import LONGEST_NAMES, ChannelsDisagree, RequestError, WrongChannels, WrongRange
 from .export.canvas import written
 from .label_manager import paints_as_default
 from .member import Member
@@ -40,9 +41,11 @@ class PreviousStage:
         """Labels (Z, Y, X), uint8 or uint16, as the model sees them.
 
         Raises:
+            RequestError: the file is damaged.
             WrongRange: a voxel is no label of the model's.
         """
-        values = self.turn.turn(self.source.read())[0]
+        with said_of_the_labels():
+            values = self.turn.turn(self.source.read())[0]
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= LARGEST_LABEL and np.array_equal(values, np.rint(values))):  # NaN is in no range
             msg = f"{PREVIOUS_STAGE} holds values from {low:g} to {high:g}; labels are whole numbers from 0"
@@ -55,6 +58,16 @@ class PreviousStage:
             msg = f"{PREVIOUS_STAGE} holds the label {strange}, which the model does not have; it has "
             raise WrongRange(msg + ", ".join(map(str, sorted(self.known)))[:LONGEST_NAMES])
         return labels
+
+
+@contextmanager
+def said_of_the_labels() -> Iterator[None]:
+    """What is refused within, is refused of the labels and not of the image: the message says so."""
+    try:
+        yield
+    except RequestError as error:
+        error.args = (f"{PREVIOUS_STAGE}: {error}",)
+        raise
 
 
 def labels_of(member: Member) -> frozenset[int]:

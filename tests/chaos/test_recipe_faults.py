@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
@@ -28,7 +27,7 @@ from nnunet_torchserve.options import Options
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.serving_settings import ServingSettings
-from support.chaos import HOLD, PATIENCE_S, SPACING, Case, ChaosServer, family, serving, shared_memory, wait_for
+from support.chaos import HOLD, PATIENCE_S, Case, ChaosServer, family, serving, shared_memory, wait_for
 from support.events import Reading, Stream
 from support.metrics import scrape
 from support.odd_models import OddModel
@@ -242,113 +241,3 @@ def test_everything_at_once_is_answered_and_right(server: ChaosServer, alone: di
     for each in refused:
         answer = each.result(PATIENCE_S)
         assert answer.status_code in (HTTPStatus.UNPROCESSABLE_ENTITY, *WORKER_DIED), answer.text
-
-
-def nifti(array: npt.NDArray[np.generic], affine: npt.NDArray[np.float64] | None = None) -> bytes:
-    """(x, y, z[, t]) voxels where the image lies, or elsewhere."""
-    return bytes(nib.Nifti1Image(array, np.diag([*SPACING, 1.0]) if affine is None else affine).to_bytes())
-
-
-def npy(array: npt.NDArray[np.generic]) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-SOUND = np.random.default_rng(0).integers(0, 4, IMAGE.shape).astype(np.uint8)
-NAN = np.where(SOUND == 1, np.nan, SOUND).astype(np.float32)
-
-TAKEN: dict[str, Callable[[], bytes]] = {
-    "float labels": lambda: nifti(SOUND.astype(np.float64)),
-    "64-bit labels": lambda: nifti(SOUND.astype(np.int64)),
-    "Fortran order": lambda: npy(np.asfortranarray(SOUND.T)),
-    "another byte order": lambda: npy(SOUND.T.astype(">u2")),
-    "bool, of two labels": lambda: npy(SOUND.T > 1),
-    "one label only": lambda: nifti(np.zeros_like(SOUND)),
-    "a fourth axis of one": lambda: nifti(SOUND[..., None]),
-    "gzip": lambda: gzip.compress(nifti(SOUND)),
-}
-REFUSED: dict[str, tuple[Callable[[], bytes], set[tuple[int, str]]]] = {
-    "another grid": (lambda: nifti(SOUND[:-1]), {(422, "channels_disagree")}),
-    "axes the other way round": (lambda: npy(SOUND), {(422, "channels_disagree")}),
-    "another place": (lambda: nifti(SOUND, np.diag([2.0, 2, 2, 1])), {(422, "channels_disagree")}),
-    "NaN": (lambda: nifti(NAN), {(422, "wrong_range")}),
-    "infinite": (lambda: nifti(np.where(SOUND == 1, np.inf, SOUND)), {(422, "wrong_range")}),
-    "halves": (lambda: nifti(SOUND + np.float32(0.5)), {(422, "wrong_range")}),
-    "negative": (lambda: nifti(SOUND.astype(np.int16) - 1), {(422, "wrong_range")}),
-    "unknown labels": (lambda: nifti(SOUND + np.uint8(3)), {(422, "wrong_range")}),
-    "labels of 32 bits": (lambda: nifti(SOUND.astype(np.float64) * 2**31), {(422, "wrong_range")}),
-    "4-D": (lambda: nifti(np.stack([SOUND, SOUND], -1)), {(422, "wrong_channels")}),
-    "one plane": (lambda: nifti(SOUND[:, :, 0]), {(422, "channels_disagree")}),
-    "empty": (lambda: b"", {(415, "unknown_format"), (400, "malformed")}),
-    "an empty array": (lambda: npy(np.zeros((0, 26, 24), np.uint8)), {(400, "malformed"), (422, "channels_disagree")}),
-    "cut off": (lambda: nifti(SOUND)[:-100], {(400, "malformed")}),
-    "complex": (lambda: npy(SOUND.T.astype(np.complex64)), {(400, "malformed"), (415, "unknown_format")}),
-    "objects": (lambda: npy(np.array([{}], object)), {(400, "malformed"), (415, "unknown_format")}),
-    "JSON": (lambda: b'{"labels": []}', {(415, "unknown_format")}),
-}
-
-
-def test_labels_of_any_kind_are_taken(server: ChaosServer) -> None:
-    for name, make in TAKEN.items():
-        answer = server.live.predict(CASCADE, files={"image": IMAGE.body, "previous_stage": make()})
-        assert answer.status_code == HTTPStatus.OK, (name, answer.text)
-        assert labels(answer.content).shape == IMAGE.shape
-
-
-def test_what_is_no_first_stage_is_refused_by_its_name(server: ChaosServer) -> None:
-    for name, (make, allowed) in REFUSED.items():
-        answer = server.live.predict(CASCADE, files={"image": IMAGE.body, "previous_stage": make()})
-        assert (answer.status_code, answer.json()["code"]) in allowed, (name, answer.text)
-        assert answer.json()["detail"].startswith("previous_stage"), (name, answer.text)
-
-
-@pytest.mark.parametrize("model", [ENSEMBLE, OWN])
-def test_labels_for_what_is_no_cascade_are_refused(model: str, server: ChaosServer) -> None:
-    answer = server.live.predict(model, files={"image": IMAGE.body, "previous_stage": nifti(SOUND)})
-    assert (answer.status_code, answer.json()["code"]) == (422, "wrong_channels"), answer.text
-
-
-ODD: dict[str, tuple[dict[str, object], set[tuple[int, str]]]] = {
-    "a fold that it lacks": ({"folds": [3]}, {(422, "unknown_fold")}),
-    "fold_all": ({"folds": "all"}, {(422, "unknown_fold")}),
-    "no fold": ({"folds": []}, {(400, "bad_option")}),
-    "a fold twice": ({"folds": [0, 0]}, {(400, "bad_option")}),
-    "postprocess without one": ({"postprocess": True}, {(200, "")}),
-    "no postprocess without one": ({"postprocess": False}, {(200, "")}),
-    "postprocess as text": ({"postprocess": "auto"}, {(400, "bad_option")}),
-    "batch": ({"priority": "batch"}, {(200, "")}),
-    "a priority of nobody": ({"priority": "urgent"}, {(400, "bad_option")}),
-    "no time": ({"timeout_s": 0}, {(400, "bad_option")}),
-    "hardly any time": ({"timeout_s": 1e-3}, {(504, "deadline")}),
-    "endless time": ({"timeout_s": 1e308}, {(200, "")}),
-    "the finest step": ({"tile_step_size": 0.05, "timeout_s": 1e-3}, {(504, "deadline"), (413, "too_large")}),
-    "a step of nothing": ({"tile_step_size": 0}, {(400, "bad_option")}),
-    "a channel that there is not": (
-        {"save_probabilities": True, "probability_channels": [4]},
-        {(400, "bad_option")},
-    ),
-    "the last channel": (
-        {"save_probabilities": True, "probability_channels": [3], "output_format": "npz"},
-        {(200, "")},
-    ),
-    "nearest": ({"export": "nearest"}, {(200, ""), (400, "bad_option")}),
-    "nearest probabilities": ({"export": "nearest", "save_probabilities": True}, {(400, "bad_option")}),
-    "properties": ({"properties": True}, {(200, "")}),
-    "stock": ({"preprocess": "stock"}, {(200, "")}),
-    "in float32": ({"accumulate": "float32", "use_gaussian": False}, {(200, "")}),
-    "all formats": ({"output_format": ["nii.gz", "nrrd", "mha", "npz", "json"]}, {(200, "")}),
-    "a spacing of a file": ({"spacing": [1, 1, 1]}, {(400, "bad_option"), (422, "bad_spacing"), (200, "")}),
-    "a series": ({"series_uid": ["1.2", "1.3"]}, {(400, "bad_option")}),
-}
-
-
-@pytest.mark.parametrize("model", ALL)
-def test_every_odd_option_has_its_answer(model: str, server: ChaosServer) -> None:
-    seen = {}
-    for name, (options, allowed) in ODD.items():
-        answer = server.live.predict(model, IMAGE.body, options=json.dumps(options))
-        code = "" if answer.status_code == HTTPStatus.OK else answer.json()["code"]
-        if (answer.status_code, code) not in allowed:
-            seen[name] = (answer.status_code, answer.text[:300])
-    assert not seen
