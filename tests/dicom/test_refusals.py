@@ -362,6 +362,9 @@ def test_items_beyond_the_frames_are_refused_before_anything_reads_them(
         ds.NumberOfFrames = 10_006
         assert refusal(file_of(ds, syntax), Limits(dicom_frames=6)).code == "too_large"
         assert read == [1]
+        monkeypatch.setattr(elements, "_MOST_AT_ONCE", 10_000)  # whatever frames are declared
+        assert refusal(file_of(ds, syntax), Limits(dicom_frames=20_000)).code == "too_large"
+        assert read == [1]
 
 
 def test_sequences_that_an_implicit_file_does_not_show_are_counted_too() -> None:

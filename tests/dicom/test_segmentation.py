@@ -248,6 +248,25 @@ def test_a_character_set_that_nobody_knows_is_copied_like_the_texts() -> None:
     assert SECRET.encode() in body
 
 
+@pytest.mark.parametrize("terms", ["ISO_IR 192", "ISO 2022 IR 87", "ISO_IR 192\\GBK", "\\ISO 2022 IR 149", "ISO_IR 13"])
+@pytest.mark.parametrize(
+    "number", [b"M\xfcller\xff 12", b"\\\\\\12", b"\x1b$B;3ED\x1b(B\x1b(B", b" 007 ", b"A\0B", b"\xe5\x90"]
+)
+def test_a_number_is_copied_byte_for_byte_whatever_its_bytes_mean(terms: str, number: bytes) -> None:
+    """A PACS files an object with whose number it has; what is decoded and encoded anew may be another's."""
+    number += b" " * (len(number) % 2)
+    files = files_of(series(VOXELS, AFFINE, SpecificCharacterSet="S" * len(terms), PatientID="P" * len(number)))
+    said = {"S" * len(terms): terms.encode(), "P" * len(number): number}
+    for old, new in said.items():
+        files = {name: file.replace(old.encode(), new) for name, file in files.items()}
+    body = written(source_of(zipped(files)))
+    head = b"\x10\0\x20\0LO" + len(number).to_bytes(2, "little")
+    assert head + number + b"\x10\0\x30\0DA" in body
+    with warnings.catch_warnings(action="ignore"):  # of the set
+        found = [each.SegmentLabel for each in by_pydicom(body).SegmentSequence]
+    assert found == ["liver", "spleen", "not there"]
+
+
 def test_a_text_that_is_far_too_long_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

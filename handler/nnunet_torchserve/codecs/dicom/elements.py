@@ -57,6 +57,9 @@ _ELEMENTS_A_FRAME, _EXTRA_FRAMES = 2000, 10
 """Elements that the sequences of an object may hold for each of its frames, and for all together as if they were so
 many frames more. Some scanners put some hundred of their own beside each frame."""
 
+_MOST_AT_ONCE = 1_000_000
+"""Elements that the sequences of one object may hold, whatever its frames: pydicom takes some 300 bytes for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -296,7 +299,7 @@ class _Walker:
         if not self._levels or self._element not in self._selection.sequences:
             return
         self._inside += 1
-        if self._inside > _ELEMENTS_A_FRAME * (self._frames + _EXTRA_FRAMES):
+        if self._inside > min(_ELEMENTS_A_FRAME * (self._frames + _EXTRA_FRAMES), _MOST_AT_ONCE):
             msg = "the header of a DICOM file holds far more elements than its frames need"
             raise TooLarge(msg)
 

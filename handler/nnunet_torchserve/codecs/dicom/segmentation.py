@@ -10,7 +10,7 @@ Nothing in it is random, and nothing says when it was made; see :mod:`.uids`.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -22,7 +22,7 @@ from ...options import SegType
 from ...provenance import Provenance
 from ...segments import Code, color_of
 from ...volume import Geometry, LabelMap
-from .copied import COPIED, DATES, EMPTY_IF_UNKNOWN, LOSSY_METHOD, LOSSY_RATIO, SERIES_NUMBER
+from .copied import CHARACTER_SET, COPIED, DATES, EMPTY_IF_UNKNOWN, LOSSY_METHOD, LOSSY_RATIO, SERIES_NUMBER
 from .frames import GROUPS_BYTES, MOST_OF_RLE, Frames, binary_frames, labelmap_frames
 from .header import ImageHeader
 from .library import silenced
@@ -32,7 +32,7 @@ from .segment import Segment
 from .texts import Texts
 from .uids import date_and_time, uid_of
 from .volume import DicomSource
-from .written import decimal
+from .written import decimal, element
 
 _CLASSES = {SegType.BINARY: "1.2.840.10008.5.1.4.1.1.66.4", SegType.LABELMAP: "1.2.840.10008.5.1.4.1.1.66.7"}
 _SYNTAXES = {SegType.BINARY: "1.2.840.10008.1.2.1", SegType.LABELMAP: "1.2.840.10008.1.2.5"}
@@ -125,38 +125,56 @@ def _header(answer: LabelMap, request: SegmentationRequest, frames: Frames) -> b
     meta.ImplementationVersionName = f"NNUNETTS_{__version__}"[:16]
     ds = Dataset()
     texts = Texts.of(source.origin, [segment.name for segment in request.segments])
-    _copy(ds, source.origin, texts)
+    copied = _copied(source.origin, texts)
+    texts.declare(ds)
     _say_series(ds, request, key, texts)
     _say_sources(ds, request.sources)
     _say_image(ds, answer, request, frames)
+    copied |= _losses(ds, request.sources)
     _say_dimensions(ds, request.kind, uid_of("dimensions", key))
     ds.SegmentSequence = [
         *([_background(request.provenance.model)] if request.kind is SegType.LABELMAP else []),
         *(_segment(segment, request.provenance, texts) for segment in request.segments),
     ]
     ds.SharedFunctionalGroupsSequence = [_shared(source)]
+    if source.origin.text(0x00120062) == "YES" and not source.origin.text(0x00120063):
+        ds.DeidentificationMethod = "as in the source images"  # one of the two that are required
     file = io.BytesIO()
-    dcmwrite(file, FileDataset("", ds, preamble=bytes(128), file_meta=meta), enforce_file_format=True)
-    return file.getvalue()
+    dcmwrite(file, FileDataset("", Dataset(), preamble=bytes(128), file_meta=meta), enforce_file_format=True)
+    return file.getvalue() + _in_order(ds, copied, texts)
 
 
-def _copy(ds: Any, origin: Origin, texts: Texts) -> None:
-    """Patient and study, as they stand in the source."""
+def _copied(origin: Origin, texts: Texts) -> dict[int, bytes]:
+    """Tag -> element: patient and study as they stand in the source, whether their values are of their kind or not."""
+    copied = {}
     for tag, vr in COPIED.items():
         value = origin.elements.get(tag, b"" if tag in EMPTY_IF_UNKNOWN else None)
-        if value is not None:
-            _copy_one(ds, tag, vr, value)
-    texts.declare(ds)
-    if origin.text(0x00120062) == "YES" and not origin.text(0x00120063):
-        ds.DeidentificationMethod = "as in the source images"  # one of the two that are required
+        if value is not None and not (tag == CHARACTER_SET and texts.declared is not None):
+            copied[tag] = element(tag, vr, value)
+    return copied
 
 
-def _copy_one(ds: Any, tag: int, vr: str, value: bytes) -> None:
-    """A value as it stands in the source, whether it is one of its kind or not."""
-    from pydicom.dataelem import RawDataElement
-    from pydicom.tag import Tag
+def _in_order(ds: Any, copied: Mapping[int, bytes], texts: Texts) -> bytes:
+    """The elements of a data set, written by pydicom, and those that are copied, which it would decode and encode anew.
 
-    ds[tag] = RawDataElement(Tag(tag), vr, len(value), value, 0, False, True)
+    An element that is in both is the data set's.
+    """
+    from pydicom import Dataset
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_dataset
+
+    file = DicomBytesIO()
+    file.is_implicit_VR, file.is_little_endian = False, True
+    made = {int(tag) for tag in ds.keys()}  # noqa: SIM118 (a data set iterates over its elements)
+    for is_made, tags in groupby(sorted(made | set(copied)), key=made.__contains__):
+        if is_made:
+            part = Dataset()
+            part.update({tag: ds[tag] for tag in tags})
+            write_dataset(file, part, texts.term)
+        else:
+            file.write(b"".join(copied[tag] for tag in tags))
+    written: bytes = file.getvalue()
+    return written
 
 
 def _say_series(ds: Any, request: SegmentationRequest, key: str, texts: Texts) -> None:
@@ -223,7 +241,6 @@ def _say_image(ds: Any, answer: LabelMap, request: SegmentationRequest, frames: 
     ds.Rows, ds.Columns = answer.array.shape[1:]
     ds.BitsAllocated = ds.BitsStored = bits
     ds.HighBit = bits - 1
-    _say_losses(ds, request.sources)
     ds.SegmentationType = "BINARY" if is_binary else "LABELMAP"
     ds.SegmentsOverlap = "YES" if len(values) > len(set(values)) else "NO"
     if not is_binary:
@@ -231,14 +248,19 @@ def _say_image(ds: Any, answer: LabelMap, request: SegmentationRequest, frames: 
         ds.PresentationLUTShape = "IDENTITY"
 
 
-def _say_losses(ds: Any, sources: Sequence[DicomSource]) -> None:
-    """Whether anything that it was made of had lost some of its values (PS3.3, C.7.6.1.1.5: once is for ever)."""
+def _losses(ds: Any, sources: Sequence[DicomSource]) -> dict[int, bytes]:
+    """Say whether anything that it was made of had lost some of its values, and copy how.
+
+    Once is for ever (PS3.3, C.7.6.1.1.5).
+    """
     lossy = [source for source in sources if any(image.lossy for image in source.images)]
     ds.LossyImageCompression = "01" if lossy else "00"
-    for source in lossy[:1]:
-        for tag, vr in ((LOSSY_RATIO, "DS"), (LOSSY_METHOD, "CS")):
-            if value := source.origin.elements.get(tag):
-                _copy_one(ds, tag, vr, value)
+    if not lossy:
+        return {}
+    known = lossy[0].origin.elements
+    return {
+        tag: element(tag, vr, known[tag]) for tag, vr in ((LOSSY_RATIO, "DS"), (LOSSY_METHOD, "CS")) if tag in known
+    }
 
 
 def _say_dimensions(ds: Any, kind: SegType, organization: str) -> None:

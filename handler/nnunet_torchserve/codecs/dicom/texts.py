@@ -10,7 +10,7 @@ from typing import Any
 from .copied import CHARACTER_SET
 from .origin import Origin
 
-_UTF_8 = "ISO_IR 192"
+_UTF_8, _ASCII = "ISO_IR 192", "ISO_IR 6"
 _DEFAULTS = frozenset({"", "ISO_IR 6"})
 """What says that texts are ASCII."""
 
@@ -23,10 +23,12 @@ class Texts:
 
     Attributes:
         declared: the character set, where it is not the source's own.
+        term: of a set in which our own texts are the same bytes: that one, or ASCII.
         codec: Python's name of it.
     """
 
     declared: str | None
+    term: str
     codec: str
 
     @classmethod
@@ -47,8 +49,8 @@ class Texts:
         copied = b"".join(value for tag, value in origin.elements.items() if tag != CHARACTER_SET)
         is_ascii = copied.isascii() and b"\x1b" not in copied
         if is_ascii and not all(_is_said_in(codec, text) for text in own):
-            return cls(_UTF_8, "utf-8")
-        return cls(None, codec)
+            return cls(_UTF_8, _UTF_8, "utf-8")
+        return cls(None, _ASCII if codec == "ascii" else terms, codec)
 
     def declare(self, ds: Any) -> None:
         """Say the character set, where it is not the source's."""
