@@ -127,7 +127,7 @@ def archive(
         ),
     ] = None,
 ) -> None:
-    """Package what nnU-Net trained for TorchServe."""
+    """Package a trained nnU-Net model for TorchServe."""
     from ..archive import make_archives
     from ..archive_request import ArchiveRequest
     from ..selection import Choice, selected
