@@ -58,7 +58,7 @@ WORKER_DIED = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.INSUFFICIENT_STORAGE
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cascade, an ensemble of which it is a part, and a model of somebody's own with memory for one case of its."""
+    """A cascade, an ensemble of which it is a part, and somebody's own model with memory for less than two cases."""
     home, store = tmp_path_factory.mktemp("recipe_models"), tmp_path_factory.mktemp("recipe_store")
     flat, lowres = OddModel(2), OddModel(named="3d_lowres", spacing=3.0)
     folders = [model.write(home) for model in (flat, lowres, OddModel(named=LAST, previous_stage="3d_lowres"))]
@@ -72,8 +72,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     member = ModelBundle(home / "unpacked").lead
     geometry = open_image(IMAGE.body, Limits(), member.reader).geometry
     _, z, y, x = OWN_GRID
-    known = price(member, geometry, 1, settings_for(member, Options()), Options(), (z, y, x))
-    tight = ServingSettings(limits={"memory_bytes": int(1.5 * known.bytes)})
+    guessed, known = (
+        price(member, geometry, 1, settings_for(member, Options()), Options(), grid).bytes for grid in (None, (z, y, x))
+    )
+    assert guessed < known
+    between = known + (guessed + known) // 2  # one case as it is and another as it is guessed, but not two as they are
+    tight = ServingSettings(limits={"memory_bytes": between})
     make_archives(ArchiveRequest(own, store, name="own", trainer_files=(file,), serving=tight))
     return store
 
