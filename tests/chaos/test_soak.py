@@ -60,7 +60,7 @@ def test_killing_engines_and_workers_costs_clients_of_a_recipe_only_time(tmp_pat
     cascade = write(OddModel(named="3d_cascade_fullres", previous_stage="3d_lowres"), tmp_path, file, own_grid=False)
     asked = [task for task in tasks() if "folds" not in task.options]
     parts = {"others": (cascade,), "previous_stages": (lowres,), "trainer_files": (file,)}
-    report = run(flat, asked, replace(MINUTE, most_seconds=40.0), tmp_path / "served", **parts)
+    report = run(flat, asked, replace(MINUTE, most_seconds=40.0, give_up_s=600.0), tmp_path / "served", **parts)
     assert len(report.kills) >= FEWEST_KILLS
     assert report.answered >= FEWEST_ANSWERS // 4
     assert (report.wrong, report.failed, report.hung) == (0, [], 0)

@@ -25,6 +25,7 @@ from nnunet_torchserve_tools import health
 from nnunet_torchserve_tools.health import Health
 from nnunet_torchserve_tools.probes import Probe, Verdict
 from nnunet_torchserve_tools.server import Server, read_state
+from support.chaos import wait_for
 
 Models = dict[tuple[str, str], list[tuple[int, str]]]
 
@@ -179,8 +180,7 @@ def test_what_is_not_known_any_more_kills_no_server(site: Site, monkeypatch: pyt
         assert site.ask(Probe.LIVE).ok
     site.answers.set()
     monkeypatch.setattr(health, "DESCRIPTION_S", 60.0)
-    site.ask(Probe.LIVE)
-    assert site.ask(Probe.LIVE).code == "workers", "now it has said it"
+    wait_for(lambda: site.ask(Probe.LIVE).code == "workers")  # now it has said it
 
 
 def test_a_jvm_whose_description_hangs_is_not_asked_for_another(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Archive:
     device_ids: tuple[int, ...] = ()
     response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
     code: tuple[str, ...] = ()
-    backend: StoredBackend | None = None
+    backend: StoredBackend | None = field(default=None, hash=False)
     wanted_backend: Backend | None = None
 
     def gpus_of(self, gpus: int) -> int:
