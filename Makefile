@@ -51,7 +51,7 @@ serve: .venv/ready ## serve every archive of model_store/
 stop: ## stop that server
 	$(NT) stop
 
-test: .venv/ready ## run the tests (about 11 minutes on two cores)
+test: .venv/ready ## run the tests (about 9 minutes on two cores)
 	@tests/deploy/install_tools.sh || echo "make test: tools for tests/deploy are missing; its tests are skipped" >&2
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER) -m "not long and not threads and not image and not cluster"
 
