@@ -293,13 +293,18 @@ def test_a_read_only_state_directory_keeps_no_server_running(tmp_path: Path, mon
     assert process.ended
 
 
-def test_after_a_second_signal_it_is_never_said_that_nothing_was_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = Server("", "http://127.0.0.1:1", "http://127.0.0.1:2", "", [], "", str(tmp_path), ready=True)
+def is_there(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that can be stopped, as far as whoever stops it sees."""
+    server = Server("", "http://127.0.0.1:1", "http://127.0.0.1:2", "", [], "", str(state_dir), ready=True)
     monkeypatch.setattr(Server, "process", lambda _: object())
     monkeypatch.setattr(stopping, "read_state", lambda _: server)
     monkeypatch.setattr(ending, "stop", lambda *_: True)
+
+
+def test_after_a_second_signal_it_is_never_said_that_nothing_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_there(tmp_path, monkeypatch)
     monkeypatch.setattr(stopping._Stop, "run", lambda *_: "")
     assert stopping.stop_gracefully(tmp_path, hurry=lambda: True).lost
     assert not stopping.stop_gracefully(tmp_path).lost
@@ -313,10 +318,7 @@ def test_after_a_second_signal_it_is_never_said_that_nothing_was_lost(
 def test_more_grace_is_proposed_to_whom_it_would_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_s: float, hurries: bool, is_told: bool
 ) -> None:
-    server = Server("", "http://127.0.0.1:1", "http://127.0.0.1:2", "", [], "", str(tmp_path), ready=True)
-    monkeypatch.setattr(Server, "process", lambda _: object())
-    monkeypatch.setattr(stopping, "read_state", lambda _: server)
-    monkeypatch.setattr(ending, "stop", lambda *_: True)
+    is_there(tmp_path, monkeypatch)
     monkeypatch.setattr(stopping._Stop, "run", lambda *_: "a request")
     monkeypatch.setattr(stopping._Stop, "let_workers_go", lambda *_: None)
     outcome = stopping.stop_gracefully(tmp_path, grace_s, hurry=lambda: hurries)

@@ -62,7 +62,7 @@ class HostMemory:
         return True
 
     def grant(self) -> tuple[list[int], int | None]:
-        """Charge the claims that fit now, seen together with what other engines hold; :meth:`hold` is to follow.
+        """Charge the claims that fit now, seen together with what other engines hold, and let these see it.
 
         Returns:
             Their numbers; and that of a claim that waits for more no longer, where all others do and nobody will give
@@ -82,6 +82,7 @@ class HostMemory:
             self._waits_since = math.inf
         elif granted or self._waits_since == math.inf:
             self._waits_since = now
+        self.hold()
         return granted, stuck
 
     def _give_up_if_stuck(self, now: float) -> int | None:

@@ -318,13 +318,12 @@ class Switchboard:
     def _grant(self) -> None:
         """Let the cases go on that fit now, and refuse one where all wait for each other."""
         granted, stuck = self._memory.grant()
-        self._memory.hold()  # before anybody goes on: another engine must not grant the same memory
         for case_id in granted:
             self._tell_granted(self._owners[case_id])
         if stuck is not None:
             refused = Busy(self._memory.admission.stuck_message(), self._retry_after_s())
             self._owners[stuck].answer(Failed.of(refused))
-        self._hold()
+        self._note()
 
     def _tell_granted(self, connection: Connection) -> None:
         if connection.state is State.WAITING:
