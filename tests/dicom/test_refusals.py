@@ -26,7 +26,7 @@ from pydicom.dataset import Dataset
 from nnunet_torchserve import codecs
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.codecs.dicom import elements, header, library
-from nnunet_torchserve.codecs.dicom.header import Problem
+from nnunet_torchserve.codecs.dicom.problem import Problem
 from nnunet_torchserve.errors import DicomReason, DicomRefused, Malformed, ServingError, TooLarge, WrongChannels
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.pipeline import Pipeline

@@ -3,21 +3,27 @@
 pydicom reads the elements; what makes a volume of images is checked here, because readers that do not check answer on
 the wrong side of the body, or with a hole in it (docs/dicom.md has what is refused and why).
 
-==============  ====================================================================================================
-``container``   files of a zip, a tar or fields, walked through from memory, bounded
-``elements``    a file's elements, counted and bounded before pydicom sees any
-``library``     pydicom, loaded late and kept quiet
-``header``      what an image's header says
-``series``      which images belong together
-``planes``      whether they are a volume, in mm, and the geometry of that volume
-``pixels``      stored numbers
-``fragments``   compressed frames in their pieces
-``compressed``  compressed frames to stored numbers
-``crew``        threads that do that
-``rescale``     stored numbers to values
-``volume``      all of it, as an image source
-``body``        whether several series, the channels of a case, show one body
-==============  ====================================================================================================
+========================  ============================================================================================
+``container``             files of a zip, a tar or fields, walked through from memory, bounded
+``elements``              a file's elements, counted and bounded before pydicom sees any
+``library``               pydicom, loaded late and kept quiet
+``image_classes``         which objects are images, by their class
+``header``                what an image's header says, as far as a volume depends on it
+``element_values``        what single elements of a header say
+``functional_groups``     of an object of many frames: which each frame has
+``stored_pixels``         how the pixels are stored, as the header says
+``value_transformation``  how stored numbers become values, as the header says
+``problem``               why an object is of no use, until it is known whether that matters
+``series``                which images belong together
+``planes``                whether they are a volume, in mm, and the geometry of that volume
+``pixels``                stored numbers
+``fragments``             compressed frames in their pieces
+``compressed``            compressed frames to stored numbers
+``crew``                  threads that do that
+``rescale``               stored numbers to values
+``volume``                all of it, as an image source
+``body``                  whether several series, the channels of a case, show one body
+========================  ============================================================================================
 
 DICOM out: a label map becomes a segmentation of the series that it was made from.
 

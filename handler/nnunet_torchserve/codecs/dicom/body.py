@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import ChannelsDisagree, DicomReason, DicomRefused, WrongChannels
 from ...volume import Geometry
-from .header import Modality
+from .image_classes import Modality
 from .planes import TOLERANCE_MM
 from .volume import DicomSource
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ...errors import DicomReason, DicomRefused
 from ..inflate import refuse_damage
-from .header import Pixels
+from .stored_pixels import Pixels
 
 _BASE = "1.2.840.10008.1.2."
 RLE = f"{_BASE}5"

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from ...errors import DicomReason, DicomRefused, Malformed
-from .header import Pixels
+from .stored_pixels import Pixels
 
 _ITEM, _END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _MOST_FRAGMENTS = 200_000

@@ -15,7 +15,8 @@ from ...limits import Limits
 from .container import Container, Meter, walk
 from .copied import LONGEST_BYTES, READ
 from .elements import Budget, Encoding, Selection, Walk, encoding_of
-from .header import IMAGE_CLASSES, ImageHeader
+from .header import ImageHeader
+from .image_classes import IMAGE_CLASSES
 from .library import data_set, quietly
 from .series import FIRST_BYTES, data_set_stream, walk_header
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...errors import DicomReason, DicomRefused
 from .container import Stream
-from .header import Pixels
+from .stored_pixels import Pixels
 
 Bytes = npt.NDArray[np.uint8]
 Stored = npt.NDArray[Any]

@@ -27,7 +27,8 @@ from .elements import (
     is_dicom,
     walk_elements,
 )
-from .header import SELECTION, ImageHeader, Modality, Piece, read_header
+from .header import SELECTION, ImageHeader, Piece, read_header
+from .image_classes import Modality
 from .rescale import UNSCALED
 
 FIRST_BYTES = 16 * 1024

@@ -23,7 +23,7 @@ from .container import Container, File, Meter, Several, open_container, walk
 from .crew import Crew
 from .elements import DEFLATED, EXPLICIT_BIG, EXPLICIT_LITTLE, IMPLICIT_LITTLE
 from .fragments import frames_of
-from .header import UID, ImageHeader, Pixels
+from .header import UID, ImageHeader
 from .library import require_pydicom
 from .origin import Origin, read_origin
 from .pixels import check_range, native_frames
@@ -31,6 +31,7 @@ from .planes import Stack, stacked
 from .rescale import Rescale
 from .series import Series, data_set_stream, find_series
 from .slices import Slice, slices_of
+from .stored_pixels import Pixels
 
 _MOST_TIMES = 2
 """Of the uncompressed bytes: noise grows a little when it is compressed, and a table and fragments have headers."""
