@@ -5,8 +5,8 @@ BIN := .venv/bin
 NT := $(BIN)/nnunet-torchserve
 TOGETHER := -n 3 --durations=20
 comma := ,
-BENCHMARKS ?= request.command request.overhead request.whole_request request.recipes stages.codecs stages.preprocess \
-	stages.export stages.postprocess stages.dicom stages.dicom_seg load.throughput load.fairness load.priority \
+BENCHMARKS ?= request.command request.overhead request.whole_request request.recipes request.dicom_series stages.codecs \
+	stages.preprocess stages.export stages.postprocess stages.dicom stages.dicom_seg load.throughput load.fairness load.priority \
 	load.memory load.reuse load.service load.stopping \
 	client.folder client.footprint client.outage client.transfer engine.gap engine.engine_memory engine.idle engine.backends \
 	training.region_loader

@@ -110,6 +110,7 @@ def serving(
     settings: ServingSettings | None = None,
     config: Path | None = None,
     body_limit: int | None = None,
+    input_orientation: str | None = None,
 ) -> Iterator[Client]:
     """A live server of a model, made from the working tree, whose engines share nothing with other servers.
 
@@ -124,6 +125,7 @@ def serving(
         settings: what the archive says of serving.
         config: another config.properties to start from.
         body_limit: bytes of a request; ``None`` takes the launcher's own number.
+        input_orientation: that the model was trained in, in nibabel's letters; ``None`` leaves it open.
     """
     folder = model.model_folder if isinstance(model, Material) else model
     store, state_dir, runtime = scratch / "model_store", scratch / "server", scratch / "engines"
@@ -133,6 +135,7 @@ def serving(
         others=others,
         previous_stages=previous_stages,
         trainer_files=trainer_files,
+        input_orientation=input_orientation,
         folds=folds,
         name=MODEL,
         serving=settings or ServingSettings(),
