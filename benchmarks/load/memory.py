@@ -67,7 +67,7 @@ def main() -> int:
         image = scratch / "crop.nii.gz"
         nib.save(crop(nib.load(material.coarse)), image)
         body = image.read_bytes()
-        with serving(material, scratch) as client:
+        with serving(material, scratch, workers=1) as client:
             workers = client.workers()
             torchserve = client.live.server.process()
             assert torchserve is not None
