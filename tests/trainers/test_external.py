@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from nnunet_torchserve_tools import added_trainers
 from nnunet_torchserve_tools.cli import app
-from nnunet_torchserve_trainers import region_trainers
+from nnunet_torchserve_trainers import distill_trainers, region_trainers
 from nnunet_torchserve_trainers.region_targets import RegionLabelmapMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")  # of what nnU-Net's own trainers import
@@ -41,9 +42,15 @@ def test_every_trainer_that_is_listed_is_found_by_its_name(folder: str, monkeypa
     listed = CliRunner().invoke(app, ["trainers"]).stdout.splitlines()
     names = [line.split()[0] for line in listed[:-1]]
     assert listed[-1] == f"export nnUNet_extTrainer={folder}"
-    assert sorted(names) == sorted(name for name in vars(region_trainers) if name.startswith("nnUNetTrainerRegion"))
+    homes = (distill_trainers, region_trainers)
+    ours = {name: each for home in homes for name, each in vars(home).items() if _is_of(home, each)}
+    assert sorted(names) == sorted(ours)
     for name in names:
-        assert recursive_find_trainer_class_by_name(name) is getattr(region_trainers, name)
+        assert recursive_find_trainer_class_by_name(name) is ours[name]
+
+
+def _is_of(module: ModuleType, what: object) -> bool:
+    return isinstance(what, type) and what.__module__ == module.__name__
 
 
 def test_a_trainer_of_ones_own_lies_in_a_folder_of_its_own(
