@@ -68,8 +68,9 @@ def doubtful(labels: Volume, manager: Any) -> Volume:
     if manager.has_regions:
         sigmoids: Volume = 1 / (1 + np.exp(1 - logits))
         return sigmoids
-    exponentials: Volume = np.exp(logits - logits.max(0))
-    return exponentials / exponentials.sum(0)
+    exponentials = np.exp(logits - logits.max(0))
+    softmax: Volume = exponentials / exponentials.sum(0)
+    return softmax
 
 
 SPACING = 1.5
