@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_trainers.soft_target_files import SoftTargets
-from support.distilling import preprocess, write_dataset
+from support.distilling import one_process, preprocess, write_dataset
 from support.server import LiveServer
 from support.training import named_folders
 
@@ -24,6 +24,7 @@ def test_a_served_teacher_gives_what_its_folder_gives(
 ) -> None:
     for name, value in named_folders(tmp_path).items():
         monkeypatch.setenv(name, value)
+    one_process(monkeypatch)
     folder = models["five_folds"]
     plans = write_dataset(
         tmp_path, *(json.loads((folder / each).read_text()) for each in ("plans.json", "dataset.json"))

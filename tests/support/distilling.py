@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 
 from nnunet_torchserve_trainers.soft_target_files import SoftTargets, Teacher, channels_of
 
@@ -71,6 +73,11 @@ def doubtful(labels: Volume, manager: Any) -> Volume:
     exponentials = np.exp(logits - logits.max(0))
     softmax: Volume = exponentials / exponentials.sum(0)
     return softmax
+
+
+def one_process(patch: pytest.MonkeyPatch) -> None:
+    """nnU-Net starts twelve to match a few file names, which take longer to be forked than all else in a test."""
+    patch.setattr(create_lists_from_splitted_dataset_folder, "__defaults__", (None, 1))
 
 
 SPACING = 1.5

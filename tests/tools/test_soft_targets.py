@@ -23,7 +23,7 @@ from nnunet_torchserve_tools.teachers import ModelFolder, Probabilities, Source
 from nnunet_torchserve_trainers.distill_trainers import nnUNetTrainerDistill
 from nnunet_torchserve_trainers.soft_target_files import SoftTargets, Teacher
 from support import stock, volumes
-from support.distilling import SPACING, preprocess, write_dataset
+from support.distilling import SPACING, one_process, preprocess, write_dataset
 from support.odd_models import OddModel
 from support.training import REGIONS, batches, named_folders, seed
 
@@ -40,6 +40,7 @@ MODELS = {
 def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in named_folders(tmp_path).items():
         monkeypatch.setenv(name, value)
+    one_process(monkeypatch)
 
 
 def lesson(folder: Path, model: OddModel, student: OddModel | None = None) -> tuple[Path, Path]:
