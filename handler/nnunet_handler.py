@@ -167,7 +167,8 @@ def _load(context: Any, model_dir: Path) -> Any:
     limits = Limits.from_settings(settings.limits).for_model(bundle.lead.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     wanted = wanted_backend(bundle.description.backend, settings.backend)
-    backend = usable_backend(wanted, bundle.description.backend, device.type)
+    measured = bundle.accuracy is not None
+    backend = usable_backend(wanted, bundle.description.backend, device.type, measured=measured)
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None

@@ -28,6 +28,7 @@ unknown ways to pack."""
 EAGER = "eager"
 """The server's word for nnU-Net's own modules, run as nnU-Net runs them."""
 
+_DICE = re.compile(r"(?:^|;)\s*dice=([01]\.\d+)\s*(?:;|$)")
 _TIMING = re.compile(r"([\w-]+);dur=([\d.]+)")
 
 
@@ -63,8 +64,23 @@ class Answer:
     @property
     def other_backend(self) -> str | None:
         """What ran the networks if it was not ``eager``: then the answer's bits need not be nnU-Net's own."""
-        backend = self.headers.get("x-nnunet-backend", EAGER)
+        backend = self._backend[0]
         return None if backend == EAGER else backend
+
+    @property
+    def measured_dice(self) -> float | None:
+        """The mean Dice of that backend's answers to nnU-Net's own, where the model's owner has measured it.
+
+        Of such answers as this one, not of this one.
+        """
+        found = _DICE.search(self._backend[1])
+        return None if found is None else float(found[1])
+
+    @property
+    def _backend(self) -> tuple[str, str]:
+        """What ran the networks, and what is said of it."""
+        name, _, said = self.headers.get("x-nnunet-backend", EAGER).partition(";")
+        return name.strip(), said
 
     @property
     def timing(self) -> dict[str, float]:

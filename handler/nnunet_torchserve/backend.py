@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
@@ -28,9 +28,16 @@ class Backend(StrEnum):
     OPENVINO_FLOAT32 = "openvino:float32"
     """OpenVINO on the CPU; float32 as stock, summed in another order."""
 
+    OPENVINO_BFLOAT16 = "openvino:bf16"
+    """The same graphs in bfloat16, on processors that compute in it (AVX512-BF16, AMX)."""
+
 
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 """Library -> what its name alone means."""
+
+NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16})
+"""What serves only archives in which its accuracy was measured: fewer digits are another network, as far as anybody
+knows who has not looked."""
 
 
 def parse_backend(text: str) -> Backend:
@@ -44,6 +51,11 @@ def parse_backend(text: str) -> Backend:
     except ValueError:
         msg = f"there is no backend {text!r}; there are {', '.join(Backend)}"
         raise ValueError(msg) from None
+
+
+def names_of(backends: Collection[str]) -> str:
+    """Several only where an engine was replaced by another one meanwhile."""
+    return ", ".join(sorted(backends))
 
 
 class StoredBackend(BaseModel):
@@ -80,15 +92,31 @@ def wanted_backend(
     return setting or (Backend.EAGER if stored is None else stored.backend)
 
 
-def usable_backend(wanted: Backend, stored: StoredBackend | None, device_type: str) -> Backend:
+def usable_backend(
+    wanted: Backend, stored: StoredBackend | None, device_type: str, *, measured: bool = False
+) -> Backend:
     """The wanted backend, or eager where archive or device have none such, which is logged.
 
     What only shows when it is loaded, the engine finds out: :func:`~.engine.golden.load_networks_or_eager`.
+
+    Args:
+        wanted: of :func:`wanted_backend`.
+        stored: what the archive holds.
+        device_type: PyTorch's name.
+        measured: the archive has a report of its accuracy.
     """
-    if (reason := why_not(wanted, stored, device_type)) is None:
+    if (reason := why_not_served(wanted, stored, device_type, measured=measured)) is None:
         return wanted
     logger.warning("backend %s: %s; %s is used instead", wanted, reason, Backend.EAGER)
     return Backend.EAGER
+
+
+def why_not_served(wanted: Backend, stored: StoredBackend | None, device_type: str, *, measured: bool) -> str | None:
+    """The same as :func:`why_not`; or that nobody has measured what must be measured before it serves."""
+    reason = why_not(wanted, stored, device_type)
+    if reason is None and wanted in NEEDS_REPORT and not measured:
+        return "the archive has no report of its accuracy; make it again with 'nnunet-torchserve archive --validate'"
+    return reason
 
 
 def why_not(wanted: Backend, stored: StoredBackend | None, device_type: str) -> str | None:

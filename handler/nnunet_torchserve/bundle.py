@@ -16,6 +16,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from .accuracy import ACCURACY_FILE, AccuracyReport, read_accuracy
 from .agreement import Trained, check_recipe
 from .backend import StoredBackend
 from .errors import BundleError
@@ -74,6 +75,7 @@ class ModelBundle:
     Attributes:
         members: name -> member, in the order in which the recipe names them.
         codes: what its structures are, as far as its owner said it.
+        accuracy: how far its other backend's answers are from eager's, where that was measured.
         lead: the member whose labels, channels and reader the whole model has, as all members of an ensemble have; of
             a cascade its last stage.
     """
@@ -114,6 +116,7 @@ class ModelBundle:
         self.members = {member.name: Member(folder, member, own, code) for member in self.description.members}
         self.lead = self.members[last_stage(self.description.recipe)]
         self.codes = self._read_codes()
+        self.accuracy = self._read_accuracy()
         if verify:
             self.check_members()
 
@@ -135,6 +138,16 @@ class ModelBundle:
         except (OSError, ValueError) as error:
             msg = f"{SEGMENTS_FILE} of the archive cannot be read: {error}"
             raise BundleError(msg) from error
+
+    def _read_accuracy(self) -> AccuracyReport | None:
+        if ACCURACY_FILE not in self.description.files:
+            return None
+        try:
+            text = (self.folder / ACCURACY_FILE).read_bytes()
+        except OSError as error:
+            msg = f"{ACCURACY_FILE} is missing from the archive"
+            raise BundleError(msg) from error
+        return read_accuracy(text, self.description.backend, self.description.files)
 
     def _own_code(self) -> OwnCode | None:
         """The archive's own code as the checksums know it, whatever becomes of the files; nothing is run."""

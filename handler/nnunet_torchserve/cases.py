@@ -7,7 +7,7 @@ more work than the limits allow.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -125,6 +125,20 @@ def settings_of(bundle: ModelBundle, options: Options) -> dict[str, Settings]:
             msg = f"{name}: {error}"
             raise UnknownFold(msg) from error
     return found
+
+
+def is_default(bundle: ModelBundle, options: Options, settings: Mapping[str, Settings]) -> bool:
+    """Whether a request's labels are made as those of a request without options, however it says so.
+
+    Args:
+        bundle: the model.
+        options: of the request.
+        settings: those options, completed by each member.
+    """
+    default = Options(priority=options.priority)
+    skips = options.postprocess is False and bundle.description.postprocessing is not None
+    how = (options.preprocess, options.export)
+    return not skips and how == (default.preprocess, default.export) and settings == settings_of(bundle, default)
 
 
 def settings_for(member: Member, options: Options) -> Settings:

@@ -58,7 +58,7 @@ def describe(
         "postprocessing": description.postprocessing and description.postprocessing.model_dump(mode="json"),
         "segments": {name: codes.model_dump(mode="json", exclude_none=True) for name, codes in bundle.codes.items()},
         "code": _own_code(bundle),
-        "backend": {"archive": _stored_backend(bundle), **(backend or {})},
+        "backend": {"archive": _stored_backend(bundle), "accuracy": _accuracy(bundle), **(backend or {})},
         "settings": settings.model_dump(mode="json", exclude={"limits"}),
         "limits": asdict(limits) | {"timeout_s": time_limit_s},
         "options": Options.model_json_schema(),
@@ -71,6 +71,11 @@ def _stored_backend(bundle: ModelBundle) -> dict[str, object] | None:
     """What the archive holds for another backend than eager."""
     stored = bundle.description.backend
     return None if stored is None else stored.model_dump(mode="json")
+
+
+def _accuracy(bundle: ModelBundle) -> dict[str, object] | None:
+    """How far that backend's answers are from eager's, where it was measured."""
+    return None if bundle.accuracy is None else bundle.accuracy.summary()
 
 
 def _own_code(bundle: ModelBundle) -> dict[str, object] | None:

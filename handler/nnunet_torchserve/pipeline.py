@@ -9,15 +9,16 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
 from . import codecs
-from .backend import Backend
+from .accuracy import AccuracyReport
+from .backend import Backend, names_of
 from .bundle import ModelBundle
-from .cases import settings_of
+from .cases import Settings, is_default, settings_of
 from .description import describe, model_header, with_model_files
 from .engine.prediction import NO_KEYS, Engine, Keys, SharedAnswer
 from .errors import BundleError, NonFiniteLogits, OutOfMemory, ServingError
@@ -30,7 +31,7 @@ from .predicting import CaseInHand, check_time
 from .properties import properties_document
 from .provenance import provenance_of
 from .request import Request
-from .responses import BACKEND, Response, ResponseMaker, last_resort
+from .responses import Response, ResponseMaker, last_resort
 from .reuse import answer_note, keys_of, read_answer_note
 from .settings import HandlerSettings
 from .telemetry import SHARED_ANSWERS, Counts, RequestRecord, Reused, Stage
@@ -155,6 +156,7 @@ class Pipeline:
         with clock.stage(Stage.DECODE):
             asked = read_headers(self.bundle, self.limits, request, record, options, settings)
             keys = self._keys(request, options)
+            measured = self._measured(options, settings, asked)
 
         clock.begin(Stage.QUEUE)
         reservation = self.engine.reserve(
@@ -168,7 +170,7 @@ class Pipeline:
         with reservation as reserved:
             clock.add(Stage.QUEUE, reserved.waited_s)
             if reserved.answer is not None:
-                return self._take_over(reserved.answer, record, responses)
+                return self._take_over(reserved.answer, record, responses, measured)
 
             shared = (self.bundle, self.engine, self.limits, self.counts)
             case = CaseInHand(*shared, asked, options, settings, keys, reserved, deadline, record, progress)
@@ -196,9 +198,15 @@ class Pipeline:
 
             timing = clock.server_timing(record.reused)
             response = responses.result(
-                file.body, file.content_type, record.request_id, timing, asked.warnings, backends=backends
+                file.body,
+                file.content_type,
+                record.request_id,
+                timing,
+                asked.warnings,
+                backends=backends,
+                measured=measured,
             )
-            record.backend = response.headers[BACKEND]
+            record.backend = names_of(backends)
             if keys.answer is not None:
                 reserved.share(response.body, answer_note(file.content_type, asked.warnings, backends))
         return response
@@ -223,15 +231,32 @@ class Pipeline:
         painting, codes = self.bundle.lead.painting, self.bundle.codes
         return codecs.About(asked.images, painting, codes, provenance, self.limits.response_bytes)
 
-    def _take_over(self, shared: SharedAnswer, record: RequestRecord, responses: ResponseMaker) -> Response:
+    def _measured(self, options: Options, settings: Mapping[str, Settings], asked: Asked) -> AccuracyReport | None:
+        """What the archive knows of such answers: its report is of images alone, and of requests without options."""
+        as_measured = asked.previous is None and is_default(self.bundle, options, settings)
+        return self.bundle.accuracy if as_measured else None
+
+    def _take_over(
+        self,
+        shared: SharedAnswer,
+        record: RequestRecord,
+        responses: ResponseMaker,
+        measured: AccuracyReport | None,
+    ) -> Response:
         """The answer of an equal request as this one's own."""
         record.reused, record.passes = Reused.ANSWER, 0
         self.counts.add(SHARED_ANSWERS, 1)
         note, timing = read_answer_note(shared.note), record.clock.server_timing(record.reused)
         response = responses.result(
-            shared.body, note.content_type, record.request_id, timing, note.warnings, backends=note.backends
+            shared.body,
+            note.content_type,
+            record.request_id,
+            timing,
+            note.warnings,
+            backends=note.backends,
+            measured=measured,
         )
-        record.backend = response.headers[BACKEND]
+        record.backend = names_of(note.backends)
         return response
 
     def dry_run(self) -> str | None:

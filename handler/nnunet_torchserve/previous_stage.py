@@ -97,7 +97,7 @@ def check_grid(source: ImageSource, image: Geometry) -> None:
     if source.channels != 1:
         msg = f"{PREVIOUS_STAGE} has {source.channels} channels; it must be a label map, with one"
         raise WrongChannels(msg)
-    if differences := list(_differences(source.geometry, image)):
+    if differences := list(grid_differences(source.geometry, image)):
         msg = (
             f"{PREVIOUS_STAGE} does not lie on the image's grid: it has {'; '.join(differences)}; "
             "send the labels as nnUNetv2_predict writes them for this image"
@@ -105,8 +105,8 @@ def check_grid(source: ImageSource, image: Geometry) -> None:
         raise ChannelsDisagree(msg)
 
 
-def _differences(labels: Geometry, image: Geometry) -> Iterator[str]:
-    """What the labels have otherwise, in words."""
+def grid_differences(labels: Geometry, image: Geometry) -> Iterator[str]:
+    """What labels have otherwise than their image, in words."""
     if labels.shape != image.shape:
         yield f"{labels.shape} voxels (z, y, x), the image {image.shape}"
     if labels.assumed or image.assumed:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 
+from .accuracy import AccuracyReport, said_of
 from .errors import ResponseTooLarge, ServingError
 from .telemetry import SERVER_TIMING
 
@@ -25,7 +26,7 @@ REQUEST_ID = "X-Nnunet-Request-Id"
 
 MODEL = "X-Nnunet-Model"
 BACKEND = "X-Nnunet-Backend"
-"""What ran the networks: ``eager``, as nnU-Net runs them, or another backend."""
+"""What ran the networks: ``eager``, as nnU-Net runs them, or another backend, with its measured Dice to eager."""
 
 RETRY_AFTER = "Retry-After"
 PROBLEM_JSON = "application/problem+json"
@@ -90,6 +91,7 @@ class ResponseMaker:
         warnings: Sequence[str] = (),
         *,
         backends: Collection[str],
+        measured: AccuracyReport | None = None,
     ) -> Response:
         """A 200 with the segmentation.
 
@@ -100,13 +102,14 @@ class ResponseMaker:
             server_timing: the value of the header.
             warnings: see :class:`Warnings`.
             backends: what ran the networks; several only where an engine was replaced by another one meanwhile.
+            measured: what is known of such answers as this one, if they are another backend's.
 
         Raises:
             ResponseTooLarge: the body is above the limit.
         """
         if len(body) > self.limit:
             raise ResponseTooLarge(too_large_message(len(body), self.limit))
-        headers = self._headers(request_id) | {SERVER_TIMING: server_timing, BACKEND: ", ".join(sorted(backends))}
+        headers = self._headers(request_id) | {SERVER_TIMING: server_timing, BACKEND: said_of(backends, measured)}
         if warnings:
             headers[WARNING] = ", ".join(warnings)
         return _checked(Response(HTTPStatus.OK, content_type, body, headers))

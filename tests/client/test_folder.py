@@ -418,7 +418,8 @@ def test_what_another_backend_answered_is_said(
     def other(wire: Wire, received: Received) -> None:
         wire.head()
         backend = "eager" if received.body.endswith(b"of a") else "openvino:float32"
-        wire.result(received.body, None, **{"X-Nnunet-Backend": backend})
+        said = backend if backend == "eager" else f"{backend}; dice=0.9989"
+        wire.result(received.body, None, **{"X-Nnunet-Backend": said})
         wire.chunk(b"")
 
     server.replies = [other]

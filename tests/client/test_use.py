@@ -159,6 +159,25 @@ def test_a_damaged_zip_is_a_bad_answer(place: int, values: bytes) -> None:
         answer.arrays()
 
 
+@pytest.mark.parametrize(
+    ("header", "backend", "dice"),
+    [
+        (None, None, None),
+        ("eager", None, None),
+        ("openvino:float32", "openvino:float32", None),
+        ("openvino:bf16; dice=0.9989", "openvino:bf16", 0.9989),
+        ("openvino:bf16; dice=many", "openvino:bf16", None),
+        ("eager, openvino:float32", "eager, openvino:float32", None),
+    ],
+)
+def test_what_ran_the_network_is_told_apart_from_what_was_measured_of_it(
+    header: str | None, backend: str | None, dice: float | None
+) -> None:
+    headers = {} if header is None else {"x-nnunet-backend": header}
+    answer = Answer("head", b"", "application/gzip", headers, "id", URL)
+    assert (answer.other_backend, answer.measured_dice) == (backend, dice)
+
+
 def test_a_caller_that_waits_for_anothers_description_may_give_up(server: Peer) -> None:
     asked, never, stop = threading.Event(), threading.Event(), Stop()
 

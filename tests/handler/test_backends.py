@@ -241,6 +241,24 @@ def test_what_runs_is_read_from_what_was_compiled_and_not_from_what_was_asked_fo
             Networks(bundle, CPU, OPENVINO)
 
 
+def test_bfloat16_is_run_by_processors_that_compute_in_it_and_others_run_eager(
+    bundle: ModelBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenVINO computes in float32 then, and says nothing."""
+
+    def ask_for_less(described: dict[str, Any], _folder: Path) -> None:
+        described["backend"]["backend"] = "openvino:bf16"
+
+    other = changed(bundle, tmp_path / "model", ask_for_less)
+    runs = load_networks_or_eager(other, CPU, Backend.OPENVINO_BFLOAT16, 1).backend
+    if "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert runs is Backend.OPENVINO_BFLOAT16
+    else:
+        assert runs is Backend.EAGER
+        assert "computes fold 0 in f32 and not as openvino:bf16 on this CPU; it takes AVX512-BF16" in caplog.text
+    assert load_networks_or_eager(other, CPU, OPENVINO, 1).backend is Backend.EAGER
+
+
 def test_a_graph_that_cannot_be_read_is_no_outage(bundle: ModelBundle, tmp_path: Path) -> None:
     def spoil(_described: dict[str, Any], folder: Path) -> None:
         (folder / "members/3d_fullres/fold_1.openvino.xml").write_text("<net/>")

@@ -15,6 +15,8 @@ import yaml
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
+from nnunet_torchserve_tools.validation_cases import Validation
+from support import volumes
 from support.bad_requests import GOOD
 from support.server import running
 
@@ -36,13 +38,22 @@ def with_backend(archive: Path, target: Path, backend: str) -> None:
 def test_an_archive_is_served_by_what_it_was_made_for_unless_an_operator_says_otherwise(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    request = ArchiveRequest(models["five_folds"], tmp_path / "store", name="m", backend=Backend.OPENVINO_FLOAT32)
+    image = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(volumes.blobs((32, 30, 28), 50)[0]))
+    request = ArchiveRequest(
+        models["five_folds"],
+        tmp_path / "store",
+        name="m",
+        backend=Backend.OPENVINO_FLOAT32,
+        validation=Validation((image,)),
+    )
     [archive] = make_archives(request)
     with_backend(archive, archive.with_name("slow.mar"), "eager")
     with running(archive.parent, tmp_path / "server", models=("m.mar", "slow=slow.mar")) as live:
         fast, slow = (live.predict(name, GOOD) for name in ("m", "slow"))
         assert fast.status_code == slow.status_code == HTTPStatus.OK
-        assert fast.headers["x-nnunet-backend"] == "openvino:float32"
+        name, _, dice = fast.headers["x-nnunet-backend"].partition("; dice=")
+        assert name == "openvino:float32"
+        assert 0.99 < float(dice) <= 1
         assert slow.headers["x-nnunet-backend"] == "eager"
         labels = [
             np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(each.content)).dataobj) for each in (fast, slow)

@@ -73,5 +73,8 @@ def test_serve_says_beforehand_which_archives_eager_will_answer_for(archive_of: 
     assert missed_backend(made, None, 0) is None
     assert "not on cuda" in (missed_backend(made, None, 1) or "")
     assert missed_backend(replace(made, wanted_backend=Backend.EAGER), None, 1) is None
+    less = replace(made, backend=STORED.model_copy(update={"backend": Backend.OPENVINO_BFLOAT16}))
+    assert "has no report of its accuracy" in (missed_backend(less, None, 0) or "")
+    assert missed_backend(replace(less, measured=True), None, 0) is None
     without = replace(made, backend=STORED.model_copy(update={"requires": {"openvino": "<1"}}))
     assert "needs openvino<1" in (missed_backend(without, None, 0) or "")

@@ -15,6 +15,7 @@ from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ModelWarning, ToolError, UsageError
+from nnunet_torchserve_tools.model_card import model_card
 from nnunet_torchserve_tools.segments import checked_segments, propose
 
 TISSUE = {"value": "85756007", "scheme": "SCT", "meaning": "Tissue"}
@@ -107,3 +108,4 @@ def test_an_archive_keeps_codes_and_says_which_structures_have_none(models: dict
     bundle = ModelBundle(tmp_path / "unpacked")
     assert list(bundle.codes) == [names[0]]
     assert "segments.json" in bundle.description.files
+    assert list(model_card(archive)["segments"]) == [names[0]]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import nnunet_handler
 import nnunet_torchserve
-from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.backend import NEEDS_REPORT, Backend
 from nnunet_torchserve.bundle import SCHEMA_VERSION, BundleDescription
 from nnunet_torchserve.label_manager import painting_of
 from nnunet_torchserve.member import REORIENTING_READERS
@@ -28,6 +28,7 @@ from nnunet_torchserve.recipe import Cascade, Single
 from nnunet_torchserve.segments import SEGMENTS_FILE
 from nnunet_torchserve_client.choosing import archive_name
 
+from .accuracy_gate import unseen
 from .archive_request import ArchiveRequest
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
@@ -39,6 +40,8 @@ from .segments import checked_segments, structures_of
 from .serving_settings import MODEL_CONFIG_FILE, check_device_ids
 from .trained import TrainedModel, read_trained_model
 from .trainer_files import TrainerFiles, read_trainer_files, say_aloud
+from .validate import add_accuracy
+from .validation_cases import Validation
 
 REQUIRES = {
     "nnunetv2": ">=2.8,<3",
@@ -83,14 +86,15 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
 
     Args:
         request: what is asked for.
-        tell: hears a line for people for each archive that has a postprocessing.
+        tell: hears lines for people: of each archive that has a postprocessing, and of what was measured.
 
     Returns:
         The written files: the one with all chosen folds first.
 
     Raises:
         UsageError: a folder, a name or a fold does not exist or cannot be meant.
-        ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
+        ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not; or the
+            backend was not measured, or loses too much.
 
     Warns:
         ModelWarning: it holds somebody's own code; the values of its label maps are not those that dataset.json
@@ -111,8 +115,7 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
         raise UsageError(msg)
     _check_orientation(request.input_orientation, str(lead.plans["image_reader_writer"]))
     check_device_ids(request.serving.device_ids)
-    if request.backend is not Backend.EAGER:
-        stored_backend(request.backend)  # before anything that takes long
+    _check_backend(request)  # before anything that takes long
     contents = _contents(request, name, composition, tell)
     codes = _read_codes(request.segments, lead)
     try:
@@ -125,7 +128,7 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
             say_aloud(code)
         _warn_of_values(lead)
         brought = Brought(code, files.sources, codes)
-        return [_make_archive(request, each, content, steps, brought) for each, content, steps in contents]
+        return [_make_archive(request, each, content, steps, brought, tell) for each, content, steps in contents]
     except (ToolError, Warning):
         raise
     except (OSError, SafetensorError) as error:  # a full disk, mostly
@@ -137,6 +140,22 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
             raise
         msg = f"plans.json, dataset.json and the checkpoints make no network: {type(error).__name__} {error}"
         raise ToolError(msg) from error
+
+
+def _check_backend(request: ArchiveRequest) -> None:
+    """Refuse a backend that this machine cannot make, or that nobody is to measure though somebody must."""
+    backend, validation = request.backend, request.validation
+    if backend is Backend.EAGER:
+        if validation is not None:
+            msg = "--validate compares another backend with eager; name it with --backend"
+            raise UsageError(msg)
+        return
+    if validation is None and backend in NEEDS_REPORT:
+        msg = f"--backend {backend} needs --validate: its answers must be measured before it may serve"
+        raise UsageError(msg)
+    if validation is not None:
+        validation.check()
+    stored_backend(backend)
 
 
 def _compose(request: ArchiveRequest, files: TrainerFiles) -> Composition:
@@ -193,6 +212,7 @@ def _make_archive(
     composition: Composition,
     postprocessing: Postprocessing | None,
     brought: Brought,
+    tell: Callable[[str], None],
 ) -> Path:
     code, sources = brought.code, brought.sources
     with tempfile.TemporaryDirectory(prefix="nnunet-torchserve-archive-") as scratch:
@@ -225,12 +245,22 @@ def _make_archive(
             files={},
         )
         add_golden_patches(stage, bundle, request.serving.handler)
+        if request.validation is not None:
+            _validate(stage, request, request.validation, tell)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(manifest(name, request.version, Path(nnunet_handler.__file__).name))
         target = request.output / f"{name}.mar"
         write_zip(stage, target)
     return target
+
+
+def _validate(stage: Path, request: ArchiveRequest, validation: Validation, tell: Callable[[str], None]) -> None:
+    """Measure the archive's backend, and keep what was found with the archive."""
+    report = add_accuracy(stage, request.serving.handler, validation, tell)
+    if missing := unseen(report):
+        msg = f"{', '.join(missing)}: no answer to these images has any of it, so nothing is known of its accuracy"
+        warnings.warn(msg, ModelWarning, stacklevel=3)
 
 
 def serving_core_files() -> dict[str, Path]:

@@ -10,6 +10,7 @@ from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.options import FoldName
 
 from .serving_settings import ServingSettings
+from .validation_cases import Validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class ArchiveRequest:
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
         segments: JSON with what the model's structures are, in codes, see :mod:`nnunet_torchserve.segments`.
         backend: that the archive is made for beside eager, and served with unless somebody says otherwise.
+        validation: on what that backend is compared with eager before the archive is written; the archive gets the
+            report. ``None`` compares the golden patch only.
         serving: what goes to model-config.yaml.
     """
 
@@ -56,4 +59,5 @@ class ArchiveRequest:
     input_orientation: str | None = None
     segments: Path | None = None
     backend: Backend = Backend.EAGER
+    validation: Validation | None = None
     serving: ServingSettings = field(default_factory=ServingSettings)

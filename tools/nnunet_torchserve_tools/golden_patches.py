@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.backend import NEEDS_REPORT, Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, BundleDescription, ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.golden import golden_tensors
@@ -28,6 +28,7 @@ from nnunet_torchserve.settings import HandlerSettings
 
 from .errors import ModelWarning, ToolError
 from .graphs import write_graphs
+from .measurement import not_measured
 
 NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
@@ -58,7 +59,7 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
     Warns:
         ModelWarning: the trial did not prove that the archive answers.
     """
-    _write_bundle(stage, description)
+    write_bundle(stage, description)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -68,13 +69,18 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
             save_file(golden, member.folder / GOLDEN_FILE)
             if description.backend is not None:
                 write_graphs(member, networks)
-        _write_bundle(stage, description)
+        write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
         batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
         backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
         for backend in backends:
-            engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
+            try:
+                engine = LocalEngine(complete, _CPU, batch, settings.policy, limits, backend)
+            except BundleError as error:
+                if backend not in NEEDS_REPORT:
+                    raise
+                raise ToolError(not_measured(backend, str(error))) from error
             pipeline = Pipeline(complete, engine, limits, _DRY_RUN_LIMIT_S, settings=settings)
             if (warning := pipeline.dry_run()) is not None:
                 warnings.warn(warning, ModelWarning, stacklevel=4)
@@ -109,8 +115,13 @@ def _golden(member: Member, expected: tuple[type[Exception], ...]) -> tuple[Eage
         raise ToolError(msg) from error
 
 
-def _write_bundle(stage: Path, description: BundleDescription) -> None:
-    """Write ``bundle.json`` for the files that are there."""
+def write_bundle(stage: Path, description: BundleDescription) -> None:
+    """Write ``bundle.json`` for the files that are there.
+
+    Args:
+        stage: the folder that becomes the archive.
+        description: what it will say, but for the checksums.
+    """
     files = {
         file.relative_to(stage).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(stage.rglob("*"))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_torchserve.accuracy import ACCURACY_FILE
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.cases import settings_of
 from nnunet_torchserve.description import describe
@@ -26,12 +27,17 @@ from nnunet_torchserve.member import Member
 from nnunet_torchserve.member_description import DATASET_FILE, PLANS_FILE, NetworkBuilder
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pricing import prices_of, whole_price
+from nnunet_torchserve.segments import SEGMENTS_FILE
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.volume import Geometry
 
+from .accuracy_table import in_short, worst
 from .errors import ToolError, UsageError
 
 _WANTED = (PLANS_FILE, DATASET_FILE)
+"""Of each member."""
+
+_OF_THE_WHOLE = (SEGMENTS_FILE, ACCURACY_FILE)
 _MOST_BYTES = 2**28
 """Of one of these files."""
 
@@ -81,19 +87,31 @@ def model_card(file: Path, shape: Shape | None = None) -> dict[str, Any]:
 
 def _described(archive: zipfile.ZipFile, folder: Path) -> ModelBundle:
     """The bundle without its weights; the files that are read have the checksums that the archive names."""
-    (folder / BUNDLE_FILE).write_bytes(_content(archive, BUNDLE_FILE))
+    text = _content(archive, BUNDLE_FILE)
+    (folder / BUNDLE_FILE).write_bytes(text)
+    for name in _OF_THE_WHOLE:
+        if name in archive.namelist():
+            (folder / name).write_bytes(_content(archive, name))
     bundle = ModelBundle(folder, verify=False)
+    checksums = bundle.description.files
+    for name in _OF_THE_WHOLE:
+        if name in checksums:
+            _check(name, (folder / name).read_bytes(), checksums)
     for member in bundle.members.values():
         member.folder.mkdir(parents=True)
         for name in _WANTED:
             inside = f"{member.description.folder}/{name}"
             content = _content(archive, inside)
-            if hashlib.sha256(content).hexdigest() != bundle.description.files.get(inside):
-                msg = f"{inside} is not what the archive was made with: it is damaged"
-                raise BundleError(msg)
+            _check(inside, content, checksums)
             (member.folder / name).write_bytes(content)
     bundle.check_members()
     return bundle
+
+
+def _check(name: str, content: bytes, checksums: Mapping[str, str]) -> None:
+    if hashlib.sha256(content).hexdigest() != checksums.get(name):
+        msg = f"{name} is not what the archive was made with: it is damaged"
+        raise BundleError(msg)
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -184,6 +202,7 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
     if (backend := card["backend"]["archive"]) is not None:
         needs = ", ".join(f"{package}{version}" for package, version in backend["requires"].items())
         yield f"  served by {backend['backend']} where there is {needs}, else by eager"
+        yield from _accuracy_lines(card["backend"]["accuracy"])
     yield f"  reader {card['reader']}, orientation {card['input_orientation'] or 'as sent'}"
     built = card["built_with"]
     yield f"  made with nnunetv2 {built.get('nnunetv2')}, torch {built.get('torch')}; needs nnunetv2 " + str(
@@ -195,6 +214,15 @@ def lines(card: Mapping[str, Any]) -> Iterator[str]:
         yield f"  a case of {_times(case['shape'])} voxels (x, y, z) of {_times(case['spacing'])} mm{guess}:"
         most = "about" if case["is_guess"] else "at most"
         yield f"    {case['forward_passes']} forward passes, {most} {memory:.0f} MiB in worker and engine"
+
+
+def _accuracy_lines(accuracy: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was measured of the backend that the archive is made for."""
+    if accuracy is None:
+        yield "    its accuracy was not measured: archive --validate"
+        return
+    yield f"    measured on {accuracy['processor']}: {in_short(accuracy)}"
+    yield from (f"    {line}" for line in worst(accuracy))
 
 
 def _code_lines(code: Mapping[str, Any] | None) -> Iterator[str]:

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from nnunet_torchserve.backend import Backend, StoredBackend, wanted_backend, why_not
+from nnunet_torchserve.accuracy import ACCURACY_FILE
+from nnunet_torchserve.backend import Backend, StoredBackend, wanted_backend, why_not_served
 from nnunet_torchserve.bundle import BUNDLE_FILE, check_requirements
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.served import ServedModel, served_model
@@ -44,6 +45,7 @@ class Archive:
         code: files of somebody's own that it brings along.
         backend: that it holds something for, beside eager.
         wanted_backend: that its model-config.yaml names.
+        measured: that it has a report of that backend's accuracy.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Archive:
     code: tuple[str, ...] = ()
     backend: StoredBackend | None = field(default=None, hash=False)
     wanted_backend: Backend | None = None
+    measured: bool = False
 
     def gpus_of(self, gpus: int) -> int:
         """How many of so many GPUs serve it."""
@@ -133,8 +136,8 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
             described.get("code") or {},
             _backend_of(described),
         )
-        own = tuple(map(str, code.get("files") or ()))
-        return Archive(name, version, file, model_of, workers, ids, timeout_s, own, stored, handler.backend)
+        own, measured = tuple(map(str, code.get("files") or ())), ACCURACY_FILE in (described.get("files") or ())
+        return Archive(name, version, file, model_of, workers, ids, timeout_s, own, stored, handler.backend, measured)
     except (UsageError, BundleError) as error:
         msg = f"{file}: {error}"
         raise UsageError(msg) from error
@@ -161,7 +164,8 @@ def missed_backend(archive: Archive, asked: Backend | None, gpus: int) -> str | 
     """
     stored = archive.backend
     wanted = wanted_backend(stored, archive.wanted_backend, {}) if asked is None else asked
-    if (reason := why_not(wanted, stored, "cuda" if gpus else "cpu")) is None and stored is not None:
+    reason = why_not_served(wanted, stored, "cuda" if gpus else "cpu", measured=archive.measured)
+    if reason is None and stored is not None:
         try:
             check_requirements(stored.requires if wanted is stored.backend else {}, f"backend {wanted}")
         except BundleError as error:

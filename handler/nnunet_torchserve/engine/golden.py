@@ -27,9 +27,11 @@ GOLDEN_TOLERANCE = {"cpu": 1e-3, "cuda": 5e-2}
 """Largest difference of a golden logit, as a fraction of the largest golden logit. CPU kernels differ between
 processors in the last bits; CUDA runs under float16 autocast, as stock does."""
 
-BACKEND_TOLERANCE = {Backend.OPENVINO_FLOAT32: 1e-3}
+BACKEND_TOLERANCE = {Backend.OPENVINO_FLOAT32: 1e-3, Backend.OPENVINO_BFLOAT16: 5e-2}
 """The same for what does not compute as stock does. The stored logits are eager's, so this is a bound for how far a
-backend may be from them, and never a check of bits. float32 summed in another order differs by about 1e-5."""
+backend may be from them, and never a check of bits. float32 summed in another order differs by about 1e-5, bfloat16
+under PyTorch's autocast by about 1e-2 for small trained networks. What that does to segmentations is measured, see
+:mod:`..accuracy`."""
 
 logger = logging.getLogger(__name__)
 

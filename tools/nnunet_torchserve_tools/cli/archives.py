@@ -9,8 +9,13 @@ from typing import Annotated
 import typer
 
 from ..errors import ToolError
-from .arguments import MIB, backend_of, device_ids_of, folds_of, postprocessing_of
+from .arguments import MIB, backend_of, device_ids_of, folds_of, postprocessing_of, tolerance_of, validation_of
 from .command_line import app, reports_errors, say, warn, warnings_as_lines
+
+_MAX_DICE_LOSS_HELP = (
+    "Dice that may be lost: in the mean, and of a structure in a case; one number is both. Default: with labels "
+    "0.001,0.005 of eager's Dice to them; without 0.005,0.01 of the Dice of both answers."
+)
 
 
 @app.command()
@@ -99,10 +104,23 @@ def archive(
         str,
         typer.Option(
             metavar="NAME[:PRECISION]",
-            help="What runs the network: eager, as stock does, or openvino:float32, for CPUs, which rounds "
-            "differently. A server without OpenVINO uses eager.",
+            help="What runs the network: eager, as stock does; openvino:float32, for CPUs, which rounds differently; "
+            "openvino:bf16, for CPUs that compute in it, needs --validate. A server that cannot run it uses eager.",
         ),
     ] = "eager",
+    validate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE_OR_FOLDER",
+            help="Compare the backend's answers with eager's on these images, keep the report with the archive, and "
+            "refuse the backend if it loses too much; a folder in nnU-Net's naming, or an image; repeatable.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the labels of the images of --validate: what is lost is lost against them."),
+    ] = None,
+    max_dice_loss: Annotated[str | None, typer.Option(metavar="MEAN[,STRUCTURE]", help=_MAX_DICE_LOSS_HELP)] = None,
     device_ids: Annotated[
         str | None,
         typer.Option(help="GPUs that serve the model, e.g. 1,2; default: all. Ignored by serve --device cpu."),
@@ -174,6 +192,7 @@ def archive(
             input_orientation=input_orientation and input_orientation.upper(),
             segments=segments,
             backend=backend_of(backend),
+            validation=validation_of(validate, labels, max_dice_loss),
             serving=serving,
         )
         files = make_archives(request, say)
@@ -230,6 +249,36 @@ def describe_(
     else:
         for line in lines(card):
             typer.echo(line)
+
+
+@app.command(name="validate")
+@reports_errors
+def validate_(
+    archive_file: Annotated[Path, typer.Argument(metavar="FILE.mar", help="An archive made with --backend.")],
+    images: Annotated[list[Path], typer.Option(help="Folder of images in nnU-Net's naming, or an image; repeatable.")],
+    labels: Annotated[Path | None, typer.Option(help="Folder with the labels of all these images.")] = None,
+    max_dice_loss: Annotated[str | None, typer.Option(metavar="MEAN[,STRUCTURE]", help=_MAX_DICE_LOSS_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Output for programs.")] = False,
+) -> None:
+    """Compare an archive's backend with eager on images of yours; fails if it loses too much Dice.
+
+    Code of its owner that the archive brings along is run.
+    """
+    from ..accuracy_gate import check, unseen
+    from ..accuracy_table import lines
+    from ..validate import validate
+    from ..validation_cases import Validation
+
+    report = validate(archive_file, Validation(tuple(images), labels, tolerance_of(max_dice_loss)), say)
+    if as_json:
+        document = {"summary": report.summary()} | report.model_dump(mode="json")
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        for line in lines(report):
+            typer.echo(line)
+    if missing := unseen(report):
+        warn(f"{', '.join(missing)}: no answer has any of it, so nothing is known of its accuracy")
+    check(report)
 
 
 @app.command(name="orientation")

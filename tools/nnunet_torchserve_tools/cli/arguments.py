@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nnunet_torchserve.backend import Backend
     from nnunet_torchserve.options import FoldName
 
+    from ..validation_cases import Tolerance, Validation
+
 MIB = 1024**2
 STATE_DIR = typer.Option(help="The server's state directory.")
 MANAGEMENT_URL = typer.Option(help="Management URL of a server on this machine, instead of its state directory.")
@@ -49,6 +51,44 @@ def backend_of(text: str) -> Backend:
     except ValueError as error:
         msg = f"--backend: {error}"
         raise UsageError(msg) from error
+
+
+def tolerance_of(text: str | None) -> Tolerance | None:
+    """``--max-dice-loss``: one number or two, from 0 to 1.
+
+    Raises:
+        UsageError: something else.
+    """
+    from ..validation_cases import Tolerance
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in {1, 2} or not all(0 <= number <= 1 for number in numbers):
+        msg = f"--max-dice-loss {text}: a number from 0 to 1 was expected, or two of them as in 0.001,0.005"
+        raise UsageError(msg)
+    return Tolerance(numbers[0], numbers[-1])
+
+
+def validation_of(images: list[Path] | None, labels: Path | None, max_dice_loss: str | None) -> Validation | None:
+    """``--validate`` and what belongs to it.
+
+    Raises:
+        UsageError: that is given without it, or cannot be meant.
+    """
+    from ..validation_cases import Validation
+
+    tolerance = tolerance_of(max_dice_loss)
+    if images:
+        return Validation(tuple(images), labels, tolerance)
+    for name, value in (("--labels", labels), ("--max-dice-loss", tolerance)):
+        if value is not None:
+            msg = f"{name} belongs to --validate, which names the images"
+            raise UsageError(msg)
+    return None
 
 
 def folds_of(text: str | None) -> tuple[FoldName, ...] | None:

@@ -27,8 +27,11 @@ from ...options import FoldName
 from .interface import Weights
 from .openvino_library import openvino
 
-_HINTS = {Backend.OPENVINO_FLOAT32: "f32"}
+_HINTS = {Backend.OPENVINO_FLOAT32: "f32", Backend.OPENVINO_BFLOAT16: "bf16"}
 """Backend -> OpenVINO's name of the precision that is asked for, and has to be found."""
+
+_WANTS = {Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16 or AMX"}
+"""What a processor needs for it."""
 
 _COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 """Kinds of layers that take the time; the precision of the others follows from theirs."""
@@ -154,7 +157,7 @@ class OpenVinoNetworks:
             raise BundleError(msg) from error
         if runs_in != {_HINTS[self.backend]}:
             msg = f"OpenVINO computes fold {fold} in {', '.join(sorted(runs_in))} and not as {self.backend} on this CPU"
-            raise BundleError(msg)
+            raise BundleError(msg + _WANTS.get(self.backend, ""))
         return request
 
 

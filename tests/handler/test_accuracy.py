@@ -1,0 +1,167 @@
+"""What an archive says of a backend's accuracy: worked out of counts, and refused where they contradict each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, Reference, deciding_files, read_accuracy, said_of
+from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
+from nnunet_torchserve.errors import BundleError
+from support.accuracy import FILES, OPENVINO, report, structure, to_labels
+
+BF16 = Backend.OPENVINO_BFLOAT16
+STORED = StoredBackend(backend=OPENVINO, requires={}, made_with={})
+SAME, NEAR = structure(100, 100, 100), structure(100, 100, 90)
+ABSENT, INVENTED = structure(0, 0, 0), structure(0, 1, 0)
+
+
+def test_dice_is_the_mean_over_structures_of_the_cases_that_have_one() -> None:
+    """As nnU-Net's ``foreground_mean``: a structure that is in few cases counts as much as one that is in all."""
+    found = report({"a": SAME, "b": ABSENT}, {"a": SAME, "b": NEAR}, {"a": NEAR, "b": ABSENT})
+    assert found.dice == pytest.approx(((1 + 1 + 0.9) / 3 + 0.9) / 2)
+    assert found.summary()["structures"]["b"] == {
+        "dice": 0.9,
+        "worst_dice": 0.9,
+        "worst_surface_distance_95_mm": 1.5,
+        "dice_to_labels": None,
+    }
+    assert (found.summary()["different_voxels"], found.summary()["voxels"]) == (40, 30_000)
+
+
+def test_what_is_lost_is_lost_against_labels_or_against_eager() -> None:
+    better = structure(100, 100, 90, to_labels(80, 85))
+    found = report({"a": better}, against=Reference.LABELS)
+    assert found.mean_loss() == pytest.approx(-0.05)
+    assert better.loss(Reference.EAGER) == pytest.approx(0.1)
+    assert found.summary()["structures"]["a"]["dice_to_labels"] == {"eager": 0.8, "backend": 0.85}
+
+
+def test_a_structure_that_only_the_backend_sees_is_lost_whole() -> None:
+    assert INVENTED.dice == 0
+    assert INVENTED.loss(Reference.EAGER) == 1
+    assert ABSENT.dice is None
+    assert ABSENT.loss(Reference.EAGER) == 0
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [
+        ({Backend.EAGER}, "eager"),
+        ({OPENVINO}, "openvino:float32; dice=0.9999"),
+        ({BF16}, "openvino:bf16"),
+        ({Backend.EAGER, OPENVINO}, "eager, openvino:float32"),
+    ],
+    ids=["eager", "measured", "another", "both"],
+)
+def test_a_header_has_a_number_of_the_backend_that_ran_and_of_no_other(backends: set[Backend], expected: str) -> None:
+    """And it is not rounded up: 1.0000 would say that no voxel was different."""
+    measured = report({"a": structure(4_000, 4_000, 4_000), "b": structure(9_000, 9_001, 9_000)})
+    assert measured.dice is not None
+    assert 0.99995 < measured.dice < 1
+    assert said_of(backends, measured) == expected
+    assert said_of(backends, None) == expected.partition(";")[0]
+
+
+def test_a_header_has_no_number_where_nothing_was_seen() -> None:
+    assert said_of({OPENVINO}, report({"a": ABSENT})) == "openvino:float32"
+    assert said_of({OPENVINO}, report({"a": SAME})) == "openvino:float32; dice=1.0000"
+
+
+def test_an_archive_keeps_all_but_the_names() -> None:
+    """Names of cases may be those of patients, and a client may ask for the description."""
+    kept = report({"a": NEAR}).without_names()
+    assert "case_0" not in kept.model_dump_json()
+    assert read_accuracy(kept.model_dump_json().encode(), STORED, FILES | {"nnunet_handler.py": "2" * 64}) == kept
+    assert kept.summary() == report({"a": NEAR}).summary()
+
+
+def more_in_common(document: Any) -> None:
+    document["cases"][0]["structures"]["a"]["common"] = 101
+
+
+def a_better_answer(document: Any) -> None:
+    document["cases"][0]["structures"]["a"] |= {"common": 100, "surface_distance_95_mm": 0.0, "backend": 0}
+
+
+def fewer_different(document: Any) -> None:
+    document["cases"][0]["different"] = 0
+
+
+def more_than_the_image(document: Any) -> None:
+    document["cases"][0]["voxels"] = 99
+
+
+def no_cases(document: Any) -> None:
+    document["cases"] = []
+
+
+def a_number_of_its_own(document: Any) -> None:
+    document["dice"] = 1.0
+
+
+def another_version(document: Any) -> None:
+    document["report_version"] = REPORT_VERSION + 1
+
+
+def of_eager(document: Any) -> None:
+    document["backend"] = "eager"
+
+
+def labels_that_are_not_there(document: Any) -> None:
+    document["limits"]["against"] = "labels"
+
+
+def not_a_number(document: Any) -> None:
+    document["cases"][0]["structures"]["a"]["surface_distance_95_mm"] = "NaN"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        more_in_common, a_better_answer, fewer_different, more_than_the_image, no_cases, a_number_of_its_own,
+        another_version, of_eager, labels_that_are_not_there, not_a_number,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_a_report_that_contradicts_itself_is_refused(change: Callable[[Any], None]) -> None:
+    document = json.loads(report({"a": NEAR}).model_dump_json())
+    assert read_accuracy(json.dumps(document).encode(), STORED, FILES)
+    change(document)
+    with pytest.raises(BundleError, match=r"accuracy\.json is not valid: "):
+        read_accuracy(json.dumps(document).encode(), STORED, FILES)
+
+
+def test_a_report_of_other_weights_or_another_backend_is_refused() -> None:
+    text = report({"a": NEAR}).model_dump_json().encode()
+    others = {"members/m/fold_0.safetensors": "3" * 64}
+    for files in (others, {}, FILES | {"members/m/fold_0.openvino.bin": "3" * 64}, FILES | {"code/mine.py": "3" * 64}):
+        with pytest.raises(BundleError, match="other weights or graphs"):
+            read_accuracy(text, STORED, files)
+    with pytest.raises(BundleError, match="measured with openvino:float32, the archive is made for openvino:bf16"):
+        read_accuracy(text, STORED.model_copy(update={"backend": BF16}), FILES)
+    with pytest.raises(BundleError, match="made for eager"):
+        read_accuracy(text, None, FILES)
+    assert deciding_files({"model-config.yaml": "4" * 64} | FILES) == FILES
+
+
+def test_some_cases_cannot_have_labels_and_others_none() -> None:
+    with_labels = structure(100, 100, 90, to_labels(80, 85))
+    with pytest.raises(ValidationError, match="some has none"):
+        report({"a": with_labels}, {"a": NEAR})
+    with pytest.raises(ValidationError, match="other structures"):
+        report({"a": SAME}, {"b": SAME})
+    assert isinstance(report({"a": with_labels}, {"a": with_labels}), AccuracyReport)
+
+
+def test_what_must_be_measured_serves_only_where_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    stored = STORED.model_copy(update={"backend": BF16})
+    assert usable_backend(BF16, stored, "cpu", measured=True) is BF16
+    assert not caplog.records
+    assert usable_backend(BF16, stored, "cpu") is Backend.EAGER
+    assert "has no report of its accuracy" in caplog.text
+    assert usable_backend(OPENVINO, STORED, "cpu") is OPENVINO

@@ -1,0 +1,61 @@
+"""Reports of a backend's accuracy, as if something had been measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nnunet_torchserve.accuracy import (
+    AccuracyReport,
+    CaseAccuracy,
+    DiceLimits,
+    LabelVoxels,
+    Reference,
+    StructureAccuracy,
+)
+from nnunet_torchserve.backend import Backend
+
+OPENVINO = Backend.OPENVINO_FLOAT32
+FILES = {"members/m/fold_0.safetensors": "0" * 64}
+VOXELS = 10_000
+
+
+def structure(eager: int, backend: int, common: int, labels: LabelVoxels | None = None) -> StructureAccuracy:
+    """Of so many voxels."""
+    distance = None if min(eager, backend) == 0 else 0.0 if eager == backend == common else 1.5
+    return StructureAccuracy(
+        eager=eager, backend=backend, common=common, surface_distance_95_mm=distance, labels=labels
+    )
+
+
+def to_labels(eager: int, backend: int, *, voxels: int = 100) -> LabelVoxels:
+    """Answers of 100 voxels each, of which so many are right."""
+    return LabelVoxels(voxels=voxels, eager=100, backend=100, eager_common=eager, backend_common=backend)
+
+
+def report(
+    *cases: Mapping[str, StructureAccuracy],
+    against: Reference = Reference.EAGER,
+    mean: float = 0.005,
+    most: float = 0.01,
+    backend: Backend = OPENVINO,
+    files: Mapping[str, str] = FILES,
+) -> AccuracyReport:
+    """Of cases ``case_0``, ``case_1``, …, each with these structures; as many voxels as possible are different."""
+    return AccuracyReport(
+        report_version=1,
+        backend=backend,
+        files=dict(files),
+        processor="a processor",
+        software={"openvino": "2026.4.1"},
+        limits=DiceLimits(against=against, mean=mean, structure=most),
+        cases=tuple(
+            CaseAccuracy(
+                name=f"case_{number}",
+                images=("1" * 64,),
+                voxels=VOXELS,
+                different=sum(each.different for each in case.values()),
+                structures=dict(case),
+            )
+            for number, case in enumerate(cases)
+        ),
+    )

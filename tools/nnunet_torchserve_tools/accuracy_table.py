@@ -1,0 +1,69 @@
+"""A report of a backend's accuracy, for people: a line for each case and structure, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nnunet_torchserve.accuracy import AccuracyReport, Reference, rounded_down
+
+_NONE = "-"
+
+
+def lines(report: AccuracyReport) -> Iterator[str]:
+    """The whole, as a table."""
+    yield f"{report.backend} against eager, on {report.processor}"
+    heads = ["case", "structure", "voxels", "different", "Dice", "95% mm"]
+    if report.has_labels:
+        heads += ["eager-labels", f"{report.backend.partition(':')[2]}-labels"]
+    yield from _aligned([heads, *_rows(report)])
+    summary = report.summary()
+    yield in_short(summary)
+    yield from worst(summary)
+    against = "the labels" if report.limits.against is Reference.LABELS else "eager's answers"
+    yield (
+        f"loss of Dice to {against}: {report.mean_loss():.4g} in the mean; allowed are {report.limits.mean:g}, and "
+        f"{report.limits.structure:g} of a structure in a case"
+    )
+
+
+def in_short(summary: Mapping[str, Any]) -> str:
+    """One line, from a report's summary."""
+    cases = summary["cases"]
+    share = f"{summary['different_voxels']} of {summary['voxels']} voxels different"
+    mean = "no structure in any answer" if summary["dice"] is None else f"mean Dice {rounded_down(summary['dice'])}"
+    return f"{cases} {'case' if cases == 1 else 'cases'}: {share}, {mean}"
+
+
+def worst(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What was worst, from a report's summary."""
+    found = {name: each["worst_dice"] for name, each in summary["structures"].items() if each["worst_dice"] is not None}
+    if found:
+        name = min(found, key=lambda each: found[each])
+        yield f"worst Dice of a structure in a case: {name}, {rounded_down(found[name])}"
+
+
+def _rows(report: AccuracyReport) -> Iterator[list[str]]:
+    for number, case in enumerate(report.cases, start=1):
+        for name, each in case.structures.items():
+            row = [case.name or str(number), name, str(each.eager), str(each.different), _dice(each.dice)]
+            distance = each.surface_distance_95_mm
+            row.append(_NONE if distance is None else f"{distance:.3g}")
+            if each.labels is not None:
+                row += [_dice(each.labels.eager_dice), _dice(each.labels.backend_dice)]
+            yield row
+
+
+def _dice(value: float | None) -> str:
+    return _NONE if value is None else rounded_down(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns of equal width; the first two are names, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)  # noqa: PLR2004
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,219 @@
+"""A backend's answers compared with eager's: the same images through the whole pipeline, with one and with the other.
+
+What is compared is what a client would get: decoded, preprocessed, predicted, exported and postprocessed as a worker
+does it, by a request without options. Both engines run in this process on the CPU, and neither falls back: on a machine
+that cannot run the backend nothing is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnunet_torchserve.accuracy import (
+    REPORT_VERSION,
+    AccuracyReport,
+    CaseAccuracy,
+    DiceLimits,
+    LabelVoxels,
+    StructureAccuracy,
+    deciding_files,
+)
+from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.options import HEADER
+from nnunet_torchserve.painting import integers
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.recipe import Cascade
+from nnunet_torchserve.request import Request
+from nnunet_torchserve.responses import BACKEND
+from nnunet_torchserve.settings import HandlerSettings
+from nnunet_torchserve.volume import LabelArray
+
+from .case_labels import read_labels
+from .errors import ToolError, UsageError
+from .label_comparison import Mask, counts, mask_of, surface_distance_95
+from .validation_cases import ValidationCase
+
+_TIME_LIMIT_S = 7 * 86400.0
+_IGNORE = "ignore"
+_CPU = torch.device("cpu")
+_PACKAGES = ("nnunet-torchserve", "nnunetv2", "torch")
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """How one is found.
+
+    Attributes:
+        painted: its values in an answer.
+        labelled: its values in labels of the training's kind.
+    """
+
+    painted: tuple[int, ...]
+    labelled: tuple[int, ...]
+
+
+def measure(
+    bundle: ModelBundle,
+    settings: HandlerSettings,
+    cases: Sequence[ValidationCase],
+    limits: DiceLimits,
+    tell: Callable[[str], None],
+) -> AccuracyReport:
+    """Predict each case by eager and by the archive's backend, and count.
+
+    Args:
+        bundle: an archive that was made for another backend.
+        settings: what it says to the handler.
+        cases: at least one; all have labels, or none.
+        limits: what may be lost; they are noted, and held by :mod:`.accuracy_gate`.
+        tell: hears a line for each case.
+
+    Raises:
+        UsageError: the archive has no other backend, or is the last stage of a cascade alone.
+        ToolError: this machine cannot run the backend, a case is refused, or a structure cannot be told from another.
+    """
+    stored = bundle.description.backend
+    if stored is None:
+        msg = "the archive is made for eager, which others are compared with; make it with 'archive --backend'"
+        raise UsageError(msg)
+    structures = _structures(bundle)
+    slow, fast = (_pipeline(bundle, settings, backend) for backend in (Backend.EAGER, stored.backend))
+    measured = []
+    for number, case in enumerate(cases, start=1):
+        tell(f"comparing {case.name} ({number} of {len(cases)})")
+        measured.append(_compare(case, structures, slow, fast))
+    return AccuracyReport(
+        report_version=REPORT_VERSION,
+        backend=stored.backend,
+        files=deciding_files(bundle.description.files),
+        processor=processor_name(),
+        software={package: importlib.metadata.version(package) for package in (*_PACKAGES, *stored.requires)},
+        limits=limits,
+        cases=tuple(measured),
+    )
+
+
+def _structures(bundle: ModelBundle) -> dict[str, _Structure]:
+    """Name -> how it is found; of a model that answers images alone.
+
+    Raises:
+        UsageError: it wants labels with each image.
+        ToolError: a structure cannot be told from another.
+    """
+    recipe, lead = bundle.description.recipe, bundle.lead
+    if isinstance(recipe, Cascade) and recipe.first is None:
+        msg = (
+            f"{recipe.member} needs a first stage's labels with each image; make the archive with --previous-stage, so "
+            "that its answers can be compared"
+        )
+        raise UsageError(msg)
+    found = {}
+    for name, painted in lead.painting.structures.items():
+        if painted is None:
+            msg = f"{name} cannot be told from other structures in a label map: not measured. "
+            raise ToolError(msg + " ".join(lead.painting.remarks))
+        found[name] = _Structure(painted, tuple(integers(lead.dataset["labels"][name])))
+    if not found:
+        msg = "the model has no structure that could be compared"
+        raise ToolError(msg)
+    return found
+
+
+def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend) -> Pipeline:
+    """What a worker has; eager takes one patch in a pass, whatever the archive says, as stock does."""
+    limits = Limits.from_settings(settings.limits, {}).for_model(bundle.lead.channels)
+    is_one = backend is Backend.EAGER or settings.max_patch_batch == "auto"
+    batch = 1 if is_one else int(settings.max_patch_batch)
+    try:
+        engine = LocalEngine(bundle, _CPU, batch, settings.policy, limits, backend)
+    except BundleError as error:
+        raise ToolError(not_measured(backend, str(error))) from error
+    return Pipeline(bundle, engine, limits, _TIME_LIMIT_S, backend=backend)
+
+
+def not_measured(backend: Backend, reason: str) -> str:
+    """The one sentence of a machine that cannot run a backend."""
+    return f"{backend} was not measured here: {reason}"
+
+
+def _compare(
+    case: ValidationCase, structures: Mapping[str, _Structure], slow: Pipeline, fast: Pipeline
+) -> CaseAccuracy:
+    parts, lead = case.parts(), slow.bundle.lead
+    labels = None if case.labels is None else read_labels(case, parts, lead, slow.limits)
+    (eager, spacing), (other, _) = (_answer(case, parts, pipeline) for pipeline in (slow, fast))
+    ignored = integers(lead.dataset["labels"].get(_IGNORE, []))
+    found = {}
+    for name, structure in structures.items():
+        first, second = (mask_of(each, structure.painted) for each in (eager, other))
+        voxels, others, common = counts(first, second)
+        found[name] = StructureAccuracy(
+            eager=voxels,
+            backend=others,
+            common=common,
+            surface_distance_95_mm=surface_distance_95(first, second, spacing),
+            labels=None if labels is None else _to_labels(labels, structure.labelled, ignored, first, second),
+        )
+    return CaseAccuracy(
+        name=case.name,
+        images=tuple(hashlib.sha256(content).hexdigest() for content in parts.values()),
+        voxels=eager.size,
+        different=int(np.count_nonzero(eager != other)),
+        structures=found,
+    )
+
+
+def _to_labels(
+    labels: LabelArray, values: Sequence[int], ignored: Sequence[int], eager: Mask, other: Mask
+) -> LabelVoxels:
+    told, truth = ~mask_of(labels, ignored), mask_of(labels, values)
+    voxels, of_eager, eager_common = counts(truth, eager & told)
+    _, of_other, other_common = counts(truth, other & told)
+    return LabelVoxels(
+        voxels=voxels, eager=of_eager, backend=of_other, eager_common=eager_common, backend_common=other_common
+    )
+
+
+def _answer(
+    case: ValidationCase, parts: Mapping[str, object], pipeline: Pipeline
+) -> tuple[LabelArray, tuple[float, ...]]:
+    """The labels (Z, Y, X) that a client would get, and the spacing in mm along z, y, x.
+
+    Raises:
+        ToolError: an error was answered, or by another backend.
+    """
+    options = {"output_format": "npz"} | case.options(pipeline.bundle.lead.reader)
+    response = pipeline.answer(Request(parts, {HEADER: json.dumps(options)}))
+    if response.status != HTTPStatus.OK:
+        msg = f"case {case.name}, {pipeline.backend}: {json.loads(response.body)['detail']}"
+        raise ToolError(msg)
+    if (ran := response.headers[BACKEND].partition(";")[0]) != pipeline.backend:
+        raise ToolError(not_measured(pipeline.backend, f"{ran} ran in its place"))
+    with np.load(io.BytesIO(response.body), allow_pickle=False) as arrays:
+        labels, spacing = arrays["labels"], [float(size) for size in arrays["spacing"]]
+    return labels.reshape((-1, *labels.shape[-2:])), tuple([*spacing, 1.0][2::-1])
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.machine()
