@@ -120,7 +120,7 @@ class _Flight(Generic[Thing, Given]):
         self._given_up, self._stop, self._ordered = stop, Stop(), ordered
         self._changed = threading.Condition()
         self._seats: dict[int, Seat] = {}
-        self._threads: dict[int, threading.Thread] = {}
+        self._threads: list[threading.Thread] = []
         self._done: dict[int, Outcome[Thing, Given]] = {}
         self._crash: BaseException | None = None
         self._taker: threading.Thread | None = None
@@ -142,7 +142,7 @@ class _Flight(Generic[Thing, Given]):
         if self._taker is not None and self._taker.is_alive():  # an interrupt may have come before it was
             self._taker.join(_LONGEST_TAKE_S)
         with self._changed:
-            threads = list(self._threads.values())
+            threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, latest - time.monotonic()))
 
@@ -196,9 +196,10 @@ class _Flight(Generic[Thing, Given]):
                 return
             index, seat = self._begun, Seat(self._changed)
             thread = threading.Thread(target=self._fly, args=(index, case, seat), name=f"case-{index}", daemon=True)
-            self._seats[index], self._threads[index] = seat, thread
+            self._seats[index] = seat
             self._begun += 1
-        thread.start()
+            thread.start()  # whoever ends the flight waits for threads that have been started
+            self._threads = [*(each for each in self._threads if each.is_alive()), thread]
 
     def _fly(self, index: int, case: Thing, seat: Seat) -> None:
         outcome: Outcome[Thing, Given] | None = None
@@ -213,7 +214,7 @@ class _Flight(Generic[Thing, Given]):
         except BaseException as error:  # noqa: BLE001 (raised again where the cases are iterated)
             crash = error
         with self._changed:
-            del self._seats[index], self._threads[index]
+            del self._seats[index]
             if outcome is not None:
                 self._done[index] = outcome
             self._crash = self._crash or crash

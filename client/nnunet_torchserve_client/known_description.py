@@ -72,22 +72,24 @@ class KnownDescription:
 
     @contextmanager
     def _saying_if_it_waits(self, tell: Listener) -> Iterator[Listener]:
-        """Logs a warning if the last event is still, after a while, that the question waits in the server's queue."""
-        latest: Kind | None = None
-
-        def told(event: Event) -> None:
-            nonlocal latest
-            latest = event.kind
-            tell(event)
+        """Logs a warning if the last event is, for a while, that the question waits in the server's queue."""
+        alarm: threading.Timer | None = None
 
         def say() -> None:
-            if latest is Kind.WAITING:
-                logger.warning("the question what model %s is waits in the server's queue, behind cases", self._model)
+            logger.warning("the question what model %s is waits in the server's queue, behind cases", self._model)
 
-        alarm = threading.Timer(_PATIENT_S, say)
-        alarm.daemon = True
-        alarm.start()
+        def told(event: Event) -> None:
+            nonlocal alarm
+            if alarm is not None:
+                alarm.cancel()
+            alarm = threading.Timer(_PATIENT_S, say) if event.kind is Kind.WAITING else None
+            if alarm is not None:
+                alarm.daemon = True
+                alarm.start()
+            tell(event)
+
         try:
             yield told
         finally:
-            alarm.cancel()
+            if alarm is not None:
+                alarm.cancel()

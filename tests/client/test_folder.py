@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,14 @@ def test_an_interrupted_call_leaves_whole_files_and_is_continued(
         wait_for(lambda: written(out) != {})
         for number in once:
             os.kill(os.getpid(), number)
+        over.wait(300)
 
-    out, once = tmp_path / "out", iter([signal.SIGTERM])  # another case may be on its way by then
+    out, over = tmp_path / "out", threading.Event()
+    once = iter([signal.SIGTERM])  # another case may be on its way by then
     server.replies = [peer.echo, interrupt]
     with pytest.raises(ToolError, match="because of an interrupt"):
         call()
+    over.set()
     assert written(out) == {"Müller groß": "image of Müller groß".encode()}
     assert {file.name for file in out.iterdir()} == SIDE_FILES | {f"Müller groß{ENDING}", "failed.json"}
     assert json.loads((out / "failed.json").read_text())["not_predicted"] == ["a", "b", "c"]
@@ -197,6 +201,12 @@ def test_a_full_disk_ends_the_call_and_loses_nothing_that_was_written(
 ) -> None:
     (images / f"b_0000{ENDING}").write_bytes(bytes(500_000))
     server.description = {**DESCRIPTION, "limits": {}}
+
+    def fill(wire: Wire, received: Received) -> None:
+        wait_for(lambda: written(tmp_path / "out").keys() >= {"Müller groß", "a"})
+        peer.echo(wire, received)
+
+    server.replies = [by_content({bytes(500_000): fill})]
     limited = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -20,6 +20,7 @@ from nnunet_torchserve_tools import predict
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.list_models import Listed, Listing
 from support import stock
+from support.chaos import wait_for
 from support.predictions import assert_same_files, read, write_heads
 from support.server import LiveServer
 
@@ -152,9 +153,15 @@ def test_the_management_port_and_the_state_directory_have_the_workers(
     assert (flat["workers"], flat["requests_queued"], flat["is_default"]) == ({"READY": 1}, 0, True)
     assert (flat["labels"]["high"], flat["cases_held"]) == (3, None)
     assert managed["not_seen"] == ["cases that workers have: --state-dir, on the server's machine"]
-    whole = listed(capsys, "--state-dir", str(server.state_dir))
-    assert whole.count("workers: 1 READY; requests: 0 in the queue, 0 with workers") == len(server.server.models)
-    assert "not seen" not in whole
+    idle = "workers: 1 READY; requests: 0 in the queue, 0 with workers"
+
+    def all_are_idle() -> bool:
+        """A case that has ended is told of a little later."""
+        whole = listed(capsys, "--state-dir", str(server.state_dir))
+        assert "not seen" not in whole
+        return whole.count(idle) == len(server.server.models)
+
+    wait_for(all_are_idle)
 
 
 def test_a_cascade_that_did_not_describe_itself_is_listed_without_members() -> None:

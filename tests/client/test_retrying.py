@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from nnunet_torchserve_client import Case, Client, errors, transport
 from nnunet_torchserve_client.events import Event, Kind
 from support import peer
+from support.leaps import leaping
 from support.peer import Peer, Received, Reply, Wire
 
+PATIENCE_S = 120.0
 CASE = Case("head", b"an image")
 OUT_OF_BODIES = json.dumps({"code": 507, "type": "OutOfMemoryError", "message": "direct memory"}).encode()
 
@@ -26,7 +29,7 @@ def server() -> Iterator[Peer]:
 
 
 def client_of(server: Peer, **settings: object) -> Client:
-    given: dict[str, object] = {"pause_s": 0.01, "deadline_s": 60.0} | settings
+    given: dict[str, object] = {"pause_s": 0.01, "deadline_s": PATIENCE_S} | settings
     return Client(server.url, "blobs", **given)  # type: ignore[arg-type]
 
 
@@ -129,11 +132,23 @@ def test_retry_after_is_honoured(server: Peer) -> None:
     assert second.at - first.at >= 1.0
 
 
-def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(server: Peer) -> None:
-    server.replies = [peer.problem(429, "busy")]
-    with client_of(server, deadline_s=2.0) as client, pytest.raises(errors.Busy) as caught:
+def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(
+    server: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline comes with the eighth try."""
+    clock = leaping(monkeypatch)
+
+    def busy(wire: Wire, received: Received) -> None:
+        if len(server.received) == 8:
+            clock.leap(PATIENCE_S)
+        peer.problem(429, "busy")(wire, received)
+
+    server.replies = [busy]
+    with client_of(server) as client, pytest.raises(errors.Busy) as caught:
         client.predict(CASE)
-    assert 1 < caught.value.tries == len(server.received) < 20, "each pause is twice as long"
+    assert caught.value.tries == len(server.received) == 8
+    for number, (one, next_one) in enumerate(pairwise(server.received)):
+        assert next_one.at - one.at >= 0.01 * 2**number / 2, "each pause is twice as long"
     server.replies = [peer.problem(429, "busy", Retry_After="3600")]
     with client_of(server, deadline_s=60.0) as client, pytest.raises(errors.Busy):
         client.predict(CASE)
@@ -141,21 +156,34 @@ def test_a_server_that_stays_busy_is_asked_until_the_deadline_and_no_longer(serv
 
 def test_every_request_says_when_nobody_waits_any_more(server: Peer) -> None:
     server.replies = [peer.reset, peer.echo]
-    with client_of(server, deadline_s=30.0) as client:
+    with client_of(server, deadline_s=PATIENCE_S) as client:
         client.predict(CASE)
         client.predict(CASE, {"timeout_s": 2.5})
     first, second, third = (request.options["timeout_s"] for request in server.received)
-    assert 0 < second < first <= 30
+    assert 0 < second < first <= PATIENCE_S
     assert third == 2.5
 
 
-def test_an_address_where_nothing_ever_answered_is_given_up_soon() -> None:
+def test_an_address_where_nothing_ever_answered_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is over after the third try, and the deadline is far away."""
+    clock = leaping(monkeypatch)
+    told: list[Event] = []
+
+    def tell(event: Event) -> None:
+        told.append(event)
+        if len(told) == 3:
+            clock.leap(120.0)
+
     with Peer().listening() as gone:
         pass
-    with client_of(gone, first_contact_s=1.5) as client, pytest.raises(errors.Unreachable) as caught:
-        client.predict(CASE)
+    with (
+        client_of(gone, first_contact_s=120.0, deadline_s=3600.0) as client,
+        pytest.raises(errors.Unreachable) as caught,
+    ):
+        client.predict(CASE, on_event=tell)
+    assert [event.kind for event in told] == [Kind.RETRY] * 3 + [Kind.FAILED]
     assert caught.value.of_all_cases
-    assert caught.value.tries > 1
+    assert caught.value.tries == 4
     assert str(caught.value).startswith("blobs: no connection to the server: Connection refused: does it run")
     assert caught.value.request_id is None, "no server's log has it"
 
@@ -198,7 +226,7 @@ def test_a_case_that_kills_workers_is_tried_three_times_the_last_one_alone(serve
         nonlocal deaths
         if received.body == b"killer":
             deaths += 1
-            good_is_there.wait(60)
+            good_is_there.wait(PATIENCE_S)
             wire.whole(500, peer.WORKER_DIED)
             if deaths == 2:
                 died_twice.set()
@@ -206,7 +234,7 @@ def test_a_case_that_kills_workers_is_tried_three_times_the_last_one_alone(serve
         wire.head()
         wire.event(event="heartbeat")
         good_is_there.set()
-        died_twice.wait(60)
+        died_twice.wait(PATIENCE_S)
         wire.result(received.body)
         wire.chunk(b"")
 
@@ -249,7 +277,7 @@ def test_a_server_that_is_away_does_not_excuse_deaths_at_another_one(server: Pee
     with Peer().listening() as away:
         pass
     server.replies = [peer.truncated] * 20
-    settings: dict[str, Any] = {"pause_s": 0.01, "deadline_s": 60.0}
+    settings: dict[str, Any] = {"pause_s": 0.01, "deadline_s": PATIENCE_S}
     with Client([server.url, away.url], "blobs", **settings) as client, pytest.raises(errors.CutOff):
         client.predict(CASE)
     assert len(server.received) == 3
@@ -261,7 +289,7 @@ def test_a_server_that_falls_silent_is_given_up(server: Peer) -> None:
     def fall_silent(wire: Wire, _: Received) -> None:
         wire.head()
         wire.event(event="heartbeat")
-        silent.wait(60)
+        silent.wait(PATIENCE_S)
 
     server.replies = [fall_silent, peer.echo]
     with client_of(server, silence_s=0.3) as client:
@@ -274,35 +302,43 @@ def test_a_request_that_is_lost_in_the_servers_queue_is_asked_for_again(
     model_is_there: bool, server: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a model is unregistered, and registered anew: the connection stays open."""
-    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.02)
+    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.004)
     over = threading.Event()
-
-    def lose(_: Wire, __: Received) -> None:
-        if not model_is_there:
-            server.description = None  # the question comes to the replies
-        over.wait(60)
-
-    server.replies = [lose, peer.echo] if model_is_there else [lose, peer.plain(404, b"{}"), peer.echo]
-    with client_of(server, silence_s=0.3, deadline_s=20.0) as client:
-        answer = client.predict(CASE)
-    over.set()
-    assert (answer.content, answer.tries) == (CASE.image, 2)
-
-
-def test_a_request_that_waits_in_a_long_queue_is_not_sent_twice(server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.001)
-    asked = threading.Event()
 
     def reply(wire: Wire, received: Received) -> None:
         if received.options.get("describe"):
-            asked.set()
-            return
-        server.description = None  # the question comes to the replies
-        assert asked.wait(60)
-        peer.echo(wire, received)
+            peer.plain(404, b"{}")(wire, received)
+        elif received is not server.received[0]:
+            peer.echo(wire, received)
+        else:
+            if not model_is_there:
+                server.description = None  # the question comes to the replies
+            over.wait(PATIENCE_S)
 
     server.replies = [reply]
     with client_of(server, silence_s=0.3) as client:
+        answer = client.predict(CASE)
+    over.set()
+    assert answer.content == CASE.image
+    assert answer.tries > 1, "twice, unless the second answer is as slow as one that is lost"
+
+
+def test_a_request_that_waits_in_a_long_queue_is_not_sent_twice(server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is lost is asked again and again, and not answered either."""
+    monkeypatch.setattr(transport, "QUEUE_LOOK_SHARE", 0.001)
+    asked = threading.Semaphore(0)
+
+    def reply(wire: Wire, received: Received) -> None:
+        if received.options.get("describe"):
+            asked.release()
+            return
+        server.description = None  # the question comes to the replies
+        for _ in range(3):
+            assert asked.acquire(timeout=PATIENCE_S)
+        peer.echo(wire, received)
+
+    server.replies = [reply]
+    with client_of(server) as client:
         assert client.predict(CASE).tries == 1
     assert len([request for request in server.received if request.body]) == 1
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from nnunet_torchserve_client.server import (
 from nnunet_torchserve_client.servers import Servers, Wish
 from nnunet_torchserve_client.stopping import Stop
 from support import chaos, peer
+from support.leaps import leaping
 from support.peer import Peer, Received, Wire
 
 PATIENCE_S = 120.0
@@ -172,7 +174,7 @@ def test_what_one_server_said_is_told_where_the_other_was_never_there(servers: t
     bad.replies = [peer.plain(404)]
     with Peer().listening() as away:
         pass
-    urls = [bad.url, away.url]
+    urls = [away.url, bad.url]  # the second is asked first, and is no stranger when the other one is not there
     with (
         Client(urls, "blobs", pause_s=0.01, first_contact_s=0.2) as client,
         pytest.raises(errors.Unreachable, match=f"no connection.*{bad.url} said: nothing is served"),
@@ -180,12 +182,24 @@ def test_what_one_server_said_is_told_where_the_other_was_never_there(servers: t
         client.predict(cases(1)[0])
 
 
-def test_no_server_at_all(servers: tuple[Peer, Peer]) -> None:
+def test_no_server_at_all(servers: tuple[Peer, Peer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are tried until the deadline, which comes with the twelfth try, and each more and more rarely."""
+    clock = leaping(monkeypatch)
+
+    def reset(wire: Wire, received: Received) -> None:
+        if sum(len(server.received) for server in servers) == 12:
+            clock.leap(PATIENCE_S)
+        peer.reset(wire, received)
+
     for server in servers:
-        server.replies = [peer.reset]
-    with client_of(*servers, deadline_s=2.0) as client, pytest.raises(errors.Unreachable) as caught:
+        server.replies = [reset]
+    with client_of(*servers) as client, pytest.raises(errors.Unreachable) as caught:
         client.predict(cases(1)[0])
-    assert 1 < caught.value.tries < 40
+    assert caught.value.tries == sum(len(server.received) for server in servers) == 12
+    for server in servers:
+        assert len(server.received) > 1
+        for number, (one, next_one) in enumerate(pairwise(server.received)):
+            assert next_one.at - one.at >= 0.01 * 2**number / 2
 
 
 @pytest.fixture

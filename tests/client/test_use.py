@@ -202,7 +202,7 @@ def test_a_caller_that_waits_for_anothers_description_may_give_up(server: Peer) 
         second = threading.Thread(target=wait, args=(client,))
         second.start()
         stop.set()
-        second.join(20)
+        second.join(120)
         assert [type(error) for error in caught] == [errors.Cancelled]
         never.set()
         first.join(60)

@@ -140,7 +140,8 @@ def test_the_log_has_the_clients_name_and_no_token(proxy: Proxy) -> None:
 
 
 def test_plain_http_is_refused(proxy: Proxy) -> None:
-    answer = httpx.post(f"http://127.0.0.1:{proxy.port}/predictions/brain", content=b"a head", trust_env=False)
+    url = f"http://127.0.0.1:{proxy.port}/predictions/brain"
+    answer = httpx.post(url, content=b"a head", timeout=300, trust_env=False)
     assert answer.status_code == 400
 
 

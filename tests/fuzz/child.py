@@ -35,7 +35,7 @@ class Child:
     """The parent's side: a context in which inputs are run, and a process that is replaced when it has died."""
 
     def __init__(self, target: str, time_limit_s: float = TIME_LIMIT_S, python: Path | None = None) -> None:
-        self.target, self._time_limit_s = target, time_limit_s
+        self.target, self.time_limit_s = target, time_limit_s
         self._python = str(python or sys.executable)
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,12 +59,12 @@ class Child:
         try:
             process.stdin.write(_LENGTH.pack(len(data)) + data)
             process.stdin.flush()
-            line = self._line(self._time_limit_s)
+            line = self._line(self.time_limit_s)
         except BrokenPipeError:
             line = b""
         except TimeoutError:
             report = self._end(signal.SIGABRT)
-            return Outcome(FIND, f"longer than {self._time_limit_s:g} s {_own_line(report)}", report, fatal=True)
+            return Outcome(FIND, f"longer than {self.time_limit_s:g} s {_own_line(report)}", report, fatal=True)
         if not line:
             status, report = process.wait(), self._end(signal.SIGKILL)
             how = signal.Signals(-status).name if status < 0 else f"exit {status}"

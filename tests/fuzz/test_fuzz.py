@@ -57,9 +57,11 @@ def child() -> Iterator[Child]:
 
 
 def test_a_find_is_noticed_and_the_next_input_is_run_all_the_same() -> None:
-    with Child("trap", time_limit_s=3, python=warm.python_of_programs()) as trapped:
+    with started("trap") as trapped:
         for trap, problem in TRAPS.items():
+            trapped.time_limit_s = 3 if trap == "hang" else PATIENCE_S
             outcome = trapped.run(trap.encode())
+            trapped.time_limit_s = PATIENCE_S
             assert (outcome.word, outcome.problem[: len(problem)]) == (FIND, problem), outcome.report
             assert trapped.run(b"nothing").word == ACCEPTED
 

@@ -23,6 +23,7 @@ from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import Busy, Deadline, OutOfMemory
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Priority
+from support.chaos import wait_for
 
 BUDGET = Budget(bytes=100, passes=50, waiting=4)
 SIZES = st.tuples(st.integers(0, 100), st.integers(0, 50))
@@ -292,6 +293,7 @@ def test_a_case_waits_for_room(engine: LocalEngine) -> None:
     with engine.reserve(price(60), None):
         second = threading.Thread(target=follow)
         second.start()
+        wait_for(lambda: engine._admission.waiting == 1)
         assert not entered.wait(0.2)
         with pytest.raises(Busy) as busy, engine.reserve(price(60), None):
             pass

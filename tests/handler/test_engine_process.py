@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -199,29 +200,43 @@ def test_of_cases_that_wait_for_each_others_memory_one_is_refused(
 def test_a_case_that_needs_more_memory_waits_a_moment_for_other_engines(
     bundle: ModelBundle, one_engine: Path, connect: Connect
 ) -> None:
-    """They hear of it and give up what they keep; one that does not is not waited for any longer."""
+    """They hear of it and give up what they keep; one that does not is not waited for any longer.
+
+    It is tried again where the neighbour was too slow, on a machine that does much else.
+    """
     neighbour, wanted = one_engine / "neighbour", costing(0.7).bytes - costing(0.4).bytes
     neighbour.mkdir()
-    engine, granted = connect(bundle), []
-    with (neighbour / folder.ALIVE).open("w") as alive:
+    engine, granted = connect(bundle), False
+    with (neighbour / folder.ALIVE).open("w") as alive, ThreadPoolExecutor(1) as pool:
         fcntl.flock(alive, fcntl.LOCK_EX)
         ledger = Ledger(neighbour, "host")
-        ledger.hold(0, kept=costing(0.5).bytes)
 
-        def give_up() -> None:
-            granted.append(wait_until(lambda: ledger.wanted_elsewhere() == wanted, PATIENCE_S))
-            ledger.hold(0)
+        def give_up(over: threading.Event) -> None:
+            while not over.wait(0.01):
+                if ledger.wanted_elsewhere() == wanted:
+                    ledger.hold(0)
+                    return
 
-        with engine.reserve(costing(0.4), None) as reserved:
-            other = threading.Thread(target=give_up)
-            other.start()
-            reserved.amend(costing(0.7))
-            other.join(PATIENCE_S)
-            ledger.hold(costing(0.3).bytes)
-            with pytest.raises(Busy):
-                reserved.amend(costing(0.8))
+        for _ in range(10):
+            ledger.hold(0, kept=costing(0.5).bytes)
+            over, began = threading.Event(), time.monotonic()
+            with engine.reserve(costing(0.4), None) as reserved:
+                giving_up = pool.submit(give_up, over)
+                try:
+                    reserved.amend(costing(0.7))
+                    granted = True
+                except Busy:
+                    assert time.monotonic() - began > 1, "it is waited for"
+                finally:
+                    over.set()
+                giving_up.result()
+                if granted:
+                    ledger.hold(costing(0.3).bytes)
+                    with pytest.raises(Busy):
+                        reserved.amend(costing(0.8))
+                    break
     shutil.rmtree(neighbour)
-    assert granted == [True]
+    assert granted
 
 
 def test_the_process_gives_the_local_engines_logits(bundle: ModelBundle, one_engine: Path, connect: Connect) -> None:
@@ -467,7 +482,7 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
             sent = json.dumps(json.loads(text) | nonsense).encode()
             link.sendmsg([sent], rights)
             with suppress(ConnectionResetError):
-                assert channel.receive(link) is None
+                assert answer(link) is None
     for message, fd in lies:
         with raw_link(one_engine) as link:
             channel.send(link, Reserve(bytes=1, passes=1))
@@ -478,7 +493,7 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
         with raw_link(one_engine) as link:
             link.send(packet)
             with suppress(ConnectionResetError):
-                assert channel.receive(link) is None
+                assert answer(link) is None
     out_of_turn: list[list[Message]] = [
         [submit_of((1, 8, 8, 8))],
         [Release()],
@@ -490,8 +505,8 @@ def test_lies_are_refused_and_the_engine_lives(bundle: ModelBundle, one_engine: 
         with raw_link(one_engine) as link:
             for each in messages:
                 channel.send(link, each)
-            while (received := channel.receive(link)) is not None:
-                assert isinstance(received[0], Granted)
+            while (said := answer(link)) is not None:
+                assert isinstance(said, Granted)
     assert engine.predict(volume(20, 0), PLAIN).logits.shape[1:] == (20, 20, 20)
     assert engines(one_engine) == [running]
     os.close(descriptor)
@@ -558,7 +573,7 @@ def test_descriptors_do_not_pile_up(bundle: ModelBundle, one_engine: Path, conne
     for number in range(20):
         engine.predict(volume(20, number), PLAIN)
     assert psutil.Process().num_fds() <= ours + 2
-    assert running.num_fds() <= theirs + 2
+    assert wait_until(lambda: running.num_fds() <= theirs + 2, PATIENCE_S), "the last case's are closed a little later"
 
 
 def test_a_runtime_directory_that_others_may_write_to_is_refused(
@@ -606,7 +621,8 @@ def test_an_engine_whose_weights_change_in_memory_is_found_out_and_replaced(
         [first] = engines(runtime)
         wait_for_checks(runtime, 2)
         assert first.is_running()
-        engine.predict(bad, PLAIN)
+        with suppress(CaseFailed):  # if the check comes in the midst of it, each time
+            engine.predict(bad, PLAIN)
         assert wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, PATIENCE_S)
         torch.testing.assert_close(engine.predict(good, PLAIN).logits, expected, rtol=0, atol=0)
         [log] = runtime.glob("*/engine.log")

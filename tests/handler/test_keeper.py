@@ -74,6 +74,7 @@ def test_an_engine_that_does_not_greet_any_more_is_replaced(
     wait_for(engine.keep)
     stopped = process(runtime)
     monkeypatch.setattr(keeper, "LISTEN_S", 0.0)
+    monkeypatch.setattr(keeper, "SILENCE_S", PATIENCE_S)
     keeping = Keeper(engine)
     keeping.look()
     assert not has_ended(stopped), "it greets"

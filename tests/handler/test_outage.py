@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
-from nnunet_torchserve.engine import folder, outage, remote, starter, switchboard
+from nnunet_torchserve.engine import folder, outage, starter, switchboard
 from nnunet_torchserve.engine.faults import Entry, Fault, Faults, Hold, Kind, LoadFails, StandIn, stand_in_device
 from nnunet_torchserve.engine.outage import FIRST_PAUSE_S, LONGEST_PAUSE_S, Outage, pause_s
 from nnunet_torchserve.engine.remote import RemoteEngine
@@ -48,14 +47,14 @@ def test_the_pause_doubles_up_to_its_limit() -> None:
 def test_nobody_tries_until_the_pause_has_passed_and_then_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outage, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(outage, "FIRST_PAUSE_S", LONGEST_PAUSE_S)
     mine, yours = Outage(tmp_path), Outage(tmp_path)
     with mine.claim() as may_i, yours.claim() as may_you:
         assert (may_i, may_you) == (True, True)  # no outage: whoever needs an engine looks for one
     mine.fail()
     with yours.claim() as may_you:
         assert not may_you
-    wait_for(lambda: not mine.stands())
+    pass_the_pause(tmp_path)
     with mine.claim() as may_i:
         assert may_i
         with yours.claim() as may_you:
@@ -63,7 +62,7 @@ def test_nobody_tries_until_the_pause_has_passed_and_then_one_does(
         mine.fail()
         with yours.claim() as may_you:
             assert not may_you
-    wait_for(lambda: not mine.stands())
+    pass_the_pause(tmp_path)
     with yours.claim() as may_you:
         assert may_you
         yours.end(0.0)
@@ -75,10 +74,12 @@ def test_one_engine_that_fails_is_one_failure_whoever_saw_it(tmp_path: Path) -> 
     mine.note_start()
     assert mine.fail() == yours.fail() == mine.read()
     yours.note_start()
+    began = time.monotonic()
     again = yours.fail()
     assert again.failures == 2
-    assert 5 < again.until - time.monotonic() <= 10
-    assert 5 < mine.retry_after_s() <= 10
+    assert began + 10 <= again.until <= time.monotonic() + 10
+    left = mine.retry_after_s()
+    assert again.until - time.monotonic() <= left <= 10
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"failures": 1, "until": 1e12, "started": 0}'])
@@ -202,6 +203,10 @@ def kill_engine(runtime: Path) -> None:
 def let_somebody_try(engine: Path) -> None:
     """The pause of an outage is over, and so is the engine that could not serve."""
     wait_for(lambda: not engine_processes(engine.parent))
+    pass_the_pause(engine)
+
+
+def pass_the_pause(engine: Path) -> None:
     due = json.loads((engine / "outage").read_text()) | {"until": time.monotonic()}
     (engine / "outage").write_text(json.dumps(due))
 
@@ -336,17 +341,17 @@ def test_an_engine_that_hangs_while_it_loads_is_given_one_limit_and_not_one_a_re
 def test_a_pass_that_never_ends_costs_one_devices_engine_and_its_case(
     runtime: Path, connect: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The limit is that engine's alone: on a machine that does much else an ordinary pass may take as long."""
+    order(monkeypatch, StandIn(devices=2))
+    healthy = connect(torch.device("cpu", 0))
     hangs = Fault(kind=Kind.HANG, shape=(1, 21, 21, 21), device="cpu:1")
     order(monkeypatch, StandIn(devices=2, busy_limit_s=3.0), hangs)
-    monkeypatch.setattr(remote, "SILENCE_S", 4.0)
-    healthy, sick = connect(torch.device("cpu", 0)), connect(torch.device("cpu", 1))
+    sick = connect(torch.device("cpu", 1))
     before = set(engine_processes(runtime))
     assert len(before) == 2
     assert healthy.predict(volume(21), PLAIN).logits.isfinite().all()
     with pytest.raises(CaseFailed, match="died 2 times"):
         sick.predict(volume(21), PLAIN)
     assert torch.equal(sick.predict(volume(), PLAIN).logits, healthy.predict(volume(), PLAIN).logits)
-    after = engine_processes(runtime)
-    assert len(after) == 2
-    assert len(before & set(after)) == 1
-    assert all(isinstance(process, psutil.Process) for process in after)
+    wait_for(lambda: len(engine_processes(runtime)) == 2)
+    assert len(before & set(engine_processes(runtime))) == 1

@@ -94,7 +94,7 @@ def test_bad_requests_leave_no_memory_and_no_thread_behind(limited: Load) -> Non
     before = process.memory_full_info().uss
     for _ in range(3):
         everything()
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert process.memory_full_info().uss - before < 16 * 1024**2
 
 

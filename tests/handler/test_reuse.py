@@ -29,6 +29,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Price, Settings, forward_passes, settings_for
 from nnunet_torchserve.engine import folder, remote, shared_memory
 from nnunet_torchserve.engine.cache import MOST_VOLUMES, Kept, VolumeCache
+from nnunet_torchserve.engine.faults import Hold
 from nnunet_torchserve.engine.flights import Flights
 from nnunet_torchserve.engine.ledger import Ledger
 from nnunet_torchserve.engine.messages import HEARTBEAT_S, Message, Submit
@@ -37,7 +38,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.engine.shared_memory import freeze, is_frozen, share
 from nnunet_torchserve.engine.starter import Link
 from nnunet_torchserve.engine.tally import Level, TallyReader, Total
-from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
+from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE, TESTING_VARIABLE
 from nnunet_torchserve.errors import Deadline
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import Member
@@ -53,14 +54,13 @@ from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from support import volumes
 from support.bad_requests import FAST, GOOD, INT16
-from support.chaos import engine_processes, wait_for
+from support.chaos import PATIENCE_S, engine_processes, wait_for
 
 CPU = torch.device("cpu")
 GOOD_BYTES = INT16.size * 4
 """Of GOOD on the network's grid, which is its own."""
 
 OTHER_OPTIONS = '{"folds": [1], "use_mirroring": false, "save_probabilities": true, "output_format": "nrrd"}'
-SLOW = '{"folds": [0], "use_mirroring": false, "tile_step_size": 0.15}'
 KEY, OTHER_KEY = "a" * 64, "b" * 64
 SINGLE = Single(member="3d_fullres")
 CASCADE = Cascade(first=Single(member="3d_lowres"), member="3d_cascade_fullres")
@@ -126,7 +126,15 @@ def one_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def flying(unpacked: Callable[[str], Path], one_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
     """As ``fleet``, but an engine that a test leaves alive goes on to the next."""
+    held = Hold(shape=(1, *INT16.shape[::-1]), pass_s=PATIENCE_S, while_exists=hold_of(one_runtime))
+    monkeypatch.setenv(FAULTS_VARIABLE, f"[{held.model_dump_json()}]")
+    monkeypatch.setenv(TESTING_VARIABLE, "1")
     yield from left_running(unpacked, one_runtime, monkeypatch)
+
+
+def hold_of(runtime: Path) -> Path:
+    """While there is this file, images of GOOD's size stay in the engine."""
+    return runtime.with_name("hold")
 
 
 @pytest.fixture(scope="module")
@@ -489,18 +497,20 @@ def test_frozen_memory_cannot_be_changed_by_anybody() -> None:
 
 def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
     workers = [flying.worker(cache_bytes=0, single_flight=True) for _ in range(3)]
-    expected = ask(pipeline("five_folds"), options=SLOW)
+    expected = ask(pipeline("five_folds"))
     assert flying.tally is not None
     flying.tally.take()
+    hold_of(flying.runtime).touch()
     with ThreadPoolExecutor(3) as pool:
-        leader = pool.submit(ask, workers[0], options=SLOW, request_id="leader")
+        leader = pool.submit(ask, workers[0], request_id="leader")
         wait_for(lambda: flying.level(Level.CASES_IN_FLIGHT) == 1)
-        patient = json.dumps(json.loads(SLOW) | {"timeout_s": 500})  # which changes nothing in the answer
+        patient = json.dumps(json.loads(FAST) | {"timeout_s": 500})  # which changes nothing in the answer
         followers = [
             pool.submit(ask, worker, options=options, request_id=f"follower {options[-5:]}")
-            for worker, options in zip(workers[1:], (SLOW, patient), strict=True)
+            for worker, options in zip(workers[1:], (FAST, patient), strict=True)
         ]
         wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == len(followers))
+        hold_of(flying.runtime).unlink()
         answers = [each.result() for each in (leader, *followers)]
     assert {answer.body for answer in answers} == {expected.body}
     assert [reused(answer) for answer in answers] == [None, "answer", "answer"]
@@ -509,7 +519,7 @@ def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Calla
     assert {answer.content_type for answer in answers} == {expected.content_type}
     assert [answer.headers["X-Nnunet-Backend"] for answer in answers] == ["eager"] * 3
     [line] = [passes for total, passes in flying.tally.take().items() if total is Total.PASSES]
-    assert line == passes_of(flying.bundle.lead, SLOW)
+    assert line == passes_of(flying.bundle.lead, FAST)
     wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)
 
 

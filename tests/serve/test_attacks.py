@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -133,7 +134,8 @@ def good(sender: Sender) -> bytes:
     return reply.body
 
 
-GOOD = request(seeds()["nii.gz"].body)
+IMAGE = seeds()["nii.gz"].body
+GOOD = request(IMAGE)
 
 
 def test_the_table_holds_hundreds_of_distinct_requests() -> None:
@@ -180,8 +182,10 @@ def _withstand(server: LiveServer, sender: Sender, good: bytes, chosen: Sequence
     watch = Watch(server)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         complaints = [each for found in pool.map(strike, range(len(chosen))) for each in found]
-    if sender.send(GOOD).body != good:
+    behind = uuid4().hex
+    if sender.send(request(IMAGE, headers=[(b"X-Request-Id", behind.encode())])).body != good:
         complaints.append("a good request behind them got another answer than before")
+    assert server.logs(behind), "the log is written a little later"
     complaints += watch.harm()
     assert not complaints, "\n".join(complaints)
 

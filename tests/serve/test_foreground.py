@@ -38,7 +38,7 @@ SLOW_BYTES, SLOW_BYTE_S = 25, 0.15
 """The end of an upload over a slow line."""
 
 AT_ONCE_S = 1.0
-"""Within which a probe is answered, whatever goes on; the machine may be five times slower."""
+"""Within which a probe is answered, whatever goes on; on a machine that does much else, not each of them."""
 
 
 @dataclass
@@ -72,19 +72,21 @@ def served(
     (evil / "nnunet_torchserve").mkdir(parents=True)
     environment = {"PYTHONPATH": str(evil), "HOME": str(folder / "nowhere")}
     with foreground(archive_of("flat").parent, folder, *arguments, faults=faults, environment=environment) as serve:
+        first: dict[str, tuple[int, str]] = {}
 
-        def answers() -> bool:
+        def both_answer() -> bool:
             try:
-                serve.ask("live")
+                for probe in ("live", "ready"):
+                    status, document, _ = serve.ask(probe)
+                    first.setdefault(probe, (status, document["code"]))
             except httpx.TransportError:
                 assert serve.process.poll() is None, serve.process.communicate()
                 return False
             return True
 
-        wait_for(answers)
-        [live, ready] = [(status, document["code"]) for status, document, _ in map(serve.ask, ("live", "ready"))]
+        wait_for(both_answer)
         line = serve.wait_until_ready()
-        yield Served(serve, broken, (live, ready), line)
+        yield Served(serve, broken, (first["live"], first["ready"]), line)
 
 
 def command(*arguments: str) -> tuple[int, str]:
@@ -100,16 +102,17 @@ def test_a_server_that_loads_is_live_and_not_ready(served: Served) -> None:
 
 def test_a_server_is_ready_when_every_worker_is(served: Served) -> None:
     assert served.line == f"ready {served.live.server.inference_url} mine\n"
-    assert served.serve.ask("ready")[:2] == (
-        200,
-        {"status": 200, "title": "OK", "code": "ok", "detail": f"{WORKERS} workers of {MODEL} are READY"},
-    )
-    assert command("--state-dir", str(served.serve.state_dir)) == (
-        0,
-        f"{WORKERS} workers of {MODEL} are READY\n",
-    )
-    code, said = command("--live", "--json", "--url", served.serve.health_url)
-    assert (code, json.loads(said)["detail"]) == (0, "the JVM answers, and no model has lost every worker")
+    detail = f"{WORKERS} workers of {MODEL} are READY"
+    document = served.serve.comes_to_say("ready", 200, "ok")
+    assert document == {"status": 200, "title": "OK", "code": "ok", "detail": detail}
+    wait_for(lambda: command("--state-dir", str(served.serve.state_dir)) == (0, f"{detail}\n"))
+
+    def is_live() -> bool:
+        code, said = command("--live", "--json", "--url", served.serve.health_url)
+        detail = json.loads(said)["detail"]
+        return (code, detail) == (0, "the JVM answers, and no model has lost every worker")
+
+    wait_for(is_live)
 
 
 def test_with_every_worker_busy_and_the_queue_full_probes_are_answered_at_once(served: Served) -> None:
@@ -123,9 +126,8 @@ def test_with_every_worker_busy_and_the_queue_full_probes_are_answered_at_once(s
             wait_for(lambda: pending(chaos.live) == QUEUE)
             assert chaos.live.predict("mine", LOAD.body).status_code == 503, "the queue is full"
             for probe in ("live", "ready"):
-                status, document, seconds = served.serve.ask(probe)
-                assert (status, document["code"]) == (200, "ok")
-                assert seconds < AT_ONCE_S
+                served.serve.comes_to_say(probe, 200, "ok", AT_ONCE_S)
+            assert not any(each.done() for each in asked)
         assert {answer.result().status_code for answer in asked} == {200}
         assert {answer.result().status_code for answer in others} == {415}
 
@@ -145,24 +147,23 @@ def test_a_drained_server_is_live_and_not_ready(served: Served) -> None:
     target = drain.find_target(served.serve.state_dir, None, "mine")
     drain.drain(target, 300, 1)
     try:
-        assert served.serve.ask("live")[0] == 200
-        status, document, _ = served.serve.ask("ready")
-        assert (status, document["code"], document["detail"]) == (503, "draining", "mine is being drained")
-        code, said = command("--state-dir", str(served.serve.state_dir), "--ready")
-        assert (code, said) == (1, "mine is being drained\n")
+        served.serve.comes_to_say("live", 200, "ok")
+        document = served.serve.comes_to_say("ready", 503, "draining")
+        assert document["detail"] == "mine is being drained"
+        wait_for(
+            lambda: command("--state-dir", str(served.serve.state_dir), "--ready") == (1, "mine is being drained\n")
+        )
     finally:
         drain.resume(target)
-    assert served.serve.ask("ready")[0] == 200
+    served.serve.comes_to_say("ready", 200, "ok")
 
 
 def test_without_an_engine_a_server_is_not_ready_and_becomes_so_again_although_nobody_asks(served: Served) -> None:
     served.broken.touch()
     served.chaos.engine("flat/1.0").kill()
-    wait_for(lambda: served.serve.says("ready", "engine"))  # it is dead some time after it was killed
-    status, document, _ = served.serve.ask("ready")
-    assert (status, document["code"]) == (503, "engine")
+    document = served.serve.comes_to_say("ready", 503, "engine")  # it is dead some time after it was killed
     assert document["detail"] == f"no engine of {MODEL} on cpu says hello"
-    assert served.serve.ask("live")[0] == 200, "a restart of the server would mend nothing"
+    served.serve.comes_to_say("live", 200, "ok")  # a restart of the server would mend nothing
     served.broken.unlink()
     wait_for(lambda: served.serve.says("ready", "ok"))
     assert served.live.predict("mine", LOAD.body, options=LOAD.options).status_code == 200
@@ -195,16 +196,13 @@ def test_a_jvm_that_stands_still_is_neither_live_nor_ready_and_that_is_said_with
     assert jvm is not None
     jvm.suspend()
     try:
-        wait_for(lambda: served.serve.ask("live")[0] == 503)
         for probe in ("live", "ready"):
-            status, document, seconds = served.serve.ask(probe)
-            assert (status, document["code"]) == (503, "front_end")
+            document = served.serve.comes_to_say(probe, 503, "front_end", AT_ONCE_S + ANSWER_S)
             assert "does not answer" in document["detail"] or "has not answered" in document["detail"]
-            assert seconds < AT_ONCE_S + ANSWER_S
     finally:
         jvm.resume()
-    wait_for(lambda: served.serve.ask("live")[0] == 200)
-    wait_for(lambda: served.serve.says("ready", "ok"))
+    served.serve.comes_to_say("live", 200, "ok")
+    served.serve.comes_to_say("ready", 200, "ok")
 
 
 @contextmanager
@@ -236,9 +234,10 @@ def test_a_stop_under_load_loses_nothing(served: Served) -> None:
             wait_for(lambda: pending(chaos.live) == CLIENTS)
             serve.signal()
             wait_for(lambda: serve.says("ready", "stopping"))
-            assert serve.ask("live")[0] == 200, "it is not to be killed while it finishes"
+            serve.comes_to_say("live", 200, "ok")  # it is not to be killed while it finishes
             assert serve.process.stderr is not None
-            assert "stopping; first, a request of mine/1.0 with worker " in serve.process.stderr.readline()
+            first = next(line for line in iter(serve.process.stderr.readline, "") if "stopping" in line)
+            assert "stopping; first, a request of mine/1.0 with worker " in first, "warnings may stand before it"
             assert not any(each.done() for each in slow)
         released = time.monotonic()
         for answer in slow:
@@ -257,7 +256,7 @@ def test_a_stop_under_load_loses_nothing(served: Served) -> None:
     assert clients.answers == [], "whoever waited in the queue was refused"
     assert clients.refused >= CLIENTS
     assert clients.turned_away == CLIENTS, "each found the port closed in the end"
-    assert took < 60
+    assert took < server.response_timeout_s / 4, "which is the time that it has"
     assert not [process for process in family if not has_ended(process)]
     assert not Path(server.temp_dir).exists()
     assert launcher.read_state(serve.state_dir) is None

@@ -124,7 +124,8 @@ def test_what_torchserve_answers_itself(server: LiveServer) -> None:
     """docs/http.md lists these."""
     unknown = server.predict("no_such_model", GOOD)
     assert (unknown.status_code, unknown.json()["code"]) == (404, 404)
-    version = httpx.post(f"{server.server.inference_url}/predictions/five_folds/7.0", content=GOOD, trust_env=False)
+    url = f"{server.server.inference_url}/predictions/five_folds/7.0"
+    version = httpx.post(url, content=GOOD, timeout=300, trust_env=False)
     assert version.status_code == 404
     empty = server.predict("five_folds", b"")
     assert empty.json()["code"] == "unknown_format"
@@ -205,9 +206,8 @@ def test_a_second_server_of_the_same_state_directory_is_refused(server: LiveServ
 
 
 def test_the_management_port_is_not_open_to_other_archives(server: LiveServer, tmp_path: Path) -> None:
-    answer = httpx.post(
-        f"{server.server.management_url}/models", params={"url": f"file://{tmp_path}/x.mar"}, trust_env=False
-    )
+    url = f"{server.server.management_url}/models"
+    answer = httpx.post(url, params={"url": f"file://{tmp_path}/x.mar"}, timeout=300, trust_env=False)
     assert answer.status_code in (400, 403, 404)
     assert "allowed" in answer.text
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,9 @@ BODY_LIMIT = 3 * 1024**2
 """The session server's max_request_size."""
 
 PER_ADDRESS = 16
-TIMEOUT_S = 2
+TIMEOUT_S, OWN_TIMEOUT_S = 2, 60
+"""Of an impatient proxy; and nginx's own, if it were told of none."""
+
 STALLED = 100
 OF_ONE_ANSWER = {"date", "server", "connection", "server-timing", "x-request-id"}
 """Headers that differ between two answers to the same request, or belong to the connection."""
@@ -76,22 +78,41 @@ def proxy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def impatient(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """One that cuts what says nothing for ``TIMEOUT_S``, as any request may on a machine that does much else."""
+    times = {
+        "client_header_timeout 15s": f"client_header_timeout {TIMEOUT_S}s",
+        "client_body_timeout 30s": f"client_body_timeout {TIMEOUT_S}s",
+    }
+    with proxying(server, tmp_path_factory.mktemp("impatient"), changes=times) as proxy:
+        yield proxy
+
+
 @contextmanager
-def proxying(server: LiveServer, folder: Path, tokens: str | None = None) -> Iterator[Proxy]:
-    """Run nginx with the project's file, and with authentication if there are tokens for it."""
+def proxying(
+    server: LiveServer, folder: Path, tokens: str | None = None, changes: Mapping[str, str] | None = None
+) -> Iterator[Proxy]:
+    """Run nginx with the project's file, and with authentication if there are tokens for it.
+
+    Args:
+        server: behind it.
+        folder: for everything that it writes.
+        tokens: its file of them.
+        changes: of the file, beside its ports and the largest body.
+    """
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if nginx is None:
         pytest.skip("nginx is not installed")
     port = free_port()
     upstream_port = int(server.server.inference_url.rpartition(":")[2])
     text = CONFIG.read_text()
-    for ours, here in (
-        ("server 127.0.0.1:8080", f"server 127.0.0.1:{upstream_port}"),
-        ("listen 127.0.0.1:8443", f"listen 127.0.0.1:{port}"),
-        ("client_max_body_size 537919488", f"client_max_body_size {BODY_LIMIT}"),
-        ("client_header_timeout 15s", f"client_header_timeout {TIMEOUT_S}s"),
-        ("client_body_timeout 30s", f"client_body_timeout {TIMEOUT_S}s"),
-    ):
+    everywhere = {
+        "server 127.0.0.1:8080": f"server 127.0.0.1:{upstream_port}",
+        "listen 127.0.0.1:8443": f"listen 127.0.0.1:{port}",
+        "client_max_body_size 537919488": f"client_max_body_size {BODY_LIMIT}",
+    }
+    for ours, here in (everywhere | dict(changes or {})).items():
         assert text.count(ours) == 1, ours
         text = text.replace(ours, here)
     if tokens is not None:
@@ -147,45 +168,57 @@ def test_a_large_body_passes_and_is_not_kept(server: LiveServer, proxy: Proxy) -
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_stalled_uploads_are_cut_and_none_reaches_torchserve(server: LiveServer, proxy: Proxy) -> None:
+def test_stalled_uploads_are_cut_and_none_reaches_torchserve(server: LiveServer, impatient: Proxy) -> None:
     expected = server.predict("five_folds", GOOD, options=FAST).content
     with ExitStack() as stack:
-        started = time.monotonic()
         uploads = [
-            stack.enter_context(proxy.upload(bytes(1_000_000), 2_000_000, source=f"127.0.0.{2 + number // 10}"))
+            stack.enter_context(impatient.upload(bytes(1_000_000), 2_000_000, source=f"127.0.0.{2 + number // 10}"))
             for number in range(STALLED)
         ]
-        assert proxy.upstream_connections() == 0
-        served = 0
-        while served < 3 or time.monotonic() < started + TIMEOUT_S / 2:
-            answer = proxy.predict(GOOD, {"X-Nnunet-Options": FAST})
-            assert (answer.status_code, answer.content) == (200, expected)
-            served += 1
+        assert impatient.upstream_connections() == 0
+        stalled, served = time.monotonic(), 0
+        while served < 3 or time.monotonic() < stalled + TIMEOUT_S / 2:
+            with suppress(httpx.TransportError):  # of one that was slow, and cut as well
+                answer = impatient.predict(GOOD, {"X-Nnunet-Options": FAST})
+                assert (answer.status_code, answer.content) == (200, expected)
+                served += 1
         answers = [read_all(upload) for upload in uploads]
-        assert time.monotonic() - started < TIMEOUT_S + 5
+        assert time.monotonic() - stalled < OWN_TIMEOUT_S
     assert set(answers) <= {b""} or all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
-    wait_for(lambda: proxy.log.read_text().count(" POST 408 ") == STALLED)
-    assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST}).content == expected
+    wait_for(lambda: impatient.log.read_text().count(" POST 408 ") >= STALLED)
+    assert server.predict("five_folds", GOOD, options=FAST).content == expected
 
 
-def test_a_header_that_stalls_is_cut(proxy: Proxy) -> None:
-    with socket.create_connection(("127.0.0.1", proxy.port), timeout=TIMEOUT_S + 300) as connection:
+def test_a_header_that_stalls_is_cut(impatient: Proxy) -> None:
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=OWN_TIMEOUT_S) as connection:
         connection.sendall(b"POST /predictions/five_folds HTTP/1.1\r\nHost: local")
         assert not read_all(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_a_slow_but_steady_upload_is_not_cut(server: LiveServer, proxy: Proxy) -> None:
+def test_a_slow_but_steady_upload_is_not_cut(server: LiveServer, impatient: Proxy) -> None:
     expected = server.predict("five_folds", GOOD, options=FAST).content
-    step = len(GOOD) // 5
-    started = time.monotonic()
-    with proxy.upload(b"", len(GOOD)) as upload:
-        for begin in range(0, len(GOOD), step):
-            time.sleep(TIMEOUT_S * 0.4)
-            upload.sendall(GOOD[begin : begin + step])
-        assert time.monotonic() - started > 1.5 * TIMEOUT_S
-        answer = read_all(upload)
+    while (answer := uploaded_steadily(impatient)) is None:
+        pass
     assert answer.startswith(b"HTTP/1.1 200")
     assert answer.endswith(expected)
+
+
+def uploaded_steadily(proxy: Proxy) -> bytes | None:
+    """What an upload is answered that takes longer than ``TIMEOUT_S`` and never pauses for half as long.
+
+    ``None`` if it did, on a machine that does much else.
+    """
+    began = last = time.monotonic()
+    longest, step = 0.0, len(GOOD) // 40
+    with proxy.upload(b"", len(GOOD)) as upload:
+        for begin in range(0, len(GOOD), step):
+            time.sleep(TIMEOUT_S * 0.04)
+            with suppress(ConnectionError):  # it was cut, and the answer is empty
+                upload.sendall(GOOD[begin : begin + step])
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        assert last - began > 1.5 * TIMEOUT_S
+        answer = read_all(upload)
+    return answer if longest < TIMEOUT_S / 2 else None
 
 
 def test_a_body_above_the_limit_is_refused_before_it_is_sent(proxy: Proxy) -> None:
@@ -194,19 +227,20 @@ def test_a_body_above_the_limit_is_refused_before_it_is_sent(proxy: Proxy) -> No
 
 
 def test_one_address_cannot_take_every_connection(proxy: Proxy) -> None:
-    with ExitStack() as stack:
-        for _ in range(PER_ADDRESS):
-            stack.enter_context(proxy.upload(b"half", 1000, source="127.0.0.50"))
+    """Those that it has are made anew for each try: on a machine that does much else they may be cut by then."""
 
-        def is_refused() -> bool:
-            """Whether its answer came: with what is on its way when the proxy leaves, it may be lost in a reset."""
-            with proxy.upload(b"", 1000, source="127.0.0.50") as one_more, suppress(ConnectionResetError):
-                assert one_more.recv(12) == b"HTTP/1.1 429"
+    def is_refused() -> bool:
+        """Whether its answer came: with what is on its way when the proxy leaves, it may be lost in a reset."""
+        with ExitStack() as stack, suppress(ConnectionError):
+            for _ in range(PER_ADDRESS):
+                stack.enter_context(proxy.upload(b"half", 1000, source="127.0.0.50"))
+            one_more = stack.enter_context(proxy.upload(b"", 1000, source="127.0.0.50"))
+            if one_more.recv(12) == b"HTTP/1.1 429":
+                assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST}).status_code == 200
                 return True
-            return False
+        return False
 
-        wait_for(is_refused)
-        assert proxy.predict(GOOD, {"X-Nnunet-Options": FAST}).status_code == 200
+    wait_for(is_refused)
 
 
 @pytest.mark.parametrize("path", ["/models", "/", "/api-description", "/predictions/../models"])
@@ -240,7 +274,7 @@ def test_with_authentication_only_who_has_a_token_may_predict_and_our_commands_n
         assert (allowed.status_code, allowed.content) == (200, server.predict("five_folds", GOOD, options=FAST).content)
         with Client(f"http://127.0.0.1:{proxy.port}", "five_folds", token=ours) as client:
             assert client.describe().model.name == "five_folds"
-        assert ask(None, server.state_dir, live=False).ok
+        wait_for(lambda: ask(None, server.state_dir, live=False).ok)  # a JVM may be slow for a moment
         listed = list_models(of_state_dir(server.state_dir, Sources(None)))
         assert {each.name for each in listed.models} == set(SERVED)
         assert listed.not_seen == []
@@ -251,4 +285,5 @@ def test_with_authentication_only_who_has_a_token_may_predict_and_our_commands_n
 
 
 def test_ping_passes(proxy: Proxy) -> None:
-    assert httpx.get(f"http://127.0.0.1:{proxy.port}/ping", trust_env=False).json() == {"status": "Healthy"}
+    url = f"http://127.0.0.1:{proxy.port}/ping"
+    assert httpx.get(url, timeout=300, trust_env=False).json() == {"status": "Healthy"}

@@ -136,7 +136,7 @@ def test_a_worker_that_dies_before_it_loads_is_reported_with_the_reason(model_st
     with pytest.raises(ToolError, match=r"worker \d+ of flat 1\.0 died .*: OSError: the disk is gone"):
         launcher.start(request, warn=warnings.append)
     log = (tmp_path / "state" / "logs" / "model_log.log").read_text()
-    assert log.count("s_name_part0=") <= 4  # at once: TorchServe goes on trying for minutes, about once in a second
+    assert log.count("s_name_part0=") < 8, "soon: TorchServe goes on trying for minutes, at first once in a second"
     assert 1 <= len(warnings) < MAX_SILENT_DEATHS
     assert all("it was killed, or ended without a word; TorchServe tries again" in warning for warning in warnings)
     assert launcher.read_state(tmp_path / "state") is None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import numpy as np
@@ -23,7 +23,6 @@ from nnunet_torchserve.bundle import BUNDLE_FILE
 from nnunet_torchserve.cases import network_grid
 from nnunet_torchserve.engine.faults import Entry, Hold
 from nnunet_torchserve.engine.folder import LOG
-from nnunet_torchserve.engine.tally import Total
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.member import Member
 
@@ -100,15 +99,14 @@ class Engine:
         """How many engines have loaded their networks there so far."""
         return self.log.count(" ready: ")
 
-    @property
-    def counts_are_taken(self) -> bool:
-        """Whether a relay has taken everything that it has counted."""
+    def tally(self) -> BinaryIO:
+        """What it counts, opened; it can still be read when the engine is gone."""
         for descriptor in Path(f"/proc/{self.process.pid}/fd").iterdir():
             with suppress(OSError):
                 if str(descriptor.readlink()).startswith(f"{_MEMORY}tally"):
-                    numbers = np.fromfile(descriptor, np.int64)
-                    return np.array_equal(numbers[: len(Total)], numbers[len(Total) : 2 * len(Total)])
-        return False
+                    return descriptor.open("rb")
+        msg = "this engine has no tally"
+        raise ProcessLookupError(msg)
 
     def kill(self) -> None:
         """Kill it and wait until its successor may start."""

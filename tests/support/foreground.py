@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve_tools import launcher
 
 from . import warm
-from .chaos import HOLD, ChaosServer
+from .chaos import HOLD, ChaosServer, wait_for
 from .ports import free_port, free_ports
 from .server import LiveServer
 
@@ -37,15 +38,37 @@ class Foreground:
 
     def ask(self, probe: str) -> tuple[int, dict[str, Any], float]:
         """Status, document and seconds of a probe's answer."""
-        with httpx.Client(timeout=30, trust_env=False) as client:  # which takes a while to make
+        with httpx.Client(timeout=120, trust_env=False) as client:  # which takes a while to make
             began = time.monotonic()
             answer = client.get(f"{self.health_url}/{probe}")
             took = time.monotonic() - began
         return answer.status_code, answer.json(), took
 
+    def comes_to_say(self, probe: str, status: int, code: str, within_s: float = math.inf) -> dict[str, Any]:
+        """The document of an answer that is this one and came in so many seconds; others are asked for again.
+
+        On a machine that does much else the JVM may not answer in time, so that a probe says that for a moment, or is
+        cut because it took too long.
+        """
+        found: dict[str, Any] = {}
+
+        def is_said() -> bool:
+            nonlocal found
+            try:
+                given, found, seconds = self.ask(probe)
+            except httpx.TransportError:
+                return False
+            return (given, found["code"]) == (status, code) and seconds < within_s
+
+        wait_for(is_said)
+        return found
+
     def says(self, probe: str, code: str) -> bool:
-        """Whether that is the code of a probe's answer."""
-        return bool(self.ask(probe)[1]["code"] == code)
+        """Whether that is the code of a probe's answer; there may be none for a moment."""
+        try:
+            return bool(self.ask(probe)[1]["code"] == code)
+        except httpx.TransportError:
+            return False
 
     def chaos(self) -> ChaosServer:
         """The server, as chaos sees it; it must be ready."""
@@ -149,7 +172,7 @@ class Clients:
         headers = {"X-Nnunet-Options": self.options}
         began = time.monotonic()
         try:
-            with httpx.Client(timeout=600, trust_env=False) as client:
+            with httpx.Client(timeout=600, trust_env=False, verify=False) as client:  # noqa: S501 (plain http, at once)
                 answer = client.post(self.url, content=self.body, headers=headers)
         except httpx.ConnectError:
             self.turned_away += 1

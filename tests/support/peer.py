@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from .ports import free_port
+
 Json = dict[str, Any]
 
 WORKER_DIED = json.dumps({"code": 500, "type": "InternalServerException", "message": "Worker died."}).encode()
@@ -70,6 +72,11 @@ class Wire(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: _Listener
+    waits = False
+
+    def answered(self) -> None:
+        """Count it no longer: said before the bytes after which its client may send another one."""
+        self.server.peer.answered(self)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -82,6 +89,7 @@ class Wire(BaseHTTPRequestHandler):
 
     def whole(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         """A plain answer."""
+        self.answered()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -98,15 +106,20 @@ class Wire(BaseHTTPRequestHandler):
 
     def chunk(self, content: bytes) -> None:
         """A part of it; an empty one is the end."""
+        if not content:
+            self.answered()
         self.wfile.write(b"%x\r\n" % len(content) + content + b"\r\n")
         self.wfile.flush()
 
     def event(self, **document: object) -> None:
         """One event."""
+        if document["event"] == "error":
+            self.answered()
         self.chunk(json.dumps(document).encode() + b"\n")
 
     def result(self, content: bytes, promised: int | None = None, **headers: str) -> None:
         """The last event and its bytes."""
+        self.answered()
         length = len(content) if promised is None else promised
         self.event(event="result", status=200, content_type="application/gzip", length=length, headers=headers)
         if content:
@@ -114,6 +127,7 @@ class Wire(BaseHTTPRequestHandler):
 
     def reset(self) -> None:
         """End the connection without a word."""
+        self.answered()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.shutdown(socket.SHUT_RD)
 
@@ -220,16 +234,25 @@ class Peer:
             reply = self.replies[min(len(self.received), len(self.replies) - 1)]
             self.received.append(received)
             self._beside += 1
+            wire.waits = True
         try:
             reply(wire, received)
         finally:
-            with self._lock:
-                self._beside -= 1
+            self.answered(wire)
+
+    def answered(self, wire: Wire) -> None:
+        """See :meth:`Wire.answered`."""
+        with self._lock:
+            self._beside -= wire.waits
+            wire.waits = False
 
     @contextmanager
     def listening(self) -> Iterator[Peer]:
-        """Answer for the length of the block, on the same port as before if there was one."""
-        listener = _Listener(("127.0.0.1", self.port), Wire)
+        """Answer for the length of the block, on the same port as before if there was one.
+
+        It is none that the kernel gives out: while nobody listens there, it could be another connection's.
+        """
+        listener = _Listener(("127.0.0.1", self.port or free_port()), Wire)
         if self.context is not None:
             listener.socket = self.context.wrap_socket(listener.socket, server_side=True)
         listener.peer, self.port = self, listener.server_address[1]
