@@ -59,11 +59,14 @@ class DiceLimits(_Part):
         against: what it is lost against.
         mean: over all structures, of each structure's mean over the cases.
         structure: of one structure in one case.
+        unlabelled: the same to eager's answer, in a case whose labels have nothing of the structure; without labels
+            there is no other, and it is ``structure``.
     """
 
     against: Reference
     mean: _Loss
     structure: _Loss
+    unlabelled: _Loss
 
 
 class LabelVoxels(_Part):
@@ -138,16 +141,23 @@ class StructureAccuracy(_Part):
         """Voxels that one answer has and the other has not."""
         return self.eager + self.backend - 2 * self.common
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether labels of the case have any of it: without that every answer with it has a Dice of 0 to them."""
+        return self.labels is not None and self.labels.voxels > 0
+
+    def reference(self, against: Reference) -> Reference:
+        """What its loss is taken against: eager's answer, too, where labels have nothing that could be lost."""
+        return Reference.LABELS if against is Reference.LABELS and self.is_labelled else Reference.EAGER
+
     def loss(self, against: Reference) -> float:
         """What the backend loses; below 0 where it is nearer to the labels than eager.
 
-        An answer without a structure that is not there is right: its Dice counts as 1.
+        Args:
+            against: the labels, as far as they have any of it; else eager's answer, as :meth:`reference` says.
         """
-        if against is Reference.EAGER:
+        if self.labels is None or self.reference(against) is Reference.EAGER:
             return 1 - _or_one(self.dice)
-        if self.labels is None:
-            msg = "there are no labels"
-            raise ValueError(msg)
         return _or_one(self.labels.eager_dice) - _or_one(self.labels.backend_dice)
 
 
@@ -241,10 +251,21 @@ class AccuracyReport(_Part):
         return _mean(_mean(each.dice for each in self.of(structure)) for structure in self.structures)
 
     def mean_loss(self) -> float:
-        """Over all structures, of each structure's mean over the cases of which any answer has it."""
+        """Over all structures, of each structure's mean over the cases that can tell.
+
+        Those are cases whose labels have it, or without labels those in which an answer has it. What a structure gains
+        is no other one's: a mean below 0 counts as 0.
+        """
+        return _mean(self._losses()) or 0.0
+
+    def _losses(self) -> Iterator[float | None]:
+        """Of each structure."""
         against = self.limits.against
-        of_cases = ([each for each in self.of(name) if each.dice is not None] for name in self.structures)
-        return _mean(_mean(each.loss(against) for each in found) for found in of_cases) or 0.0
+        is_labels = against is Reference.LABELS
+        for name in self.structures:
+            tell = (each for each in self.of(name) if (each.is_labelled if is_labels else each.dice is not None))
+            loss = _mean(each.loss(against) for each in tell)
+            yield None if loss is None else max(0.0, loss)
 
     def without_names(self) -> AccuracyReport:
         """The same with no name of a case, as an archive keeps it."""
@@ -266,7 +287,7 @@ class AccuracyReport(_Part):
 
     def _structure(self, name: str) -> dict[str, Any]:
         found = self.of(name)
-        labels = [each.labels for each in found if each.labels is not None]
+        labels = [each.labels for each in found if each.labels is not None and each.is_labelled]
         to_labels = {
             "eager": _mean(each.eager_dice for each in labels),
             "backend": _mean(each.backend_dice for each in labels),
@@ -337,17 +358,22 @@ def said_of(backends: Collection[str], measured: AccuracyReport | None) -> str:
     names = names_of(backends)
     if measured is None or set(backends) != {measured.backend} or (known := measured.dice) is None:
         return names
-    return f"{names}; dice={rounded_down(known)}"
+    return f"{names}; dice={rounded_down(known, different=sum(case.different for case in measured.cases))}"
 
 
-def rounded_down(value: float) -> str:
+def rounded_down(value: float, *, different: int = 0) -> str:
     """A Dice with four digits, and 1.0000 only for 1.
 
-    >>> rounded_down(0.99999), rounded_down(1.0), rounded_down(0.9989)
-    ('0.9999', '1.0000', '0.9989')
+    Args:
+        value: the Dice.
+        different: voxels that it is about; if there is any, it is not 1, however many others there are.
+
+    >>> rounded_down(0.99999), rounded_down(1.0), rounded_down(0.9989), rounded_down(1.0, different=1)
+    ('0.9999', '1.0000', '0.9989', '0.9999')
     """
     scale = 10**_HEADER_DIGITS
-    return f"{math.floor(value * scale + _ROUNDING) / scale:.{_HEADER_DIGITS}f}"
+    most = scale - 1 if different else scale
+    return f"{min(math.floor(value * scale + _ROUNDING), most) / scale:.{_HEADER_DIGITS}f}"
 
 
 def _or_one(value: float | None) -> float:

@@ -29,7 +29,7 @@ class Backend(StrEnum):
     """OpenVINO on the CPU; float32 as stock, summed in another order."""
 
     OPENVINO_BFLOAT16 = "openvino:bf16"
-    """The same graphs in bfloat16, on processors that compute in it (AVX512-BF16, AMX)."""
+    """The same graphs in bfloat16, on processors that compute in it (AVX512-BF16, AMX, AVX2-VNNI-2)."""
 
 
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, Reference, deciding_files, read_accuracy, said_of
 from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
 from nnunet_torchserve.errors import BundleError
-from support.accuracy import FILES, OPENVINO, report, structure, to_labels
+from support.accuracy import FILES, OPENVINO, not_in_labels, report, structure, to_labels
 
 BF16 = Backend.OPENVINO_BFLOAT16
 STORED = StoredBackend(backend=OPENVINO, requires={}, made_with={})
@@ -34,11 +34,38 @@ def test_dice_is_the_mean_over_structures_of_the_cases_that_have_one() -> None:
 
 
 def test_what_is_lost_is_lost_against_labels_or_against_eager() -> None:
-    better = structure(100, 100, 90, to_labels(80, 85))
-    found = report({"a": better}, against=Reference.LABELS)
-    assert found.mean_loss() == pytest.approx(-0.05)
-    assert better.loss(Reference.EAGER) == pytest.approx(0.1)
-    assert found.summary()["structures"]["a"]["dice_to_labels"] == {"eager": 0.8, "backend": 0.85}
+    worse = structure(100, 100, 90, to_labels(85, 80))
+    found = report({"a": worse}, against=Reference.LABELS)
+    assert found.mean_loss() == pytest.approx(0.05)
+    assert worse.loss(Reference.EAGER) == pytest.approx(0.1)
+    assert found.summary()["structures"]["a"]["dice_to_labels"] == {"eager": 0.85, "backend": 0.8}
+
+
+def test_what_one_structure_gains_hides_no_other_ones_loss() -> None:
+    better, worse = structure(100, 100, 90, to_labels(60, 85)), structure(100, 100, 90, to_labels(85, 80))
+    assert better.loss(Reference.LABELS) == pytest.approx(-0.25)
+    assert report({"a": better, "b": worse}, against=Reference.LABELS).mean_loss() == pytest.approx(0.025)
+    assert report({"a": better}, {"a": worse}, against=Reference.LABELS).mean_loss() == 0  # it is better in the mean
+
+
+def test_labels_without_a_structure_tell_nothing_of_its_loss() -> None:
+    """Eager paints a voxel that is not there, the backend does not: that is no Dice of 1 that others could use up."""
+    lost = structure(100, 100, 90, to_labels(85, 80))
+    for eager, backend in ((1, 0), (0, 1), (50, 60)):
+        nowhere = structure(eager, backend, 0, not_in_labels(eager, backend))
+        assert nowhere.loss(Reference.LABELS) == nowhere.loss(Reference.EAGER) == 1
+        found = report({"a": lost}, {"a": nowhere}, against=Reference.LABELS)
+        assert found.mean_loss() == pytest.approx(0.05)
+        both = found.summary()["structures"]["a"]["dice_to_labels"]
+        assert both["eager"] - both["backend"] == pytest.approx(found.mean_loss())
+    assert report({"a": nowhere}, against=Reference.LABELS).summary()["structures"]["a"]["dice_to_labels"] is None
+
+
+def test_labels_that_are_ignored_are_none() -> None:
+    """All of the structure lies where the labels say ``ignore``: an answer there is compared with eager's."""
+    ignored = structure(100, 100, 40, not_in_labels(0, 0))
+    assert ignored.loss(Reference.LABELS) == pytest.approx(0.6)
+    assert structure(0, 0, 0, not_in_labels(0, 0)).loss(Reference.LABELS) == 0
 
 
 def test_a_structure_that_only_the_backend_sees_is_lost_whole() -> None:
@@ -70,6 +97,15 @@ def test_a_header_has_a_number_of_the_backend_that_ran_and_of_no_other(backends:
 def test_a_header_has_no_number_where_nothing_was_seen() -> None:
     assert said_of({OPENVINO}, report({"a": ABSENT})) == "openvino:float32"
     assert said_of({OPENVINO}, report({"a": SAME})) == "openvino:float32; dice=1.0000"
+
+
+def test_a_header_has_no_1_where_a_single_voxel_differs_in_many_cases() -> None:
+    """A mean of so many that four digits and float64 do not tell it from 1."""
+    near = report({"a": structure(5_000, 5_001, 5_000)})
+    case = near.cases[0].model_copy(
+        update={"voxels": 10**15, "different": 1, "structures": {"a": structure(10**14, 10**14 + 1, 10**14)}}
+    )
+    assert said_of({OPENVINO}, near.model_copy(update={"cases": (case,)})) == "openvino:float32; dice=0.9999"
 
 
 def test_an_archive_keeps_all_but_the_names() -> None:

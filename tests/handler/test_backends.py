@@ -232,31 +232,72 @@ def test_what_runs_is_read_from_what_was_compiled_and_not_from_what_was_asked_fo
     bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenVINO takes the hint bf16 without a word where no bfloat16 can be computed."""
-    capabilities = openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     monkeypatch.setitem(openvino_networks._HINTS, OPENVINO, "bf16")
-    if "BF16" in capabilities:
+    read = openvino_networks.computing_precisions
+    core, lead = openvino().Core(), bundle.lead
+    model = core.read_model(lead.folder / "fold_0.openvino.xml")
+    model.reshape([1, 1, *lead.patch_size])
+    granted = read(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}))
+    if granted == {"bf16"}:
         assert Networks(bundle, CPU, OPENVINO).loaded
     else:
-        with pytest.raises(BundleError, match="computes fold 0 in f32 and not as"):
+        with pytest.raises(BundleError, match=f"computes fold 0 in {', '.join(sorted(granted))} and not as"):
+            Networks(bundle, CPU, OPENVINO)
+    for found in ({"f32"}, {"bf16", "f32"}):
+        monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled, found=found: found)
+        with pytest.raises(BundleError, match=f"computes fold 0 in {', '.join(sorted(found))} and not as"):
             Networks(bundle, CPU, OPENVINO)
 
 
-def test_bfloat16_is_run_by_processors_that_compute_in_it_and_others_run_eager(
-    bundle: ModelBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """OpenVINO computes in float32 then, and says nothing."""
+@pytest.fixture(scope="module")
+def in_bfloat16(bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """The same archive, as if it had been made for bfloat16: the graphs are the same."""
 
     def ask_for_less(described: dict[str, Any], _folder: Path) -> None:
         described["backend"]["backend"] = "openvino:bf16"
 
-    other = changed(bundle, tmp_path / "model", ask_for_less)
-    runs = load_networks_or_eager(other, CPU, Backend.OPENVINO_BFLOAT16, 1).backend
-    if "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        assert runs is Backend.OPENVINO_BFLOAT16
-    else:
-        assert runs is Backend.EAGER
-        assert "computes fold 0 in f32 and not as openvino:bf16 on this CPU; it takes AVX512-BF16" in caplog.text
-    assert load_networks_or_eager(other, CPU, OPENVINO, 1).backend is Backend.EAGER
+    return changed(bundle, tmp_path_factory.mktemp("bfloat16") / "model", ask_for_less)
+
+
+def on_a_processor_with(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
+    """What OpenVINO says that the processor has instructions for; all else is this one's."""
+    core = openvino().Core
+    known = core.get_property
+
+    def told(asked: Any, *names: str) -> Any:
+        return list(capabilities) if names == ("CPU", "OPTIMIZATION_CAPABILITIES") else known(asked, *names)
+
+    monkeypatch.setattr(core, "get_property", told)
+
+
+def test_bfloat16_that_a_processor_would_only_imitate_is_run_by_eager(
+    in_bfloat16: ModelBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenVINO grants it to every processor with AVX-512, and the layers say bf16 then."""
+    monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"bf16"})
+    on_a_processor_with(monkeypatch, "FP32", "INT8", "BIN")
+    with pytest.raises(BundleError, match=r"no instructions for openvino:bf16, .* takes AVX512-BF16, AMX or AVX2"):
+        Networks(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16)
+    assert load_networks_or_eager(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16, 1).backend is Backend.EAGER
+    assert "this CPU has no instructions for openvino:bf16" in caplog.text
+
+
+def test_bfloat16_is_run_by_processors_that_compute_in_it(
+    in_bfloat16: ModelBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what was compiled is read all the same: a layer may be left in float32."""
+    on_a_processor_with(monkeypatch, "FP32", "BF16")
+    with monkeypatch.context() as patched:
+        patched.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"bf16"})
+        runs = load_networks_or_eager(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16, 1)
+    assert runs.backend is Backend.OPENVINO_BFLOAT16
+    monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"f32"})
+    assert load_networks_or_eager(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16, 1).backend is Backend.EAGER
+    assert "computes fold 0 in f32 and not as openvino:bf16 on this CPU; it takes AVX512-BF16" in caplog.text
+
+
+def test_an_archive_for_another_precision_is_run_by_eager(in_bfloat16: ModelBundle) -> None:
+    assert load_networks_or_eager(in_bfloat16, CPU, OPENVINO, 1).backend is Backend.EAGER
 
 
 def test_a_graph_that_cannot_be_read_is_no_outage(bundle: ModelBundle, tmp_path: Path) -> None:

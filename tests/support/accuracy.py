@@ -27,9 +27,14 @@ def structure(eager: int, backend: int, common: int, labels: LabelVoxels | None 
     )
 
 
-def to_labels(eager: int, backend: int, *, voxels: int = 100) -> LabelVoxels:
-    """Answers of 100 voxels each, of which so many are right."""
-    return LabelVoxels(voxels=voxels, eager=100, backend=100, eager_common=eager, backend_common=backend)
+def to_labels(eager: int, backend: int, *, voxels: int = 100, of_each: int = 100) -> LabelVoxels:
+    """Answers of so many voxels each, of which so many are right."""
+    return LabelVoxels(voxels=voxels, eager=of_each, backend=of_each, eager_common=eager, backend_common=backend)
+
+
+def not_in_labels(eager: int, backend: int) -> LabelVoxels:
+    """Labels without the structure, and answers with so many voxels of it."""
+    return LabelVoxels(voxels=0, eager=eager, backend=backend, eager_common=0, backend_common=0)
 
 
 def report(
@@ -37,6 +42,7 @@ def report(
     against: Reference = Reference.EAGER,
     mean: float = 0.005,
     most: float = 0.01,
+    unlabelled: float = 0.01,
     backend: Backend = OPENVINO,
     files: Mapping[str, str] = FILES,
 ) -> AccuracyReport:
@@ -47,7 +53,7 @@ def report(
         files=dict(files),
         processor="a processor",
         software={"openvino": "2026.4.1"},
-        limits=DiceLimits(against=against, mean=mean, structure=most),
+        limits=DiceLimits(against=against, mean=mean, structure=most, unlabelled=unlabelled),
         cases=tuple(
             CaseAccuracy(
                 name=f"case_{number}",

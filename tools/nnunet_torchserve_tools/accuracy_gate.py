@@ -1,24 +1,34 @@
 """Whether a backend's measured answers are near enough to be served: the decision, and what it says.
 
 With labels what counts is what is lost of eager's Dice to them: a backend may answer otherwise, but not worse. Without
-labels nobody knows which answer is the better one, and what counts is how far it is from eager's.
+labels nobody knows which answer is the better one, and what counts is how far it is from eager's. So it does for a
+structure in a case whose labels have none of it: both answers have a Dice of 0 to nothing, whatever they hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnunet_torchserve.accuracy import AccuracyReport, DiceLimits, Reference, StructureAccuracy
+from nnunet_torchserve.accuracy import AccuracyReport, CaseAccuracy, DiceLimits, Reference, StructureAccuracy
 
 from .errors import ToolError
 from .validation_cases import Tolerance
 
 DEFAULTS = {
-    Reference.LABELS: DiceLimits(against=Reference.LABELS, mean=0.001, structure=0.005),
-    Reference.EAGER: DiceLimits(against=Reference.EAGER, mean=0.005, structure=0.01),
+    Reference.LABELS: DiceLimits(against=Reference.LABELS, mean=0.001, structure=0.005, unlabelled=0.01),
+    Reference.EAGER: DiceLimits(against=Reference.EAGER, mean=0.005, structure=0.01, unlabelled=0.01),
 }
 """bfloat16 keeps both for a trained model of brain tissue; a model of 8-bit integers that is no worse against labels
 keeps the first only."""
+
+FEW_VOXELS = 10
+"""So many different voxels are no reason to refuse for a structure in a case: of a small structure one voxel is more
+Dice than any limit. They count in the mean, in which many such cases add up, and a small structure that is lost counts
+whole."""
+
+LEAST_DICE = 0.1
+"""Eager's to labels that are of the same image, for at least one structure of a case. It is about what chance gives a
+structure that fills a tenth of the image; a model that is worse than that in all structures has nothing to lose."""
 
 _MOST_NAMED = 5
 
@@ -36,7 +46,8 @@ def limits_of(tolerance: Tolerance | None, *, has_labels: bool) -> DiceLimits:
     default = DEFAULTS[Reference.LABELS if has_labels else Reference.EAGER]
     if tolerance is None:
         return default
-    return DiceLimits(against=default.against, mean=tolerance.mean, structure=tolerance.structure)
+    structure = tolerance.structure
+    return DiceLimits(against=default.against, mean=tolerance.mean, structure=structure, unlabelled=structure)
 
 
 def check(report: AccuracyReport) -> None:
@@ -48,10 +59,8 @@ def check(report: AccuracyReport) -> None:
     if report.dice is None:
         msg = f"{report.backend}: no answer has any structure, so nothing was measured; take images that show some"
         raise ToolError(msg)
-    labelled = [each.labels for name in report.structures for each in report.of(name) if each.labels is not None]
-    if labelled and not any(each.eager_common for each in labelled):
-        msg = "eager's answers have nothing in common with the labels: they are of other images, and prove nothing"
-        raise ToolError(msg)
+    if report.has_labels:
+        _check_labels(report)
     reasons = list(_reasons(report))
     if not reasons:
         return
@@ -62,6 +71,28 @@ def check(report: AccuracyReport) -> None:
     if report.limits.against is Reference.EAGER:
         msg += "; with labels (--labels) it is asked whether it is worse, and not whether it is different"
     raise ToolError(msg)
+
+
+def _check_labels(report: AccuracyReport) -> None:
+    """Refuse labels that prove nothing: nothing seems to be lost of what eager does not find either."""
+    if not any(each.is_labelled for case in report.cases for each in case.structures.values()):
+        msg = "the labels have no structure in any case, so nothing could be lost: take others, or leave --labels out"
+        raise ToolError(msg)
+    for case in report.cases:
+        best = _best_dice(case)
+        if best is not None and best < LEAST_DICE:
+            msg = (
+                f"case {case.name} proves nothing: eager's Dice to its labels is {best:.4f} for the best of its "
+                f"structures, and at least {LEAST_DICE:g} was expected. They are of another image, or eager finds "
+                "nothing of what they hold: mend the labels, or leave the case out"
+            )
+            raise ToolError(msg)
+
+
+def _best_dice(case: CaseAccuracy) -> float | None:
+    """Eager's to the labels of the structure that it finds best; ``None`` where they have none."""
+    found = (each.labels.eager_dice for each in case.structures.values() if each.labels and each.is_labelled)
+    return max((dice for dice in found if dice is not None), default=None)
 
 
 def unseen(report: AccuracyReport) -> list[str]:
@@ -78,18 +109,18 @@ def _reasons(report: AccuracyReport) -> Iterator[str]:
         for name, each in case.structures.items()
     ]
     for loss, name, case, each in sorted(losses, key=lambda found: -found[0]):
-        if loss > limits.structure + _ROUNDING:
-            yield f"{name} of case {case} {_told(each, report, loss)}, more than {limits.structure:g}"
+        most = limits.structure if each.reference(limits.against) is limits.against else limits.unlabelled
+        if loss > most + _ROUNDING and each.different > FEW_VOXELS:
+            yield f"{name} of case {case} {_told(each, report, loss)}, more than {most:g}"
     if (mean := report.mean_loss()) > limits.mean + _ROUNDING:
         yield f"the mean over structures and cases is a loss of {mean:.4g}, more than {limits.mean:g}"
 
 
 def _told(each: StructureAccuracy, report: AccuracyReport, loss: float) -> str:
-    if report.limits.against is Reference.LABELS and each.labels is not None:
-        eager, other = (_figure(dice) for dice in (each.labels.eager_dice, each.labels.backend_dice))
-        return f"loses {loss:.4g} Dice to the labels (eager {eager}, {report.backend} {other})"
-    return f"loses {loss:.4g} Dice to eager's answer"
-
-
-def _figure(dice: float | None) -> str:
-    return "nothing in either" if dice is None else f"{dice:.4f}"
+    eager = f"loses {loss:.4g} Dice to eager's answer"
+    if report.limits.against is Reference.EAGER:
+        return eager
+    if each.labels is None or each.reference(Reference.LABELS) is Reference.EAGER:
+        return f"is not in the labels and {eager}"
+    found, other = (f"{dice or 0.0:.4f}" for dice in (each.labels.eager_dice, each.labels.backend_dice))
+    return f"loses {loss:.4g} Dice to the labels (eager {found}, {report.backend} {other})"

@@ -24,14 +24,16 @@ def lines(report: AccuracyReport) -> Iterator[str]:
     yield (
         f"loss of Dice to {against}: {report.mean_loss():.4g} in the mean; allowed are {report.limits.mean:g}, and "
         f"{report.limits.structure:g} of a structure in a case"
+        f"{_and_unlabelled(report.limits.model_dump(mode='json'))}"
     )
 
 
 def in_short(summary: Mapping[str, Any]) -> str:
     """One line, from a report's summary."""
     cases = summary["cases"]
-    share = f"{summary['different_voxels']} of {summary['voxels']} voxels different"
-    mean = "no structure in any answer" if summary["dice"] is None else f"mean Dice {rounded_down(summary['dice'])}"
+    different, known = summary["different_voxels"], summary["dice"]
+    share = f"{different} of {summary['voxels']} voxels different"
+    mean = "no structure in any answer" if known is None else f"mean Dice {rounded_down(known, different=different)}"
     return f"{cases} {'case' if cases == 1 else 'cases'}: {share}, {mean}"
 
 
@@ -43,6 +45,32 @@ def worst(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"worst Dice of a structure in a case: {name}, {rounded_down(found[name])}"
 
 
+def held(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What it was held to, and what it says nothing of, from a report's summary."""
+    limits = summary["limits"]
+    against = "the labels" if limits["against"] == Reference.LABELS else "eager's answers"
+    yield (
+        f"allowed was a loss of Dice to {against} of {limits['mean']:g} in the mean, and {limits['structure']:g} of a "
+        f"structure in a case{_and_unlabelled(limits)}"
+    )
+    structures = summary["structures"]
+    if missing := [name for name, each in structures.items() if each["dice"] is None]:
+        yield f"in no answer, so nothing is known of it: {', '.join(missing)}"
+    told = [
+        f"{name} {_dice(each['dice_to_labels']['eager'])} and {_dice(each['dice_to_labels']['backend'])}"
+        for name, each in structures.items()
+        if each["dice_to_labels"] is not None
+    ]
+    if told:
+        yield f"mean Dice to labels, of eager and of {summary['backend']}: {'; '.join(told)}"
+
+
+def _and_unlabelled(limits: Mapping[str, Any]) -> str:
+    if limits["against"] != Reference.LABELS:
+        return ""
+    return f"; where a case's labels lack it, {limits['unlabelled']:g} to eager's answer"
+
+
 def _rows(report: AccuracyReport) -> Iterator[list[str]]:
     for number, case in enumerate(report.cases, start=1):
         for name, each in case.structures.items():
@@ -50,7 +78,8 @@ def _rows(report: AccuracyReport) -> Iterator[list[str]]:
             distance = each.surface_distance_95_mm
             row.append(_NONE if distance is None else f"{distance:.3g}")
             if each.labels is not None:
-                row += [_dice(each.labels.eager_dice), _dice(each.labels.backend_dice)]
+                both = (each.labels.eager_dice, each.labels.backend_dice)
+                row += [_dice(value) if each.is_labelled else _NONE for value in both]
             yield row
 
 

@@ -2,6 +2,8 @@
 
 The graph's weights are float32. In which precision it is computed is asked for when it is compiled, and read back from
 what was compiled: OpenVINO takes another one where it thinks that better, or where the processor lacks the asked one.
+For bfloat16 the reading proves too little. Every processor with AVX-512 is granted it, and one without instructions for
+it imitates it: slowly, and rounded otherwise. So the processor is asked as well.
 
 A graph is compiled for one size of a batch, and a smaller batch is filled up: like that an answer does not depend on
 who else is served. Its threads are OpenVINO's own, as many as PyTorch's. They are not pinned to processors: two engines
@@ -30,7 +32,10 @@ from .openvino_library import openvino
 _HINTS = {Backend.OPENVINO_FLOAT32: "f32", Backend.OPENVINO_BFLOAT16: "bf16"}
 """Backend -> OpenVINO's name of the precision that is asked for, and has to be found."""
 
-_WANTS = {Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16 or AMX"}
+_CAPABILITIES = {Backend.OPENVINO_BFLOAT16: "BF16"}
+"""Backend -> what OpenVINO must count among the processor's own abilities (``OPTIMIZATION_CAPABILITIES``)."""
+
+_WANTS = {Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16, AMX or AVX2-VNNI-2"}
 """What a processor needs for it."""
 
 _COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -62,7 +67,8 @@ class OpenVinoNetworks:
             batch: patches in one forward pass.
 
         Raises:
-            BundleError: OpenVINO is not there, does not take a graph, or computes in another precision.
+            BundleError: OpenVINO is not there, does not take a graph, or computes in another precision; or the
+                processor would only imitate the precision.
         """
         self.device = torch.device("cpu")
         self.backend = backend
@@ -75,6 +81,7 @@ class OpenVinoNetworks:
         for fold in member.description.folds:
             self._files[fold.fold] = graph_files(fold.fold)
         self._core = openvino().Core()
+        _check_processor(self._core, backend)
         self._requests: dict[FoldName, Any] = {}
         for name, files in self._files.items():
             self._requests[name] = self._compiled(name, _read_graph(member, files))
@@ -159,6 +166,14 @@ class OpenVinoNetworks:
             msg = f"OpenVINO computes fold {fold} in {', '.join(sorted(runs_in))} and not as {self.backend} on this CPU"
             raise BundleError(msg + _WANTS.get(self.backend, ""))
         return request
+
+
+def _check_processor(core: Any, backend: Backend) -> None:
+    """Raise :class:`BundleError` where the processor lacks the instructions of a backend's precision."""
+    wanted = _CAPABILITIES.get(backend)
+    if wanted is not None and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        msg = f"this CPU has no instructions for {backend}, which OpenVINO would imitate or run in another precision"
+        raise BundleError(msg + _WANTS.get(backend, ""))
 
 
 def _read_graph(member: Member, files: tuple[str, str]) -> Graph:
