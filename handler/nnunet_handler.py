@@ -144,6 +144,7 @@ def _load(context: Any, model_dir: Path) -> Any:
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.machine import torch_threads
+        from nnunet_torchserve.measured_here import report_in_force
         from nnunet_torchserve.pipeline import Pipeline
         from nnunet_torchserve.relay import Relay
         from nnunet_torchserve.served import read_served
@@ -167,15 +168,16 @@ def _load(context: Any, model_dir: Path) -> Any:
     limits = Limits.from_settings(settings.limits).for_model(bundle.lead.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     wanted = wanted_backend(bundle.description.backend, settings.backend)
-    measured = bundle.accuracy is not None
-    backend = usable_backend(wanted, bundle.description.backend, device.type, measured=measured)
+    stored, batch = bundle.description.backend, settings.max_patch_batch
+    bundle.accuracy = report_in_force(bundle.accuracy, stored, wanted, device.type, batch)
+    backend = usable_backend(wanted, stored, device.type, measured=bundle.accuracy is not None)
     counts, sink = Counts(), _metrics(context)
     model = (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
     engine = RemoteEngine(
         bundle,
         device,
-        settings.max_patch_batch,
+        batch,
         settings.policy,
         limits,
         golden_interval_s=settings.golden_interval_s,

@@ -199,6 +199,7 @@ class AccuracyReport(_Part):
         files: of the archive -> sha256: those that were run.
         processor: whose precision it was.
         software: package -> version.
+        max_patch_batch: patches in a forward pass of the backend.
         limits: what might have been lost.
         cases: all that were predicted, by both, as a request without options is.
     """
@@ -208,6 +209,7 @@ class AccuracyReport(_Part):
     files: dict[str, _Digest]
     processor: str
     software: dict[str, str]
+    max_patch_batch: Annotated[int, Field(gt=0)]
     limits: DiceLimits
     cases: Annotated[tuple[CaseAccuracy, ...], Field(min_length=1)]
 
@@ -283,6 +285,7 @@ class AccuracyReport(_Part):
             "limits": self.limits.model_dump(mode="json"),
             "processor": self.processor,
             "software": self.software,
+            "max_patch_batch": self.max_patch_batch,
         }
 
     def _structure(self, name: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def usable_backend(
         wanted: of :func:`wanted_backend`.
         stored: what the archive holds.
         device_type: PyTorch's name.
-        measured: the archive has a report of its accuracy.
+        measured: the archive has a report of its accuracy, which holds here.
     """
     if (reason := why_not_served(wanted, stored, device_type, measured=measured)) is None:
         return wanted
@@ -115,7 +115,10 @@ def why_not_served(wanted: Backend, stored: StoredBackend | None, device_type: s
     """The same as :func:`why_not`; or that nobody has measured what must be measured before it serves."""
     reason = why_not(wanted, stored, device_type)
     if reason is None and wanted in NEEDS_REPORT and not measured:
-        return "the archive has no report of its accuracy; make it again with 'nnunet-torchserve archive --validate'"
+        return (
+            "the archive has no report of its accuracy that holds here; make it again with 'nnunet-torchserve archive "
+            "--validate'"
+        )
     return reason
 
 

@@ -75,7 +75,8 @@ class ModelBundle:
     Attributes:
         members: name -> member, in the order in which the recipe names them.
         codes: what its structures are, as far as its owner said it.
-        accuracy: how far its other backend's answers are from eager's, where that was measured.
+        accuracy: how far its other backend's answers are from eager's, where that was measured; a server whose
+            answers are others (:mod:`.measured_here`) sets it to ``None``.
         lead: the member whose labels, channels and reader the whole model has, as all members of an ensemble have; of
             a cascade its last stage.
     """

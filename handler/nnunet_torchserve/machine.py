@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processors and memory.
+"""What this process may use of its machine: processors and memory; and what kind of processor that is.
 
 A container sees all processors and all memory of its host; what it may use stands in its control groups (version 1 or
 2, also those of its parents), in its processor affinity, and in ``OMP_NUM_THREADS`` where somebody has set it. Nobody
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -23,6 +24,7 @@ THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 @cache
@@ -50,6 +52,16 @@ def count_threads(environ: Mapping[str, str], quota: float | None = None) -> int
     with suppress(ValueError):
         bounds.append(int(environ.get(THREADS_VARIABLE, "").split(",")[0]))
     return max(1, int(min(bound for bound in bounds if bound > 0)))
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = _PROCESSORS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.machine()
 
 
 def memory_bytes() -> int:

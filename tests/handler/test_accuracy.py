@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, Reference, deciding_files, read_accuracy, said_of
 from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.machine import processor_name
+from nnunet_torchserve.measured_here import report_in_force
 from support.accuracy import FILES, OPENVINO, not_in_labels, report, structure, to_labels
 
 BF16 = Backend.OPENVINO_BFLOAT16
@@ -201,3 +204,61 @@ def test_what_must_be_measured_serves_only_where_it_was(caplog: pytest.LogCaptur
     assert usable_backend(BF16, stored, "cpu") is Backend.EAGER
     assert "has no report of its accuracy" in caplog.text
     assert usable_backend(OPENVINO, STORED, "cpu") is OPENVINO
+
+
+NUMPY = importlib.metadata.version("numpy")
+NEEDS_NUMPY = STORED.model_copy(update={"requires": {"numpy": ">=1"}})
+"""As if numpy ran the networks."""
+
+
+def made_here(**changes: Any) -> AccuracyReport:
+    """A report of this machine."""
+    here = {"processor": processor_name(), "software": {"numpy": NUMPY, "torch": "1"}, "max_patch_batch": 2}
+    return report({"a": NEAR}).model_copy(update=here | changes)
+
+
+def test_a_report_holds_where_the_backend_runs_as_it_was_measured(caplog: pytest.LogCaptureFixture) -> None:
+    """Other packages may be others: they do not run the networks."""
+    measured = made_here()
+    assert report_in_force(measured, NEEDS_NUMPY, OPENVINO, "cpu", 2) is measured
+    of_one = made_here(max_patch_batch=1)
+    assert report_in_force(of_one, NEEDS_NUMPY, OPENVINO, "cpu", "auto") is of_one
+    assert report_in_force(None, NEEDS_NUMPY, OPENVINO, "cpu", 2) is None
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "reason"),
+    [
+        ({"software": {"numpy": "0.1"}}, 2, f"with numpy 0.1, and {NUMPY} is installed"),
+        ({"software": {}}, 2, f"with numpy no version, and {NUMPY} is installed"),
+        ({}, 4, "with a max_patch_batch of 2, and it is 4"),
+        ({}, "auto", "with a max_patch_batch of 2, and it is 1"),
+    ],
+    ids=["another version", "an unknown version", "another batch", "no batch"],
+)
+def test_a_number_of_other_answers_is_stated_nowhere_and_lets_nothing_serve(
+    changes: Any, batch: int | Literal["auto"], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = NEEDS_NUMPY.model_copy(update={"backend": BF16})
+    found = report_in_force(made_here(backend=BF16, **changes), stored, BF16, "cpu", batch)
+    assert found is None
+    [warning] = caplog.records
+    assert reason in warning.getMessage()
+    assert usable_backend(BF16, stored, "cpu", measured=found is not None) is Backend.EAGER
+
+
+def test_another_processor_is_a_warning_only(caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = made_here(processor="another processor")
+    assert report_in_force(elsewhere, NEEDS_NUMPY, OPENVINO, "cpu", 2) is elsewhere
+    [warning] = caplog.records
+    assert f"measured on another processor; this is {processor_name()}, and" in warning.getMessage()
+
+
+@pytest.mark.parametrize(("wanted", "device"), [(Backend.EAGER, "cpu"), (BF16, "cpu"), (OPENVINO, "cuda")])
+def test_a_server_that_runs_no_measured_backend_has_nothing_to_say_of_the_report(
+    wanted: Backend, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = made_here(software={}, processor="another processor")
+    assert report_in_force(other, NEEDS_NUMPY, wanted, device, 4) is other
+    assert not caplog.records

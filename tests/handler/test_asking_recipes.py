@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
+from nnunet_torchserve.responses import BACKEND
+from support.accuracy import report, structure
 from support.chaos import SPACING, Case
 from support.odd_models import OddModel
 from support.packaged import pipeline_of
@@ -106,6 +109,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes], set[tuple[int, str]]]] = {
 @pytest.mark.parametrize("name", [each if each in QUICK else pytest.param(each, marks=LONG) for each in TAKEN])
 def test_labels_of_any_kind_are_taken(name: str, recipes: Recipes) -> None:
     assert ask(recipes("cascade"), TAKEN[name]()) == (200, "", "")
+
+
+def test_a_dice_of_images_alone_is_not_said_of_an_answer_to_somebodys_labels(
+    recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured had its first stage's labels from the archive. As if eager were another backend."""
+    cascade = recipes("cascade")
+    measured = report({"a": structure(9, 9, 9)}).model_copy(update={"backend": Backend.EAGER})
+    monkeypatch.setattr(cascade.bundle, "accuracy", measured)
+    image = {"image": IMAGE.body}
+    of_both = [cascade.answer(Request(image | more, {})) for more in ({}, {"previous_stage": nifti(SOUND)})]
+    assert [answer.headers[BACKEND] for answer in of_both] == ["eager; dice=1.0000", "eager"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

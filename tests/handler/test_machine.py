@@ -16,7 +16,7 @@ import torch
 
 from nnunet_torchserve.cases import price, settings_for
 from nnunet_torchserve.export.threads import in_threads
-from nnunet_torchserve.machine import MOST_THREADS, count_threads, cpu_quota, usable_threads
+from nnunet_torchserve.machine import MOST_THREADS, count_threads, cpu_quota, processor_name, usable_threads
 from nnunet_torchserve.options import Options
 from nnunet_torchserve.pipeline import Pipeline
 from support.plans import volume_of
@@ -67,6 +67,10 @@ def test_the_smallest_bound_counts() -> None:
     assert count_threads({"OMP_NUM_THREADS": "1,8"}, 64.0) == 1
     for nonsense in ("", "many", "0", "-3"):
         assert count_threads({"OMP_NUM_THREADS": nonsense}, math.inf) == min(processors, MOST_THREADS)
+
+
+def test_a_processor_has_a_name() -> None:
+    assert processor_name().strip()
 
 
 def test_affinity_counts() -> None:

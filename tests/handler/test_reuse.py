@@ -53,6 +53,7 @@ from nnunet_torchserve.reuse import keep_of, keys_of, recalled
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.telemetry import SERVER_TIMING
 from support import volumes
+from support.accuracy import report, structure
 from support.bad_requests import FAST, GOOD, INT16
 from support.chaos import PATIENCE_S, engine_processes, wait_for
 
@@ -495,7 +496,11 @@ def test_frozen_memory_cannot_be_changed_by_anybody() -> None:
 # --- equal requests at the same time ---------------------------------------------------------------------------------
 
 
-def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Callable[[str], Pipeline]) -> None:
+def test_equal_requests_at_once_are_computed_once(
+    flying: Fleet, pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flying.bundle.accuracy = report({"a": structure(9, 9, 9)}).model_copy(update={"backend": Backend.EAGER})
+    monkeypatch.setattr("nnunet_torchserve.pipeline.is_default", lambda *_: True)  # as if FAST had been measured
     workers = [flying.worker(cache_bytes=0, single_flight=True) for _ in range(3)]
     expected = ask(pipeline("five_folds"))
     assert flying.tally is not None
@@ -517,7 +522,7 @@ def test_equal_requests_at_once_are_computed_once(flying: Fleet, pipeline: Calla
     assert [stages(answer) for answer in answers[1:]] == [{"decode", "queue"}] * 2
     assert len({answer.headers["X-Nnunet-Request-Id"] for answer in answers}) == len(answers)
     assert {answer.content_type for answer in answers} == {expected.content_type}
-    assert [answer.headers["X-Nnunet-Backend"] for answer in answers] == ["eager"] * 3
+    assert [answer.headers["X-Nnunet-Backend"] for answer in answers] == ["eager; dice=1.0000"] * 3
     [line] = [passes for total, passes in flying.tally.take().items() if total is Total.PASSES]
     assert line == passes_of(flying.bundle.lead, FAST)
     wait_for(lambda: flying.level(Level.CASES_FOLLOWING) == 0)

@@ -53,6 +53,7 @@ def report(
         files=dict(files),
         processor="a processor",
         software={"openvino": "2026.4.1"},
+        max_patch_batch=1,
         limits=DiceLimits(against=against, mean=mean, structure=most, unlabelled=unlabelled),
         cases=tuple(
             CaseAccuracy(

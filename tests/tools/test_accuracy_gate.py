@@ -6,7 +6,7 @@ import pytest
 
 from nnunet_torchserve.accuracy import AccuracyReport, Reference, StructureAccuracy
 from nnunet_torchserve_tools.accuracy_gate import DEFAULTS, FEW_VOXELS, check, limits_of, unseen
-from nnunet_torchserve_tools.accuracy_table import lines
+from nnunet_torchserve_tools.accuracy_table import held, in_short, lines
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.validation_cases import Tolerance
 from support.accuracy import not_in_labels, report, structure, to_labels
@@ -145,3 +145,25 @@ def test_the_table_has_a_line_for_each_case_and_structure_and_what_was_worst() -
     assert told[5].split() == ["case_1", "csf", "0", "0", "-", "-"]
     assert "2 cases: 18 of 20000 voxels different, mean Dice 0.9955" in told
     assert "worst Dice of a structure in a case: csf, 0.9910" in told
+
+
+def test_a_card_says_what_was_allowed_and_of_what_nothing_is_known() -> None:
+    nothing = structure(0, 0, 0, not_in_labels(0, 0))
+    allowed, unknown, to_labels_ = held(to_the_labels({"gm": RIGHT, "csf": nothing}).summary())
+    assert allowed == (
+        "allowed was a loss of Dice to the labels of 0.001 in the mean, and 0.005 of a structure in a case; where a "
+        "case's labels lack it, 0.01 to eager's answer"
+    )
+    assert unknown == "in no answer, so nothing is known of it: csf"
+    assert to_labels_ == "mean Dice to labels, of eager and of openvino:float32: gm 0.8000 and 0.8000"
+    [allowed] = held(report({"gm": SAME}).summary())
+    assert (
+        allowed
+        == "allowed was a loss of Dice to eager's answers of 0.005 in the mean, and 0.01 of a structure in a case"
+    )
+
+
+def test_a_mean_is_no_1_where_a_voxel_is_different() -> None:
+    summary = report({"gm": SAME}).summary()
+    assert in_short(summary).endswith("mean Dice 1.0000")
+    assert in_short(summary | {"different_voxels": 1}).endswith("mean Dice 0.9999")

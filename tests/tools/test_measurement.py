@@ -10,7 +10,7 @@ import pytest
 
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve_tools.errors import ToolError
-from nnunet_torchserve_tools.measurement import _structures, _to_labels, processor_name
+from nnunet_torchserve_tools.measurement import _structures, _to_labels
 
 
 def found(bundle: ModelBundle) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -48,7 +48,3 @@ def test_what_the_labels_ignore_counts_for_nobody() -> None:
     assert (counted.voxels, counted.eager, counted.backend) == (2, 2, 2)
     assert counted.eager_dice == counted.backend_dice == 1
     assert _to_labels(labels, (1,), (), eager, other).eager == 5
-
-
-def test_a_processor_has_a_name() -> None:
-    assert processor_name().strip()

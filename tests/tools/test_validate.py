@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -26,22 +28,27 @@ from nnunet_torchserve.cases import is_default, settings_of
 from nnunet_torchserve.engine import golden
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.backends.openvino_library import openvino
+from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.member import Member
 from nnunet_torchserve.options import Accumulate, ExportMethod, Options, OutputFormat, PreprocessMethod, Priority
 from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.postprocessing import Postprocessing
 from nnunet_torchserve.request import Request
+from nnunet_torchserve.responses import Response
 from nnunet_torchserve_tools import golden_patches
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.graphs import write_graphs
+from nnunet_torchserve_tools.label_comparison import mask_of, surface_distance_95
+from nnunet_torchserve_tools.measurement import _compare, _structures
 from nnunet_torchserve_tools.model_card import lines, model_card
 from nnunet_torchserve_tools.validate import validate
-from nnunet_torchserve_tools.validation_cases import Validation
+from nnunet_torchserve_tools.validation_cases import Validation, ValidationCase
 from support import volumes
 
 CPU = torch.device("cpu")
@@ -136,7 +143,10 @@ def test_an_archive_keeps_its_report_under_its_checksums_and_without_names(made:
     assert any(line.startswith("case_1 ") and " high " in line for line in made.told)
     card = model_card(made.archive)
     assert card["backend"]["accuracy"] == made.report.summary()
-    assert any("measured on " in line and "2 cases" in line for line in lines(card))
+    told = "\n".join(lines(card))
+    assert re.search(r"measured on .*: 2 cases", told)
+    assert "allowed was a loss of Dice to the labels of 0.001 in the mean, and 0.005 of a structure" in told
+    assert re.search(r"mean Dice to labels, of eager and of openvino:float32: low 0\.\d{4} and 0\.\d{4}; middle", told)
 
 
 def test_a_number_stands_in_the_head_of_such_answers_as_were_measured_and_of_no_others(
@@ -176,6 +186,72 @@ def test_a_number_stands_in_the_head_of_such_answers_as_were_measured_and_of_no_
 )
 def test_options_that_decide_no_label_make_such_answers_too(options: Options, expected: bool, made: Made) -> None:
     assert is_default(made.bundle, options, settings_of(made.bundle, options)) is expected
+
+
+def test_an_answer_without_the_postprocessing_that_the_model_has_is_another(made: Made) -> None:
+    bundle, without = ModelBundle(made.bundle.folder), Options(postprocess=False)
+    assert is_default(bundle, without, settings_of(bundle, without))
+    bundle.description = bundle.description.model_copy(update={"postprocessing": Postprocessing()})
+    assert not is_default(bundle, without, settings_of(bundle, without))
+    assert is_default(bundle, Options(), settings_of(bundle, Options()))
+
+
+class Higher:
+    """A pipeline whose answers lie a voxel higher along z."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.bundle, self.backend, self._pipeline = pipeline.bundle, pipeline.backend, pipeline
+
+    def answer(self, request: Request) -> Response:
+        response = self._pipeline.answer(request)
+        with np.load(io.BytesIO(response.body)) as arrays:
+            content = dict(arrays)
+        content["labels"] = np.roll(content["labels"], 1, axis=-3)
+        file = io.BytesIO()
+        np.savez(file, **content)
+        return replace(response, body=file.getvalue())
+
+
+def test_distances_are_along_the_axes_whose_spacing_the_image_has(
+    pipelines: dict[Backend, Pipeline], tmp_path: Path
+) -> None:
+    """z comes first in an answer's labels, and last in its spacing."""
+    image = volumes.blobs((24, 28, 24), seed=40)[0]
+    file = volumes.write(tmp_path, "case_0000.nii.gz", volumes.nifti_gz(image, np.diag([1.0, 2.0, 3.0, 1.0])))
+    eager = pipelines[Backend.EAGER]
+    higher: Any = Higher(eager)
+    structures = _structures(eager.bundle)
+    found = _compare(ValidationCase("case", (file,), None), ("0" * 64,), structures, eager, higher, list[str]().append)
+    with np.load(io.BytesIO(ask(eager, file, output_format="npz").body)) as arrays:
+        labels = arrays["labels"]
+    differ = []
+    for name, structure in structures.items():
+        masks = [mask_of(each, structure.painted) for each in (labels, np.roll(labels, 1, axis=-3))]
+        assert found.structures[name].surface_distance_95_mm == surface_distance_95(*masks, (3.0, 2.0, 1.0))
+        differ.append(surface_distance_95(*masks, (3.0, 2.0, 1.0)) != surface_distance_95(*masks, (1.0, 2.0, 3.0)))
+    assert any(differ)
+
+
+def test_what_an_answer_warns_of_is_told(pipelines: dict[Backend, Pipeline], tmp_path: Path) -> None:
+    constant = np.full((16, 16, 16), 7, np.int16)
+    file = volumes.write(tmp_path, "a_0000.nii.gz", volumes.nifti_gz(constant, np.diag([1.5, 1.5, 1.5, 1.0])))
+    eager, told = pipelines[Backend.EAGER], list[str]()
+    _compare(ValidationCase("a", (file,), None), ("0" * 64,), _structures(eager.bundle), eager, eager, told.append)
+    assert told == ["a: the answer warns of constant_image"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), RuntimeError("no such kernel"), ValueError("odd graph")])
+def test_what_a_library_raises_means_that_nothing_was_measured(
+    error: Exception, made: Made, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not that the model makes no network, nor a traceback."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(OpenVinoNetworks, "_compiled", fail)
+    with pytest.raises(ToolError, match=f"openvino:float32 was not measured here: {type(error).__name__} {error}$"):
+        validate(made.archive, Validation((images / "imagesTs",)), lambda _line: None)
 
 
 def test_a_running_model_says_what_was_measured(made: Made, pipelines: dict[Backend, Pipeline]) -> None:

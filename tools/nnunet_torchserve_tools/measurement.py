@@ -7,15 +7,12 @@ that cannot run the backend nothing is measured.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import io
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,19 +31,21 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.machine import processor_name
+from nnunet_torchserve.measured_here import patches_at_once
 from nnunet_torchserve.options import HEADER
 from nnunet_torchserve.painting import integers
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.recipe import Cascade
 from nnunet_torchserve.request import Request
-from nnunet_torchserve.responses import BACKEND
+from nnunet_torchserve.responses import BACKEND, WARNING
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.volume import LabelArray
 
 from .case_labels import read_labels
 from .errors import ToolError, UsageError
 from .label_comparison import Mask, counts, mask_of, surface_distance_95
-from .validation_cases import ValidationCase
+from .validation_cases import ValidationCase, digests_of
 
 _TIME_LIMIT_S = 7 * 86400.0
 _IGNORE = "ignore"
@@ -81,10 +80,11 @@ def measure(
         settings: what it says to the handler.
         cases: at least one; all have labels, or none.
         limits: what may be lost; they are noted, and held by :mod:`.accuracy_gate`.
-        tell: hears a line for each case.
+        tell: hears a line for each case, and what its answer warns of.
 
     Raises:
-        UsageError: the archive has no other backend, or is the last stage of a cascade alone.
+        UsageError: the archive has no other backend, or is the last stage of a cascade alone; or one image came as two
+            cases.
         ToolError: this machine cannot run the backend, a case is refused, or a structure cannot be told from another.
     """
     stored = bundle.description.backend
@@ -92,17 +92,21 @@ def measure(
         msg = "the archive is made for eager, which others are compared with; make it with 'archive --backend'"
         raise UsageError(msg)
     structures = _structures(bundle)
-    slow, fast = (_pipeline(bundle, settings, backend) for backend in (Backend.EAGER, stored.backend))
+    images = digests_of(cases)
+    batch = patches_at_once(settings.max_patch_batch)
+    # eager takes one patch in a pass, whatever the archive says, as stock does
+    slow, fast = (_pipeline(bundle, settings, *how) for how in ((Backend.EAGER, 1), (stored.backend, batch)))
     measured = []
     for number, case in enumerate(cases, start=1):
         tell(f"comparing {case.name} ({number} of {len(cases)})")
-        measured.append(_compare(case, structures, slow, fast))
+        measured.append(_compare(case, images[case.name], structures, slow, fast, tell))
     return AccuracyReport(
         report_version=REPORT_VERSION,
         backend=stored.backend,
         files=deciding_files(bundle.description.files),
         processor=processor_name(),
         software={package: importlib.metadata.version(package) for package in (*_PACKAGES, *stored.requires)},
+        max_patch_batch=batch,
         limits=limits,
         cases=tuple(measured),
     )
@@ -134,11 +138,9 @@ def _structures(bundle: ModelBundle) -> dict[str, _Structure]:
     return found
 
 
-def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend) -> Pipeline:
-    """What a worker has; eager takes one patch in a pass, whatever the archive says, as stock does."""
+def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend, batch: int) -> Pipeline:
+    """What a worker has."""
     limits = Limits.from_settings(settings.limits, {}).for_model(bundle.lead.channels)
-    is_one = backend is Backend.EAGER or settings.max_patch_batch == "auto"
-    batch = 1 if is_one else int(settings.max_patch_batch)
     try:
         engine = LocalEngine(bundle, _CPU, batch, settings.policy, limits, backend)
     except BundleError as error:
@@ -152,11 +154,19 @@ def not_measured(backend: Backend, reason: str) -> str:
 
 
 def _compare(
-    case: ValidationCase, structures: Mapping[str, _Structure], slow: Pipeline, fast: Pipeline
+    case: ValidationCase,
+    images: tuple[str, ...],
+    structures: Mapping[str, _Structure],
+    slow: Pipeline,
+    fast: Pipeline,
+    tell: Callable[[str], None],
 ) -> CaseAccuracy:
     parts, lead = case.parts(), slow.bundle.lead
     labels = None if case.labels is None else read_labels(case, parts, lead, slow.limits)
-    (eager, spacing), (other, _) = (_answer(case, parts, pipeline) for pipeline in (slow, fast))
+    eager, spacing, warning = _answer(case, parts, slow)
+    other, _, _ = _answer(case, parts, fast)
+    if warning:
+        tell(f"{case.name}: the answer warns of {warning}")
     ignored = integers(lead.dataset["labels"].get(_IGNORE, []))
     found = {}
     for name, structure in structures.items():
@@ -171,7 +181,7 @@ def _compare(
         )
     return CaseAccuracy(
         name=case.name,
-        images=tuple(hashlib.sha256(content).hexdigest() for content in parts.values()),
+        images=images,
         voxels=eager.size,
         different=int(np.count_nonzero(eager != other)),
         structures=found,
@@ -191,8 +201,8 @@ def _to_labels(
 
 def _answer(
     case: ValidationCase, parts: Mapping[str, object], pipeline: Pipeline
-) -> tuple[LabelArray, tuple[float, ...]]:
-    """The labels (Z, Y, X) that a client would get, and the spacing in mm along z, y, x.
+) -> tuple[LabelArray, tuple[float, ...], str]:
+    """The labels (Z, Y, X) that a client would get, the spacing in mm along z, y, x, and what the answer warns of.
 
     Raises:
         ToolError: an error was answered, or by another backend.
@@ -206,14 +216,5 @@ def _answer(
         raise ToolError(not_measured(pipeline.backend, f"{ran} ran in its place"))
     with np.load(io.BytesIO(response.body), allow_pickle=False) as arrays:
         labels, spacing = arrays["labels"], [float(size) for size in arrays["spacing"]]
-    return labels.reshape((-1, *labels.shape[-2:])), tuple([*spacing, 1.0][2::-1])
-
-
-def processor_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.machine()
+    warning = response.headers.get(WARNING, "")
+    return labels.reshape((-1, *labels.shape[-2:])), tuple([*spacing, 1.0][2::-1]), warning

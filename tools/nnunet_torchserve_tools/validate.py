@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from nnunet_torchserve.accuracy import ACCURACY_FILE, AccuracyReport
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.settings import HandlerSettings
@@ -20,7 +21,7 @@ from .accuracy_gate import check, limits_of
 from .accuracy_table import lines
 from .errors import ToolError, UsageError
 from .golden_patches import write_bundle
-from .measurement import measure
+from .measurement import measure, not_measured
 from .serving_settings import MODEL_CONFIG_FILE
 from .validation_cases import Validation, cases_of
 
@@ -78,7 +79,13 @@ def _measured(
     bundle: ModelBundle, settings: HandlerSettings, asked: Validation, tell: Callable[[str], None]
 ) -> AccuracyReport:
     limits = limits_of(asked.tolerance, has_labels=asked.labels is not None)
-    return measure(bundle, settings, cases_of(asked, bundle.lead), limits, tell)
+    try:
+        return measure(bundle, settings, cases_of(asked, bundle.lead), limits, tell)
+    except (ToolError, OSError, Warning):
+        raise
+    except Exception as error:  # what libraries raise while they load or run a network, or where memory ends
+        backend = Backend.EAGER if bundle.description.backend is None else bundle.description.backend.backend
+        raise ToolError(not_measured(backend, f"{type(error).__name__} {error}")) from error
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,22 @@ def read_bytes(file: Path) -> bytes:
         raise UsageError(msg) from error
 
 
+def digests_of(cases: Sequence[ValidationCase]) -> dict[str, tuple[str, ...]]:
+    """Name of each case -> sha256 of each of its files.
+
+    Raises:
+        UsageError: a file cannot be read, or two cases are of the same images: they would count twice.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    for case in cases:
+        digests = tuple(hashlib.sha256(read_bytes(file)).hexdigest() for file in case.files)
+        if digests in names:
+            msg = f"the cases {names[digests]} and {case.name} are of the same image; name each image once"
+            raise UsageError(msg)
+        names[digests] = case.name
+    return {name: digests for digests, name in names.items()}
+
+
 def cases_of(asked: Validation, lead: Member) -> list[ValidationCase]:
     """All cases, those of a folder by their names.
 
@@ -138,7 +155,7 @@ def _files(source: Path, ending: str, channels: int) -> Iterator[tuple[str, tupl
         raise UsageError(msg)
     for files in cases:
         name = case_name(files, ending)
-        if len(files) != channels:
+        if len(files) not in (1, channels):  # one file may hold all channels, which the server sees
             msg = f"case {name} of {source} has {len(files)} files, and the model {channels} channels"
             raise UsageError(msg)
         yield name, tuple(map(Path, files))
