@@ -226,9 +226,10 @@ def test_distances_are_along_the_axes_whose_spacing_the_image_has(
         labels = arrays["labels"]
     differ = []
     for name, structure in structures.items():
-        masks = [mask_of(each, structure.painted) for each in (labels, np.roll(labels, 1, axis=-3))]
-        assert found.structures[name].surface_distance_95_mm == surface_distance_95(*masks, (3.0, 2.0, 1.0))
-        differ.append(surface_distance_95(*masks, (3.0, 2.0, 1.0)) != surface_distance_95(*masks, (1.0, 2.0, 3.0)))
+        low, high = (mask_of(each, structure.painted) for each in (labels, np.roll(labels, 1, axis=-3)))
+        expected = surface_distance_95(low, high, (3.0, 2.0, 1.0))
+        assert found.structures[name].surface_distance_95_mm == expected
+        differ.append(expected != surface_distance_95(low, high, (1.0, 2.0, 3.0)))
     assert any(differ)
 
 

@@ -23,8 +23,8 @@ keeps the first only."""
 
 FEW_VOXELS = 10
 """So many different voxels are no reason to refuse for a structure in a case: of a small structure one voxel is more
-Dice than any limit. They count in the mean, in which many such cases add up, and a small structure that is lost counts
-whole."""
+Dice than any limit. Where labels have the structure, or there are none, they count in the mean: there many such cases
+add up, and a small structure that is lost counts whole."""
 
 LEAST_DICE = 0.1
 """Eager's to labels that are of the same image, for at least one structure of a case. It is about what chance gives a

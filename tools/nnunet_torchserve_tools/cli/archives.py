@@ -14,7 +14,8 @@ from .command_line import app, reports_errors, say, warn, warnings_as_lines
 
 _MAX_DICE_LOSS_HELP = (
     "Dice that may be lost: in the mean, and of a structure in a case; one number is both. Default: with labels "
-    "0.001,0.005 of eager's Dice to them; without 0.005,0.01 of the Dice of both answers."
+    "0.001,0.005 of eager's Dice to them, and 0.01 of the Dice of both answers where a case's labels lack the "
+    "structure; without 0.005,0.01 of the Dice of both answers."
 )
 
 
