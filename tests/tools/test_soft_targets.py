@@ -150,10 +150,8 @@ def test_a_teacher_who_reads_images_in_another_way_is_refused(
 def test_a_teacher_is_the_same_by_another_name_and_with_its_folds_in_another_order(tmp_path: Path) -> None:
     teacher = OddModel(folds=(0, 1, "all")).write(tmp_path)
     renamed = shutil.copytree(teacher, tmp_path / "renamed")
-    one, other = (
-        ModelFolder(folder, folds, "checkpoint_final.pth", CPU).teacher
-        for folder, folds in ((teacher, (0, 1, "all")), (renamed, ("all", 1, 0)))
-    )
+    one = ModelFolder(teacher, (0, 1, "all"), "checkpoint_final.pth", CPU).teacher
+    other = ModelFolder(renamed, ("all", 1, 0), "checkpoint_final.pth", CPU).teacher
     assert other == one
     assert other.folds == (0, 1, "all")
     assert other.name == "renamed"
