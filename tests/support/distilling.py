@@ -84,14 +84,20 @@ SPACING = 1.5
 """mm of the images of :func:`write_dataset`."""
 
 
-def write_dataset(folder: Path, plans: Json, dataset: Json) -> Path:
+def write_dataset(folder: Path, plans: Json, dataset: Json, orientation: str = "RAS") -> Path:
     """nnU-Net's folders ``raw`` and ``preprocessed`` of a dataset of blobs in a black border, which is cropped.
+
+    Args:
+        folder: that they are put in.
+        plans: of the student.
+        dataset: dataset.json.
+        orientation: towards which the stored axes x, y, z run: R or L, A or P, S or I.
 
     Returns:
         The plans in the preprocessed folder, by which nothing is preprocessed yet.
     """
     raw, base = (folder / each / str(plans["dataset_name"]) for each in ("raw", "preprocessed"))
-    affine = np.diag([SPACING, SPACING, SPACING, 1])
+    affine = np.diag([*(SPACING if axis in "RAS" else -SPACING for axis in orientation), 1])
     for number in range(CASES):
         image, labels = volumes.blobs((21, 18, 14), number)
         for each in (image, labels):

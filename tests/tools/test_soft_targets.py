@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,12 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one_process(monkeypatch)
 
 
-def lesson(folder: Path, model: OddModel, student: OddModel | None = None) -> tuple[Path, Path]:
+def lesson(
+    folder: Path, model: OddModel, student: OddModel | None = None, orientation: str = "RAS"
+) -> tuple[Path, Path]:
     """A teacher's folder, and the plans of a student whose cases are preprocessed."""
     student = student or model
-    plans = write_dataset(folder, student.plans(), student.dataset())
+    plans = write_dataset(folder, student.plans(), student.dataset(), orientation)
     preprocess(plans, student.configuration)
     return model.write(folder / "models"), plans
 
@@ -100,6 +104,59 @@ def test_on_another_grid_they_are_turned_cropped_and_resampled(tmp_path: Path) -
     np.testing.assert_allclose(found, turned, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [
+        ("SimpleITKIO", "NibabelIO"),
+        ("NibabelIOWithReorient", "NibabelIOWithReorient"),
+        ("SimpleITKIOWithReorient", "SimpleITKIOWithReorient"),
+    ],
+)
+def test_where_both_read_an_image_alike_they_lie_alike(of_student: str, of_teacher: str, tmp_path: Path) -> None:
+    """Of images that are stored in another orientation than those readers turn them to."""
+    model = OddModel()
+    teacher, plans = lesson(tmp_path, model.but(reader=of_teacher), model.but(reader=of_student), "LPS")
+    assert ask(plans, model, "--teacher", teacher).exit_code == 0
+    image, _, found = case_of(plans, model, "case_0")
+    predictor = stock.loaded(teacher)
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    expected = predictor.label_manager.apply_inference_nonlin(logits).numpy()
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert np.abs(found - expected[:, :, ::-1, ::-1]).max() > 0.05, "nobody would see that they are mirrored"
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"),
+    [
+        ("SimpleITKIO", "NibabelIOWithReorient"),
+        ("SimpleITKIO", "SimpleITKIOWithReorient"),
+        ("NibabelIOWithReorient", "NibabelIO"),
+        ("SimpleITKIOWithReorient", "NibabelIOWithReorient"),
+    ],
+)
+def test_a_teacher_who_reads_images_in_another_way_is_refused(
+    of_student: str, of_teacher: str, shared_lesson: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Shape and crop are the same, and the probabilities may be those of a mirrored body."""
+    model = MODELS["labels"]
+    plans = shared_lesson[1].with_name(f"{of_student}.json")
+    plans.write_text(json.dumps(model.but(reader=of_student).plans()))
+    done = ask(plans, model, "--teacher", model.but(reader=of_teacher, folds=(0,)).write(tmp_path))
+    assert done.exit_code == 1
+    assert f"reads images by {of_teacher}, the cases were read by {of_student}" in done.stderr
+    assert not (plans.parent / "nnUNetPlans_3d_fullres" / "soft_targets").exists()
+
+
+def test_a_teacher_is_the_same_by_another_name_and_with_its_folds_in_another_order(tmp_path: Path) -> None:
+    teacher = OddModel(folds=(0, 1, "all")).write(tmp_path)
+    renamed = shutil.copytree(teacher, tmp_path / "renamed")
+    one = ModelFolder(teacher, (0, 1, "all"), "checkpoint_final.pth", CPU).teacher
+    other = ModelFolder(renamed, ("all", 1, 0), "checkpoint_final.pth", CPU).teacher
+    assert other == one
+    assert other.folds == (0, 1, "all")
+    assert other.name == "renamed"
+
+
 def test_the_folder_says_whose_they_are_and_takes_no_others(tmp_path: Path) -> None:
     model = MODELS["labels"]
     teacher, plans = lesson(tmp_path, model)
@@ -133,6 +190,10 @@ class Ends:
     def image_channels(self) -> tuple[str, ...]:
         return self._source.image_channels
 
+    @property
+    def reader(self) -> str:
+        return self._source.reader
+
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
         if self._left == 0:
             msg = "interrupted"
@@ -155,6 +216,30 @@ def test_a_command_that_was_ended_goes_on_where_it_was(tmp_path: Path) -> None:
     assert told == ["case_0 (1 of 2)"]
     assert done.stderr.splitlines()[-1] == "case_1 (2 of 2)"
     assert first.stat().st_mtime_ns == written
+
+
+class Overtaken(Ends):
+    """A teacher beside whom another one starts, and has a case before him."""
+
+    def __init__(self, source: Source, targets: SoftTargets) -> None:
+        super().__init__(source, 2)
+        self._targets = targets
+
+    def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
+        found = super().probabilities(images, grid)
+        self._targets.begin(replace(self.teacher, folds=(7,)))
+        self._targets.save("case_1", found, found.shape[1:])
+        return found
+
+
+def test_two_commands_at_once_do_not_mix_their_teachers(tmp_path: Path) -> None:
+    model = MODELS["regions"]
+    teacher, plans = lesson(tmp_path, model)
+    student, source = Student(plans, model.configuration), ModelFolder(teacher, None, "checkpoint_final.pth", CPU)
+    targets = SoftTargets.beside(student.folder)
+    with pytest.raises(ToolError, match="remove it to change the teacher"):
+        soft_targets.make_soft_targets(student, Overtaken(source, targets), lambda _: None)
+    assert [file.name for file in targets.folder.glob("*.b2nd")] == ["case_1.b2nd"]
 
 
 def test_a_student_of_half_the_features_is_taught_and_costs_what_was_promised(tmp_path: Path) -> None:
@@ -243,6 +328,7 @@ def test_images_that_were_not_the_preprocessed_ones_are_refused(
     (images / "case_1_0000.nii.gz").unlink()
     missing = ask(plans, model, "--teacher", teacher)
     assert (missing.exit_code, "no images of case_1" in missing.stderr) == (1, True)
+    assert not (plans.parent / "nnUNetPlans_3d_fullres" / "soft_targets").exists(), "hours went into the others first"
     smaller, _ = volumes.blobs((20, 20, 20), 1)
     volumes.write(images, "case_1_0000.nii.gz", volumes.nifti_gz(smaller, np.diag([SPACING, SPACING, SPACING, 1])))
     done = ask(plans, model, "--teacher", teacher)

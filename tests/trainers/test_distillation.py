@@ -15,6 +15,7 @@ from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -223,6 +224,7 @@ def divergence_in_plain_words(outputs: list[torch.Tensor], soft: torch.Tensor, t
         )
         logits, p = output.double() / t, taken.double()
         if trainer.label_manager.has_regions:
+            p = p.clamp(2**-12, 1 - 2**-12)
             p = p ** (1 / t) / (p ** (1 / t) + (1 - p) ** (1 / t))
             q = torch.sigmoid(logits)
             each_voxel = torch.xlogy(p, p / q) + torch.xlogy(1 - p, (1 - p) / (1 - q))
@@ -266,17 +268,18 @@ class Drops(BasicTransform):  # type: ignore[misc]
         return segmentation
 
 
-def test_a_transform_that_does_not_know_soft_targets_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drops", [Drops(), RandomTransform(Drops())], ids=["alone", "wrapped"])
+def test_a_transform_that_does_not_know_soft_targets_is_named(drops: BasicTransform, tmp_path: Path) -> None:
     class Own(nnUNetTrainer):  # type: ignore[misc]
         @staticmethod
         def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
             pipeline = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-            pipeline.transforms.insert(1, Drops())
+            pipeline.transforms.insert(1, drops)
             return pipeline
 
     with at_home(tmp_path, Task(LABELS, (8, 8))) as home:
         teach(home, certain)
-        with pytest.raises(TypeError, match="Drops drops regression targets"):
+        with pytest.raises(TypeError, match=r"^Drops drops regression targets"):
             batches(home.trainer(distilled(Own)), 0)
 
 
@@ -318,6 +321,26 @@ def test_a_student_is_trained_and_goes_on_and_is_nobodys_but_stocks(tmp_path: Pa
         losses = [float(each.train_step(batch)["loss"]) for each in (trainer, later)]
         assert losses[0] == losses[1]
         assert not changed(trainer, later)
+
+
+@pytest.mark.parametrize(
+    ("folds", "fold", "others"),
+    [((0,), 0, None), ((0, 1), 0, "1"), ((1, 2), 0, "1, 2"), (("all",), 0, "all"), ((0, 1), "all", None)],
+)
+def test_the_log_says_when_a_teacher_has_seen_the_cases_of_validation(
+    folds: tuple[int | str, ...], fold: int | str, others: str | None, tmp_path: Path
+) -> None:
+    with at_home(tmp_path, Task(LABELS, (8, 8))) as home:
+        (home.base / "splits_final.json").write_text(json.dumps([{"train": ["case_0"], "val": ["case_1"]}]))
+        record = teach(home, certain).folder / "teacher.json"
+        record.write_text(json.dumps(teacher_of(label_manager(home), folds=folds).as_json()))
+        trainer = home.trainer(nnUNetTrainerDistill, fold)
+        trainer._set_batch_size_and_oversample()
+        trainer.get_dataloaders()
+        log = Path(trainer.log_file).read_text()
+    assert "soft targets of a teacher" in log
+    assert ("have seen cases that fold" in log) == (others is not None)
+    assert f"WARNING: the teacher's folds {others} have seen" in log or others is None
 
 
 def others_labels(targets: SoftTargets, manager: Any) -> None:

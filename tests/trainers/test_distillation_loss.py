@@ -26,7 +26,8 @@ DIVERGENCES: dict[Divergence, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
-    return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    """Whose probabilities float16 tells from certainty."""
+    return (3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).clamp(-8, 8)
 
 
 def by_the_paper(kind: Divergence, student: torch.Tensor, teacher: torch.Tensor, t: float) -> torch.Tensor:
@@ -78,6 +79,28 @@ def test_certain_teachers_and_students_give_numbers(kind: Divergence) -> None:
     [gradient] = torch.autograd.grad(found, student)
     assert torch.isfinite(gradient).all()
     assert 10 < float(found.detach()) < 1000  # the second voxel is wrong
+
+
+def test_a_teacher_who_is_sure_is_believed_as_much_inside_of_a_region_as_outside() -> None:
+    """In float16 the one is 1, and the other has digits left."""
+    teacher, student = torch.linspace(8.5, 14, 12)[None, None], logits(0, 1, 1, 12)
+    inside, outside = (torch.sigmoid(each).half() for each in (teacher, -teacher))
+    assert (inside == 1).all()
+    assert (outside > 0).all()
+    for temperature in TEMPERATURES:
+        found = region_divergence(student, inside, temperature)
+        torch.testing.assert_close(found, region_divergence(-student, outside, temperature))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("side", [1.0, -1.0])
+def test_a_student_is_not_pulled_further_than_float16_can_say(side: float, temperature: float) -> None:
+    """Which is a logit of 8.3."""
+    student = torch.tensor([[[7.5, 9.0, 30.0]]], requires_grad=True)
+    certain = torch.full((1, 1, 3), (1 + side) / 2, dtype=torch.float16)
+    [gradient] = torch.autograd.grad(region_divergence(side * student, certain, temperature), student)
+    assert gradient[0, 0, 0] < 0
+    assert (gradient[0, 0, 1:] > 0).all()
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -20,6 +20,10 @@ from .teachers import Probabilities, Source
 _SUM_TOLERANCE = 0.02
 """float16 has three digits; a voxel's probabilities add up to 1 but for as many roundings as there are classes."""
 
+_AS_STORED = frozenset({"SimpleITKIO", "NibabelIO"})
+"""nnU-Net's readers of volumes that give voxels in the order in which the file has them, so one reads what the other
+does. Those that are called ``…WithReorient`` turn them, and nobody knows what somebody's own reader does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -43,8 +47,8 @@ def make_soft_targets(student: Student, source: Source, tell: Callable[[str], No
         tell: is told of each case.
 
     Raises:
-        ToolError: the teacher has other labels or images, or another teacher's are there; or a case failed: those
-            before it are there then.
+        ToolError: the teacher has other labels or images, or reads them in another way; another teacher's are there;
+            images are missing; or a case failed: those before it are there then.
     """
     teacher, wanted = source.teacher, channels_of(student.label_manager)
     if (teacher.channels, teacher.has_regions) != (wanted, student.label_manager.has_regions):
@@ -54,23 +58,40 @@ def make_soft_targets(student: Student, source: Source, tell: Callable[[str], No
         taken, given = (", ".join(each.image_channels) for each in (source, student))
         msg = f"{teacher} takes images of {taken}; a case has {given}"
         raise ToolError(msg)
+    _check_reader(student, source)
     targets = SoftTargets.beside(student.folder)
-    made = 0
     try:
+        grids = {case: student.grid(case) for case in student.cases}
+        missing = [case for case in grids if not targets.has(case, (len(wanted), *grids[case].shape))]
+        images = {case: student.images(case) for case in missing}  # of all, before hours go into the first
         targets.begin(teacher)
         for number, case in enumerate(student.cases, start=1):
-            grid = student.grid(case)
-            shape = (len(wanted), *grid.shape)
-            if targets.has(case, shape):
+            if case not in images:
                 continue
-            probabilities = source.probabilities(student.images(case), grid)
-            _check(case, probabilities, shape, has_regions=teacher.has_regions)
+            grid = grids[case]
+            probabilities = source.probabilities(images[case], grid)
+            _check(case, probabilities, (len(wanted), *grid.shape), has_regions=teacher.has_regions)
+            targets.begin(teacher)  # another command may have begun meanwhile
             targets.save(case, probabilities, student.settings.patch_size)
-            made += 1
             tell(f"{case} ({number} of {len(student.cases)})")
     except SoftTargetError as error:
         raise ToolError(str(error)) from error
-    return Made(made, len(student.cases) - made)
+    return Made(len(missing), len(student.cases) - len(missing))
+
+
+def _check_reader(student: Student, source: Source) -> None:
+    """Raise unless both read the same array from a file.
+
+    Shape and crop do not tell: where an image is stored mirrored, one reader turns it and another does not, and the
+    probabilities would be those of the mirrored body.
+    """
+    if source.reader != student.reader and not {source.reader, student.reader} <= _AS_STORED:
+        msg = (
+            f"{source.teacher} reads images by {source.reader or 'a reader that it does not name'}, the cases were "
+            f"read by {student.reader}: the probabilities might be mirrored. Take a teacher whose plans name "
+            f"{student.reader}, or plan and preprocess the student with the teacher's reader"
+        )
+        raise ToolError(msg)
 
 
 def _check(case: str, probabilities: Probabilities, shape: tuple[int, ...], *, has_regions: bool) -> None:

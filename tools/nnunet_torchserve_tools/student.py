@@ -68,6 +68,15 @@ def image_channels_of(dataset: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(named[key]) for key in sorted(named, key=int))
 
 
+def reader_of(manager: Any) -> str:
+    """nnU-Net's image reader that plans name.
+
+    Args:
+        manager: nnU-Net's ``PlansManager``.
+    """
+    return str(manager.plans["image_reader_writer"])
+
+
 class Student:
     """A configuration of plans, and the cases that were preprocessed by it.
 
@@ -120,6 +129,11 @@ class Student:
     def cases(self) -> list[str]:
         """Names of the preprocessed cases, sorted."""
         return sorted(self._preprocessed.identifiers)
+
+    @property
+    def reader(self) -> str:
+        """nnU-Net's image reader, by which the cases were preprocessed."""
+        return reader_of(self.manager)
 
     def grid(self, case: str) -> Grid:
         """Where the voxels of a preprocessed case lie."""

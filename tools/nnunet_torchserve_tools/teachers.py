@@ -13,19 +13,21 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from nnunet_torchserve.options import FoldName
 from nnunet_torchserve_client import RemotePredictor
 from nnunet_torchserve_client.errors import ClientError, WrongUse
 from nnunet_torchserve_trainers.soft_target_files import Teacher, channels_of
 
 from .errors import ToolError, UsageError
-from .student import Grid, image_channels_of
+from .student import Grid, image_channels_of, reader_of
+
+if TYPE_CHECKING:
+    from nnunet_torchserve.options import FoldName
 
 Probabilities = npt.NDArray[np.float16]
 
@@ -43,6 +45,11 @@ class Source(Protocol):
     @property
     def image_channels(self) -> tuple[str, ...]:
         """Names of the images that it takes, in order."""
+        ...
+
+    @property
+    def reader(self) -> str:
+        """nnU-Net's image reader, by which arrays run along the image's axes from one end or the other."""
         ...
 
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
@@ -65,7 +72,7 @@ class ModelFolder:
     """A trained model folder: the mean of its folds, as ``nnUNetv2_predict`` has it.
 
     Attributes:
-        teacher, image_channels: see :class:`Source`.
+        teacher, image_channels, reader: see :class:`Source`.
     """
 
     def __init__(
@@ -98,10 +105,11 @@ class ModelFolder:
             raise UsageError(msg)
         if folds is None:
             with _quiet():
-                folds = sorted(map(int, nnUNetPredictor.auto_detect_available_folds(str(folder), checkpoint)))
-        files += [folder / f"fold_{fold}" / checkpoint for fold in folds]
+                folds = list(map(int, nnUNetPredictor.auto_detect_available_folds(str(folder), checkpoint)))
+        ordered = _in_order(folds)
+        files += [folder / f"fold_{fold}" / checkpoint for fold in ordered]
         absent = [file for file in files if not file.is_file()]
-        if absent or not folds:
+        if absent or not ordered:
             msg = f"{absent[0]} is not there" if absent else f"no fold of {folder} has a {checkpoint}"
             raise UsageError(msg)
         with _quiet():
@@ -112,7 +120,7 @@ class ModelFolder:
                 allow_tqdm=False,
             )
             try:
-                self._predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+                self._predictor.initialize_from_trained_model_folder(str(folder), ordered, checkpoint)
             except (RuntimeError, KeyError, AttributeError) as error:  # a trainer that is not here; other weights
                 msg = f"{folder} cannot be loaded: {type(error).__name__} {error}"
                 raise ToolError(msg) from error
@@ -120,9 +128,10 @@ class ModelFolder:
             msg = f"{folder} needs the labels of a previous stage: archive both stages, serve them, and name the server"
             raise ToolError(msg)
         self.image_channels = image_channels_of(self._predictor.dataset_json)
+        self.reader = reader_of(self._predictor.plans_manager)
         labels = self._predictor.label_manager
         self.teacher = Teacher(
-            folder.resolve().name, _digest(folder, files), tuple(folds), use_mirroring, labels.has_regions,
+            folder.resolve().name, _digest(folder, files), ordered, use_mirroring, labels.has_regions,
             channels_of(labels),
         )  # fmt: skip
 
@@ -157,7 +166,7 @@ class ServedModel:
     """A model on a server, whatever its archive is made of: folds, a cascade, an ensemble.
 
     Attributes:
-        teacher, image_channels: see :class:`Source`.
+        teacher, image_channels, reader: see :class:`Source`.
     """
 
     def __init__(self, predictor: RemotePredictor, resample: Any, folds: Sequence[FoldName] | None) -> None:
@@ -177,8 +186,9 @@ class ServedModel:
         except ClientError as error:
             raise ToolError(str(error)) from error
         self.image_channels = image_channels_of(description.dataset_json)
+        self.reader = description.reader
         self.teacher = Teacher(
-            description.model.made_of, description.digest, tuple(folds or description.model.folds),
+            description.model.made_of, description.digest, _in_order(folds or description.model.folds),
             predictor.use_mirroring, labels.has_regions, channels_of(labels),
         )  # fmt: skip
 
@@ -254,6 +264,11 @@ def served_teacher(
         raise UsageError(str(error)) from error
     with predictor:
         yield ServedModel(predictor, resample, folds)
+
+
+def _in_order(folds: Sequence[int | str]) -> tuple[int | str, ...]:
+    """Numbers first: a mean is the same whatever the order in which its folds are named."""
+    return tuple(sorted(folds, key=lambda fold: (isinstance(fold, str), fold)))
 
 
 def _check_same_image(own: Grid, axes: Sequence[int], grid: Grid) -> None:

@@ -106,3 +106,8 @@ class DistillMixin(StockNameMixin):
             f"soft targets of {teacher}, weight {self.distillation_weight:g}, "
             f"temperature {self.distillation_temperature:g}"
         )
+        if self.fold != "all" and (others := [fold for fold in teacher.folds if fold != self.fold]):
+            self.print_to_log_file(
+                f"WARNING: the teacher's folds {', '.join(map(str, others))} have seen cases that fold {self.fold} is "
+                "validated on, so the student's validation Dice may be too good"
+            )

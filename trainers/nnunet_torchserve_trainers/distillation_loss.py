@@ -14,6 +14,11 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate, kl_div, log_softmax, logsigmoid
 
+_CERTAIN = 2**-12
+"""What probabilities of regions are cut at, here and at 1 less this. They are cached in float16, which has no number
+between 1 - 2^-11 and 1: what lies beyond the middle becomes 1, whose logit is infinite. Near 0 it has many. Without the
+cut "surely inside" would pull a student's logit up without bound, and "surely outside" would not."""
+
 Divergence = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Of logits and probabilities (B, C, *spatial), at a temperature."""
 
@@ -38,15 +43,16 @@ def region_divergence(logits: torch.Tensor, probabilities: torch.Tensor, tempera
 
     Args:
         logits: of the student, (B, R, *spatial).
-        probabilities: of the teacher at temperature 1, likewise.
+        probabilities: of the teacher at temperature 1, likewise; taken for no nearer to 0 and 1 than 2^-12.
         temperature: above 0.
     """
-    inside = probabilities.float()
-    softened = torch.stack((inside, 1 - inside)) ** (1 / temperature)
-    softened = softened / softened.sum(0)
+    probable = probabilities.float().clamp(_CERTAIN, 1 - _CERTAIN)
+    inside, outside = probable ** (1 / temperature), (1 - probable) ** (1 / temperature)
+    both = inside + outside
     cooled = logits.float() / temperature
-    student = torch.stack((logsigmoid(cooled), logsigmoid(-cooled)))
-    return temperature**2 * kl_div(student, softened, reduction="sum") / logits.numel()
+    found = kl_div(logsigmoid(cooled), inside / both, reduction="sum")
+    found = found + kl_div(logsigmoid(-cooled), outside / both, reduction="sum")
+    return temperature**2 * found / logits.numel()
 
 
 class DistillationLoss(nn.Module):
@@ -100,6 +106,7 @@ class DistillationLoss(nn.Module):
         found = soft.new_zeros(())
         for weight, logits in zip(weights, outputs, strict=False):
             if weight != 0:
-                taken = interpolate(soft, logits.shape[2:], mode="nearest-exact")
+                is_finest = soft.shape[2:] == logits.shape[2:]
+                taken = soft if is_finest else interpolate(soft, logits.shape[2:], mode="nearest-exact")
                 found = found + weight * self._divergence(logits, taken, self._temperature)
         return found

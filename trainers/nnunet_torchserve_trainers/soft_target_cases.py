@@ -35,10 +35,14 @@ class ImageWithSoftTargets:
 
     def __getitem__(self, index: Index) -> npt.NDArray[np.float32]:
         """All channels of a box, whose first slice is a whole one."""
-        image, probabilities = self._image[index], self._probabilities[index].astype(np.float32)
+        image = self._image[index]
+        first, *spatial = image.shape
+        box = np.empty((self.shape[0], *spatial), self.dtype)
+        box[:first] = image
+        box[first:] = self._probabilities[index]
         if self._has_background:
-            probabilities[0] -= 1
-        return np.concatenate((image, probabilities), dtype=np.float32)
+            box[first] -= 1
+        return box
 
 
 class CasesWithSoftTargets:

@@ -9,8 +9,9 @@ that one that is there is whole. ``teacher.json`` says whose they are: a folder 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,9 @@ FOLDER, RECORD = "soft_targets", "teacher.json"
 _SCHEMA = 1
 _ENDING = ".b2nd"
 _DTYPE = np.dtype(np.float16)
+
+_MAPPED: Mapping[str, Any] = {} if os.name == "nt" else {"mmap_mode": "r"}
+"""As stock opens its cases: Windows does not get on with mapped ones (MIC-DKFZ/nnUNet#2723)."""
 
 Json = dict[str, Any]
 
@@ -50,7 +54,7 @@ class Teacher:
     """Whose probabilities they are.
 
     Attributes:
-        name: of the model, for people.
+        name: of the model, for people: one that was renamed is the same.
         digest: of its weights and plans; another digest is another teacher.
         folds: whose mean it is.
         use_mirroring: whether it is the mean over mirrored patches too.
@@ -58,7 +62,7 @@ class Teacher:
         channels: in order.
     """
 
-    name: str
+    name: str = field(compare=False)
     digest: str
     folds: tuple[int | str, ...]
     use_mirroring: bool
@@ -147,16 +151,18 @@ class SoftTargets:
     def begin(self, teacher: Teacher) -> None:
         """From here on, what is saved is this teacher's.
 
+        A record without soft targets is replaced: its teacher failed at the first case.
+
         Raises:
             SoftTargetError: there are another one's already.
         """
-        there = self.teacher()
+        there, is_empty = self.teacher(), not self._has_any()
         if there == teacher:
             return
-        if there is not None:
+        if there is not None and not is_empty:
             msg = f"{self.folder} holds what {there} gives, not what {teacher} gives: remove it to change the teacher"
             raise SoftTargetError(msg)
-        if self.folder.is_dir() and any(self.folder.glob(f"*{_ENDING}")):
+        if not is_empty:
             msg = f"{self.folder} has no {RECORD}, so nobody knows whose soft targets these are: remove it"
             raise SoftTargetError(msg)
         self.folder.mkdir(exist_ok=True)
@@ -180,7 +186,7 @@ class SoftTargets:
 
     def load(self, case: str) -> blosc2.NDArray:
         """Those of a case, (C, Z, Y, X), float16, of which only what is indexed is read."""
-        return blosc2.open(urlpath=str(self._file(case)), mode="r", dparams={"nthreads": 1}, mmap_mode="r")
+        return blosc2.open(urlpath=str(self._file(case)), mode="r", dparams={"nthreads": 1}, **_MAPPED)
 
     def has(self, case: str, shape: Sequence[int]) -> bool:
         """Whether those of a case are there.
@@ -206,6 +212,10 @@ class SoftTargets:
             )
             raise SoftTargetError(msg)
         return True
+
+    def _has_any(self) -> bool:
+        """Whether a case's are there; what begins with a dot was not written to its end."""
+        return any(not file.name.startswith(".") for file in self.folder.glob(f"*{_ENDING}"))
 
     def _file(self, case: str) -> Path:
         return self.folder / f"{case}{_ENDING}"

@@ -44,7 +44,8 @@ class SoftTargetPipeline(ComposeTransforms):  # type: ignore[misc]
         for transform in self.transforms:
             data_dict = transform(**data_dict)
             if data_dict.get(_SOFT) is None:
-                msg = f"{type(transform).__name__} drops regression targets, so nothing can be distilled through it"
+                culprit = getattr(transform, "transform", transform)  # RandomTransform wraps one
+                msg = f"{type(culprit).__name__} drops regression targets, so nothing can be distilled through it"
                 raise TypeError(msg)
         soft, targets = data_dict.pop(_SOFT), data_dict[_TARGETS]
         if self._has_background:
