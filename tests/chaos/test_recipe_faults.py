@@ -168,20 +168,25 @@ def test_an_engine_killed_in_the_second_stage_costs_only_time(
 
 
 def test_a_worker_killed_in_the_second_stage_costs_one_request(server: ChaosServer, alone: dict[str, bytes]) -> None:
-    with server.held(), reading(server, CASCADE) as lost, reading(server, CASCADE) as other:
-        reach_last_stage(lost)
-        reach_last_stage(other)
+    """The first has more passes left than the second in all, so that the second reaches its last stage beside it."""
+    finely = {"tile_step_size": 0.2}
+    fine = server.live.predict(CASCADE, IMAGE.body, options=json.dumps(finely))
+    assert fine.status_code == HTTPStatus.OK, fine.text
+    with server.held(), reading(server, CASCADE, **finely) as first, reading(server, CASCADE) as second:
+        reach_last_stage(first)
+        reach_last_stage(second)
         psutil.Process(next(iter(server.workers(CASCADE)))).kill()
         with ThreadPoolExecutor(2) as pool:
-            rests = [pool.submit(each.rest) for each in (lost, other)]
+            rests = [pool.submit(each.rest) for each in (first, second)]
             wait_for(lambda: any(rest.done() for rest in rests))
             (server.runtime.with_name(HOLD)).unlink()
             ends = [rest.exception(PATIENCE_S) for rest in rests]
         (server.runtime.with_name(HOLD)).touch()
     [died] = [end for end in ends if end is not None]
     assert isinstance(died, httpx.TransportError | AssertionError)
-    [answered] = [rest.result() for rest, end in zip(rests, ends, strict=True) if end is None]
-    assert_answered(answered, alone[CASCADE])
+    expected = (fine.content, alone[CASCADE])
+    [answered] = [(rest.result(), body) for rest, body, end in zip(rests, expected, ends, strict=True) if end is None]
+    assert_answered(*answered)
 
 
 def test_a_client_that_leaves_in_the_second_stage_leaves_nothing_behind(server: ChaosServer) -> None:
