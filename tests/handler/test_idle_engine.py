@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import queue
 import shutil
@@ -37,6 +36,7 @@ from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from support.chaos import engine_processes as engines
 from support.chaos import has_ended, wait_for
+from support.descriptors import open_files
 from support.untrained import standard_unet
 
 CPU = torch.device("cpu")
@@ -297,11 +297,6 @@ def admit(case_id: int, worker: Answers) -> Admit:
     return Admit(case_id, submit, descriptor, 0.0, worker)
 
 
-def open_files() -> int:
-    gc.collect()  # tests before this one may have left some
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: ModelBundle, tmp_path: Path) -> None:
     """The compute thread's own steps, one after the other, in this thread."""
     networks, golden = Networks(bundle, CPU), read_golden(bundle)
@@ -315,7 +310,7 @@ def test_half_loaded_networks_are_none_and_cases_in_hand_are_refused(bundle: Mod
     compute = Compute(EngineCore(networks), ledger, 0, tally, check, None, weights, unload_after_s=1e-9)
     compute._once()  # nothing has come
     assert not networks.loaded
-    worker, files = Answers(), open_files()
+    worker, files = Answers(), open_files(collected=True)
     compute.put(Expect(1))
     compute.put(admit(1, worker))
     compute._once()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import gzip
 import itertools
 import tracemalloc
@@ -24,6 +23,7 @@ from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLar
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.volume import Geometry, LabelArray
 from support import itk_files
+from support.descriptors import open_files
 from support.examples import thin
 from support.itk_files import DTYPES, Watch, direction, values
 from support.volumes import write
@@ -393,12 +393,11 @@ def test_no_other_file_is_opened(spelling: str, tmp_path: Path) -> None:
 
 
 def test_no_descriptor_is_left_open() -> None:
-    gc.collect()  # tests before this one may have left some
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files(collected=True)
     for body in [plain(), MALFORMED["flat"], MALFORMED["zero matrix"]] * 5:
         with contextlib.suppress(ServingError):
             open_image(body)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 @settings(max_examples=thin(300))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import contextlib
-import gc
 import gzip
 import io
 import itertools
@@ -27,6 +26,7 @@ from nnunet_torchserve.errors import BadSpacing, Malformed, ServingError, TooLar
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.volume import Geometry, LabelArray
 from support import itk_files
+from support.descriptors import open_files
 from support.examples import thin
 from support.itk_files import DTYPES, Watch, direction, values
 from support.volumes import write
@@ -448,14 +448,13 @@ def test_no_other_file_is_opened(spelling: str, first: bool, tmp_path: Path) -> 
 
 def test_no_descriptor_is_left_open() -> None:
     bodies = [plain(), plain(space_directions="(1,0,0) (1,0,0) (0,0,1)"), MALFORMED["spacings in a space"]]
-    gc.collect()  # tests before this one may have left some
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files(collected=True)
     for body in bodies * 5:
         try:
             open_image(body)
         except ServingError:
             continue
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 @settings(max_examples=thin(300))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import signal
@@ -36,6 +35,7 @@ from nnunet_torchserve.telemetry import (
     RequestRecord,
     Stage,
 )
+from support.descriptors import open_files
 from support.metrics import configured, documented, queries
 
 CPU = torch.device("cpu")
@@ -170,15 +170,14 @@ def test_a_level_that_stays_is_not_said_again_and_again(engine: EngineProcess) -
 
 
 def test_nothing_is_held_after_an_engines_death(engine: EngineProcess) -> None:
-    gc.collect()  # tests before this one may have left some
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_files(collected=True)
     relay = new_relay(Recorded())
     engine.hello(relay)
     relay.look()
-    assert len(list(Path("/proc/self/fd").iterdir())) > before
+    assert open_files() > before
     engine.kill()
     relay.look()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_files() == before
 
 
 def test_a_tally_of_another_size_is_left_alone(engine: EngineProcess, caplog: pytest.LogCaptureFixture) -> None:

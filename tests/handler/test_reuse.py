@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import os
@@ -56,6 +55,7 @@ from support import volumes
 from support.accuracy import report, structure
 from support.bad_requests import FAST, GOOD, INT16
 from support.chaos import PATIENCE_S, engine_processes, wait_for
+from support.descriptors import open_files
 
 CPU = torch.device("cpu")
 GOOD_BYTES = INT16.size * 4
@@ -457,24 +457,19 @@ def memory(content: bytes = b"abcd") -> int:
     return descriptor
 
 
-def descriptors() -> int:
-    gc.collect()  # tests before this one may have left some
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 def test_the_cache_closes_what_it_drops() -> None:
-    cache, before = VolumeCache(8), descriptors()
+    cache, before = VolumeCache(8), open_files(collected=True)
     for key in "abcab":
         cache.keep(key, Kept(memory(), (1, 1, 1, 1), key, 4))
     assert [key for key in "abc" if cache.find(key)] == ["a", "b"]
     cache.keep("d", Kept(memory(b"123456789"), (1, 1, 1, 1), "d", 9))
     assert (cache.size, cache.find("d"), cache.find(None)) == (8, None, None)
     cache.clear()
-    assert (cache.size, descriptors()) == (0, before)
+    assert (cache.size, open_files(collected=True)) == (0, before)
     many = VolumeCache(10**9)
     for number in range(MOST_VOLUMES + 3):
         many.keep(str(number), Kept(memory(), (1, 1, 1, 1), "", 4))
-    assert (descriptors() - before, many.find("2")) == (MOST_VOLUMES, None)
+    assert (open_files(collected=True) - before, many.find("2")) == (MOST_VOLUMES, None)
     many.clear()
 
 

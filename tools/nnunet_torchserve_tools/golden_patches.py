@@ -21,6 +21,7 @@ from nnunet_torchserve.engine.golden import golden_tensors
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
+from nnunet_torchserve.measured_here import patches_at_once
 from nnunet_torchserve.member import Member
 from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.pipeline import Pipeline
@@ -72,7 +73,7 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
         write_bundle(stage, description)
         complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
-        batch = 1 if settings.max_patch_batch == "auto" else settings.max_patch_batch
+        batch = patches_at_once(settings.max_patch_batch)
         backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
         for backend in backends:
             try:

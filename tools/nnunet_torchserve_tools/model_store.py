@@ -22,7 +22,7 @@ from nnunet_torchserve.settings import HandlerSettings
 from .errors import UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME
 from .server import DEFAULT_RESPONSE_TIMEOUT_S
-from .serving_settings import MODEL_CONFIG_FILE, check_device_ids
+from .serving_settings import MODEL_CONFIG_FILE, check_device_ids, read_model_config
 
 WORKERS_ON_CPU, WORKERS_PER_GPU = 4, 8
 """A worker is one case in flight: the engine chooses among as many."""
@@ -118,10 +118,7 @@ def _read_archive(model_store: Path, name: str | None, file: str) -> Archive:
         with zipfile.ZipFile(model_store / file) as archive:
             bundle = archive.read(BUNDLE_FILE)
             model = json.loads(archive.read(MANIFEST_FILE))["model"]
-            config = yaml.safe_load(archive.read(MODEL_CONFIG_FILE)) or {}
-        if not isinstance(config, dict):
-            msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
-            raise UsageError(msg)
+            config = read_model_config(archive.read(MODEL_CONFIG_FILE))
         handler = HandlerSettings.read(config.get("handler"))
         workers = config.get("minWorkers")
         if workers is not None and (type(workers) is not int or workers < 1):

@@ -16,6 +16,20 @@ from .errors import UsageError
 MODEL_CONFIG_FILE = "model-config.yaml"
 
 
+def read_model_config(text: bytes) -> dict[str, Any]:
+    """What an archive's model-config.yaml says.
+
+    Raises:
+        BundleError: it is no mapping.
+        yaml.YAMLError: it is no YAML.
+    """
+    config = yaml.safe_load(text) or {}
+    if not isinstance(config, dict):
+        msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
+        raise BundleError(msg)
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class ServingSettings:
     """What goes to model-config.yaml.

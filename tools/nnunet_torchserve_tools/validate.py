@@ -22,7 +22,7 @@ from .accuracy_table import lines
 from .errors import ToolError, UsageError
 from .golden_patches import write_bundle
 from .measurement import measure, not_measured
-from .serving_settings import MODEL_CONFIG_FILE
+from .serving_settings import MODEL_CONFIG_FILE, read_model_config
 from .validation_cases import Validation, cases_of
 
 
@@ -105,11 +105,7 @@ def _unpacked(file: Path) -> Iterator[Path]:
 def _config(folder: Path) -> dict[str, Any]:
     """What model-config.yaml says."""
     try:
-        content = yaml.safe_load((folder / MODEL_CONFIG_FILE).read_bytes()) or {}
+        return read_model_config((folder / MODEL_CONFIG_FILE).read_bytes())
     except (OSError, yaml.YAMLError) as error:
         msg = f"{MODEL_CONFIG_FILE} of the archive cannot be read"
         raise BundleError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{MODEL_CONFIG_FILE} should be a mapping of settings"
-        raise BundleError(msg)
-    return content

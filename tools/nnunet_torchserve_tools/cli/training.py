@@ -90,6 +90,8 @@ def soft_targets(
     if given := [name for name, value in others.items() if value is not None]:
         msg = f"{given[0]} is for {'a model on a server' if model is None else 'a model folder'}"
         raise UsageError(msg)
+    from nnunet_torchserve_trainers.soft_target_files import SoftTargets
+
     from ..soft_targets import make_soft_targets
     from ..student import Student
     from ..teachers import folder_teacher, served_teacher
@@ -105,4 +107,4 @@ def soft_targets(
             use_mirroring=use_mirroring,
         ) as served:  # fmt: skip
             done = make_soft_targets(student, served, say)
-    typer.echo(f"{done.made} cases made, {done.there} were there: {student.folder / 'soft_targets'}")
+    typer.echo(f"{done.made} cases made, {done.there} were there: {SoftTargets.beside(student.folder).folder}")
