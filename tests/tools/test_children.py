@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nnunet_torchserve_tools.server import runs
+from support.chaos import wait_for
+
 PROGRAM = """
 import os, time
 from pathlib import Path
@@ -56,3 +59,25 @@ def test_a_verb_that_is_process_1_ends_at_sigterm(tmp_path: Path) -> None:
         connection.close()
     assert process.returncode == 143
     assert list(tmp_path.iterdir()) == []
+
+
+FIRST_THREAD_ENDS = """
+import ctypes, threading
+library = ctypes.CDLL(None)
+threading.Thread(target=library.pause).start()
+print("ready", flush=True)
+library.pthread_exit(None)
+"""
+
+
+def test_a_process_whose_first_thread_alone_has_ended_still_runs() -> None:
+    """It looks like a zombie, and has its ports still: a killed JVM's must be free when it is said to have ended."""
+    with subprocess.Popen([sys.executable, "-c", FIRST_THREAD_ENDS], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        process = psutil.Process(child.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert runs(process)
+        child.kill()
+        wait_for(lambda: not runs(process))
+        assert process.status() == psutil.STATUS_ZOMBIE

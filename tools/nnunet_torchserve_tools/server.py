@@ -69,8 +69,12 @@ def read_state(state_dir: Path) -> Server | None:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process is still that process and no zombie."""
+    """Whether a process is still that process, and more than a zombie.
+
+    One that was killed looks like a zombie as soon as its first thread has ended. Until its last one has, it still has
+    its ports and its files.
+    """
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
