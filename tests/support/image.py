@@ -82,7 +82,9 @@ def base() -> str:
     if subprocess.run(["podman", "image", "exists", BASE], check=False, env=_environment()).returncode != 0:
         with tempfile.TemporaryDirectory() as folder:
             root, archive = Path(folder, "root"), Path(folder, "root.tar")
-            include = "--include=python3.11,python3.11-venv,ca-certificates"
+            # python3.11-venv wants python3.11-distutils, which is no package but what python3-distutils provides;
+            # debootstrap does not know such names
+            include = "--include=python3.11,python3.11-venv,python3-distutils,ca-certificates"
             subprocess.run(["debootstrap", "--variant=minbase", include, "bookworm", str(root)], check=True)
             for unneeded in ("var/cache/apt", "var/lib/apt/lists", "var/log"):
                 shutil.rmtree(root / unneeded)
