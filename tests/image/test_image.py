@@ -53,7 +53,9 @@ def store(archive_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 def created(image: str, store: Path) -> Iterator[Container]:
     arguments = ["serve", "--foreground", "--host=0.0.0.0", "--health-host=0.0.0.0", "--model-store=/models"]
     options = [f"--volume={store}:/models:ro"]
-    with container(image, *arguments, f"--workers={WORKERS}", options=options, memory=f"{MEMORY_MIB}m") as each:
+    # the default lets two requests wait for each worker; TorchServe refuses more of them, without Retry-After
+    arguments += [f"--workers={WORKERS}", f"--queue={CLIENTS}"]
+    with container(image, *arguments, options=options, memory=f"{MEMORY_MIB}m") as each:
         yield each
 
 
