@@ -136,7 +136,7 @@ def write_aside(path: Path_, write: Callable[[BinaryIO], object], *, replace: bo
         UnwritableFile: it cannot be written: a full disk, a folder that is read-only or not there.
     """
     place = Path(path)
-    aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+    aside = place.with_name(f".{secrets.token_hex(8)}.part")  # a case's name may be as long as names can be
     try:
         try:
             with aside.open("xb") as file:
