@@ -268,7 +268,7 @@ def test_clients_that_do_not_read_or_leave_hold_up_nobody(
     head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(LARGE.body)}\r\n"
     workers = server.workers(MODEL)
     with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)  # with less, a packet of loopback stalls
         slow.settimeout(PATIENCE_S)
         slow.connect((url.host, url.port or 80))
         slow.sendall(f"{head}X-Nnunet-Options: {options}\r\n\r\n".encode() + LARGE.body)

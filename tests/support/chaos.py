@@ -25,6 +25,7 @@ from nnunet_torchserve.engine.faults import Entry, Hold
 from nnunet_torchserve.engine.folder import LOG
 from nnunet_torchserve.environment import FAULTS_VARIABLE, RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.member import Member
+from nnunet_torchserve_tools.server import runs
 
 from . import volumes
 from .server import LiveServer, running
@@ -53,10 +54,7 @@ def wait_for(condition: Callable[[], bool], within_s: float = PATIENCE_S) -> Non
 
 def has_ended(process: psutil.Process) -> bool:
     """Whether a process is gone, or a zombie that nobody has reaped yet."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    return not runs(process)
 
 
 def shared_memory(processes: Iterable[psutil.Process], kind: str = "") -> set[int]:

@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -20,9 +21,11 @@ from nnunet_torchserve_tools.configuration import settings
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.java import java_home
 from nnunet_torchserve_tools.plan import make_plan, packaged
+from nnunet_torchserve_tools.server import runs
 from nnunet_torchserve_tools.serving_settings import MODEL_CONFIG_FILE
 from nnunet_torchserve_tools.sizing import BODY_COPIES, LARGEST_BODY_LIMIT, MIB, SMALLEST_BODY_LIMIT, compute_sizes
 from support import nvidia_smi
+from support.chaos import wait_for
 from support.ports import free_ports
 
 
@@ -223,6 +226,29 @@ def test_a_wrong_java_home_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_stop_without_a_server_does_nothing(tmp_path: Path) -> None:
     assert launcher.stop(tmp_path) is False
+
+
+LEFT_BY_ITS_FIRST_THREAD = """
+import ctypes, sys, threading
+c = ctypes.CDLL(None)
+threading.Thread(target=sys.stdin.read).start()
+print("begun", flush=True)
+c.pthread_exit(None)
+"""
+
+
+def test_a_process_whose_first_thread_has_ended_runs_and_has_its_ports() -> None:
+    """A JVM that is killed is so for as long as its memory is given back."""
+    command = [sys.executable, "-c", LEFT_BY_ITS_FIRST_THREAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        assert left.stdout.readline() == b"begun\n"
+        process = psutil.Process(left.pid)
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
+        assert runs(process)
+        left.kill()
+        wait_for(lambda: not runs(process))
+        assert process.is_running(), "nobody has reaped it"
 
 
 def test_commands_that_use_no_model_do_not_wait_for_pytorch() -> None:

@@ -69,8 +69,11 @@ def read_state(state_dir: Path) -> Server | None:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process is still that process and no zombie."""
+    """Whether a process is still that process and no zombie.
+
+    One whose first thread has ended is called a zombie while other threads end, and has its ports and files until then.
+    """
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and (process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1)
     except psutil.NoSuchProcess:
         return False
