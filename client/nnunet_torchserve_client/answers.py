@@ -29,7 +29,7 @@ EAGER = "eager"
 """The server's word for nnU-Net's own modules, run as nnU-Net runs them."""
 
 _DICE = re.compile(r"(?:^|;)\s*dice=([01]\.\d+)\s*(?:;|$)")
-_TIMING = re.compile(r"([\w-]+);dur=([\d.]+)")
+_TIMING = re.compile(r"([\w-]+);dur=(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)

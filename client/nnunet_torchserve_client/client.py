@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
@@ -394,4 +395,6 @@ def _with_timeout(options: Options, deadline: float) -> dict[str, object]:
     """The options, with the seconds after which nobody waits any more."""
     left = max(_SHORTEST_TIMEOUT_S, round(deadline - time.monotonic(), 3))
     wanted = options.get("timeout_s")
-    return {**options, "timeout_s": min(wanted, left) if isinstance(wanted, int | float) else left}
+    if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, Real)):
+        return dict(options)  # the server says what is wrong with it
+    return {**options, "timeout_s": left if wanted is None else min(float(wanted), left)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ _KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] + [
     if hasattr(socket, name)
 ]
 """A request may wait in a queue without a byte for long: that a machine is gone is noticed all the same."""
+
+_HIGHEST_PORT = 65535
 
 _NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "UNKNOWN_PROTOCOL"}
 """OpenSSL's reasons where what answers is no TLS."""
@@ -38,9 +41,21 @@ def connections(url: str, credentials: Credentials, *, use_proxies: bool) -> htt
     verify = _trust(credentials.verify)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     if use_proxies and getproxies() and not _is_loopback(httpx.URL(url).host):
-        return httpx.Client(verify=verify, limits=limits)
+        return _through_proxies(verify, limits)
     transport = httpx.HTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
     return httpx.Client(transport=transport, trust_env=False)
+
+
+def _through_proxies(verify: ssl.SSLContext | bool, limits: httpx.Limits) -> httpx.Client:
+    try:
+        return httpx.Client(verify=verify, limits=limits)
+    except (ImportError, ValueError, httpx.InvalidURL):
+        named = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy") and os.environ[name]))
+        msg = (
+            f"{named} cannot be used: a proxy is http://HOST:PORT or https://HOST:PORT, or SOCKS where httpx[socks] is "
+            "installed. To do without: the server's host in NO_PROXY, or use_proxies=False"
+        )
+    raise WrongUse(msg)  # not from the error: it may hold a password
 
 
 @cache
@@ -63,19 +78,29 @@ def checked_url(url: str) -> str:
     """
     try:
         parsed = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
+        check_host(parsed)
+    except (httpx.InvalidURL, ValueError, TypeError) as error:
         msg = "a server is given as http://HOST:PORT or https://HOST, with a path if a proxy has one"
         raise WrongUse(msg) from error
     if parsed.userinfo:
         msg = "the URL holds a user or a password; give credentials as token or headers"
         raise WrongUse(msg)
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
-        msg = f"{url!r} is no server; give http://HOST:PORT or https://HOST, with a path if a proxy has one"
+        shown = "this" if {"@", "?"} & set(url) else repr(url)  # a password or a token may be in it
+        msg = f"{shown} is no server; give http://HOST:PORT or https://HOST, with a path if a proxy has one"
         raise WrongUse(msg)
     if "predictions" in parsed.path.split("/"):
         msg = f"{url!r}: a server's address is what comes before /predictions; the model is named by itself"
         raise WrongUse(msg)
     return str(parsed).rstrip("/")
+
+
+def check_host(url: httpx.URL) -> None:
+    """Raise :class:`ValueError` unless a name server can be asked for its host, and it has a port."""
+    url.raw_host.decode("ascii").encode("idna")  # as sockets do
+    if not url.host.isprintable() or not 0 < (url.port or 1) <= _HIGHEST_PORT:
+        msg = "no host and port"
+        raise ValueError(msg)
 
 
 def _is_loopback(host: str) -> bool:

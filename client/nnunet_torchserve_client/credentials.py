@@ -20,7 +20,10 @@ _VALUE = re.compile(r"[\t\x20-\x7e]*")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 """RFC 9110: what a token, a header's value and a header's name may hold."""
 
-_OURS = frozenset({"host", "content-length", "content-type", "transfer-encoding", "connection", "x-nnunet-options"})
+_OURS = frozenset({
+    "accept", "accept-encoding", "connection", "content-length", "content-type", "host", "transfer-encoding",
+    "x-nnunet-options", "x-request-id",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

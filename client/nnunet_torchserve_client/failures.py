@@ -33,8 +33,17 @@ _WITHOUT_REASON: Mapping[int, str] = {
 
 
 def problem(response: httpx.Response) -> ClientError:
-    """The error that a streamed answer is; its body is read here."""
-    return problem_of(parsed(_read_some(response)), lower_case(response.headers), response.status_code)
+    """The error that a streamed answer is; its body is read here.
+
+    A refusal stands by its status, also where the rest is cut off, as by a proxy that wants no more of an upload.
+    """
+    try:
+        content = _read_some(response)
+    except httpx.TransportError:
+        if not response.is_client_error:
+            raise
+        content = b""
+    return problem_of(parsed(content), lower_case(response.headers), response.status_code)
 
 
 def problem_of(document: Mapping[str, Any] | None, headers: Mapping[str, str], status: int) -> ClientError:
@@ -73,7 +82,7 @@ def parsed(text: bytes) -> dict[str, Any] | None:
     """A JSON object; ``None`` of anything else."""
     try:
         document = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
@@ -93,7 +102,7 @@ def _retry_after_s(text: str | None) -> float | None:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     aware = date if date.tzinfo else date.replace(tzinfo=UTC)
     return max(0.0, (aware - datetime.now(UTC)).total_seconds())

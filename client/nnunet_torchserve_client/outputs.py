@@ -26,6 +26,9 @@ from .results import PREPROCESSED, PROBABILITIES, PROPERTIES, stock_properties, 
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_NAME = 255 - len("..12345678.part")
+"""Bytes of a name that may be part of another one: more than 255 few file systems take."""
+
 ARGUMENTS_FILE, DATASET_FILE, PLANS_FILE = "predict_from_raw_data_args.json", "dataset.json", "plans.json"
 
 
@@ -136,7 +139,8 @@ def write_aside(path: Path_, write: Callable[[BinaryIO], object], *, replace: bo
         UnwritableFile: it cannot be written: a full disk, a folder that is read-only or not there.
     """
     place = Path(path)
-    aside = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+    known = place.name if len(os.fsencode(place.name)) <= _LONGEST_NAME else ""
+    aside = place.with_name(f".{known}.{secrets.token_hex(4)}.part")
     try:
         try:
             with aside.open("xb") as file:

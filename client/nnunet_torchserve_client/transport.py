@@ -41,15 +41,16 @@ from .errors import (
     Cancelled,
     ClientError,
     CutOff,
-    NotServed,
     Silent,
     TooLate,
+    Unauthorized,
     UnknownModel,
     Unreachable,
     WrongUse,
 )
 from .events import Event, Kind, server_event
 from .failures import lower_case, parsed, problem, problem_of
+from .redirects import origin, redirected, shown
 from .stopping import Line, Stop
 
 OPTIONS_HEADER = "X-Nnunet-Options"
@@ -57,6 +58,9 @@ MOST_OPTIONS_BYTES = 4096
 """The server's bound."""
 
 EVENTS_TYPE = "application/vnd.nnunet-torchserve.events"
+
+_SERVERS_ID = "x-nnunet-request-id"
+"""A header of every answer that a worker gives."""
 
 CONNECT_S = 10.0
 SEND_S = 60.0
@@ -72,9 +76,6 @@ _MOST_ANSWER_BYTES = 2**31
 
 _TELL_BYTES = 1024**2
 """Bytes between two events of sending or receiving."""
-
-_KEPT = {HTTPStatus.TEMPORARY_REDIRECT, HTTPStatus.PERMANENT_REDIRECT}
-"""Redirects that keep method and body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +150,16 @@ class Exchange:
                 msg = "the request was lost in the server's queue: it answered a later one"
                 raise self._named(Silent(msg)) from error
             raise self._named(no_connection(error, begun=self._begun)) from error
+        except RuntimeError:  # httpx's, where the client was closed just before
+            self.stop.check()
+            raise
 
     def _follow(self, asked: Asked, line: Line) -> Answer:
         """Ask where redirects lead to."""
         target = httpx.URL(self.url + asked.path)
-        home = _origin(target)
+        home = origin(target)
         for _ in range(MOST_REDIRECTS + 1):
-            secret = self.credentials.headers if _origin(target) == home else {}
+            secret = self.credentials.headers if origin(target) == home else {}
             timeout = {"connect": self._left(CONNECT_S), "write": SEND_S, "read": self._left(), "pool": None}
             extensions = {"timeout": timeout, "trace": _tracing(line)}
             request = self.http.build_request(
@@ -170,8 +174,12 @@ class Exchange:
             try:
                 timeout["read"] = self.silence_s
                 if not response.is_redirect:
-                    return self._take(response)
-                target = _redirected(target, response)
+                    return self._take(response, streams=asked.streams)
+                target = redirected(target, response)
+            except Unauthorized as error:
+                if secret != self.credentials.headers:
+                    error.reason += f"; credentials are not sent on by a redirect, here to {shown(target)}"
+                raise
             finally:
                 response.close()
         msg = f"more than {MOST_REDIRECTS} redirects"
@@ -202,18 +210,22 @@ class Exchange:
                 self.tell(Event(self._case, Kind.SENDING, self.url, done=done, total=total))
         self.tell(Event(self._case, Kind.WAITING, self.url))
 
-    def _take(self, response: httpx.Response) -> Answer:
+    def _take(self, response: httpx.Response, *, streams: bool) -> Answer:
         if response.is_error:
             raise problem(response)
         if response.status_code != HTTPStatus.OK:
             msg = f"HTTP {response.status_code}, which this client does not know"
             raise BadAnswer(msg, status=response.status_code)
         content_type = response.headers.get("content-type", "")
-        self._id = response.headers.get("x-nnunet-request-id", self._id)
+        has_events = content_type.startswith(EVENTS_TYPE)
+        if streams and not has_events and _SERVERS_ID not in response.headers:
+            msg = f"HTTP 200 with {ascii(content_type)[:80]} is not this server's: something between answers for it"
+            raise BadAnswer(msg, status=response.status_code)
+        self._id = response.headers.get(_SERVERS_ID, self._id)
         self._begun = True
         self.taken_up()
         parts = response.iter_bytes()
-        if not content_type.startswith(EVENTS_TYPE):
+        if not has_events:
             content = self._receive(parts, b"", None)
             return self._answer(content, content_type, response.headers)
         return self._read_events(parts, response.headers)
@@ -318,10 +330,12 @@ class Exchange:
             Cancelled: the wait is over.
         """
         over.check()
-        deadline = time.monotonic() + self._left() * QUEUE_LOOK_SHARE
+        seconds = self._left() * QUEUE_LOOK_SHARE
+        deadline = time.monotonic() + seconds
         exchange = Exchange(self.http, self.url, self.credentials, _ignore, over, deadline, self.silence_s, _ignore)
+        question = {"describe": True, "timeout_s": seconds}
         try:
-            exchange.answer(Asked(asked.case, asked.path, EMPTY, {"describe": True}, streams=False))
+            exchange.answer(Asked(asked.case, asked.path, EMPTY, question, streams=False))
         except Cancelled:
             raise
         except ClientError as error:
@@ -377,24 +391,3 @@ def _tracing(line: Line) -> Callable[[str, Mapping[str, Any]], None]:
             line.connected(info["return_value"].get_extra_info("socket"))
 
     return trace
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
-
-
-def _redirected(target: httpx.URL, response: httpx.Response) -> httpx.URL:
-    status = response.status_code
-    try:
-        where = target.join(response.headers["location"])
-    except (httpx.InvalidURL, ValueError, KeyError) as error:
-        msg = f"HTTP {status} redirects to nowhere"
-        raise BadAnswer(msg, status=status) from error
-    host = f"{where.scheme}://{where.netloc.decode('ascii', 'replace').rpartition('@')[2]}"
-    if status not in _KEPT:
-        msg = f"HTTP {status} redirects to {host} and drops the image; give that address as the server's"
-        raise BadAnswer(msg, status=status)
-    if where.scheme not in ("http", "https") or (target.scheme == "https" and where.scheme == "http"):
-        msg = f"HTTP {status} redirects to {host}, where nothing is encrypted; an image is not sent there"
-        raise NotServed(msg, status=status)
-    return where.copy_with(userinfo=b"", fragment=None)

@@ -5,12 +5,13 @@ waits for it. It takes what was counted before it passes it on, so a worker that
 counted since it last did, and nothing is counted twice.
 
 An engine's levels are passed on when they change, and now and then all the same: when an engine follows another, two
-workers may speak of them for a moment, and the last word counts.
+workers may speak of them for a moment, and the last word counts. So the new one's are said again and again at first.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import re
@@ -75,6 +76,10 @@ _GAP_S = 0.25
 _REFRESH_S = 30.0
 """A level that does not change is passed on as often."""
 
+_SETTLING_S = 10.0
+"""For which those of an engine that follows another are passed on with each look: the other one's worker may say last
+that it is gone."""
+
 _AFTER_FAULT_S = 60.0
 _MICROSECONDS = 1e6
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]")
@@ -117,6 +122,8 @@ class Relay:
         self._tallies: list[TallyReader] = []
         self._levels: dict[Metric, float] = {}
         self._refreshed = -_REFRESH_S
+        self._settles_until = -math.inf
+        self._has_met = False
         self._looked = -INTERVAL_S
 
     def watch(self, descriptor: int, process: int) -> None:
@@ -198,6 +205,9 @@ class Relay:
                 tally.close()
             else:
                 self._tallies.append(tally)
+                if self._has_met:
+                    self._settles_until = time.monotonic() + _SETTLING_S
+                self._has_met = True
 
     def _pass_levels(self, tally: TallyReader | None) -> None:
         """The levels of an engine, ``None`` if it is dead."""
@@ -220,7 +230,7 @@ class Relay:
         if total := level(Level.DEVICE_BYTES):
             levels[DEVICE_MEMORY_TOTAL] = (total, (self._device,))
         now = time.monotonic()
-        if now - self._refreshed >= _REFRESH_S:
+        if now < self._settles_until or now - self._refreshed >= _REFRESH_S:
             self._refreshed = now
             self._levels.clear()
         self._emit_changed(levels)

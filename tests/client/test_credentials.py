@@ -77,10 +77,20 @@ def test_a_credential_that_no_header_can_hold_is_refused_without_showing_it(give
     assert caught.value.__cause__ is None
 
 
-def test_credentials_in_a_url_are_refused_without_showing_them() -> None:
+@pytest.mark.parametrize("url", ["http://user:{}@127.0.0.1:1", "user:{}@host:8080", "http:/u:{}@h", "http://h/?key={}"])
+def test_credentials_in_a_url_are_refused_without_showing_them(url: str) -> None:
     with pytest.raises(errors.WrongUse) as caught:
-        Client(f"http://user:{SECRET}@127.0.0.1:1", "blobs")
+        Client(url.format(SECRET), "blobs")
     assert SECRET not in str(caught.value)
+
+
+def test_those_of_a_proxy_that_cannot_be_used_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"sock://user:{SECRET}@host:1")
+    with pytest.raises(errors.WrongUse, match="HTTP_PROXY cannot be used") as caught:
+        Client("http://10.0.0.1:8080", "blobs")
+    assert SECRET not in str(caught.value)
+    assert caught.value.__context__ is None
+    assert Client("http://10.0.0.1:8080", "blobs", use_proxies=False).urls
 
 
 def redirect(status: int, to: str) -> peer.Reply:
@@ -93,7 +103,10 @@ def test_a_redirect_to_another_host_gets_no_credentials(server: Peer) -> None:
         with Client(server.url, "blobs", token=SECRET, headers={"X-Api-Key": OTHER_SECRET}) as client:
             assert client.predict(CASE).content == CASE.image
             assert client.predict(CASE).content == CASE.image
-    [elsewhere], (_, _, by_another_name) = other.received, server.received
+            server.replies, other.replies = [redirect(307, other.url)], [peer.plain(401)]
+            with pytest.raises(errors.Unauthorized, match=f"not sent on by a redirect, here to {other.url}"):
+                client.predict(CASE)
+    (elsewhere, _), (_, _, by_another_name, _) = other.received, server.received
     for received in (elsewhere, by_another_name):
         assert received.body == CASE.image
         assert not {"authorization", "x-api-key"} & received.headers.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import os
@@ -10,10 +11,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from nnunetv2.ensembling.ensemble import merge_files
+from nnunetv2.inference import predict_from_raw_data
 from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 
 from nnunet_torchserve_tools import predict
@@ -44,6 +46,30 @@ def ours(server: LiveServer, models: dict[str, Path], images: Path, tmp_path_fac
     model = ["--model", "five_folds", "-m", str(models["five_folds"])]
     predict.run([*arguments, *model, "--server", server.server.inference_url])
     return folder
+
+
+@pytest.mark.parametrize("command", ["predict_entry_point", "predict_entry_point_modelfolder"])
+def test_arguments_are_spelt_as_those_of_nnunets_commands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: list[argparse.ArgumentParser] = []
+
+    def end(parser: argparse.ArgumentParser) -> NoReturn:
+        theirs.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", end)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(predict_from_raw_data, command)()
+    known = spelt(predict.parser())
+    wanted = spelt(theirs[0])
+    assert wanted.keys() - known.keys() == set()
+    assert {name: known[name] for name in wanted} == wanted
+    assert {"-i", "-f", "-num_parts" if command == "predict_entry_point" else "-m"} <= wanted.keys()
+
+
+def spelt(parser: argparse.ArgumentParser) -> dict[str, tuple[object, ...]]:
+    """Arguments by each spelling: how many values they take, and of which type."""
+    each = [(name, action) for action in parser._actions for name in action.option_strings]
+    return {name: (type(action), action.nargs, action.type or str, action.dest) for name, action in each}
 
 
 def test_the_folder_is_stocks_and_nnunet_ensembles_it(

@@ -36,8 +36,9 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> 
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(target.name, b"old")]
 
 
-def test_a_file_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "case.nii.gz"
+@pytest.mark.parametrize("name", ["case", "ä" * 124], ids=["a name", "as long as a name can be"])
+def test_a_file_is_not_seen_before_it_is_whole(name: str, tmp_path: Path) -> None:
+    target = tmp_path / f"{name}.nii.gz"
 
     def write(file: BinaryIO) -> None:
         file.write(b"first half")

@@ -41,6 +41,7 @@ def client_of(server: Peer, **settings: object) -> Client:
         pytest.param(peer.plain(502, b"<html>"), id="502 of a proxy"),
         pytest.param(peer.problem(429, "busy"), id="busy"),
         pytest.param(peer.problem(503, "draining"), id="draining"),
+        pytest.param(peer.problem(503, "draining", Retry_After="1 Jan 9999999999999999999 0:0"), id="at no date"),
         pytest.param(peer.problem(503, "internal"), id="no engine"),
         pytest.param(peer.plain(500, peer.WORKER_DIED), id="500 Worker died."),
         pytest.param(peer.plain(507, peer.WORKER_DIED), id="507 Worker died."),
@@ -59,6 +60,16 @@ def test_what_a_second_try_mends_is_tried_again(failure: Reply, server: Peer) ->
     assert (answer.content, answer.tries) == (CASE.image, 2)
     assert [request.body for request in server.received] == [CASE.image] * 2
     assert [event.kind for event in told if event.kind in (Kind.RETRY, Kind.ANSWERED)] == [Kind.RETRY, Kind.ANSWERED]
+
+
+def cut_off(status: int) -> Reply:
+    """A refusal whose reason is not all there."""
+    return lambda wire, _: wire.whole(status, b"<html", length=1000)
+
+
+def nested(wire: Wire, _: Received) -> None:
+    wire.head()
+    wire.chunk(b"[" * 100_000 + b"\n")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +93,11 @@ def test_what_a_second_try_mends_is_tried_again(failure: Reply, server: Peer) ->
         (peer.problem(413, "response_too_large"), errors.ResponseTooLarge),
         (peer.problem(422, "wrong_channels"), errors.WrongChannels),
         (peer.problem(422, "a_code_of_tomorrow"), errors.Refused),
+        (cut_off(401), errors.Unauthorized),
+        (cut_off(413), errors.TooLarge),
         (peer.plain(204), errors.BadAnswer),
+        (peer.plain(200, b"<html>log in</html>", Content_Type="text/html"), errors.BadAnswer),
+        (nested, errors.BadAnswer),
     ],
 )
 def test_what_no_try_mends_is_asked_once(failure: Reply, error: type[errors.ClientError], server: Peer) -> None:
@@ -99,7 +114,11 @@ def more_than_it_said(wire: Wire, received: Received) -> None:
     wire.chunk(b"")
 
 
-@pytest.mark.parametrize("reply", [more_than_it_said, peer.plain(200, bytes(11))], ids=["its own length", "any length"])
+@pytest.mark.parametrize(
+    "reply",
+    [more_than_it_said, peer.plain(200, bytes(11), X_Nnunet_Request_Id="server-7")],
+    ids=["its own length", "any length"],
+)
 def test_an_answer_without_an_end_does_not_fill_the_memory(
     reply: Reply, server: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,8 @@ def server() -> Iterator[Peer]:
         (("ftp://host", "m"), {}),
         (("http://", "m"), {}),
         (("http://host/?a=b", "m"), {}),
+        (("http://host..example", "m"), {}),
+        (("http://host:99999", "m"), {}),
         (("http://host/predictions/m", "m"), {}),
         (([], "m"), {}),
         ((URL, ""), {}),
@@ -53,6 +55,7 @@ def server() -> Iterator[Peer]:
         ((URL, "m"), {"deadline_s": float("inf")}),
         ((URL, "m"), {"silence_s": float("nan")}),
         ((URL, "m"), {"headers": {"Content-Length": "3"}}),
+        ((URL, "m"), {"headers": {"x-request-id": "3"}}),
     ],
 )
 def test_a_client_that_cannot_be_meant(arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
@@ -77,9 +80,12 @@ def test_options_that_no_header_can_hold(options: dict[str, object], server: Pee
 
 def test_numbers_of_numpy_are_numbers(server: Peer) -> None:
     with Client(server.url, "blobs") as client:
-        client.predict(Case("head", b"image"), {"folds": [np.int64(1)], "spacing": np.array([1.5, 2.0])})
-    assert server.received[0].options["folds"] == [1]
-    assert server.received[0].options["spacing"] == [1.5, 2.0]
+        numbers = {"folds": [np.int64(1)], "spacing": np.array([1.5, 2.0]), "timeout_s": np.float32(2.5)}
+        client.predict(Case("head", b"image"), numbers)
+        client.predict(Case("head", b"image"), {"timeout_s": "2.5"})
+    first, second = (received.options for received in server.received)
+    assert (first["folds"], first["spacing"], first["timeout_s"]) == ([1], [1.5, 2.0], 2.5)
+    assert second["timeout_s"] == "2.5", "which the server refuses"
 
 
 def test_folds_and_use_folds_are_one_option_and_the_last_choice_holds(server: Peer) -> None:
@@ -115,6 +121,21 @@ def test_nothing_goes_on_once_a_call_has_raised(server: Peer) -> None:
             predictor.predict_from_data_iterator([item, item])
         assert not [each for each in threading.enumerate() if each.name.startswith("case-")]
     never.set()
+
+
+def test_a_client_that_is_closed_just_before_it_sends_gives_the_case_up(server: Peer) -> None:
+    class Closing:
+        """Is asked for its numbers when the request is made."""
+
+        def tolist(self) -> list[int]:
+            client.close()
+            return [0]
+
+    client = Client(server.url, "blobs")
+    client.describe()
+    with pytest.raises(errors.Cancelled):
+        client.predict(Case("head", b"image"), {"folds": Closing()})
+    assert not server.received
 
 
 def test_a_version_is_part_of_the_path_and_a_proxys_path_comes_first(server: Peer) -> None:
@@ -176,6 +197,12 @@ def test_what_ran_the_network_is_told_apart_from_what_was_measured_of_it(
     headers = {} if header is None else {"x-nnunet-backend": header}
     answer = Answer("head", b"", "application/gzip", headers, "id", URL)
     assert (answer.other_backend, answer.measured_dice) == (backend, dice)
+
+
+def test_times_are_numbers_whatever_comes() -> None:
+    headers = {"server-timing": "decode;dur=5, network;dur=1.25.3, reused;desc=volume"}
+    answer = Answer("head", b"", "application/gzip", headers, "id", URL)
+    assert answer.timing == {"decode": 0.005, "network": 0.00125}
 
 
 def test_a_caller_that_waits_for_anothers_description_may_give_up(server: Peer) -> None:

@@ -150,6 +150,24 @@ def test_what_a_killed_engine_did_last_is_passed_on_and_its_levels_go_to_0(
     assert (sink.engine(PASSES), sink.engine(ENGINE_UP)) == (11, 1)
 
 
+def test_an_engine_is_up_although_another_worker_says_last_that_the_one_before_is_gone(
+    engine: EngineProcess, successor: EngineProcess
+) -> None:
+    page = Recorded()
+    slow, quick = new_relay(page), new_relay(page)
+    for relay in (slow, quick):
+        engine.hello(relay)
+        relay.look()
+    engine.kill()
+    successor.hello(quick)
+    quick.look()
+    assert page.engine(ENGINE_UP) == 1
+    slow.look()
+    assert page.engine(ENGINE_UP) == 0
+    quick.look()
+    assert page.engine(ENGINE_UP) == 1
+
+
 def test_the_same_engine_met_again_is_counted_once(engine: EngineProcess) -> None:
     sink = Recorded()
     relay = new_relay(sink)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -99,10 +100,13 @@ class Load:
 
 @pytest.fixture(scope="module")
 def chaos(
-    models: dict[str, Path], unpacked: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path],
+    archive_of: Callable[[str], Path],
+    unpacked: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ChaosServer]:
     store = tmp_path_factory.mktemp("store")
-    make_archives(ArchiveRequest(models["flat"], store, name="flat"))
+    shutil.copy(archive_of("flat"), store)
     [second] = make_archives(ArchiveRequest(models["flat"], store / "new", name="flat", version="2.0"))
     second.rename(store / "flat-2.0.mar")
     member = ModelBundle(unpacked("flat")).lead

@@ -52,6 +52,10 @@ CASES = [Case((40, 44, 36), seed, '{"use_mirroring": false}') for seed in range(
 LONG = Case((44, 44, 36), 7, '{"use_mirroring": false, "tile_step_size": 0.4}')
 """It can be held, and its two dozen passes take longer than news of them wait."""
 
+LEAVING = [LONG, Case(LONG.shape, 8, '{"use_mirroring": false, "tile_step_size": 0.5}')]
+"""One for each worker. The second has half the passes, so that it does not wait for those of the first while both are
+held."""
+
 LARGE = Finely(
     (160, 150, 140),
     0,
@@ -267,14 +271,15 @@ def test_clients_that_do_not_read_or_leave_hold_up_nobody(
     options = streamed(LARGE)
     head = f"POST /predictions/{MODEL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(LARGE.body)}\r\n"
     workers = server.workers(MODEL)
+    assert len(workers) == len(LEAVING)
     with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**15)  # with less, a packet of loopback stalls
         slow.settimeout(PATIENCE_S)
         slow.connect((url.host, url.port or 80))
         slow.sendall(f"{head}X-Nnunet-Options: {options}\r\n\r\n".encode() + LARGE.body)
         with server.held():
-            for _ in range(WORKERS):
-                with reading(server, LONG) as leaving:
+            for case in LEAVING:
+                with reading(server, case) as leaving:
                     leaving.until(works)
         began, answered = time.monotonic(), 0
         while answered <= WORKERS or time.monotonic() - began < ignores_s:

@@ -87,13 +87,15 @@ class Wire(BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.peer.take(self, headers, body)
 
-    def whole(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        """A plain answer."""
+    def whole(
+        self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, length: int | None = None
+    ) -> None:
+        """A plain answer; ``length`` is what it says to have, and does not."""
         self.answered()
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
 
