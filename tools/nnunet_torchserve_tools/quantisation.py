@@ -1,14 +1,18 @@
 """A graph of float32 becomes one of int8: NNCF measures the ranges of all activations on patches, without training.
 
-The only module that needs NNCF: a server does not. What NNCF would report to an analytics service goes nowhere, as
-OpenVINO's telemetry is kept from being imported.
+The only module that needs NNCF: a server does not. What NNCF would report to an analytics service goes nowhere, because
+OpenVINO's telemetry is kept from being imported. It draws bars on the standard output, which is not its to draw on, and
+makes its own kind of logger everybody's: both are kept from it.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,8 +58,7 @@ def quantise(files: tuple[Path, Path], patches: npt.NDArray[np.float32]) -> None
     graph = library.Core().read_model(*files)
     graph.reshape([-1, *patches.shape[2:]])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             quantised = nncf.quantize(
                 graph,
                 nncf.Dataset(list(patches)),
@@ -82,8 +85,18 @@ def _name_anew(graph: Any) -> None:
 
 
 def _nncf() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what it imports
-        library = importlib.import_module("nncf")
+    loggers = logging.getLoggerClass()
+    try:
+        with _quiet():
+            library = importlib.import_module("nncf")
+    finally:
+        logging.setLoggerClass(loggers)
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return library
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

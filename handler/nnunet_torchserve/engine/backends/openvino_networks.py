@@ -1,13 +1,13 @@
 """OpenVINO on the CPU: each fold is a graph that was made when the archive was, compiled here for this machine.
 
-The graph's weights are float32, or whole numbers of 8 bits where it was made for int8. In which precision it is computed
-is asked for when it is compiled, and read back from what was compiled: OpenVINO takes another one where it thinks that
-better, or where the processor lacks the asked one. For bfloat16 the reading proves too little. Every processor with
-AVX-512 is granted it, and one without instructions for it imitates it: slowly, and rounded otherwise. So the processor is
-asked as well. It is for int8, too: without VNNI, products of 8 bits are summed in 16 bits, which overflow.
+The graph's weights are float32, or whole numbers of 8 bits where it was made for int8. In which precision it is
+computed is asked for when it is compiled, and read back from what was compiled: OpenVINO takes another one where it
+thinks that better, or where the processor lacks the asked one. For bfloat16 the reading proves too little. Every
+processor with AVX-512 is granted it, and one without instructions for it imitates it: slowly, and rounded otherwise. So
+the processor is asked as well. It is for int8 too: without VNNI, products of 8 bits are summed in 16, which overflow.
 
-Of a graph for int8 not all is: NNCF leaves layers in float32 whose ranges it cannot know, and so may OpenVINO. Most of the
-layers that take the time must be int8, and the others float32; how many are is in :attr:`OpenVinoNetworks.precisions`.
+Of a graph for int8 not all is: NNCF leaves layers in float32 whose ranges it cannot know, and OpenVINO may leave more.
+Most of the layers that take the time must be int8, and the others float32; how many are, networks say.
 
 A graph is compiled for one size of a batch, and a smaller batch is filled up: like that an answer does not depend on
 who else is served. Its threads are OpenVINO's own, as many as PyTorch's. They are not pinned to processors: two engines
