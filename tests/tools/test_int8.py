@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from nnunet_torchserve.accuracy import whole_layers
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
-from nnunet_torchserve.cases import settings_of
+from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine.backends import openvino_networks
 from nnunet_torchserve.engine.golden import golden_name, load_networks, load_networks_or_eager
 from nnunet_torchserve.engine.local import LocalEngine
@@ -27,12 +27,11 @@ from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.machine import processor_flags
 from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.open_weights import OpenWeights
-from nnunet_torchserve.options import Options
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_tools import quantisation
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
-from nnunet_torchserve_tools.calibration import LEAST_PATCHES, MOST_PATCHES, calibration_patches
+from nnunet_torchserve_tools.calibration import LEAST_PATCHES, calibration_patches
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
 from nnunet_torchserve_tools.validation_cases import Tolerance, Validation, ValidationCase, cases_of
@@ -42,6 +41,9 @@ from support.packaged import pipeline_of
 
 CPU = torch.device("cpu")
 INT8 = Backend.OPENVINO_INT8
+WINDOWS = 54
+"""Of all images that it is calibrated on."""
+
 runs_int8 = pytest.mark.skipif(
     not processor_flags() & openvino_networks._FLAGS[INT8], reason="this processor has no instructions for int8"
 )
@@ -49,7 +51,7 @@ runs_int8 = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images of 36 windows each in ``calibration``, and one of one patch, with its labels."""
+    """Two images of 27 windows each in ``calibration``, and one of one patch, with its labels."""
     folder = tmp_path_factory.mktemp("int8")
     affine = volumes.oblique((1.5, 1.5, 1.5), 0.0)
     for number in range(2):
@@ -109,7 +111,7 @@ def test_most_layers_run_in_int8_and_the_report_says_how_many(made: Made) -> Non
     whole, layers = whole_layers(report.precisions)
     assert layers > whole > layers / 2
     assert f"in int8: {whole} of {layers} convolutions and matrix products" in made.told
-    assert f"calibrated on {MOST_PATCHES} patches (3d_fullres) of 2 images" in made.told
+    assert f"calibrated on {WINDOWS} patches (3d_fullres) of 2 images" in made.told
     assert set(made.bundle.description.backend.made_with) == {"openvino", "nncf"}  # type: ignore[union-attr]
     assert list(made.bundle.lead.folder.glob("fold_0.safetensors"))
 
@@ -117,7 +119,7 @@ def test_most_layers_run_in_int8_and_the_report_says_how_many(made: Made) -> Non
 @runs_int8
 def test_answers_are_nearly_eagers_and_always_the_same(made: Made) -> None:
     """Other bits than those of float32 as well, or nothing would have been quantised."""
-    settings = settings_of(made.bundle.lead, Options())
+    settings = Settings("3d_fullres", (0,), (0, 2), tile_step_size=0.5, use_gaussian=True)
     data = torch.from_numpy(volumes.blobs((30, 36, 28), seed=80)[0])[None]
     data = (data - data.mean()) / data.std()
     slow, fast = (LocalEngine(made.bundle, CPU, backend=each) for each in (Backend.EAGER, INT8))
@@ -191,9 +193,9 @@ def test_a_processor_whose_sums_would_overflow_does_not_run_it(
 def test_patches_are_parts_of_the_preprocessed_images_and_always_the_same(made: Made, images: Path) -> None:
     cases = cases_of(Validation((images / "calibration",)), made.bundle.lead)
     found = [calibration_patches(made.bundle, HandlerSettings(), cases, lambda _line: None) for _ in range(2)]
-    assert found[0]["3d_fullres"].shape == (MOST_PATCHES, 1, 1, *made.bundle.lead.patch_size)
+    assert found[0]["3d_fullres"].shape == (WINDOWS, 1, 1, *made.bundle.lead.patch_size)
     assert np.array_equal(found[0]["3d_fullres"], found[1]["3d_fullres"])
-    assert len({patch.tobytes() for patch in found[0]["3d_fullres"]}) == MOST_PATCHES
+    assert len({patch.tobytes() for patch in found[0]["3d_fullres"]}) == WINDOWS
     # z-scored as a whole, and so are many windows together
     assert abs(float(found[0]["3d_fullres"].mean())) < 0.2
     assert 0.8 < float(found[0]["3d_fullres"].std()) < 1.2

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_torchserve.bundle import check_requirements
-from nnunet_torchserve.engine.backends.openvino_library import openvino
+from nnunet_torchserve.engine.backends.openvino_library import openvino, silence
 from nnunet_torchserve.engine.backends.openvino_networks import reason_of
 from nnunet_torchserve.errors import BundleError
 
@@ -85,6 +85,7 @@ def _name_anew(graph: Any) -> None:
 
 
 def _nncf() -> ModuleType:
+    silence()
     loggers = logging.getLoggerClass()
     try:
         with _quiet():
@@ -97,6 +98,11 @@ def _nncf() -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # PyTorch's compilers, which NNCF imports, miss a GPU
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
