@@ -23,6 +23,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.engine.backends import models
-from benchmarks.engine.backends.archives import Archives, accuracy_of
+from benchmarks.engine.backends.archives import Archives, Trained, accuracy_of
 from benchmarks.engine.backends.cold_start import measure_cold_start
 from benchmarks.engine.backends.networks import NETWORKS, Untrained, measure_patch
 from benchmarks.engine.backends.peak import peaks
@@ -80,6 +81,7 @@ class Run:
         quick: a trial on small things.
         parts: what the file has, and what is added.
         resume: leave out what is there.
+        archives: of all models and backends.
     """
 
     material: Material
@@ -170,7 +172,7 @@ class Run:
         with self._servers(model, "many", model.images[0]) as servers:
             self._request(Part.REQUEST_40, servers, model.images[0] if self.quick else image)
 
-    def _servers(self, model: models.Trained, name: str, check: Path) -> Any:
+    def _servers(self, model: Trained, name: str, check: Path) -> AbstractContextManager[Servers]:
         return servers_of(model, self.backends, self.archives, self.scratch / name, check)
 
     def _request(self, part: Part, servers: Servers, image: Path) -> None:
