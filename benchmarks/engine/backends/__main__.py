@@ -142,7 +142,7 @@ class Run:
     def accuracy(self) -> None:
         """Each model by each backend."""
         found: dict[str, Any] = {}
-        for model in models.all_of(self.material)[: 1 if self.quick else None]:
+        for model in [self._tissue()] if self.quick else models.all_of(self.material):
             found[model.title] = {}
             for backend in self.backends:
                 try:
@@ -155,8 +155,9 @@ class Run:
 
     def requests(self, wanted: Sequence[Part]) -> None:
         """One at a time, and many at once, by the same servers."""
-        model, image = models.tissue(self.material), self.material.coarse if self.quick else self.material.fine
-        with self._servers(model, "tissue", self.material.coarse) as servers:
+        model = self._tissue()
+        image = model.images[0] if self.quick else self.material.fine
+        with self._servers(model, "tissue", model.images[0]) as servers:
             if Part.REQUEST in wanted:
                 self._request(Part.REQUEST, servers, image)
             if Part.MIXTURE in wanted:
@@ -171,6 +172,10 @@ class Run:
         image = many_classes.write_template(self.scratch, 1.0)
         with self._servers(model, "many", model.images[0]) as servers:
             self._request(Part.REQUEST_40, servers, model.images[0] if self.quick else image)
+
+    def _tissue(self) -> Trained:
+        model = models.tissue(self.material)
+        return models.small(model, self.scratch / "small") if self.quick else model
 
     def _servers(self, model: Trained, name: str, check: Path) -> AbstractContextManager[Servers]:
         return servers_of(model, self.backends, self.archives, self.scratch / name, check)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +13,8 @@ from benchmarks.harness.material import MATERIAL_VARIABLE, TRAINED, Material
 from benchmarks.models import many_classes
 
 _HELD_OUT_SEED = 1_000_001
+_SMALL = 60
+"""Voxels along each axis of a trial's image."""
 
 
 def tissue(material: Material) -> Trained:
@@ -26,6 +29,19 @@ def tissue(material: Material) -> Trained:
             (images / "test_001_0000.nii.gz",),
         )
     return Trained("demo, 3d_fullres", material.model_folder, (material.coarse,), None, (material.fine,))
+
+
+def small(model: Trained, folder: Path) -> Trained:
+    """The same, compared on the middle of its first image: for a trial."""
+    file = model.images[0]
+    labels = None if model.labels is None else model.labels / file.name.replace("_0000", "")
+    for source, target in ((file, folder / file.name), (labels, folder / "labels" / file.name.replace("_0000", ""))):
+        if source is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            image = nib.load(source)
+            starts = [max(0, (size - _SMALL) // 2) for size in image.shape]
+            nib.save(image.slicer[tuple(slice(start, start + _SMALL) for start in starts)], target)
+    return replace(model, images=(folder / file.name,), labels=None if labels is None else folder / "labels")
 
 
 def all_of(material: Material) -> list[Trained]:
