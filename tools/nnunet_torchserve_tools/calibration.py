@@ -81,10 +81,10 @@ class _Listening(LocalEngine):
         passes: dict[int, list[int]] = {}
         for number in range(len(case)):
             passes.setdefault(case.unit(number).number, []).append(number)
-        windows = self._random.permutation(len(passes))[: self.wanted]
-        for window in windows:
+        taken = self.taken[settings.member]
+        for window in self._random.permutation(len(passes))[: min(self.wanted, MOST_PATCHES - len(taken))]:
             chosen = case.unit(int(self._random.choice(passes[int(window)])))
-            self.taken[settings.member].append(case.patch(chosen).clone())
+            taken.append(case.patch(chosen).clone())
 
 
 def calibration_patches(
