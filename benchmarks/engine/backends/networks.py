@@ -27,12 +27,12 @@ from nnunet_torchserve.engine.backends.interface import FoldNetworks
 from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks, graph_paths
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.member import Member
-from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.composition import compose
 from nnunet_torchserve_tools.golden_patches import write_bundle
 from nnunet_torchserve_tools.graphs import write_graphs
 from nnunet_torchserve_tools.quantisation import quantise
 from nnunet_torchserve_tools.trained import read_trained_model
+from support import stock
 from support.untrained import standard_unet
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ class Untrained:
 
 def staged(model: Path, stage: Path) -> Member:
     """The model's one member as an archive would have it, without the checks and trials of one, which take minutes."""
-    composition = compose([read_trained_model(model, (FOLD,), ArchiveRequest.checkpoint, trust=False)])
+    composition = compose([read_trained_model(model, (FOLD,), stock.CHECKPOINT, trust=False)])
     members = tuple(trained.describe(name, None) for name, trained in composition.members.items())
     for member in members:
         composition.members[member.name].write(stage / member.folder, member)
