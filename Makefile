@@ -24,7 +24,7 @@ endef
 	@echo "  1 of 2: PyTorch (most of it)"
 	@$(call install,torch torchvision)
 	@echo "  2 of 2: nnU-Net, TorchServe with a Java runtime, tools for tests and demo"
-	@$(call install,--editable '.[server$(comma)dicom$(comma)openvino$(comma)demo$(comma)dev]')
+	@$(call install,--editable '.[server$(comma)dicom$(comma)openvino$(comma)quantize$(comma)demo$(comma)dev]')
 	@touch $@
 	@echo "  done: .venv takes $$(du -sh .venv | cut -f1)"
 

@@ -33,8 +33,10 @@ def write_results(name: str, material: Material, measured: Mapping[str, object],
     return print_targets(targets)
 
 
-def save_results(name: str, material: Material, measured: Mapping[str, object], targets: Sequence[Target]) -> None:
-    """Write ``results/NAME.json``."""
+def save_results(
+    name: str, material: Material, measured: Mapping[str, object], targets: Sequence[Target], folder: Path = RESULTS
+) -> None:
+    """Write ``NAME.json`` into a folder: ``results/``, unless it is a trial."""
     document = {
         "benchmark": name,
         "date": provenance.now(),
@@ -46,12 +48,12 @@ def save_results(name: str, material: Material, measured: Mapping[str, object], 
         "targets": [asdict(target) for target in targets],
         "passed": all(target.met for target in targets),
     }
-    write_json(RESULTS / f"{name}.json", document)
+    write_json(folder / f"{name}.json", document)
 
 
 def write_json(file: Path, document: Mapping[str, object]) -> None:
     """Write a whole file or none: what was there stays until the new one is complete."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(document, indent=2) + "\n")
     part.replace(file)

@@ -111,6 +111,7 @@ def serving(
     config: Path | None = None,
     body_limit: int | None = None,
     input_orientation: str | None = None,
+    made: Path | None = None,
 ) -> Iterator[Client]:
     """A live server of a model, made from the working tree, whose engines share nothing with other servers.
 
@@ -126,9 +127,10 @@ def serving(
         config: another config.properties to start from.
         body_limit: bytes of a request; ``None`` takes the launcher's own number.
         input_orientation: that the model was trained in, in nibabel's letters; ``None`` leaves it open.
+        made: a folder with the archive, which is then served as it is, whatever else is said of it here.
     """
     folder = model.model_folder if isinstance(model, Material) else model
-    store, state_dir, runtime = scratch / "model_store", scratch / "server", scratch / "engines"
+    store, state_dir, runtime = made or scratch / "model_store", scratch / "server", scratch / "engines"
     archive = ArchiveRequest(
         folder,
         store,
@@ -140,7 +142,8 @@ def serving(
         name=MODEL,
         serving=settings or ServingSettings(),
     )
-    make_archives(archive)
+    if made is None:
+        make_archives(archive)
     request = launcher.ServeRequest(
         store,
         state_dir=state_dir,

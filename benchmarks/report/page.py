@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.report.tables import BLOCKS
@@ -13,12 +14,19 @@ _BLOCK = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def rewritten(page: str) -> str:
-    """``page`` with every table as the result files have it.
+    """``page`` with every table as the result files have it; a table without a file says that it has none.
 
     Raises:
         KeyError: a marker names no table.
     """
-    return _BLOCK.sub(lambda found: f"<!-- table: {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- end -->", page)
+    return _BLOCK.sub(lambda found: f"<!-- table: {found[1]} -->\n{_content(found[1])}\n<!-- end -->", page)
+
+
+def _content(name: str) -> str:
+    try:
+        return BLOCKS[name]()
+    except FileNotFoundError as missing:
+        return f"Not measured yet ({Path(str(missing.filename)).name})."
 
 
 def tables_of(page: str) -> list[str]:

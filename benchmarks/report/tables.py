@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from statistics import median
 from typing import Any
 
+from benchmarks.report.backend_tables import (
+    backend_accuracy,
+    backend_cold_start,
+    backend_mixture,
+    backend_patches,
+    backend_requests,
+)
+from benchmarks.report.dicom_tables import dicom_reading, dicom_series, dicom_writing
 from benchmarks.report.results import (
     link,
     load,
@@ -440,6 +448,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     for block in (
         command, whole_request, recipes, overhead, throughput, fairness, gap, engine_memory, growth, gpu_serving,
         export, approximate, preprocess, postprocess, reading, writing, path, client, in_service,
+        backend_patches, backend_requests, backend_mixture, backend_accuracy, backend_cold_start,
+        dicom_reading, dicom_writing, dicom_series,
     )
 }  # fmt: skip
 """Every table by the name that stands in the page's marker."""

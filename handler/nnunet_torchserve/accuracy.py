@@ -29,6 +29,9 @@ REPORT_VERSION: Final = 1
 _DECIDING = (f"{MEMBERS_FOLDER}/", f"{CODE_FOLDER}/")
 """Where an archive keeps what decides a segmentation: plans, weights, graphs, somebody's own code."""
 
+INT8_NAMES = frozenset({"u8", "i8"})
+"""OpenVINO's names of whole numbers of 8 bits."""
+
 _HEADER_DIGITS = 4
 _ROUNDING = 1e-9
 """Less than what one voxel of any image can do to a Dice of so many digits, more than what float64 does."""
@@ -200,6 +203,8 @@ class AccuracyReport(_Part):
         processor: whose precision it was.
         software: package -> version.
         max_patch_batch: patches in a forward pass of the backend.
+        precisions: name of a precision -> how many convolutions and matrix products of all networks ran in it, read
+            from what was compiled; ``None`` of a backend that does not say it.
         limits: what might have been lost.
         cases: all that were predicted, by both, as a request without options is.
     """
@@ -210,6 +215,7 @@ class AccuracyReport(_Part):
     processor: str
     software: dict[str, str]
     max_patch_batch: Annotated[int, Field(gt=0)]
+    precisions: dict[str, _Count] | None = None
     limits: DiceLimits
     cases: Annotated[tuple[CaseAccuracy, ...], Field(min_length=1)]
 
@@ -286,6 +292,7 @@ class AccuracyReport(_Part):
             "processor": self.processor,
             "software": self.software,
             "max_patch_batch": self.max_patch_batch,
+            "precisions": self.precisions,
         }
 
     def _structure(self, name: str) -> dict[str, Any]:
@@ -312,6 +319,15 @@ def dice(first: int, second: int, common: int) -> float | None:
     0.6666666666666666
     """
     return 2 * common / (first + second) if first + second else None
+
+
+def whole_layers(precisions: Mapping[str, int]) -> tuple[int, int]:
+    """Of layers that compute: how many do so in int8, and how many there are.
+
+    >>> whole_layers({"f32": 2, "u8": 10, "i8": 1})
+    (11, 13)
+    """
+    return sum(count for name, count in precisions.items() if name in INT8_NAMES), sum(precisions.values())
 
 
 def deciding_files(files: Mapping[str, str]) -> dict[str, str]:

@@ -31,11 +31,14 @@ class Backend(StrEnum):
     OPENVINO_BFLOAT16 = "openvino:bf16"
     """The same graphs in bfloat16, on processors that compute in it (AVX512-BF16, AMX, AVX2-VNNI-2)."""
 
+    OPENVINO_INT8 = "openvino:int8"
+    """Graphs whose convolutions are in whole numbers of 8 bits, calibrated on images when the archive is made."""
+
 
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 """Library -> what its name alone means."""
 
-NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16})
+NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16, Backend.OPENVINO_INT8})
 """What serves only archives in which its accuracy was measured: fewer digits are another network, as far as anybody
 knows who has not looked."""
 

@@ -64,6 +64,16 @@ def processor_name() -> str:
     return next(named, "") or platform.machine()
 
 
+def processor_flags() -> frozenset[str]:
+    """What the processor's instructions are called by Linux; empty where it does not say."""
+    try:
+        lines = _PROCESSORS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    listed = (line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(listed, []))
+
+
 def memory_bytes() -> int:
     """Bytes of memory of this machine or, if smaller, of the control groups that this process is in."""
     limits = (_number(text) for text in _read_all("memory", "memory.max", "memory.limit_in_bytes"))

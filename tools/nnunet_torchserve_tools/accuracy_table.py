@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nnunet_torchserve.accuracy import AccuracyReport, Reference, rounded_down
+from nnunet_torchserve.accuracy import AccuracyReport, Reference, rounded_down, whole_layers
 
 _NONE = "-"
 
@@ -20,6 +20,8 @@ def lines(report: AccuracyReport) -> Iterator[str]:
     summary = report.summary()
     yield in_short(summary)
     yield from worst(summary)
+    if (layers := in_whole_numbers(summary)) is not None:
+        yield layers
     against = "the labels" if report.limits.against is Reference.LABELS else "eager's answers"
     yield (
         f"loss of Dice to {against}: {report.mean_loss():.4g} in the mean; allowed are {report.limits.mean:g}, and "
@@ -43,6 +45,12 @@ def worst(summary: Mapping[str, Any]) -> Iterator[str]:
     if found:
         name = min(found, key=lambda each: found[each])
         yield f"worst Dice of a structure in a case: {name}, {rounded_down(found[name])}"
+
+
+def in_whole_numbers(summary: Mapping[str, Any]) -> str | None:
+    """How much of a network ran in int8, from a report's summary; ``None`` if nothing did."""
+    whole, layers = whole_layers(summary.get("precisions") or {})
+    return f"in int8: {whole} of {layers} convolutions and matrix products" if whole else None
 
 
 def held(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -145,6 +145,14 @@ def make_archives(request: ArchiveRequest, tell: Callable[[str], None] = _unhear
 def _check_backend(request: ArchiveRequest) -> None:
     """Refuse a backend that this machine cannot make, or that nobody is to measure though somebody must."""
     backend, validation = request.backend, request.validation
+    if bool(request.calibration) != (backend is Backend.OPENVINO_INT8):
+        msg = (
+            f"--backend {backend} needs --calibrate: images that it is calibrated on"
+            if backend is Backend.OPENVINO_INT8
+            else f"--calibrate is for --backend {Backend.OPENVINO_INT8}, the only one that is calibrated"
+        )
+        raise UsageError(msg)
+    Validation(request.calibration).check()
     if backend is Backend.EAGER:
         if validation is not None:
             msg = "--validate compares another backend with eager; name it with --backend"
@@ -244,7 +252,7 @@ def _make_archive(
             built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
         )
-        add_golden_patches(stage, bundle, request.serving.handler)
+        add_golden_patches(stage, bundle, request.serving.handler, request.calibration, tell)
         if request.validation is not None:
             _validate(stage, request, request.validation, tell)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())

@@ -37,6 +37,7 @@ class ArchiveRequest:
             into it; ``None``: images are taken as they are sent, as nnU-Net takes them.
         segments: JSON with what the model's structures are, in codes, see :mod:`nnunet_torchserve.segments`.
         backend: that the archive is made for beside eager, and served with unless somebody says otherwise.
+        calibration: folders and files of the images that int8 is calibrated on; as in :class:`.Validation`.
         validation: on what that backend is compared with eager before the archive is written; the archive gets the
             report. ``None`` compares the golden patch only.
         serving: what goes to model-config.yaml.
@@ -59,5 +60,6 @@ class ArchiveRequest:
     input_orientation: str | None = None
     segments: Path | None = None
     backend: Backend = Backend.EAGER
+    calibration: tuple[Path, ...] = ()
     validation: Validation | None = None
     serving: ServingSettings = field(default_factory=ServingSettings)

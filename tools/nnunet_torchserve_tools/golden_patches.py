@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nnunet_torchserve.backend import NEEDS_REPORT, Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, BundleDescription, ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
-from nnunet_torchserve.engine.golden import golden_tensors
+from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks, graph_paths
+from nnunet_torchserve.engine.golden import golden_name, golden_tensors
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
@@ -27,9 +31,12 @@ from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
 
+from .calibration import calibration_patches
 from .errors import ModelWarning, ToolError
 from .graphs import write_graphs
 from .measurement import not_measured
+from .quantisation import quantise
+from .validation_cases import Validation, cases_of
 
 NO_NETWORK = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What nnU-Net and PyTorch raise where plans, dataset and weights do not belong together; somebody's own code may raise
@@ -43,7 +50,13 @@ _OF_A_GPU = re.compile(r"cuda|nvidia|triton", re.IGNORECASE)
 _CPU = torch.device("cpu")
 
 
-def add_golden_patches(stage: Path, description: BundleDescription, settings: HandlerSettings) -> None:
+def add_golden_patches(
+    stage: Path,
+    description: BundleDescription,
+    settings: HandlerSettings,
+    calibration: Sequence[Path] = (),
+    tell: Callable[[str], None] = lambda _line: None,
+) -> None:
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
     Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
@@ -53,8 +66,11 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
         stage: the folder that becomes the archive, with all its members.
         description: what ``bundle.json`` will say, but for the checksums.
         settings: the archive's own.
+        calibration: images that int8 is calibrated on.
+        tell: hears lines for people.
 
     Raises:
+        UsageError: there are too few images to calibrate on.
         ToolError: a network cannot be built or fails, a graph cannot be made of it, or the archive does not load.
 
     Warns:
@@ -72,6 +88,11 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
                 write_graphs(member, networks)
         write_bundle(stage, description)
         complete = ModelBundle(stage)
+        if description.backend is not None and description.backend.backend is Backend.OPENVINO_INT8:
+            cases = cases_of(Validation(tuple(calibration)), complete.lead)
+            _quantise(complete, calibration_patches(complete, settings, cases, tell))
+            write_bundle(stage, description)
+            complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
         batch = patches_at_once(settings.max_patch_batch)
         backends = dict.fromkeys((Backend.EAGER, description.backend.backend if description.backend else Backend.EAGER))
@@ -89,6 +110,21 @@ def add_golden_patches(stage: Path, description: BundleDescription, settings: Ha
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
+
+
+def _quantise(bundle: ModelBundle, patches: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Put graphs of int8 in the place of all graphs, and their logits beside eager's golden ones."""
+    backend = Backend.OPENVINO_INT8
+    for member in bundle.members.values():
+        for fold in member.folds:
+            quantise(graph_paths(member.folder, fold), patches[member.name])
+        try:
+            networks = OpenVinoNetworks(member, backend, batch=1)
+        except BundleError as error:
+            raise ToolError(not_measured(backend, str(error))) from error
+        golden, own = load_file(member.folder / GOLDEN_FILE), golden_tensors(networks, member.folds)
+        golden |= {golden_name(backend, fold): own[f"fold_{fold}"] for fold in member.folds}
+        save_file(golden, member.folder / GOLDEN_FILE)
 
 
 def _golden(member: Member, expected: tuple[type[Exception], ...]) -> tuple[EagerNetworks, dict[str, torch.Tensor]]:

@@ -22,6 +22,8 @@ from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.member import Member
 
 from .errors import ToolError
+from .quantisation import REQUIRES as QUANTISER
+from .quantisation import check_installed
 
 REQUIRES = {"openvino": ">=2026.4,<2027"}
 
@@ -37,8 +39,12 @@ def stored_backend(backend: Backend) -> StoredBackend:
     except BundleError as error:
         msg = f"{error}; in a clone of the project, pip install '.[openvino]'"
         raise ToolError(msg) from error
+    made_with = list(REQUIRES)
+    if backend is Backend.OPENVINO_INT8:
+        check_installed()
+        made_with += QUANTISER
     return StoredBackend(
-        backend=backend, requires=REQUIRES, made_with={name: importlib.metadata.version(name) for name in REQUIRES}
+        backend=backend, requires=REQUIRES, made_with={name: importlib.metadata.version(name) for name in made_with}
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -28,7 +29,9 @@ from nnunet_torchserve.accuracy import (
 )
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
+from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks
 from nnunet_torchserve.engine.local import LocalEngine
+from nnunet_torchserve.engine.prediction import Engine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.machine import processor_name
@@ -107,6 +110,7 @@ def measure(
         processor=processor_name(),
         software={package: importlib.metadata.version(package) for package in (*_PACKAGES, *stored.requires)},
         max_patch_batch=batch,
+        precisions=_precisions(fast.engine),
         limits=limits,
         cases=tuple(measured),
     )
@@ -146,6 +150,16 @@ def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend, 
     except BundleError as error:
         raise ToolError(not_measured(backend, str(error))) from error
     return Pipeline(bundle, engine, limits, _TIME_LIMIT_S, backend=backend)
+
+
+def _precisions(engine: Engine) -> dict[str, int] | None:
+    """In what the layers of all networks run, as far as the backend says it."""
+    members = engine.networks.members.values() if isinstance(engine, LocalEngine) else ()
+    found: Counter[str] = Counter()
+    for networks in members:
+        if isinstance(networks, OpenVinoNetworks):
+            found.update(networks.precisions)
+    return dict(sorted(found.items())) or None
 
 
 def not_measured(backend: Backend, reason: str) -> str:

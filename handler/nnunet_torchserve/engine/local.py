@@ -21,6 +21,7 @@ from .accumulator import CaseAccumulator, Layout, new_accumulator
 from .admission import NEVER_FITS, Admission, Budget, Claim
 from .core import CaseInFlight, EngineCore, Outcome, as_serving_error
 from .golden import load_networks
+from .network import Networks
 from .prediction import Keep, Prediction, Reservation, Watcher
 from .scheduler import Policy
 
@@ -69,6 +70,11 @@ class LocalEngine:
     def backend(self) -> Backend:
         """What runs the networks."""
         return self._core.networks.backend
+
+    @property
+    def networks(self) -> Networks:
+        """What it holds, for whoever reads what is said of them."""
+        return self._core.networks
 
     @contextmanager
     def reserve(

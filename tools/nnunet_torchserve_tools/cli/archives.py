@@ -106,9 +106,18 @@ def archive(
         typer.Option(
             metavar="NAME[:PRECISION]",
             help="What runs the network: eager, as stock does; openvino:float32, for CPUs, which rounds differently; "
-            "openvino:bf16, for CPUs that compute in it, needs --validate. A server that cannot run it uses eager.",
+            "openvino:bf16, for CPUs that compute in it, needs --validate; openvino:int8 needs --calibrate. A server "
+            "that cannot run it uses eager.",
         ),
     ] = "eager",
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE_OR_FOLDER",
+            help="Images that openvino:int8 is calibrated on, and compared on if there is no --validate; a folder in "
+            "nnU-Net's naming, or an image; repeatable.",
+        ),
+    ] = None,
     validate: Annotated[
         list[Path] | None,
         typer.Option(
@@ -119,7 +128,10 @@ def archive(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="Folder with the labels of the images of --validate: what is lost is lost against them."),
+        typer.Option(
+            help="Folder with the labels of the images of --validate (or --calibrate without it): what is lost is lost "
+            "against them."
+        ),
     ] = None,
     max_dice_loss: Annotated[str | None, typer.Option(metavar="MEAN[,STRUCTURE]", help=_MAX_DICE_LOSS_HELP)] = None,
     device_ids: Annotated[
@@ -193,7 +205,8 @@ def archive(
             input_orientation=input_orientation and input_orientation.upper(),
             segments=segments,
             backend=backend_of(backend),
-            validation=validation_of(validate, labels, max_dice_loss),
+            calibration=tuple(calibrate or ()),
+            validation=validation_of(validate or calibrate, labels, max_dice_loss),
             serving=serving,
         )
         files = make_archives(request, say)

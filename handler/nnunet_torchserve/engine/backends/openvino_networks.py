@@ -1,9 +1,13 @@
 """OpenVINO on the CPU: each fold is a graph that was made when the archive was, compiled here for this machine.
 
-The graph's weights are float32. In which precision it is computed is asked for when it is compiled, and read back from
-what was compiled: OpenVINO takes another one where it thinks that better, or where the processor lacks the asked one.
-For bfloat16 the reading proves too little. Every processor with AVX-512 is granted it, and one without instructions for
-it imitates it: slowly, and rounded otherwise. So the processor is asked as well.
+The graph's weights are float32, or whole numbers of 8 bits where it was made for int8. In which precision it is
+computed is asked for when it is compiled, and read back from what was compiled: OpenVINO takes another one where it
+thinks that better, or where the processor lacks the asked one. For bfloat16 the reading proves too little. Every
+processor with AVX-512 is granted it, and one without instructions for it imitates it: slowly, and rounded otherwise. So
+the processor is asked as well. It is for int8 too: without VNNI, products of 8 bits are summed in 16, which overflow.
+
+Of a graph for int8 not all is: NNCF leaves layers in float32 whose ranges it cannot know, and OpenVINO may leave more.
+Most of the layers that take the time must be int8, and the others float32; how many are, networks say.
 
 A graph is compiled for one size of a batch, and a smaller batch is filled up: like that an answer does not depend on
 who else is served. Its threads are OpenVINO's own, as many as PyTorch's. They are not pinned to processors: two engines
@@ -12,7 +16,9 @@ would pin theirs to the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import platform
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +28,30 @@ import numpy.typing as npt
 import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
+from ...accuracy import INT8_NAMES, whole_layers
 from ...backend import Backend
 from ...errors import BundleError
+from ...machine import processor_flags
 from ...member import Member
 from ...options import FoldName
 from .interface import Weights
 from .openvino_library import openvino
 
-_HINTS = {Backend.OPENVINO_FLOAT32: "f32", Backend.OPENVINO_BFLOAT16: "bf16"}
-"""Backend -> OpenVINO's name of the precision that is asked for, and has to be found."""
+_HINTS = {Backend.OPENVINO_FLOAT32: "f32", Backend.OPENVINO_BFLOAT16: "bf16", Backend.OPENVINO_INT8: "f32"}
+"""Backend -> OpenVINO's name of the precision that is asked for, and has to be found in all layers; for int8, in those
+that are not int8."""
 
-_CAPABILITIES = {Backend.OPENVINO_BFLOAT16: "BF16"}
+_CAPABILITIES = {Backend.OPENVINO_BFLOAT16: "BF16", Backend.OPENVINO_INT8: "INT8"}
 """Backend -> what OpenVINO must count among the processor's own abilities (``OPTIMIZATION_CAPABILITIES``)."""
 
-_WANTS = {Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16, AMX or AVX2-VNNI-2"}
+_X86 = frozenset({"x86_64", "AMD64"})
+_FLAGS = {Backend.OPENVINO_INT8: frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})}
+"""Backend -> instructions of which an x86 processor must have one, beside that; OpenVINO has no name for them."""
+
+_WANTS = {
+    Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16, AMX or AVX2-VNNI-2",
+    Backend.OPENVINO_INT8: "; it takes AVX512-VNNI, AVX-VNNI or AMX",
+}
 """What a processor needs for it."""
 
 _COMPUTING = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
@@ -83,6 +99,7 @@ class OpenVinoNetworks:
         self._core = openvino().Core()
         _check_processor(self._core, backend)
         self._requests: dict[FoldName, Any] = {}
+        self._layers: dict[FoldName, Counter[str]] = {}
         for name, files in self._files.items():
             self._requests[name] = self._compiled(name, _read_graph(member, files))
 
@@ -90,6 +107,11 @@ class OpenVinoNetworks:
     def folds(self) -> tuple[FoldName, ...]:
         """The folds that it has."""
         return tuple(self._files)
+
+    @property
+    def precisions(self) -> Mapping[str, int]:
+        """OpenVINO's name of a precision -> how many of all folds' convolutions and matrix products run in it."""
+        return sum(self._layers.values(), Counter())
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -143,18 +165,11 @@ class OpenVinoNetworks:
             BundleError: OpenVINO does not take it, or computes in another precision.
             MemoryError: there is no memory for it.
         """
-        settings = {
-            "INFERENCE_PRECISION_HINT": _HINTS[self.backend],
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-        }
         try:
             model = self._core.read_model(model=graph.xml, weights=graph.weights)
             model.reshape([self._batch, self.input_channels, *self.patch_size])
-            compiled = self._core.compile_model(model, "CPU", settings)
-            runs_in = computing_precisions(compiled)
+            compiled = self._core.compile_model(model, "CPU", settings_of(self.backend, torch.get_num_threads()))
+            runs_in, self._layers[fold] = computing_precisions(compiled), layer_precisions(compiled)
             request = compiled.create_infer_request()
         except RuntimeError as error:
             explained = _explained(error)
@@ -162,10 +177,31 @@ class OpenVinoNetworks:
                 raise explained from error
             msg = f"OpenVINO cannot compile the graph of fold {fold}: {reason_of(error)}"
             raise BundleError(msg) from error
-        if runs_in != {_HINTS[self.backend]}:
+        asked = {_HINTS[self.backend]}
+        if runs_in != asked and not (self.backend is Backend.OPENVINO_INT8 and runs_in <= asked | INT8_NAMES):
             msg = f"OpenVINO computes fold {fold} in {', '.join(sorted(runs_in))} and not as {self.backend} on this CPU"
             raise BundleError(msg + _WANTS.get(self.backend, ""))
+        if self.backend is Backend.OPENVINO_INT8:
+            _check_most_are_whole(fold, self._layers[fold])
         return request
+
+
+def settings_of(backend: Backend, threads: int) -> dict[str, Any]:
+    """How OpenVINO compiles a graph for a backend."""
+    return {
+        "INFERENCE_PRECISION_HINT": _HINTS[backend],
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def _check_most_are_whole(fold: FoldName, precisions: Mapping[str, int]) -> None:
+    whole, layers = whole_layers(precisions)
+    if 2 * whole <= layers:
+        msg = f"OpenVINO computes only {whole} of the {layers} convolutions and matrix products of fold {fold} in int8"
+        raise BundleError(msg)
 
 
 def _check_processor(core: Any, backend: Backend) -> None:
@@ -173,6 +209,10 @@ def _check_processor(core: Any, backend: Backend) -> None:
     wanted = _CAPABILITIES.get(backend)
     if wanted is not None and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         msg = f"this CPU has no instructions for {backend}, which OpenVINO would imitate or run in another precision"
+        raise BundleError(msg + _WANTS.get(backend, ""))
+    flags = _FLAGS.get(backend)
+    if flags is not None and platform.machine() in _X86 and not flags & processor_flags():
+        msg = f"this CPU has no instructions for {backend}: sums of its products would overflow"
         raise BundleError(msg + _WANTS.get(backend, ""))
 
 
@@ -198,11 +238,16 @@ def graph_paths(folder: Path, fold: FoldName) -> tuple[Path, Path]:
 
 def computing_precisions(compiled: Any) -> set[str]:
     """In which precisions a compiled model's convolutions and matrix products run, in OpenVINO's names."""
-    found = set()
+    return set(layer_precisions(compiled))
+
+
+def layer_precisions(compiled: Any) -> Counter[str]:
+    """The same, with how many of them run in each."""
+    found: Counter[str] = Counter()
     for layer in compiled.get_runtime_model().get_ops():
         information = layer.get_rt_info()
         if information["layerType"].value in _COMPUTING:
-            found.add(str(information["runtimePrecision"].value))
+            found[str(information["runtimePrecision"].value)] += 1
     return found
 
 
