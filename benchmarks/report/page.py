@@ -7,18 +7,26 @@ import re
 from benchmarks import ROOT
 from benchmarks.report.tables import BLOCKS
 
+NOT_MEASURED = "Not measured yet."
 PAGE = ROOT / "docs" / "performance.md"
 
 _BLOCK = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.DOTALL)
 
 
 def rewritten(page: str) -> str:
-    """``page`` with every table as the result files have it.
+    """``page`` with every table as the result files have it, or a sentence where there is no such file.
 
     Raises:
         KeyError: a marker names no table.
     """
-    return _BLOCK.sub(lambda found: f"<!-- table: {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- end -->", page)
+    return _BLOCK.sub(lambda found: f"<!-- table: {found[1]} -->\n{_table(found[1])}\n<!-- end -->", page)
+
+
+def _table(name: str) -> str:
+    try:
+        return BLOCKS[name]()
+    except FileNotFoundError:
+        return NOT_MEASURED
 
 
 def tables_of(page: str) -> list[str]:

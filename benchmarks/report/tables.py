@@ -20,6 +20,7 @@ from benchmarks.report.results import (
     table,
     times,
 )
+from benchmarks.report.training import distill_costs, distill_dice, region_epochs, region_work
 
 _CODECS = {"nii.gz": "nii.gz", "nrrd": "nrrd (gzip)", "mha": "mha (zlib)", "nii": "nii", "plain.mha": "mha, plain"}
 _ALL_CLASSES = "117 labels"
@@ -440,6 +441,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     for block in (
         command, whole_request, recipes, overhead, throughput, fairness, gap, engine_memory, growth, gpu_serving,
         export, approximate, preprocess, postprocess, reading, writing, path, client, in_service,
+        region_work, region_epochs, distill_dice, distill_costs,
     )
 }  # fmt: skip
 """Every table by the name that stands in the page's marker."""
