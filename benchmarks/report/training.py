@@ -80,17 +80,18 @@ def distill_costs() -> str:
     rows = []
     for model, size in document["archive_bytes"].items():
         cost = document["costs"].get(model)
-        speed = document["patches"]["patches_per_second"].get(model)
+        batches = [each["patches_per_second"].get(model) for each in document["patches"]["batches"].values()]
         rows.append(
             (
                 model,
                 f"{cost['parameters']:,}" if cost else "",
                 f"{cost['operations'] / 1e9:.2f}" if cost else "",
-                median_and_quartiles(speed) if speed else "",
+                *(median_and_quartiles(speed) if speed else "" for speed in batches),
                 *(seconds(case["seconds"][model]["median"]) for case in document["requests"].values()),
                 f"{size / 1e6:.2f}",
             )
         )
     images = [f"warm request, {name}" for name in document["requests"]]
-    head = ("", "parameters", "GFLOP a patch", "patches a second (quartiles)", *images, "archive, MB")
+    speeds = [f"patches a second, {batch} in a pass (quartiles)" for batch in document["patches"]["batches"]]
+    head = ("", "parameters", "GFLOP a patch", *speeds, *images, "archive, MB")
     return table(head, rows) + "\n\n" + source("distill")

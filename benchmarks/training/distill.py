@@ -58,8 +58,11 @@ HOME = ROOT / ".nnunet-torchserve" / "distill"
 STEPS = ("train", "measure")
 
 REPEATS, EPOCH_REPEATS, QUICK_REPEATS = 15, 3, 2
-PATCHES = 10
-"""Forward passes that are timed together."""
+PATCHES = 12
+"""That are timed together."""
+
+BATCHES = (1, 4)
+"""Patches in a forward pass: as a server on a CPU has them unless told otherwise, and several."""
 
 QUICK_EPOCHS, QUICK_ITERATIONS = 1, 2
 WARM_UP = 2
@@ -100,35 +103,38 @@ def measure_costs(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure_patches(recipe: Recipe, repeats: int, *, quick: bool) -> dict[str, Any]:
-    """Patches a second, each network in turns, on all of PyTorch's threads."""
-    passes = {}
+    """Patches a second, each network in turns, on all of PyTorch's threads: one by one, and in batches."""
+    predictors = {}
     for model in (ONE_FOLD, TAUGHT):
         folder, folds = recipe.models()[model]
-        predictor = stock.loaded(folder, folds=list(map(int, folds)), use_mirroring=False)
-        network = predictor.network.eval()
-        patch = torch.randn(
-            1, 1, *predictor.configuration_manager.patch_size, generator=torch.Generator().manual_seed(0)
-        )
-        passes[model] = (network, patch)
-    seconds: dict[str, list[float]] = {model: [] for model in passes}
-    with torch.inference_mode():
-        for network, patch in passes.values():
-            network(patch)
-        for number in range(repeats):
-            for model in tuple(passes) if number % 2 else tuple(passes)[::-1]:
+        predictors[model] = stock.loaded(folder, folds=list(map(int, folds)), use_mirroring=False)
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "batches": {}}
+    for batch in BATCHES:
+        seconds: dict[str, list[float]] = {model: [] for model in predictors}
+        for number in range(-1, repeats):
+            for model in tuple(predictors) if number % 2 else tuple(predictors)[::-1]:
                 if not quick:
                     wait_for_quiet()
-                network, patch = passes[model]
-                began = time.perf_counter()
-                for _ in range(PATCHES):
-                    network(patch)
-                seconds[model].append((time.perf_counter() - began) / PATCHES)
-    ratios = [theirs / mine for theirs, mine in zip(seconds[ONE_FOLD], seconds[TAUGHT], strict=True)]
-    return {
-        "threads": torch.get_num_threads(),
-        "patches_per_second": {model: spread([1 / each for each in found]) for model, found in seconds.items()},
-        "ratio": spread(ratios),
-    }
+                took = seconds_of_patches(predictors[model], batch)
+                if number >= 0:  # the first is not warm
+                    seconds[model].append(took)
+        ratios = [theirs / mine for theirs, mine in zip(seconds[ONE_FOLD], seconds[TAUGHT], strict=True)]
+        found["batches"][str(batch)] = {
+            "patches_per_second": {model: spread([PATCHES / each for each in took]) for model, took in seconds.items()},
+            "ratio": spread(ratios),
+        }
+    return found
+
+
+def seconds_of_patches(predictor: Any, batch: int) -> float:
+    """What a network takes for so many patches, that many in each batch."""
+    network, patch = predictor.network.eval(), predictor.configuration_manager.patch_size
+    images = torch.randn(batch, 1, *patch, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(PATCHES // batch):
+            network(images)
+    return time.perf_counter() - began
 
 
 def measure_requests(recipe: Recipe, material: Material, scratch: Path, repeats: int, *, quick: bool) -> dict[str, Any]:
@@ -228,7 +234,7 @@ def be_an_epoch(environment: str, dataset: str, trainer_name: str) -> int:
 
 def targets_of(measured: Mapping[str, Any]) -> list[Target]:
     """What is promised, and what was found."""
-    dice, share, ratio = measured["dice"], measured["costs"]["operations_share"], measured["patches"]["ratio"]["q1"]
+    dice, share = measured["dice"], measured["costs"]["operations_share"]
     loss = round(dice[ONE_FOLD]["mean"] - dice[TAUGHT]["mean"], 4)
     targets = [
         Target(
@@ -236,8 +242,13 @@ def targets_of(measured: Mapping[str, Any]) -> list[Target]:
             share,
             share <= MOST_OPERATIONS_SHARE,
         ),
-        Target(
-            f"at least {LEAST_RATIO:g} times a fold's patches a second (lower quartile)", ratio, ratio >= LEAST_RATIO
+        *(
+            Target(
+                f"at least {LEAST_RATIO:g} times a fold's patches a second (lower quartile), {batch} in a forward pass",
+                found["ratio"]["q1"],
+                found["ratio"]["q1"] >= LEAST_RATIO,
+            )
+            for batch, found in measured["patches"]["batches"].items()
         ),
         Target(
             f"mean Dice that the student with distillation loses to one fold, at most {MOST_DICE_LOSS}",
