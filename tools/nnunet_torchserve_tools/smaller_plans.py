@@ -67,7 +67,7 @@ class Change:
         """For people."""
         million = 1e6
         return (
-            f"{self.configuration}: {self.before.parameters / million:.2f} -> {self.after.parameters / million:.2f} "
+            f"{self.configuration}: {self.before.parameters / million:.3g} -> {self.after.parameters / million:.3g} "
             f"million parameters, {self.after.operations / self.before.operations:.1%} of the operations of a patch"
         )
 
