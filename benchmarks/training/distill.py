@@ -204,7 +204,7 @@ def logged_seconds(recipe: Recipe, model: str) -> int:
     file = recipe.student(model) / f"fold_{FOLD}" / "checkpoint_final.pth"
     log = torch.load(file, map_location="cpu", weights_only=False)["logging"]  # the recipe's own
     spans = zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=True)
-    return round(sum(end - start for start, end in spans))
+    return round(sum(float(end - start) for start, end in spans))
 
 
 def be_an_epoch(environment: str, dataset: str, trainer_name: str) -> int:

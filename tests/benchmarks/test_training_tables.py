@@ -10,10 +10,12 @@ import pytest
 
 from benchmarks.report import results, training
 from benchmarks.training import distill, region_loader
+from benchmarks.training.parcel_regions import COUNTS
+from distill_brain_tissue import ONE_FOLD, TAUGHT, TEACHER, TRAINERS
 
 DICE = {
     model: {case: {"CSF": 0.5 + shift, "GM": 0.9} for case, shift in (("one", 0.0), ("two", 0.2))}
-    for model in (distill.TEACHER, distill.ONE_FOLD, *distill.TRAINERS)
+    for model in (TEACHER, ONE_FOLD, *TRAINERS)
 }
 SPREAD = {"min": 1.0, "q1": 3.5, "median": 4.0, "q3": 4.5, "max": 5.0}
 
@@ -30,10 +32,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_region_targets(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     took = {"epoch_s": 20.0, "waiting_s": 5.0}
     monkeypatch.setattr(region_loader, "last_line_of", lambda *_: json.dumps(took))
-    work = {str(count): region_loader.measure_work(count, 16, 2, quick=True) for count in region_loader.COUNTS}
-    epochs = {
-        str(count): region_loader.measure_epochs(Path(), count, 5, 2, quick=True) for count in region_loader.COUNTS
-    }
+    work = {str(count): region_loader.measure_work(count, 16, 2, quick=True) for count in COUNTS}
+    epochs = {str(count): region_loader.measure_epochs(Path(), count, 5, 2, quick=True) for count in COUNTS}
     written["region_loader"] = {"work": work, "epochs": epochs}
     assert len(region_loader.targets_of(written["region_loader"])) == 9
     rows = training.region_work().splitlines()
@@ -44,7 +44,7 @@ def test_region_targets(written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_student_beside_its_teacher(written: dict[str, Any]) -> None:
-    sides = (distill.TEACHER, distill.ONE_FOLD, distill.TAUGHT)
+    sides = (TEACHER, ONE_FOLD, TAUGHT)
     speeds = dict.fromkeys(sides[1:], SPREAD)
     document = {
         "cases": distill.WARPS,
@@ -53,7 +53,7 @@ def test_a_student_beside_its_teacher(written: dict[str, Any]) -> None:
         "patches": {"batches": {"1": {"patches_per_second": speeds, "ratio": SPREAD}}},
         "requests": {"2 mm": {"seconds": dict.fromkeys(sides, SPREAD)}},
         "archive_bytes": dict.fromkeys(sides, 2_500_000),
-        "training": {model: {"training_seconds": 1300} for model in distill.TRAINERS},
+        "training": {model: {"training_seconds": 1300} for model in TRAINERS},
         "served_different_voxels": 0,
     }
     written["distill"] = document

@@ -142,7 +142,8 @@ def _scanned(generator: np.random.Generator, anatomy: Volume, spacing: npt.NDArr
 def _smooth(generator: np.random.Generator, shape: Sequence[int], sigma: npt.NDArray[np.float64]) -> Volume:
     """Smooth noise of standard deviation 1."""
     noise: Volume = gaussian_filter(generator.standard_normal(shape, np.float32), sigma)
-    return noise / noise.std()
+    normalised: Volume = noise / noise.std()
+    return normalised
 
 
 def _along_axes(values: npt.NDArray[np.float64]) -> Volume:
