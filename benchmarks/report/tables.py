@@ -28,6 +28,7 @@ from benchmarks.report.results import (
     table,
     times,
 )
+from benchmarks.report.training import distill_costs, distill_dice, region_epochs, region_work
 
 _CODECS = {"nii.gz": "nii.gz", "nrrd": "nrrd (gzip)", "mha": "mha (zlib)", "nii": "nii", "plain.mha": "mha, plain"}
 _ALL_CLASSES = "117 labels"
@@ -450,6 +451,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         export, approximate, preprocess, postprocess, reading, writing, path, client, in_service,
         backend_patches, backend_requests, backend_mixture, backend_accuracy, backend_cold_start,
         dicom_reading, dicom_writing, dicom_series,
+        region_work, region_epochs, distill_dice, distill_costs,
     )
 }  # fmt: skip
 """Every table by the name that stands in the page's marker."""

@@ -46,7 +46,7 @@ from small_training import run
 
 SIDE, QUICK_SIDE = 128, 32
 SCALES = [[1 / 2**step] * 3 for step in range(5)]
-REPEATS, EPOCH_REPEATS, QUICK_REPEATS = 9, 3, 2
+REPEATS, EPOCH_REPEATS, QUICK_REPEATS = 9, 2, 2
 STEPS, QUICK_STEPS = 25, 2
 VALIDATION_SHARE = 5
 """nnU-Net has 250 steps of training to 50 of validation."""

@@ -35,6 +35,7 @@ def label_manager(home: Home) -> Any:
 def teacher_of(manager: Any, **other: Any) -> Teacher:
     """One that has these labels, and whatever is given."""
     named: Json = {"name": "a teacher", "digest": f"sha256:{64 * '0'}", "folds": (0, 1), "use_mirroring": True}
+    named |= {"reader": "SimpleITKIO"}
     return Teacher(**named | {"has_regions": manager.has_regions, "channels": channels_of(manager)} | other)
 
 

@@ -40,8 +40,8 @@ def features_of(plans: dict[str, Any]) -> list[int]:
     [
         ((32, 64, 128, 256, 320, 320), False, 0.5, [16, 32, 64, 128, 160, 160]),
         ((32, 64, 320), True, 0.4, [13, 24, 128]),
-        ((8, 16), False, 0.25, [2, 4]),
-        ((2, 4), True, 0.01, [1, 1]),
+        ((8, 16, 32), False, 0.25, [4, 4, 8]),
+        ((2, 8), True, 0.01, [2, 4]),
     ],
 )
 def test_only_features_and_name_change(
@@ -59,8 +59,27 @@ def test_only_features_and_name_change(
 def test_plans_of_old_nnunet_are_shrunk_too() -> None:
     plans = OddModel(features=(32, 64, 64)).plans()
     old_format(plans)
-    [configuration] = smaller_plans(plans, 0.5, "small")["configurations"].values()
+    plans["configurations"]["3d_fullres"]["n_conv_per_stage_encoder"] = [2, 1, 3]
+    [configuration] = smaller_plans(plans, 0.5, "small", 2)["configurations"].values()
     assert (configuration["UNet_base_num_features"], configuration["unet_max_num_features"]) == (16, 32)
+    assert configuration["n_conv_per_stage_encoder"] == [2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("residual", "name"),
+    [(False, "n_conv_per_stage"), (True, "n_blocks_per_stage"), (False, "n_conv_per_stage_decoder")],
+)
+def test_no_stage_has_more_convolutions_than_were_asked_for(residual: bool, name: str) -> None:
+    plans = OddModel(features=(8, 16, 16), residual=residual).plans()
+    arguments = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    arguments[name] = 3
+    [configuration] = smaller_plans(plans, 0.5, "small", 2)["configurations"].values()
+    assert configuration["architecture"]["arch_kwargs"][name] == 2
+    arguments[name] = [3, 1, 2]
+    [configuration] = smaller_plans(plans, 0.5, "small", 2)["configurations"].values()
+    assert configuration["architecture"]["arch_kwargs"][name] == [2, 1, 2]
+    [configuration] = smaller_plans(plans, 0.5, "small")["configurations"].values()
+    assert configuration["architecture"]["arch_kwargs"][name] == [3, 1, 2]
 
 
 def test_a_configuration_that_inherits_its_network_inherits_the_smaller_one() -> None:

@@ -165,6 +165,7 @@ def test_the_folder_says_whose_they_are_and_takes_no_others(tmp_path: Path) -> N
     record = json.loads((folder / "teacher.json").read_text())
     assert (record["name"], record["folds"], record["use_mirroring"]) == (teacher.name, [1], False)
     assert record["channels"][2] == {"name": "middle", "labels": [2]}
+    assert record["image_reader_writer"] == json.loads(plans.read_text())["image_reader_writer"]
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     for arguments in (("--folds", "0", "--disable-tta"), ("--folds", "1"), ("--disable-tta",)):
         refused = ask(plans, model, "--teacher", teacher, *arguments)
@@ -189,10 +190,6 @@ class Ends:
     @property
     def image_channels(self) -> tuple[str, ...]:
         return self._source.image_channels
-
-    @property
-    def reader(self) -> str:
-        return self._source.reader
 
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
         if self._left == 0:

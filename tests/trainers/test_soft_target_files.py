@@ -11,7 +11,7 @@ import pytest
 from nnunet_torchserve_trainers.soft_target_files import Channel, SoftTargetError, SoftTargets, Teacher
 
 CHANNELS = (Channel("background", (0,)), Channel("one", (1,)))
-TEACHER = Teacher("a teacher", f"sha256:{64 * '0'}", (0, 1), True, False, CHANNELS)
+TEACHER = Teacher("a teacher", f"sha256:{64 * '0'}", (0, 1), True, False, CHANNELS, "SimpleITKIO")
 ANOTHER = replace(TEACHER, digest=f"sha256:{64 * '1'}")
 HALVES = np.full((2, 4, 8, 8), 0.5, np.float16)
 

@@ -1,4 +1,4 @@
-"""Plans for a lighter network: nnU-Net's own, with fewer features in each stage.
+"""Plans for a lighter network: nnU-Net's own, with fewer features in each stage, and fewer convolutions if asked for.
 
 Everything but the network stays, above all how images are preprocessed, so that nothing is preprocessed again. Another
 spacing is nnU-Net's own to plan (``nnUNetv2_plan_experiment -overwrite_target_spacing``): patches and pooling depend on
@@ -29,8 +29,17 @@ _ARCHITECTURE, _FEATURES = "architecture", "features_per_stage"
 _OLD_FEATURES = ("UNet_base_num_features", "unet_max_num_features")
 """Of plans before nnU-Net 2.3: the first stage's, which double up to the most."""
 
+_CONVOLUTIONS = (
+    "n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder", "n_conv_per_stage_encoder",
+)  # fmt: skip
+"""Convolutions of a stage, or its residual blocks; the last is of plans before nnU-Net 2.3."""
+
 _MULTIPLE = 8
 """Tensor cores take so many half-precision channels at a time; stages of twice as many and more are rounded to it."""
+
+
+_FEWEST = 4
+"""No stage is left with fewer features: PyTorch's convolutions are slower with 2 or 3 than with 4 on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +67,21 @@ class Change:
         """For people."""
         million = 1e6
         return (
-            f"{self.configuration}: {self.before.parameters / million:.2f} -> {self.after.parameters / million:.2f} "
+            f"{self.configuration}: {self.before.parameters / million:.3g} -> {self.after.parameters / million:.3g} "
             f"million parameters, {self.after.operations / self.before.operations:.1%} of the operations of a patch"
         )
 
 
-def write_smaller_plans(plans_file: Path, factor: float, name: str) -> tuple[Path, list[Change]]:
+def write_smaller_plans(
+    plans_file: Path, factor: float, name: str, convolutions: int | None = None
+) -> tuple[Path, list[Change]]:
     """Write ``NAME.json`` beside nnU-Net's plans, which ``nnUNetv2_train -p NAME`` finds there.
 
     Args:
         plans_file: of a dataset's folder below ``nnUNet_preprocessed``; dataset.json is beside it.
         factor: of the features, above 0 and below 1.
         name: of the plans.
+        convolutions: at most so many in a stage, or residual blocks; ``None`` leaves them.
 
     Returns:
         The new file, and what became of each configuration.
@@ -89,7 +101,7 @@ def write_smaller_plans(plans_file: Path, factor: float, name: str) -> tuple[Pat
         msg = f"{target} exists; choose another --name: models that were trained by it need it as it is"
         raise UsageError(msg)
     plans, dataset = _read(plans_file), _read(plans_file.with_name(DATASET_FILE))
-    smaller = smaller_plans(plans, factor, name)
+    smaller = smaller_plans(plans, factor, name, convolutions)
     changes = [
         Change(configuration, *(cost(each, dataset, configuration) for each in (plans, smaller)))
         for configuration in plans["configurations"]
@@ -100,8 +112,8 @@ def write_smaller_plans(plans_file: Path, factor: float, name: str) -> tuple[Pat
     return target, changes
 
 
-def smaller_plans(plans: Mapping[str, Any], factor: float, name: str) -> Json:
-    """A copy with so many features in each stage, of that name.
+def smaller_plans(plans: Mapping[str, Any], factor: float, name: str, convolutions: int | None = None) -> Json:
+    """A copy with so many features and convolutions in each stage, of that name.
 
     Raises:
         ToolError: see :func:`write_smaller_plans`.
@@ -111,14 +123,14 @@ def smaller_plans(plans: Mapping[str, Any], factor: float, name: str) -> Json:
     if not isinstance(configurations, dict) or not all(isinstance(each, dict) for each in configurations.values()):
         msg = "these are no plans of nnU-Net's: they have no configurations"
         raise ToolError(msg)
-    shrunk = [_shrink(configuration, factor) for configuration in configurations.values()]
+    shrunk = [_shrink(configuration, factor, convolutions) for configuration in configurations.values()]
     if not any(shrunk):
         msg = "these plans have no network"
         raise ToolError(msg)
     return smaller
 
 
-def _shrink(configuration: Json, factor: float) -> bool:
+def _shrink(configuration: Json, factor: float, convolutions: int | None) -> bool:
     """Change a configuration in place; whether it has a network of its own, and does not inherit one."""
     if _ARCHITECTURE in configuration:
         arguments = configuration[_ARCHITECTURE].get("arch_kwargs", {})
@@ -127,17 +139,28 @@ def _shrink(configuration: Json, factor: float) -> bool:
             msg = f"the plans name the network {network}, which has no {_FEATURES}: only nnU-Net's U-Nets are shrunk"
             raise ToolError(msg)
         arguments[_FEATURES] = [_fewer(count, factor) for count in arguments[_FEATURES]]
+        _cap(arguments, convolutions)
         return True
     old = [key for key in _OLD_FEATURES if key in configuration]
     for key in old:
         configuration[key] = _fewer(configuration[key], factor)
+    _cap(configuration, convolutions)
     return bool(old)
 
 
+def _cap(arguments: Json, most: int | None) -> None:
+    """No stage has more convolutions; a number instead of a list is that of all stages."""
+    for key in _CONVOLUTIONS:
+        if most is not None and (counts := arguments.get(key)) is not None:
+            arguments[key] = min(counts, most) if isinstance(counts, int) else [min(count, most) for count in counts]
+
+
 def _fewer(features: int, factor: float) -> int:
-    """At least one."""
+    """At least :data:`_FEWEST`, or what there was."""
     exact = features * factor
-    return round(exact / _MULTIPLE) * _MULTIPLE if exact >= 2 * _MULTIPLE else max(1, round(exact))
+    if exact >= 2 * _MULTIPLE:
+        return round(exact / _MULTIPLE) * _MULTIPLE
+    return max(min(features, _FEWEST), round(exact))
 
 
 def cost(plans: Mapping[str, Any], dataset: Mapping[str, Any], configuration: str) -> Cost:

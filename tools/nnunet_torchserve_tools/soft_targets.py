@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunet_torchserve_trainers.soft_target_files import Channel, SoftTargetError, SoftTargets, channels_of
+from nnunet_torchserve_trainers.soft_target_files import Channel, SoftTargetError, SoftTargets, Teacher, channels_of
 
 from .errors import ToolError
 from .student import Student
@@ -58,7 +58,7 @@ def make_soft_targets(student: Student, source: Source, tell: Callable[[str], No
         taken, given = (", ".join(each.image_channels) for each in (source, student))
         msg = f"{teacher} takes images of {taken}; a case has {given}"
         raise ToolError(msg)
-    _check_reader(student, source)
+    _check_reader(student, teacher)
     targets = SoftTargets.beside(student.folder)
     try:
         grids = {case: student.grid(case) for case in student.cases}
@@ -79,15 +79,15 @@ def make_soft_targets(student: Student, source: Source, tell: Callable[[str], No
     return Made(len(missing), len(student.cases) - len(missing))
 
 
-def _check_reader(student: Student, source: Source) -> None:
+def _check_reader(student: Student, teacher: Teacher) -> None:
     """Raise unless both read the same array from a file.
 
     Shape and crop do not tell: where an image is stored mirrored, one reader turns it and another does not, and the
     probabilities would be those of the mirrored body.
     """
-    if source.reader != student.reader and not {source.reader, student.reader} <= _AS_STORED:
+    if teacher.reader != student.reader and not {teacher.reader, student.reader} <= _AS_STORED:
         msg = (
-            f"{source.teacher} reads images by {source.reader or 'a reader that it does not name'}, the cases were "
+            f"{teacher} reads images by {teacher.reader or 'a reader that it does not name'}, the cases were "
             f"read by {student.reader}: the probabilities might be mirrored. Take a teacher whose plans name "
             f"{student.reader}, or plan and preprocess the student with the teacher's reader"
         )

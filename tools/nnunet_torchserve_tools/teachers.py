@@ -47,11 +47,6 @@ class Source(Protocol):
         """Names of the images that it takes, in order."""
         ...
 
-    @property
-    def reader(self) -> str:
-        """nnU-Net's image reader, by which arrays run along the image's axes from one end or the other."""
-        ...
-
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
         """Those of an image.
 
@@ -72,7 +67,7 @@ class ModelFolder:
     """A trained model folder: the mean of its folds, as ``nnUNetv2_predict`` has it.
 
     Attributes:
-        teacher, image_channels, reader: see :class:`Source`.
+        teacher, image_channels: see :class:`Source`.
     """
 
     def __init__(
@@ -128,11 +123,10 @@ class ModelFolder:
             msg = f"{folder} needs the labels of a previous stage: archive both stages, serve them, and name the server"
             raise ToolError(msg)
         self.image_channels = image_channels_of(self._predictor.dataset_json)
-        self.reader = reader_of(self._predictor.plans_manager)
         labels = self._predictor.label_manager
         self.teacher = Teacher(
             folder.resolve().name, _digest(folder, files), ordered, use_mirroring, labels.has_regions,
-            channels_of(labels),
+            channels_of(labels), reader_of(self._predictor.plans_manager),
         )  # fmt: skip
 
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:
@@ -166,7 +160,7 @@ class ServedModel:
     """A model on a server, whatever its archive is made of: folds, a cascade, an ensemble.
 
     Attributes:
-        teacher, image_channels, reader: see :class:`Source`.
+        teacher, image_channels: see :class:`Source`.
     """
 
     def __init__(self, predictor: RemotePredictor, resample: Any, folds: Sequence[FoldName] | None) -> None:
@@ -186,10 +180,10 @@ class ServedModel:
         except ClientError as error:
             raise ToolError(str(error)) from error
         self.image_channels = image_channels_of(description.dataset_json)
-        self.reader = description.reader
         self.teacher = Teacher(
             description.model.made_of, description.digest, _in_order(folds or description.model.folds),
             predictor.use_mirroring, labels.has_regions, channels_of(labels),
+            description.reader,
         )  # fmt: skip
 
     def probabilities(self, images: Sequence[str], grid: Grid) -> Probabilities:

@@ -22,7 +22,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 
 FOLDER, RECORD = "soft_targets", "teacher.json"
 
-_SCHEMA = 1
+_SCHEMA = 2
 _ENDING = ".b2nd"
 _DTYPE = np.dtype(np.float16)
 
@@ -60,6 +60,7 @@ class Teacher:
         use_mirroring: whether it is the mean over mirrored patches too.
         has_regions: whether each channel is a probability of its own; else all of a voxel's add up to 1.
         channels: in order.
+        reader: nnU-Net's image reader, by which it reads images; empty if it does not name one.
     """
 
     name: str = field(compare=False)
@@ -68,6 +69,7 @@ class Teacher:
     use_mirroring: bool
     has_regions: bool
     channels: tuple[Channel, ...]
+    reader: str
 
     def as_json(self) -> Json:
         """What the file holds."""
@@ -79,6 +81,7 @@ class Teacher:
             "use_mirroring": self.use_mirroring,
             "has_regions": self.has_regions,
             "channels": [{"name": each.name, "labels": list(each.labels)} for each in self.channels],
+            "image_reader_writer": self.reader,
         }
 
     @classmethod
@@ -95,6 +98,7 @@ class Teacher:
         return cls(
             str(document["name"]), str(document["digest"]), tuple(document["folds"]),
             bool(document["use_mirroring"]), bool(document["has_regions"]), channels,
+            str(document["image_reader_writer"]),
         )  # fmt: skip
 
     def __str__(self) -> str:

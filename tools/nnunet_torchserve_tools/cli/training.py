@@ -38,11 +38,15 @@ def shrink_plans(
     ],
     name: Annotated[str, typer.Option(help="Name of the new plans, which are written beside them.")],
     features: Annotated[float, typer.Option(help="Share of each stage's features to keep.")] = 0.5,
+    convolutions: Annotated[
+        int | None,
+        typer.Option(min=1, help="At most so many convolutions, or residual blocks, in a stage. Default: as planned."),
+    ] = None,
 ) -> None:
     """Write plans for a lighter network; train it with nnUNetv2_train -p NAME on the data preprocessed before."""
     from ..smaller_plans import write_smaller_plans
 
-    written, changes = write_smaller_plans(plans, features, name)
+    written, changes = write_smaller_plans(plans, features, name, convolutions)
     for change in changes:
         typer.echo(change.line())
     typer.echo(written)
