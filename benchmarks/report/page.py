@@ -8,7 +8,6 @@ from pathlib import Path
 from benchmarks import ROOT
 from benchmarks.report.tables import BLOCKS
 
-
 PAGE = ROOT / "docs" / "performance.md"
 
 _BLOCK = re.compile(r"<!-- table: (\w+) -->.*?<!-- end -->", re.DOTALL)
