@@ -31,9 +31,15 @@ class Backend(StrEnum):
     OPENVINO_BFLOAT16 = "openvino:bf16"
     """The same graphs in bfloat16, on processors that compute in it (AVX512-BF16, AMX, AVX2-VNNI-2)."""
 
+    COMPILED = "compiled"
+    """nnU-Net's own modules, compiled by ``torch.compile`` for one shape; in the number formats of eager."""
+
 
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 """Library -> what its name alone means."""
+
+FROM_WEIGHTS = frozenset({Backend.EAGER, Backend.COMPILED})
+"""What needs nothing but the weights, which every archive has, and runs on every device."""
 
 NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16})
 """What serves only archives in which its accuracy was measured: fewer digits are another network, as far as anybody
@@ -124,7 +130,7 @@ def why_not_served(wanted: Backend, stored: StoredBackend | None, device_type: s
 
 def why_not(wanted: Backend, stored: StoredBackend | None, device_type: str) -> str | None:
     """What keeps an archive from being served with a backend on a kind of device, as far as the archive tells."""
-    if wanted is Backend.EAGER:
+    if wanted in FROM_WEIGHTS:
         return None
     if stored is None or stored.backend is not wanted:
         return f"the archive holds nothing for it; make it with 'nnunet-torchserve archive --backend {wanted}'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -119,7 +119,9 @@ def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) 
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
 
 
-def load_networks_or_eager(bundle: ModelBundle, device: torch.device, backend: Backend, batch: int) -> Networks:
+def load_networks_or_eager(
+    bundle: ModelBundle, device: torch.device, backend: Backend, batch: int | Literal["auto"]
+) -> Networks:
     """The same with another backend than eager; with eager, and a warning in the log, if this machine cannot run it.
 
     Raises:
@@ -134,7 +136,10 @@ def load_networks_or_eager(bundle: ModelBundle, device: torch.device, backend: B
 
 
 def load_networks(
-    bundle: ModelBundle, device: torch.device, backend: Backend = Backend.EAGER, batch: int = 1
+    bundle: ModelBundle,
+    device: torch.device,
+    backend: Backend = Backend.EAGER,
+    batch: int | Literal["auto"] = 1,
 ) -> Networks:
     """The networks of an archive on a device, checked against the golden patches.
 
@@ -142,7 +147,7 @@ def load_networks(
         bundle: the model.
         device: where they are to be.
         backend: what runs them.
-        batch: patches in a forward pass, of a backend that must know.
+        batch: patches in a forward pass, of a backend that must know; see :class:`~.network.Networks`.
 
     Raises:
         BundleError: the weights do not fit, or a golden patch gives other logits; or archive, device or machine have
