@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from enum import StrEnum
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -35,6 +36,12 @@ class Backend(StrEnum):
     """nnU-Net's own modules, compiled by ``torch.compile`` for one shape; in the number formats of eager."""
 
 
+AUTO: Final = "auto"
+"""The fastest of what an archive allows: eager, and what it was made for."""
+
+Choice = Backend | Literal["auto"]
+"""What may be asked for."""
+
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 """Library -> what its name alone means."""
 
@@ -59,6 +66,15 @@ def parse_backend(text: str) -> Backend:
         raise ValueError(msg) from None
 
 
+def parse_choice(text: str) -> Choice:
+    """Read the same, or ``auto``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    return AUTO if str(text) == AUTO else parse_backend(text)
+
+
 def names_of(backends: Collection[str]) -> str:
     """Several only where an engine was replaced by another one meanwhile."""
     return ", ".join(sorted(backends))
@@ -81,8 +97,8 @@ class StoredBackend(BaseModel):
 
 
 def wanted_backend(
-    stored: StoredBackend | None, setting: Backend | None, environ: Mapping[str, str] = os.environ
-) -> Backend:
+    stored: StoredBackend | None, setting: Choice | None, environ: Mapping[str, str] = os.environ
+) -> Choice:
     """The backend that a server is to use: what ``serve`` says, else model-config.yaml, else the archive.
 
     Args:
@@ -94,8 +110,15 @@ def wanted_backend(
         ValueError: the environment names no backend.
     """
     if said := environ.get(BACKEND_VARIABLE):
-        return parse_backend(said)
-    return setting or (Backend.EAGER if stored is None else stored.backend)
+        return parse_choice(said)
+    return setting or candidate(AUTO, stored)
+
+
+def candidate(wanted: Choice, stored: StoredBackend | None) -> Backend:
+    """The backend that is to be tried: with ``auto`` what the archive was made for, as far as it was."""
+    if wanted != AUTO:
+        return wanted
+    return Backend.EAGER if stored is None else stored.backend
 
 
 def usable_backend(

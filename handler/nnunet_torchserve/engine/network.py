@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from ..backend import FROM_WEIGHTS, Backend, why_not
 from ..bundle import ModelBundle, check_requirements
 from ..errors import BundleError
+from ..options import FoldName
 from .backends.compile_cache import compile_cache
 from .backends.compiled_networks import CompiledNetworks
 from .backends.eager import EagerNetworks
@@ -20,6 +22,8 @@ _BATCHES = (1, 2, 4, 8, 16)
 _BATCH_MEMORY_SHARE = 0.5
 _NEARLY = 0.97
 _PROBE_WARMUPS, _PROBE_RUNS = 3, 5
+_CPU_PROBE_RUNS = 3
+"""The fastest of them counts: the first ones may warm up, others may use the processor."""
 
 
 class Networks:
@@ -186,9 +190,17 @@ def device_name(device: torch.device) -> str:
     return f"cuda-{getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
 
 
+@torch.inference_mode()
+def seconds_per_patch(networks: Networks, batch: int) -> float:
+    """Seconds of a patch in batches of a size, summed over the members."""
+    return sum(_forward_seconds(each, batch) for each in networks.members.values()) / batch
+
+
 def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
     patches = torch.randn((batch, networks.input_channels, *networks.patch_size), device=networks.device)
     fold = networks.folds[0]
+    if networks.device.type != "cuda":
+        return min(_seconds_of(networks, fold, patches) for _ in range(_CPU_PROBE_RUNS))
     for _ in range(_PROBE_WARMUPS):
         networks.forward(fold, patches)
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -198,3 +210,9 @@ def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
     ended.record()
     ended.synchronize()
     return float(began.elapsed_time(ended)) / 1000 / _PROBE_RUNS
+
+
+def _seconds_of(networks: FoldNetworks, fold: FoldName, patches: torch.Tensor) -> float:
+    began = time.perf_counter()
+    networks.forward(fold, patches)
+    return time.perf_counter() - began

@@ -37,20 +37,22 @@ class CapturedPasses:
         self._logits = torch.empty(0)
         self._graphs: dict[FoldName, torch.cuda.CUDAGraph] = {}
         pool: Any = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
-        for fold, run in passes.items():
-            logits = self._warm_up(run)
-            if not self._graphs:
-                self._logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            del logits
-            graph = torch.cuda.CUDAGraph()
-            # others may use the device meanwhile; what they do is not captured
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._logits.copy_(run(patches))
-            self._graphs[fold] = graph
+        aside: Any = torch.cuda.Stream(patches.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(patches.device):
+            for fold, run in passes.items():
+                logits = self._warmed_up(run, aside)
+                if not self._graphs:
+                    self._logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+                del logits
+                graph = torch.cuda.CUDAGraph()
+                # others may use the device meanwhile; what they do is not captured
+                with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+                    self._logits.copy_(run(patches))
+                self._graphs[fold] = graph
 
-    def _warm_up(self, run: Pass) -> torch.Tensor:
-        device = self._patches.device
-        aside, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
+    def _warmed_up(self, run: Pass, aside: Any) -> torch.Tensor:
+        """The logits of the last of some passes on another stream."""
+        current = torch.cuda.current_stream(self._patches.device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(_WARMUPS):
