@@ -81,7 +81,6 @@ class Bench:
             self._bundles[network] = staged(network.write(place, classes=4), place / "stage", golden=golden)
         return self._bundles[network]
 
-    @torch.inference_mode()
     def measure(self, point: Point, note: Callable[[dict[str, Any]], None]) -> None:
         """Time each way of a point.
 
@@ -90,6 +89,10 @@ class Bench:
             note: gets a row of the result for each way.
         """
         networks = self._loaded(point.network)
+        with torch.inference_mode():
+            self._measure(point, networks, note)
+
+    def _measure(self, point: Point, networks: EagerNetworks, note: Callable[[dict[str, Any]], None]) -> None:
         patches = torch.randn(
             (_MOST_PATCHES, networks.input_channels, *networks.patch_size),
             generator=torch.Generator().manual_seed(SEED),
@@ -113,7 +116,7 @@ class Bench:
         if network not in self._eager:
             lead = self.bundle(network).lead
             self._eager[network] = networks = EagerNetworks(lead, self.device)
-            with torch.inference_mode(mode=False), torch.no_grad(), FlopCounterMode(display=False) as counted:
+            with torch.no_grad(), FlopCounterMode(display=False) as counted:
                 with torch.device("meta"):
                     module = build_network(lead, networks.input_channels, networks.classes)
                 module.eval()(torch.empty((1, networks.input_channels, *networks.patch_size), device="meta"))
