@@ -80,7 +80,7 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace, scratch: Path) -> None:
         """Measure what the numbers are compared with."""
-        self._ends = time.monotonic() + arguments.budget_s
+        self._ends: float = time.monotonic() + arguments.budget_s
         self._arguments, self._scratch = arguments, scratch
         self._guess_s = dict(_GUESS_S)
         device: torch.device = arguments.device
@@ -195,10 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
     options.seconds, options.matmul, options.shapes = 0.3, _SIZE, SHAPES
-    kinds, sizes = ("standard", "ResEnc-M"), (64, 96, 128)
+    kinds, sizes = ["standard", "ResEnc-M"], [64, 96, 128]
     if options.quick:
         options.seconds, options.matmul, options.shapes = 0.05, 256, ((40, 44, 36), (32, 36, 40))
-        kinds, sizes = ("tiny",), (16, 24)
+        kinds, sizes = ["tiny"], [16, 24]
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as name:
         os.environ[RUNTIME_DIR_VARIABLE] = f"{name}/engines"

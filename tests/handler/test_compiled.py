@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,20 +15,24 @@ from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, p
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import golden
-from nnunet_torchserve.engine.backends import compiled_networks
 from nnunet_torchserve.engine.backends.compile_cache import FOLDER, compile_cache
 from nnunet_torchserve.engine.golden import check_golden, load_networks_or_eager, read_golden
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.network import Networks, probe_batch
+from nnunet_torchserve.engine.network import Networks, probe_batch, seconds_per_patch
 from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.measured_here import report_in_force
 from nnunet_torchserve.open_weights import OpenWeights
+from nnunet_torchserve.pipeline import Pipeline
+from nnunet_torchserve.request import Request
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.graphs import stored_backend
+from nnunet_torchserve_tools.validation_cases import Validation
+from support import volumes
 from support.accuracy import report, structure
 from support.chaos import engine_processes as engines
 from support.chaos import has_ended, wait_for
@@ -47,7 +50,7 @@ def bundle(unpacked: Any) -> ModelBundle:
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch traces and guards as ever, and runs what it traced as it is: nothing is compiled."""
-    monkeypatch.setattr(compiled_networks.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 def some_patches(networks: Networks, count: int) -> torch.Tensor:
@@ -91,7 +94,7 @@ def test_where_nothing_can_be_compiled_eager_answers_and_says_why(
         return run
 
     with monkeypatch.context() as patched:
-        patched.setattr(compiled_networks.torch, "compile", no_compiler)
+        patched.setattr(torch, "compile", no_compiler)
         assert load_networks_or_eager(bundle, CPU, COMPILED, 1).backend is Backend.EAGER
     assert "eager is used and not compiled: PyTorch cannot compile" in caplog.text
     assert "OSError: no working C++ compiler found" in caplog.text
@@ -141,8 +144,7 @@ def test_auto_takes_eager_unless_the_other_is_faster(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     taken = dict(zip((COMPILED, Backend.EAGER), seconds, strict=True))
-    measured = golden.seconds_per_patch
-    assert measured(Networks(bundle, CPU), 1) > 0
+    assert seconds_per_patch(Networks(bundle, CPU), 1) > 0
     monkeypatch.setattr(golden, "seconds_per_patch", lambda networks, _batch: taken[networks.backend])
     with caplog.at_level(logging.INFO):
         assert load_networks_or_eager(bundle, CPU, COMPILED, "auto", only_if_faster=True).backend is chosen
@@ -157,30 +159,41 @@ def test_an_archive_is_compiled_once_and_answers_nearly_as_eager(
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    request = ArchiveRequest(models["five_folds"], tmp_path / "store", folds=(0, 1), name="m", backend=COMPILED)
+    image, labels = volumes.blobs((24, 28, 24), seed=40)
+    affine = volumes.oblique((1.5, 1.5, 1.5), 0.0)
+    content = volumes.nifti_gz(image, affine)
+    volumes.write(tmp_path / "imagesTs", "case_0000.nii.gz", content)
+    volumes.write(tmp_path / "labelsTs", "case.nii.gz", volumes.nifti_gz(labels, affine))
+    validation = Validation((tmp_path / "imagesTs",), tmp_path / "labelsTs")
+    request = ArchiveRequest(
+        models["five_folds"], tmp_path / "store", folds=(0, 1), name="m", backend=COMPILED, validation=validation
+    )
     [archive] = make_archives(request)
     zipfile.ZipFile(archive).extractall(tmp_path / "model")
     made = ModelBundle(tmp_path / "model")
     data = torch.randn((1, 30, 33, 30), generator=torch.Generator().manual_seed(3))
     expected = LocalEngine(made, CPU).predict(data, BOTH).logits
-    found = LocalEngine(made, CPU, backend=COMPILED).predict(data, BOTH)
+    engine_here = LocalEngine(made, CPU, backend=COMPILED)
+    found = engine_here.predict(data, BOTH)
+    answer = Pipeline(made, engine_here, Limits(), 600.0, backend=COMPILED).answer(Request({"body": content}, {}))
+    assert answer.headers["X-Nnunet-Backend"].startswith("compiled; dice=")
     assert found.backend is COMPILED
     assert float((found.logits.float() - expected.float()).abs().max()) < 0.05  # a few steps of float16
     assert not torch.equal(found.logits, expected)  # or another backend answered
-    kept = compile_cache(made.digest, CPU)
-    compiled = {file.name for file in kept.rglob("*.so")}
-    assert compiled
+    kept, compiled = compile_cache(made.digest, CPU), []
     worker = RemoteEngine(made, CPU, unload_after_s=0.2, backend=COMPILED)
     try:
         for _ in range(2):
             assert worker.backend is COMPILED
             assert torch.equal(worker.predict(data, BOTH).logits, found.logits)
             [engine] = engines(runtime)
-            assert {file.name for file in kept.rglob("*.so")} == compiled  # nothing anew
+            compiled.append({file.relative_to(kept): file.stat().st_mtime_ns for file in kept.rglob("*.so")})
             assert not engine.children()  # nobody who compiled is left
             engine.kill()
             wait_for(partial(has_ended, engine))
     finally:
         worker.disconnect()
+    first, second = compiled
+    assert first
+    assert second == first  # nothing was compiled anew
     assert {folder.name for folder in home.glob("*/*")} <= {"matplotlib"}
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

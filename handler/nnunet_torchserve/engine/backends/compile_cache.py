@@ -55,25 +55,27 @@ def compile_cache(digest: str, device: torch.device) -> Path:
 def compiling(folder: Path) -> Iterator[None]:
     """Compile in here, into the folder: one process at a time, so that the next one finds it done.
 
+    This process compiles into that folder from now on. Headers are not precompiled: PyTorch would take them from a
+    folder in ``/tmp`` that anybody may have made.
+
     Raises:
         OSError: the folder's lock cannot be taken.
     """
-    from torch._inductor.async_compile import shutdown_compile_workers
-
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    before = {name: os.environ.get(name) for name in _PLACES}
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.environ.update({name: str(folder / part) for name, part in _PLACES.items()})
-        yield
+
+        import torch._inductor.config as inductor
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        try:
+            with inductor.patch(cpp_cache_precompile_headers=False):
+                yield
+        finally:
+            with suppress(Exception):  # processes that compiled for us, and would stay
+                shutdown_compile_workers()
     finally:
-        with suppress(Exception):  # processes that compiled for us, and would stay
-            shutdown_compile_workers()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         os.close(lock)
 
 

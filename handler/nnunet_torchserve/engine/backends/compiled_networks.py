@@ -52,10 +52,7 @@ class CompiledNetworks:
         self.input_channels = eager.input_channels
         self.batch = batch
         self._eager, self._cache = eager, cache
-        self._passes: dict[FoldName, Pass] = {
-            fold: torch.compile(network, dynamic=False, fullgraph=True)
-            for fold, network in zip(eager.folds, eager.modules, strict=True)
-        }
+        self._passes: dict[FoldName, Pass] = {}
         self._captured: CapturedPasses | None = None
         self._compile()
 
@@ -104,7 +101,7 @@ class CompiledNetworks:
     @torch.inference_mode()
     def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
         """Logits of a batch of patches; see :meth:`~.interface.FoldNetworks.forward`."""
-        parts = [self._run(fold, part) for part in patches.split(self.batch)]
+        parts = [self._run(fold, part) for part in torch.split(patches, self.batch)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _run(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
@@ -130,14 +127,18 @@ class CompiledNetworks:
     @torch.inference_mode()
     def _compile(self) -> None:
         """Run each network once; the first time that is what compiles it. Then capture them, on CUDA."""
-        import torch._dynamo as dynamo
-
         passes: dict[FoldName, Pass] = {fold: partial(self._pass, fold) for fold in self.folds}
         try:
-            with compiling(self._cache), dynamo.config.patch(recompile_limit=_RECOMPILES):
+            with compiling(self._cache):
+                import torch._dynamo.config as dynamo
+
+                if not self._passes:
+                    modules = zip(self.folds, self.modules, strict=True)
+                    self._passes = {fold: torch.compile(each, dynamic=False, fullgraph=True) for fold, each in modules}
                 place = self._place()
-                for run in passes.values():
-                    run(place)
+                with dynamo.patch(recompile_limit=_RECOMPILES):
+                    for run in passes.values():
+                        run(place)
                 self._captured = CapturedPasses(passes, place) if self.device.type == "cuda" else None
         except (MemoryError, torch.OutOfMemoryError):
             raise

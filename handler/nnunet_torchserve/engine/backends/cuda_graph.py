@@ -36,7 +36,7 @@ class CapturedPasses:
         self._patches = patches
         self._logits = torch.empty(0)
         self._graphs: dict[FoldName, torch.cuda.CUDAGraph] = {}
-        pool: Any = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        pool: Any = torch.cuda.graph_pool_handle()
         aside: Any = torch.cuda.Stream(patches.device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(patches.device):
             for fold, run in passes.items():
