@@ -21,8 +21,9 @@ def standard_unet(
     spacing: float = 1.0,
     classes: int = 4,
     folds: int = 1,
+    residual_blocks: Sequence[int] | None = None,
 ) -> Path:
-    """Write a trained-model folder for nnU-Net's plain U-Net.
+    """Write a trained-model folder for nnU-Net's plain U-Net, or for its residual encoder.
 
     Args:
         folder: where it goes.
@@ -31,6 +32,8 @@ def standard_unet(
         spacing: mm, cubic voxels.
         classes: with background.
         folds: as many, each with other weights.
+        residual_blocks: of each stage of a residual encoder, which has one convolution in each stage of its decoder;
+            without it the network is plain.
 
     Returns:
         nnU-Net's ``TRAINER__PLANS__CONFIG`` folder.
@@ -52,6 +55,13 @@ def standard_unet(
         "n_conv_per_stage": [2] * stages,
         "n_conv_per_stage_decoder": [2] * (stages - 1),
     }
+    if residual_blocks is not None:
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        del architecture["arch_kwargs"]["n_conv_per_stage"]
+        architecture["arch_kwargs"] |= {
+            "n_blocks_per_stage": list(residual_blocks),
+            "n_conv_per_stage_decoder": [1] * (stages - 1),
+        }
     model.mkdir(parents=True)
     (model / "plans.json").write_text(json.dumps(plans))
     (model / "dataset.json").write_text(json.dumps(dataset))

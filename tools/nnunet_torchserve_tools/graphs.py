@@ -24,6 +24,8 @@ from nnunet_torchserve.member import Member
 from .errors import ToolError
 
 REQUIRES = {"openvino": ">=2026.4,<2027"}
+COMPILED_REQUIRES = {"torch": ">=2.6"}
+"""It makes nothing ahead; a report of it is of one version's answers."""
 
 
 def stored_backend(backend: Backend) -> StoredBackend:
@@ -32,13 +34,14 @@ def stored_backend(backend: Backend) -> StoredBackend:
     Raises:
         ToolError: this machine cannot make it.
     """
+    requires, extra = (COMPILED_REQUIRES, "server") if backend is Backend.COMPILED else (REQUIRES, "openvino")
     try:
-        check_requirements(REQUIRES, f"--backend {backend}")
+        check_requirements(requires, f"--backend {backend}")
     except BundleError as error:
-        msg = f"{error}; in a clone of the project, pip install '.[openvino]'"
+        msg = f"{error}; in a clone of the project, pip install '.[{extra}]'"
         raise ToolError(msg) from error
     return StoredBackend(
-        backend=backend, requires=REQUIRES, made_with={name: importlib.metadata.version(name) for name in REQUIRES}
+        backend=backend, requires=requires, made_with={name: importlib.metadata.version(name) for name in requires}
     )
 
 

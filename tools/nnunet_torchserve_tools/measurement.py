@@ -148,7 +148,7 @@ def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend, 
     return Pipeline(bundle, engine, limits, _TIME_LIMIT_S, backend=backend)
 
 
-def not_measured(backend: Backend, reason: str) -> str:
+def not_measured(backend: str, reason: str) -> str:
     """The one sentence of a machine that cannot run a backend."""
     return f"{backend} was not measured here: {reason}"
 
