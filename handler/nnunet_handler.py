@@ -135,7 +135,7 @@ def _load(context: Any, model_dir: Path) -> Any:
     try:
         import torch
 
-        from nnunet_torchserve.backend import usable_backend, wanted_backend
+        from nnunet_torchserve.backend import AUTO, candidate, usable_backend, wanted_backend
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.keeper import Keeper
@@ -169,10 +169,10 @@ def _load(context: Any, model_dir: Path) -> Any:
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
     wanted = wanted_backend(bundle.description.backend, settings.backend)
     stored, batch = bundle.description.backend, settings.max_patch_batch
-    bundle.accuracy = report_in_force(bundle.accuracy, stored, wanted, device.type, batch)
-    backend = usable_backend(wanted, stored, device.type, measured=bundle.accuracy is not None)
-    counts, sink = Counts(), _metrics(context)
-    model = (bundle.description.name, bundle.description.version)
+    asked = candidate(wanted, stored)
+    bundle.accuracy = report_in_force(bundle.accuracy, stored, asked, device.type, batch)
+    backend = usable_backend(asked, stored, device.type, measured=bundle.accuracy is not None)
+    counts, sink, model = Counts(), _metrics(context), (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
     engine = RemoteEngine(
         bundle,
@@ -186,9 +186,10 @@ def _load(context: Any, model_dir: Path) -> Any:
         counts=counts,
         on_tally=relay.watch if relay else None,
         backend=backend,
+        only_if_faster=wanted == AUTO,
     )
     if engine.backend is not backend:
-        logger.warning("%s was to run the networks, %s does; the engine's log says why", backend, engine.backend)
+        logger.warning("%s runs the networks, not %s; the engine's log says why", engine.backend, backend)
     pipeline = Pipeline(
         bundle=bundle,
         engine=engine,

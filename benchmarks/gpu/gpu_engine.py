@@ -557,7 +557,7 @@ def end_to_end(run: Run, scenario: Scenario, contenders: Sequence[Contender]) ->
     stock_again = compare(reference, by_stock(), run.device)
     del reference
     everyone: list[Callable[[], list[torch.Tensor]]] = [by_stock, *loops.values()]
-    seconds = [[_alone(loop, run.device) / scenario.cases for loop in everyone] for _ in range(scenario.repeats)]
+    seconds = [[alone(loop, run.device) / scenario.cases for loop in everyone] for _ in range(scenario.repeats)]
     by_loop = list(zip(*seconds, strict=True))
     case, _ = padded(volumes[0], task.patch)
     patches = len(sliding_windows(tuple(case.shape[1:]), task.patch))
@@ -727,9 +727,9 @@ def measure(run: Run, point: Point, network: nn.Module, seconds: float) -> dict[
     first = time.monotonic() - started
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    count = min(max(int(seconds / _alone(forward, device)), _FEWEST), _MOST)
-    latencies = [_alone(forward, device) for _ in range(count)]
-    intervals = _back_to_back(forward, device, count)
+    count = min(max(int(seconds / alone(forward, device)), _FEWEST), _MOST)
+    latencies = [alone(forward, device) for _ in range(count)]
+    intervals = back_to_back(forward, device, count)
     rate = point.batch / statistics.median(intervals)
     work = operations(point.architecture, point.patch, run.classes)
     return {
@@ -752,8 +752,8 @@ def matmul_peak(device: torch.device, size: int) -> dict[str, float]:
     try:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             product = partial(torch.mm, *(torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)))
-            _alone(product, device)
-            seconds = statistics.median(_back_to_back(product, device, _MOST))
+            alone(product, device)
+            seconds = statistics.median(back_to_back(product, device, _MOST))
             found[_name(dtype)] = float(f"{2 * size**3 / seconds / _TERA:.4g}")
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -769,7 +769,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _alone(call: Callable[[], object], device: torch.device) -> float:
+def alone(call: Callable[[], object], device: torch.device) -> float:
     """Seconds from the call until the device has finished."""
     _synchronize(device)
     started = time.perf_counter()
@@ -778,10 +778,10 @@ def _alone(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _back_to_back(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+def back_to_back(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
     """Seconds between the ends of successive calls that nobody waits for, by the device's clock."""
     if device.type != "cuda":
-        return [_alone(call, device) for _ in range(count)]
+        return [alone(call, device) for _ in range(count)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     call()
     events[0].record()

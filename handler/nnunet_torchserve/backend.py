@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from enum import StrEnum
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,9 +35,21 @@ class Backend(StrEnum):
     OPENVINO_INT8 = "openvino:int8"
     """Graphs whose convolutions are in whole numbers of 8 bits, calibrated on images when the archive is made."""
 
+    COMPILED = "compiled"
+    """nnU-Net's own modules, compiled by ``torch.compile`` for one shape; in the number formats of eager."""
+
+
+AUTO: Final = "auto"
+"""The fastest of what an archive allows: eager, and what it was made for."""
+
+Choice = Backend | Literal["auto"]
+"""What may be asked for."""
 
 DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 """Library -> what its name alone means."""
+
+FROM_WEIGHTS = frozenset({Backend.EAGER, Backend.COMPILED})
+"""What needs nothing but the weights, which every archive has, and runs on every device."""
 
 NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16, Backend.OPENVINO_INT8})
 """What serves only archives in which its accuracy was measured: fewer digits are another network, as far as anybody
@@ -54,6 +67,15 @@ def parse_backend(text: str) -> Backend:
     except ValueError:
         msg = f"there is no backend {text!r}; there are {', '.join(Backend)}"
         raise ValueError(msg) from None
+
+
+def parse_choice(text: str) -> Choice:
+    """Read the same, or ``auto``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    return AUTO if str(text) == AUTO else parse_backend(text)
 
 
 def names_of(backends: Collection[str]) -> str:
@@ -78,8 +100,8 @@ class StoredBackend(BaseModel):
 
 
 def wanted_backend(
-    stored: StoredBackend | None, setting: Backend | None, environ: Mapping[str, str] = os.environ
-) -> Backend:
+    stored: StoredBackend | None, setting: Choice | None, environ: Mapping[str, str] = os.environ
+) -> Choice:
     """The backend that a server is to use: what ``serve`` says, else model-config.yaml, else the archive.
 
     Args:
@@ -91,8 +113,15 @@ def wanted_backend(
         ValueError: the environment names no backend.
     """
     if said := environ.get(BACKEND_VARIABLE):
-        return parse_backend(said)
-    return setting or (Backend.EAGER if stored is None else stored.backend)
+        return parse_choice(said)
+    return setting or candidate(AUTO, stored)
+
+
+def candidate(wanted: Choice, stored: StoredBackend | None) -> Backend:
+    """The backend that is to be tried: with ``auto`` what the archive was made for, as far as it was."""
+    if wanted != AUTO:
+        return wanted
+    return Backend.EAGER if stored is None else stored.backend
 
 
 def usable_backend(
@@ -127,7 +156,7 @@ def why_not_served(wanted: Backend, stored: StoredBackend | None, device_type: s
 
 def why_not(wanted: Backend, stored: StoredBackend | None, device_type: str) -> str | None:
     """What keeps an archive from being served with a backend on a kind of device, as far as the archive tells."""
-    if wanted is Backend.EAGER:
+    if wanted in FROM_WEIGHTS:
         return None
     if stored is None or stored.backend is not wanted:
         return f"the archive holds nothing for it; make it with 'nnunet-torchserve archive --backend {wanted}'"

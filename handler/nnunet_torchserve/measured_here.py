@@ -41,6 +41,9 @@ def report_in_force(
         return report
     if wanted is not report.backend:
         return report
+    if device_type != "cpu":
+        logger.warning("%s was measured on a CPU; no Dice is stated for answers of %s", ACCURACY_FILE, device_type)
+        return None
     if (reason := _why_not_as_measured(report, stored.requires, patches_at_once(max_patch_batch))) is not None:
         logger.warning("%s is not of answers that %s gives here: %s; no Dice is stated", ACCURACY_FILE, wanted, reason)
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import codecs
 from .accuracy import AccuracyReport
-from .backend import Backend, names_of
+from .backend import Backend, Choice, names_of
 from .bundle import ModelBundle
 from .cases import Settings, is_default, settings_of
 from .description import describe, model_header, with_model_files
@@ -64,7 +64,7 @@ class Pipeline:
     counts: Counts = field(default_factory=Counts)
     settings: HandlerSettings = field(default_factory=HandlerSettings)
     served: Callable[[], Sequence[dict[str, Any]] | None] = field(default=lambda: None)
-    backend: Backend = Backend.EAGER
+    backend: Choice = Backend.EAGER
 
     def answer(self, request: Request, send: Send | None = None) -> Response:
         """The response to a request; errors are responses too, whatever raises them.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from .backend import Backend, parse_backend
+from .backend import Choice, parse_choice
 from .engine.scheduler import Policy
 from .errors import BundleError
 from .limits import Limits
@@ -26,7 +26,8 @@ class HandlerSettings(BaseModel):
         policy: how cases are ordered.
         limits: overrides of :class:`~.limits.Limits`.
         single_flight: equal requests at the same time are computed once.
-        backend: that runs the networks; ``None``: the one that the archive was made with. ``serve --backend`` wins.
+        backend: that runs the networks; ``auto``: the fastest that the archive allows; ``None``: the one that it was
+            made with. ``serve --backend`` wins.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +39,7 @@ class HandlerSettings(BaseModel):
     cache_bytes: Annotated[int, Field(ge=0, strict=True)] = 0
     single_flight: Annotated[bool, Field(strict=True)] = False
     unload_after_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = None
-    backend: Annotated[Backend, BeforeValidator(parse_backend)] | None = None
+    backend: Annotated[Choice, BeforeValidator(parse_choice)] | None = None
 
     @field_validator("limits")
     @classmethod

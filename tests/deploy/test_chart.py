@@ -496,6 +496,20 @@ def test_where_kubernetes_knows_no_indexes_each_part_is_a_job() -> None:
     assert (middle["backoffLimit"], "backoffLimitPerIndex" in middle, "podFailurePolicy" in middle) == (9, False, True)
 
 
+@pytest.mark.parametrize(("claim", "mounted"), [("i", {"images": "i"}), ("p", {"images": "i", "predictions": "p"})])
+def test_a_claim_is_one_volume_whatever_it_holds(claim: str, mounted: dict[str, str]) -> None:
+    """A pod with two volumes of one claim does not start."""
+    values = merged(FOLDER, {"images": {"claim": "i"}, "predictions": {"claim": claim}})
+    pod = render(FOLDER_CHART, values, "--kube-version=1.37.0").kind("Job")["spec"]["template"]
+    volumes = {each["name"]: each.get("persistentVolumeClaim") for each in pod["spec"]["volumes"]}
+    claims = {name: volume["claimName"] for name, volume in volumes.items() if volume}
+    assert claims == mounted
+    mounts = {each["mountPath"]: each for each in pod["spec"]["containers"][0]["volumeMounts"]}
+    assert mounts["/images"] == {"name": "images", "mountPath": "/images", "readOnly": True}
+    assert claims[mounts["/predictions"]["name"]] == claim
+    assert "readOnly" not in mounts["/predictions"]
+
+
 def test_the_jobs_arguments_are_the_commands() -> None:
     """The parser of ``nnunet-torchserve predict`` itself takes them."""
     from nnunet_torchserve_tools.predict import parser

@@ -48,9 +48,12 @@ def test_an_archive_is_served_by_what_it_was_made_for_unless_an_operator_says_ot
     )
     [archive] = make_archives(request)
     with_backend(archive, archive.with_name("slow.mar"), "eager")
-    with running(archive.parent, tmp_path / "server", models=("m.mar", "slow=slow.mar")) as live:
-        fast, slow = (live.predict(name, GOOD) for name in ("m", "slow"))
-        assert fast.status_code == slow.status_code == HTTPStatus.OK
+    with_backend(archive, archive.with_name("auto.mar"), "auto")
+    models_served = ("m.mar", "slow=slow.mar", "auto=auto.mar")
+    with running(archive.parent, tmp_path / "server", models=models_served) as live:
+        fast, slow, either = (live.predict(name, GOOD) for name in ("m", "slow", "auto"))
+        assert fast.status_code == slow.status_code == either.status_code == HTTPStatus.OK
+        assert either.headers["x-nnunet-backend"] in {fast.headers["x-nnunet-backend"], "eager"}
         name, _, dice = fast.headers["x-nnunet-backend"].partition("; dice=")
         assert name == "openvino:float32"
         assert 0.99 < float(dice) <= 1

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 
-from nnunet_torchserve.backend import NEEDS_REPORT, Backend
+from nnunet_torchserve.backend import FROM_WEIGHTS, NEEDS_REPORT, Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, BundleDescription, ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks, graph_paths
@@ -84,7 +84,7 @@ def add_golden_patches(
             expected = (Exception,) if description.code is not None else NO_NETWORK
             networks, golden = _golden(member, expected)
             save_file(golden, member.folder / GOLDEN_FILE)
-            if description.backend is not None:
+            if description.backend is not None and description.backend.backend not in FROM_WEIGHTS:
                 write_graphs(member, networks)
         write_bundle(stage, description)
         complete = ModelBundle(stage)

@@ -26,6 +26,8 @@ from .quantisation import REQUIRES as QUANTISER
 from .quantisation import check_installed
 
 REQUIRES = {"openvino": ">=2026.4,<2027"}
+COMPILED_REQUIRES = {"torch": ">=2.6"}
+"""It makes nothing ahead; a report of it is of one version's answers."""
 
 
 def stored_backend(backend: Backend) -> StoredBackend:
@@ -34,17 +36,18 @@ def stored_backend(backend: Backend) -> StoredBackend:
     Raises:
         ToolError: this machine cannot make it.
     """
+    requires, extra = (COMPILED_REQUIRES, "server") if backend is Backend.COMPILED else (REQUIRES, "openvino")
     try:
-        check_requirements(REQUIRES, f"--backend {backend}")
+        check_requirements(requires, f"--backend {backend}")
     except BundleError as error:
-        msg = f"{error}; in a clone of the project, pip install '.[openvino]'"
+        msg = f"{error}; in a clone of the project, pip install '.[{extra}]'"
         raise ToolError(msg) from error
-    made_with = list(REQUIRES)
+    made_with = list(requires)
     if backend is Backend.OPENVINO_INT8:
         check_installed()
         made_with += QUANTISER
     return StoredBackend(
-        backend=backend, requires=REQUIRES, made_with={name: importlib.metadata.version(name) for name in made_with}
+        backend=backend, requires=requires, made_with={name: importlib.metadata.version(name) for name in made_with}
     )
 
 

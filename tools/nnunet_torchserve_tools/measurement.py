@@ -162,7 +162,7 @@ def _precisions(engine: Engine) -> dict[str, int] | None:
     return dict(sorted(found.items())) or None
 
 
-def not_measured(backend: Backend, reason: str) -> str:
+def not_measured(backend: str, reason: str) -> str:
     """The one sentence of a machine that cannot run a backend."""
     return f"{backend} was not measured here: {reason}"
 

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from nnunet_torchserve.accuracy import ACCURACY_FILE
-from nnunet_torchserve.backend import Backend, StoredBackend, wanted_backend, why_not_served
+from nnunet_torchserve.backend import AUTO, Backend, Choice, StoredBackend, wanted_backend, why_not_served
 from nnunet_torchserve.bundle import BUNDLE_FILE, check_requirements
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.served import ServedModel, served_model
@@ -57,7 +57,7 @@ class Archive:
     response_timeout_s: float = DEFAULT_RESPONSE_TIMEOUT_S
     code: tuple[str, ...] = ()
     backend: StoredBackend | None = field(default=None, hash=False)
-    wanted_backend: Backend | None = None
+    wanted_backend: Choice | None = None
     measured: bool = False
 
     def gpus_of(self, gpus: int) -> int:
@@ -151,7 +151,7 @@ def _backend_of(described: dict[str, Any]) -> StoredBackend | None:
         return None
 
 
-def missed_backend(archive: Archive, asked: Backend | None, gpus: int) -> str | None:
+def missed_backend(archive: Archive, asked: Choice | None, gpus: int) -> str | None:
     """Why an archive will be served by eager although another backend is asked for, as far as it can be told here.
 
     Args:
@@ -161,6 +161,8 @@ def missed_backend(archive: Archive, asked: Backend | None, gpus: int) -> str | 
     """
     stored = archive.backend
     wanted = wanted_backend(stored, archive.wanted_backend, {}) if asked is None else asked
+    if wanted == AUTO:
+        return None  # eager may be the fastest
     reason = why_not_served(wanted, stored, "cuda" if gpus else "cpu", measured=archive.measured)
     if reason is None and stored is not None:
         try:

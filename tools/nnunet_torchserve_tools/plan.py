@@ -12,7 +12,7 @@ from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 
-from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.backend import Choice
 from nnunet_torchserve.environment import runtime_dir
 from nnunet_torchserve.machine import memory_bytes
 
@@ -63,7 +63,7 @@ class ServeRequest:
     workers: int | None = None
     queue: int | None = None
     device: DeviceKind = DeviceKind.AUTO
-    backend: Backend | None = None
+    backend: Choice | None = None
     body_limit: int | None = None
     heap: int | None = None
     config: Path | None = None
@@ -107,7 +107,7 @@ class Plan:
     state_dir: Path
     runtime: Path
     locale: Mapping[str, str]
-    backend: Backend | None
+    backend: Choice | None
 
 
 def make_plan(request: ServeRequest) -> Plan:

@@ -22,6 +22,7 @@ class EngineSettings(BaseModel):
         cache_bytes: of preprocessed volumes that are kept for later cases.
         unload_after_s: seconds without a case after which the networks give their memory back; ``None``: never.
         backend: that is to run; eager does where the machine cannot.
+        only_if_faster: eager runs where it is as fast, too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,3 +38,4 @@ class EngineSettings(BaseModel):
     cache_bytes: Annotated[int, Field(ge=0)] = 0
     unload_after_s: Annotated[float, Field(gt=0)] | None = None
     backend: Backend = Backend.EAGER
+    only_if_faster: bool = False

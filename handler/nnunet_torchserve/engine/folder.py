@@ -6,9 +6,12 @@ import fcntl
 import os
 import signal
 import socket
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from ..errors import BundleError
 
 SOCKET, LOG = "engine.sock", "engine.log"
 LOCK = "lock"
@@ -23,6 +26,20 @@ WORKERS = "workers"
 _BACKLOG = 128
 _WORKERS_BYTES = 8
 _MAX_LOG_BYTES = 4 * 1024**2
+
+
+def private(folder: Path) -> Path:
+    """Make a directory that is ours alone.
+
+    Raises:
+        BundleError: it exists and belongs to somebody else, or others may write to it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
+        msg = f"the runtime directory {folder} must belong to user {os.getuid()} and be writable by nobody else"
+        raise BundleError(msg)
+    return folder
 
 
 def listen(path: Path) -> socket.socket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..options import FoldName
 from ..stored_tensors import read_tensors
 from ..tiling import STOCK_THREADS
 from .backends.interface import FoldNetworks
-from .network import Networks
+from .network import Networks, probe_batch, seconds_per_patch
 
 GOLDEN_SCALE = 1 / 32
 """The golden patch is stored as int8; the network sees it multiplied by this."""
@@ -41,6 +41,9 @@ OWN_GOLDEN = frozenset({Backend.OPENVINO_INT8})
 """Backends that are compared with logits of their own, which the archive stores beside eager's. The golden patch is
 noise, and a graph of int8 is calibrated on images: what it makes of noise is not near to what eager makes of it. On
 another processor the layers between, which are float32, round otherwise, and a whole number may become the next one."""
+
+WORTHWHILE = 1.05
+"""How many times faster than eager a backend must be, to be chosen by its speed."""
 
 logger = logging.getLogger(__name__)
 
@@ -137,22 +140,52 @@ def _golden_logits(networks: FoldNetworks, fold: FoldName, patch: torch.Tensor) 
     return flat[:, :: max(1, flat.shape[1] // _GOLDEN_SAMPLES)].clone()
 
 
-def load_networks_or_eager(bundle: ModelBundle, device: torch.device, backend: Backend, batch: int) -> Networks:
+def load_networks_or_eager(
+    bundle: ModelBundle,
+    device: torch.device,
+    backend: Backend,
+    batch: int | Literal["auto"],
+    only_if_faster: bool = False,
+) -> Networks:
     """The same with another backend than eager; with eager, and a warning in the log, if this machine cannot run it.
+
+    Args:
+        bundle: the model.
+        device: where they are to be.
+        backend: what runs them.
+        batch: as of :func:`load_networks`.
+        only_if_faster: measure both, once, and take eager unless the other one is faster.
 
     Raises:
         BundleError: with eager it failed too.
     """
     if backend is not Backend.EAGER:
         try:
-            return load_networks(bundle, device, backend, batch)
+            networks = load_networks(bundle, device, backend, batch)
         except Exception as error:  # noqa: BLE001 (whatever another library does here, eager can answer)
             logger.warning("%s is used and not %s: %s", Backend.EAGER, backend, error)
+        else:
+            return _faster(networks, load_networks(bundle, device), batch) if only_if_faster else networks
     return load_networks(bundle, device)
 
 
+def _faster(networks: Networks, eager: Networks, batch: int | Literal["auto"]) -> Networks:
+    """Eager, unless the others are faster by more than chance: its answers are stock's."""
+    each_s = seconds_per_patch(networks, networks.batch or 1)
+    eager_s = seconds_per_patch(eager, probe_batch(eager) if batch == "auto" else batch)
+    chosen = networks if each_s * WORTHWHILE < eager_s else eager
+    logger.info(
+        "%s is the fastest: a patch takes %s %.4f s, %s %.4f s",
+        *(chosen.backend, Backend.EAGER, eager_s, networks.backend, each_s),
+    )
+    return chosen
+
+
 def load_networks(
-    bundle: ModelBundle, device: torch.device, backend: Backend = Backend.EAGER, batch: int = 1
+    bundle: ModelBundle,
+    device: torch.device,
+    backend: Backend = Backend.EAGER,
+    batch: int | Literal["auto"] = 1,
 ) -> Networks:
     """The networks of an archive on a device, checked against the golden patches.
 
@@ -160,7 +193,7 @@ def load_networks(
         bundle: the model.
         device: where they are to be.
         backend: what runs them.
-        batch: patches in a forward pass, of a backend that must know.
+        batch: patches in a forward pass, of a backend that must know; see :class:`~.network.Networks`.
 
     Raises:
         BundleError: the weights do not fit, or a golden patch gives other logits; or archive, device or machine have

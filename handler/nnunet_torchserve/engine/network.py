@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
 
 import torch
 
-from ..backend import Backend, why_not
+from ..backend import FROM_WEIGHTS, Backend, why_not
 from ..bundle import ModelBundle, check_requirements
 from ..errors import BundleError
-from ..member import Member
+from ..options import FoldName
+from .backends.compile_cache import compile_cache
+from .backends.compiled_networks import CompiledNetworks
 from .backends.eager import EagerNetworks
 from .backends.interface import FoldNetworks, Weights
 from .backends.openvino_networks import OpenVinoNetworks
@@ -18,6 +22,8 @@ _BATCHES = (1, 2, 4, 8, 16)
 _BATCH_MEMORY_SHARE = 0.5
 _NEARLY = 0.97
 _PROBE_WARMUPS, _PROBE_RUNS = 3, 5
+_CPU_PROBE_RUNS = 3
+"""The fastest of them counts: the first ones may warm up, others may use the processor."""
 
 
 class Networks:
@@ -27,10 +33,15 @@ class Networks:
         backend: what runs them.
         device: where they are.
         members: name -> networks.
+        batch: patches in a forward pass, of a backend that is bound to one number; else ``None``.
     """
 
     def __init__(
-        self, bundle: ModelBundle, device: torch.device, backend: Backend = Backend.EAGER, batch: int = 1
+        self,
+        bundle: ModelBundle,
+        device: torch.device,
+        backend: Backend = Backend.EAGER,
+        batch: int | Literal["auto"] = 1,
     ) -> None:
         """Build and load them.
 
@@ -38,7 +49,7 @@ class Networks:
             bundle: the model.
             device: where they are to be.
             backend: what runs them.
-            batch: patches in a forward pass, of a backend that must know.
+            batch: patches in a forward pass, of a backend that must know; ``auto``: what is best for eager.
 
         Raises:
             BundleError: weights do not fit the network that the plans describe; or archive, device or machine have not
@@ -47,9 +58,17 @@ class Networks:
         self.backend = backend
         if backend is not Backend.EAGER:
             _check_backend(bundle, device, backend)
-        self.members: dict[str, FoldNetworks] = {
-            name: _fold_networks(member, device, backend, batch) for name, member in bundle.members.items()
-        }
+        self.members: dict[str, FoldNetworks]
+        self.batch: int | None = None
+        if backend in FROM_WEIGHTS:
+            eager = {name: EagerNetworks(member, device) for name, member in bundle.members.items()}
+            self.members = dict(eager)
+            if backend is Backend.COMPILED:
+                self.batch = _least_batch(eager.values()) if batch == "auto" else batch
+                self.members = _compiled(eager, self.batch, bundle.digest)
+        else:
+            self.batch = size = 1 if batch == "auto" else batch
+            self.members = {name: OpenVinoNetworks(each, backend, size) for name, each in bundle.members.items()}
         [self.device] = {networks.device for networks in self.members.values()}
 
     def of(self, member: str) -> FoldNetworks:
@@ -93,10 +112,11 @@ class Networks:
         return [module for networks in self.members.values() for module in networks.modules]
 
 
-def _fold_networks(member: Member, device: torch.device, backend: Backend, batch: int) -> FoldNetworks:
-    if backend is Backend.EAGER:
-        return EagerNetworks(member, device)
-    return OpenVinoNetworks(member, backend, batch)
+def _compiled(eager: Mapping[str, EagerNetworks], batch: int, digest: str) -> dict[str, FoldNetworks]:
+    """The members' networks, compiled for a size of a batch."""
+    [device] = {networks.device for networks in eager.values()}
+    cache = compile_cache(digest, device)
+    return {name: CompiledNetworks(networks, batch, cache) for name, networks in eager.items()}
 
 
 def _check_backend(bundle: ModelBundle, device: torch.device, backend: Backend) -> None:
@@ -105,12 +125,17 @@ def _check_backend(bundle: ModelBundle, device: torch.device, backend: Backend) 
     if (reason := why_not(backend, stored, device.type)) is not None:
         msg = f"backend {backend}: {reason}"
         raise BundleError(msg)
-    check_requirements({} if stored is None else stored.requires, f"the backend {backend}")
+    if stored is not None and stored.backend is backend:
+        check_requirements(stored.requires, f"the backend {backend}")
 
 
 def probe_batch(networks: Networks) -> int:
     """How many patches a forward pass should take: what is best for the member that bears the least."""
-    return min(_best_batch(each) for each in networks.members.values())
+    return networks.batch or _least_batch(networks.members.values())
+
+
+def _least_batch(members: Iterable[FoldNetworks]) -> int:
+    return min(_best_batch(each) for each in members)
 
 
 @torch.inference_mode()
@@ -165,9 +190,17 @@ def device_name(device: torch.device) -> str:
     return f"cuda-{getattr(torch.cuda.get_device_properties(device), 'uuid', device.index)}"
 
 
+@torch.inference_mode()
+def seconds_per_patch(networks: Networks, batch: int) -> float:
+    """Seconds of a patch in batches of a size, summed over the members."""
+    return sum(_forward_seconds(each, batch) for each in networks.members.values()) / batch
+
+
 def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
     patches = torch.randn((batch, networks.input_channels, *networks.patch_size), device=networks.device)
     fold = networks.folds[0]
+    if networks.device.type != "cuda":
+        return min(_seconds_of(networks, fold, patches) for _ in range(_CPU_PROBE_RUNS))
     for _ in range(_PROBE_WARMUPS):
         networks.forward(fold, patches)
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -177,3 +210,9 @@ def _forward_seconds(networks: FoldNetworks, batch: int) -> float:
     ended.record()
     ended.synchronize()
     return float(began.elapsed_time(ended)) / 1000 / _PROBE_RUNS
+
+
+def _seconds_of(networks: FoldNetworks, fold: FoldName, patches: torch.Tensor) -> float:
+    began = time.perf_counter()
+    networks.forward(fold, patches)
+    return time.perf_counter() - began

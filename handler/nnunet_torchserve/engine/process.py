@@ -100,7 +100,7 @@ def _load(
     faults.before_load(follows_a_death=restarts > 0)
     asked = settings.max_patch_batch
     networks = load_networks_or_eager(
-        bundle, torch.device(settings.device), settings.backend, 1 if asked == "auto" else asked
+        bundle, torch.device(settings.device), settings.backend, asked, settings.only_if_faster
     )
     batch = probe_batch(networks) if asked == "auto" else asked
     record, record_fd = FlightRecord.create()

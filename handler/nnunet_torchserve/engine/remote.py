@@ -89,6 +89,7 @@ class RemoteEngine:
         counts: Counts | None = None,
         on_tally: Callable[[int, int], None] | None = None,
         backend: Backend = Backend.EAGER,
+        only_if_faster: bool = False,
     ) -> None:
         """Connect to the engine, starting it if there is none; returns when its networks are loaded.
 
@@ -105,6 +106,7 @@ class RemoteEngine:
             on_tally: told the descriptor of the tally of each engine that is found, which it closes, and a pidfd of
                 that engine, which is valid during the call.
             backend: see :class:`~.engine_settings.EngineSettings`.
+            only_if_faster: see there too.
 
         Raises:
             BundleError: the engine cannot serve this model; the message says why.
@@ -124,6 +126,7 @@ class RemoteEngine:
             cache_bytes=cache_bytes,
             unload_after_s=unload_after_s,
             backend=backend,
+            only_if_faster=only_if_faster,
         )
         self._starter = Starter(bundle, settings, on_tally)
         self._lock = threading.RLock()

@@ -16,7 +16,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ from ..errors import BundleError, Deadline, NoEngine
 from . import channel, messages
 from .engine_settings import EngineSettings
 from .flight_record import FlightRecord
-from .folder import LOCK, SOCKET, is_alive, kill_engine
+from .folder import LOCK, SOCKET, is_alive, kill_engine, private
 from .outage import Outage
 
 logger = logging.getLogger(__name__)
@@ -159,8 +158,8 @@ class Starter:
     def _own_folder(self) -> Path:
         """The engine's own directory, made if it is not there."""
         with suppress(FileNotFoundError):  # somebody cleans the directory up at this moment
-            return _private(_private(runtime_dir()) / self._name)
-        return _private(_private(runtime_dir()) / self._name)
+            return private(private(runtime_dir()) / self._name)
+        return private(private(runtime_dir()) / self._name)
 
     def _hold_back(self, deadline: float | None) -> None:
         """Return as soon as the outage ends, but wait for that for a moment only.
@@ -335,17 +334,3 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
         stderr=subprocess.DEVNULL,
         check=False,
     )
-
-
-def _private(folder: Path) -> Path:
-    """Make a directory that is ours alone.
-
-    Raises:
-        BundleError: it exists and belongs to somebody else, or others may write to it.
-    """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
-        msg = f"the runtime directory {folder} must belong to user {os.getuid()} and be writable by nobody else"
-        raise BundleError(msg)
-    return folder

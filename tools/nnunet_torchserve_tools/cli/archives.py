@@ -106,8 +106,8 @@ def archive(
         typer.Option(
             metavar="NAME[:PRECISION]",
             help="What runs the network: eager, as stock does; openvino:float32, for CPUs, which rounds differently; "
-            "openvino:bf16, for CPUs that compute in it, needs --validate; openvino:int8 needs --calibrate. A server "
-            "that cannot run it uses eager.",
+            "openvino:bf16, for CPUs that compute in it, needs --validate; openvino:int8 needs --calibrate; compiled, "
+            "by torch.compile. A server that cannot run it uses eager.",
         ),
     ] = "eager",
     calibrate: Annotated[

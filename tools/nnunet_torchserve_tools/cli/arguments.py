@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from nnunet_torchserve.backend import Backend
+    from collections.abc import Callable
+
+    from nnunet_torchserve.backend import Backend, Choice
     from nnunet_torchserve.options import FoldName
 
     from ..validation_cases import Tolerance, Validation
+
+_Named = TypeVar("_Named", bound=str)
 
 MIB = 1024**2
 STATE_DIR = typer.Option(help="The server's state directory.")
@@ -46,8 +50,23 @@ def backend_of(text: str) -> Backend:
     """
     from nnunet_torchserve.backend import parse_backend
 
+    return _named(text, parse_backend)
+
+
+def choice_of(text: str) -> Choice:
+    """The same, or ``auto``.
+
+    Raises:
+        UsageError: no backend is called so.
+    """
+    from nnunet_torchserve.backend import parse_choice
+
+    return _named(text, parse_choice)
+
+
+def _named(text: str, parse: Callable[[str], _Named]) -> _Named:
     try:
-        return parse_backend(text)
+        return parse(text)
     except ValueError as error:
         msg = f"--backend: {error}"
         raise UsageError(msg) from error

@@ -11,7 +11,7 @@ import typer
 from nnunet_torchserve.draining import EVERY_MODEL
 
 from ..errors import Lost, ToolError, UsageError
-from .arguments import MANAGEMENT_URL, MIB, MODEL, STATE_DIR, backend_of, http_port, port
+from .arguments import MANAGEMENT_URL, MIB, MODEL, STATE_DIR, choice_of, http_port, port
 from .command_line import app, reports_errors, say, warn
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def serve(
         str | None,
         typer.Option(
             metavar="NAME[:PRECISION]",
-            help="What runs the networks of all models: eager, or openvino:float32 if the archive holds it and "
-            "OpenVINO is installed. Default: what each archive was made for.",
+            help="What runs the networks of all models: eager, compiled, openvino:float32 if the archive holds it and "
+            "OpenVINO is installed, or auto: the fastest that the archive allows. Default: what each archive was made "
+            "for.",
         ),
     ] = None,
     host: Annotated[
@@ -100,7 +101,7 @@ def serve(
         workers=workers,
         queue=queue,
         device=launcher.DeviceKind(device),
-        backend=None if backend is None else backend_of(backend),
+        backend=None if backend is None else choice_of(backend),
         body_limit=None if body_limit is None else body_limit * MIB,
         heap=None if heap is None else heap * MIB,
         config=config,

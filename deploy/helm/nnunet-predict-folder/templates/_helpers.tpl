@@ -17,6 +17,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- /* The pod of a part; .part is its number, or what becomes it. */ -}}
 {{- define "folder.pod" -}}
+{{- /* A pod with two volumes of one claim waits for the second one for ever, in Kubernetes 1.20 at least. */ -}}
+{{- $shared := eq .root.Values.images.claim .root.Values.predictions.claim -}}
 metadata:
   labels:
     {{- include "folder.selector" .root | nindent 4 }}
@@ -100,7 +102,7 @@ spec:
         - name: images
           mountPath: /images
           readOnly: true
-        - name: predictions
+        - name: {{ $shared | ternary "images" "predictions" }}
           mountPath: /predictions
         - name: tmp
           mountPath: /tmp
@@ -113,9 +115,11 @@ spec:
     - name: images
       persistentVolumeClaim:
         claimName: {{ .root.Values.images.claim }}
+    {{- if not $shared }}
     - name: predictions
       persistentVolumeClaim:
         claimName: {{ .root.Values.predictions.claim }}
+    {{- end }}
     # No image or answer lies here.
     - name: tmp
       emptyDir:

@@ -107,11 +107,11 @@ class EagerNetworks:
 
     def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
         """Logits of a batch of patches, float32 (float16 on CUDA); see :meth:`~.interface.FoldNetworks.forward`."""
-        with self._autocast():
+        with self.autocast():
             logits: torch.Tensor = self._networks[fold](patches)
         return logits
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """float16 autocast on CUDA, nothing elsewhere, as ``predict_sliding_window_return_logits`` does."""
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 

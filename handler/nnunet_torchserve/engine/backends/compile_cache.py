@@ -1,0 +1,94 @@
+"""Where ``torch.compile`` keeps what it makes for a machine: it takes a minute, and no engine is to do it again.
+
+It is in the runtime directory: one folder for each archive, device and library, shared by all engines and left where it
+is when they end. PyTorch would take ``/tmp``, and Triton the home directory. What is in there is run, so the folder is
+its user's alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from ...environment import runtime_dir
+from ...errors import BundleError
+from ...machine import processor_name
+from ..folder import private
+
+FOLDER = "compiled"
+"""Of the runtime directory."""
+
+_LOCK = "lock"
+_LIBRARIES = ("torch", "triton")
+_PLACES = {"TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": "triton"}
+"""Variables that PyTorch and Triton read, and what they get of the folder."""
+
+
+def compile_cache(digest: str, device: torch.device) -> Path:
+    """The folder of an archive on a kind of device; it is made.
+
+    Args:
+        digest: of the archive.
+        device: where its networks are.
+
+    Raises:
+        BundleError: it cannot be written to, or is not this user's alone.
+    """
+    what = "\n".join([digest, _kind(device), *(f"{name}={_version(name)}" for name in _LIBRARIES)])
+    try:
+        folder = private(private(private(runtime_dir()) / FOLDER) / hashlib.sha256(what.encode()).hexdigest()[:16])
+        (folder / _LOCK).touch(mode=0o600)
+    except OSError as error:
+        msg = f"what torch.compile makes cannot be kept in {runtime_dir() / FOLDER}: {error.strerror}"
+        raise BundleError(msg) from error
+    return folder
+
+
+@contextmanager
+def compiling(folder: Path) -> Iterator[None]:
+    """Compile in here, into the folder: one process at a time, so that the next one finds it done.
+
+    This process compiles into that folder from now on. Headers are not precompiled: PyTorch would take them from a
+    folder in ``/tmp`` that anybody may have made.
+
+    Raises:
+        OSError: the folder's lock cannot be taken.
+    """
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.environ.update({name: str(folder / part) for name, part in _PLACES.items()})
+
+        import torch._inductor.config as inductor
+        from torch._inductor.async_compile import shutdown_compile_workers
+
+        try:
+            with inductor.patch(cpp_cache_precompile_headers=False):
+                yield
+        finally:
+            with suppress(Exception):  # processes that compiled for us, and would stay
+                shutdown_compile_workers()
+    finally:
+        os.close(lock)
+
+
+def _kind(device: torch.device) -> str:
+    """What code is made for: all GPUs of a kind are the same."""
+    if device.type != "cuda":
+        return f"{processor_name()} {torch.backends.cpu.get_cpu_capability()}"
+    of_device = torch.cuda.get_device_properties(device)
+    return f"{of_device.name} {of_device.major}.{of_device.minor}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
