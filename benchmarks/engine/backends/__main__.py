@@ -114,7 +114,7 @@ class Run:
         kept = self.parts.get(Part.PATCHES, {}) if self.resume else {}
         if "peaks" not in kept:
             self.quiet()
-        found = {"peaks": peaks(), "networks": {}} if "peaks" not in kept else kept
+        found: dict[str, Any] = kept if "peaks" in kept else {"peaks": peaks(), "networks": {}}
         for kind in NETWORKS:
             for size in self.sizes:
                 network = Untrained(kind, size)
