@@ -41,7 +41,8 @@ OWN_GOLDEN = frozenset({Backend.OPENVINO_INT8})
 """Backends that are compared with logits of their own, which the archive stores beside eager's. The golden patch is
 noise, and a graph of int8 is calibrated on images: what it makes of noise is not near to what eager makes of it. On
 another processor the layers between, which are float32, round otherwise, and a whole number may become the next one:
-with another number of threads the largest difference of a small trained network was 0.027, with older instructions 0.015."""
+with another number of threads the largest difference of a small trained network was 0.027, with older instructions
+0.015."""
 
 logger = logging.getLogger(__name__)
 
