@@ -20,8 +20,7 @@ def lines(report: AccuracyReport) -> Iterator[str]:
     summary = report.summary()
     yield in_short(summary)
     yield from worst(summary)
-    if (layers := in_whole_numbers(summary)) is not None:
-        yield layers
+    yield from in_whole_numbers(summary)
     against = "the labels" if report.limits.against is Reference.LABELS else "eager's answers"
     yield (
         f"loss of Dice to {against}: {report.mean_loss():.4g} in the mean; allowed are {report.limits.mean:g}, and "
@@ -47,10 +46,11 @@ def worst(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"worst Dice of a structure in a case: {name}, {rounded_down(found[name])}"
 
 
-def in_whole_numbers(summary: Mapping[str, Any]) -> str | None:
-    """How much of a network ran in int8, from a report's summary; ``None`` if nothing did."""
+def in_whole_numbers(summary: Mapping[str, Any]) -> Iterator[str]:
+    """How much of a network ran in int8, from a report's summary; nothing if none of it did."""
     whole, layers = whole_layers(summary.get("precisions") or {})
-    return f"in int8: {whole} of {layers} convolutions and matrix products" if whole else None
+    if whole:
+        yield f"in int8: {whole} of {layers} convolutions and matrix products"
 
 
 def held(summary: Mapping[str, Any]) -> Iterator[str]:

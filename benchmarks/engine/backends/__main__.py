@@ -53,7 +53,7 @@ from nnunet_torchserve_tools.errors import ToolError
 OTHERS = tuple(backend for backend in Backend if backend.startswith("openvino"))
 SIZES = (64, 96, 128)
 _MOST_ROUNDS = 9
-_PATCH_BUDGET_S, _REQUEST_BUDGET_S = 30.0, 60.0
+_PATCH_BUDGET_S, _REQUEST_BUDGET_S = 20.0, 45.0
 _MIXED_REQUESTS, _MIXED_PARTS = 64, 4
 _TRIALS = ROOT / ".nnunet-torchserve"
 
@@ -114,7 +114,7 @@ class Run:
         kept = self.parts.get(Part.PATCHES, {}) if self.resume else {}
         if "peaks" not in kept:
             self.quiet()
-        found = {"peaks": peaks(), "networks": {}} if "peaks" not in kept else kept
+        found: dict[str, Any] = kept if "peaks" in kept else {"peaks": peaks(), "networks": {}}
         for kind in NETWORKS:
             for size in self.sizes:
                 network = Untrained(kind, size)

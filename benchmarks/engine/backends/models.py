@@ -13,6 +13,9 @@ from benchmarks.harness.material import MATERIAL_VARIABLE, TRAINED, Material
 from benchmarks.models import many_classes
 
 _HELD_OUT_SEED = 1_000_001
+_CALIBRATION_HEADS = 6
+"""A head is eight patches."""
+
 _SMALL = 60
 """Voxels along each axis of a trial's image."""
 
@@ -67,17 +70,22 @@ def all_of(material: Material) -> list[Trained]:
 
 def forty_classes(scratch: Path) -> Trained:
     """The model of 40 classes, trained if it is not there yet; compared on a head that it was not trained on."""
-    images, labels = scratch / "many_images", scratch / "many_labels"
-    for folder in (images, labels):
+    images, labels, others = (scratch / f"many_{name}" for name in ("images", "labels", "calibration"))
+    for folder in (images, labels, others):
         folder.mkdir(parents=True)
-    spacing_mm = many_classes.HELD_OUT_SPACING_MM
-    image, parcels = many_classes.warped(many_classes.load_head(), spacing_mm, _HELD_OUT_SEED)
+    spacing_mm, head = many_classes.HELD_OUT_SPACING_MM, many_classes.load_head()
+    image, parcels = many_classes.warped(head, spacing_mm, _HELD_OUT_SEED)
     nib.save(image, images / "held_out_0000.nii.gz")
     nib.save(parcels, labels / "held_out.nii.gz")
+    for number in range(_CALIBRATION_HEADS):
+        nib.save(
+            many_classes.warped(head, spacing_mm, _HELD_OUT_SEED + 1 + number)[0],
+            others / f"head_{number}_0000.nii.gz",
+        )
     return Trained(
         "40 classes",
         many_classes.model_folder(many_classes.CACHE),
         (images / "held_out_0000.nii.gz",),
         labels,
-        (many_classes.write_template(scratch, spacing_mm),),
+        (others,),
     )
