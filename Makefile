@@ -18,7 +18,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --root-use
 define install
 while sleep 30 &>/dev/null && kill -0 $$$$ 2>/dev/null; do \
 	echo "         ... $$SECONDS s, .venv has $$(du -sh .venv 2>/dev/null | cut -f1)"; done & \
-trap "kill $$!" EXIT; \
+trap "kill $$! 2>/dev/null" EXIT; \
 said=$$($(PIP_INSTALL) $(1) 2>&1) || { printf '%s\n' "$$said" >&2; echo "pip failed: see above" >&2; exit 1; }
 endef
 
