@@ -14,13 +14,17 @@ MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fu
 
 # pip's own words are shown if it fails, all of them, and not otherwise.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action=ignore --constraint constraints.txt
+# Meanwhile a line every half minute says that it goes on, for as long as this shell is there.
 define install
+while sleep 30 &>/dev/null && kill -0 $$$$ 2>/dev/null; do \
+	echo "         ... $$SECONDS s, .venv has $$(du -sh .venv 2>/dev/null | cut -f1)"; done & \
+trap "kill $$! 2>/dev/null" EXIT; \
 said=$$($(PIP_INSTALL) $(1) 2>&1) || { printf '%s\n' "$$said" >&2; echo "pip failed: see above" >&2; exit 1; }
 endef
 
 .venv/ready: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "make setup: installs about 7 GB into .venv, PyTorch mostly; 3 to 15 minutes the first time, silent meanwhile"
+	@echo "make setup: installs about 7 GB into .venv, PyTorch mostly; 3 to 15 minutes the first time"
 	@echo "  1 of 2: PyTorch (most of it)"
 	@$(call install,torch torchvision)
 	@echo "  2 of 2: nnU-Net, TorchServe with a Java runtime, tools for tests and demo"
@@ -38,7 +42,7 @@ help: ## list the verbs
 
 setup: .venv/ready ## make .venv with everything in it
 
-demo: .venv/ready ## segment a real MR image with the demo model, and show the result
+demo: .venv/ready ## segment a brain template with the demo model, and show the result
 	@echo "make demo: loads PyTorch and nnU-Net first, then four steps; one to three minutes in all"
 	@$(BIN)/python demo/run.py
 

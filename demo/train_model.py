@@ -1,8 +1,8 @@
 """Make the demo model: brain tissue from a T1 image, two folds, trained by nnU-Net in minutes on a CPU.
 
-Training images are random deformations of one head, the ICBM152 2009a template that the nilearn package carries
-(T1 image, grey and white matter maps), with a random contrast, bias field and noise. The network therefore knows
-one anatomy; it shows that serving works and is no medical device.
+Training images are random deformations of one image, the ICBM152 2009a template (an average of many heads) that the
+nilearn package carries (T1 image, grey and white matter maps), with a random contrast, bias field and noise. The
+network therefore knows one anatomy; it shows that serving works and is no medical device.
 
 Run ``python demo/train_model.py OUTPUT`` to make it again; the committed copy came from there.
 """

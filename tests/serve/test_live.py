@@ -201,7 +201,8 @@ def test_whoever_may_predict_is_told_what_the_model_is_and_what_is_served(method
 
 
 def test_a_second_server_of_the_same_state_directory_is_refused(server: LiveServer, model_store: Path) -> None:
-    with pytest.raises(UsageError, match="runs already"):
+    stop = re.escape(f"nnunet-torchserve stop --state-dir {server.state_dir}")
+    with pytest.raises(UsageError, match=f"runs already at {server.server.inference_url}; stop it first: {stop}$"):
         launcher.start(launcher.ServeRequest(model_store, state_dir=server.state_dir, ports=free_ports()))
 
 

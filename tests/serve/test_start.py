@@ -106,6 +106,7 @@ def test_odd_paths_a_posix_locale_a_long_tmpdir_an_open_address_and_a_worker_tha
     environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(root / "tmp")}
     with served(root / "state", arguments, environment) as (out, err):
         assert out == f"ready http://127.0.0.1:{ports.inference} flat\n"
+        assert err.startswith("serving: ")
         assert "warning: the inference port is open to other machines at 0.0.0.0 and nothing authenticates" in err
         assert re.search(r"warning: .*my=ü\.properties: serve sets management_address, .*vmargs", err)
         assert re.search(r"warning: worker \d+ of flat 1\.0 died before .* TorchServe tries again", err)

@@ -78,7 +78,8 @@ OTHER_SHAPE = volumes.nifti_gz(INT16[:-1], np.diag([1.5, 1.5, 1.5, 1]))
 OTHER_SPACING = volumes.nifti_gz(INT16, np.diag([1.5, 1.5, 1.6, 1]))
 
 BAD_REQUESTS = {
-    "not an image": BadRequest(415, "unknown_format", b"this is not an image", says="NIfTI"),
+    "not an image": BadRequest(415, "unknown_format", ("# A\n" + "xä" * 600).encode(), says="text, and no image; send"),
+    "a text in gzip": BadRequest(415, "unknown_format", gzip.compress(b"a text\r\n"), says="text packed by gzip"),
     "a JPEG": BadRequest(415, "unknown_format", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(600)),
     "a PNG that is none": BadRequest(400, "malformed", b"\x89PNG\r\n\x1a\n" + bytes(600)),
     "a series for a model without orientation": BadRequest(

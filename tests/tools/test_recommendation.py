@@ -102,7 +102,7 @@ def test_the_ensemble_that_nnunet_recommends_is_the_archive_of_its_folders(home:
         folds=FOLDS,
         postprocessing=home.dataset / ENSEMBLE / "postprocessing.pkl",
     )
-    assert result.stderr.splitlines() == [
+    assert result.stderr.splitlines()[1:] == [
         (
             "nnU-Net recommends for Dataset950_Odd, with a mean Dice of 0.9952 in cross-validation and 1.0000 after "
             "postprocessing: the mean of"

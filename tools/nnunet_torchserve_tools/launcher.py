@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from .errors import ToolError, UsageError
 from .model_store import Archive, find_archives, missed_backend
 from .plan import DeviceKind, Plan, ServeRequest, make_plan
 from .readiness import Tell, tail, wait_ready
-from .server import Server, read_state
+from .server import STATE_DIR, Server, read_state
 from .temporary import make_private_dir
 from .tokens import KEY_FILE, WORK_DIR
 
@@ -73,9 +74,7 @@ def start(
     if not request.testing and os.environ.get(FAULTS_VARIABLE):
         msg = f"{FAULTS_VARIABLE} is set, which is for tests only: unset it"
         raise UsageError(msg)
-    if (running := read_state(request.state_dir)) and running.process():
-        msg = f"a server of this state directory runs already at {running.inference_url}; stop it first"
-        raise UsageError(msg)
+    _refuse_second(request.state_dir)
     stop(request.state_dir)  # what a server that ended by itself left
     plan = make_plan(request)
     if plan.addresses.is_open:
@@ -108,6 +107,16 @@ def start(
         stop(plan.state_dir)
         raise
     return server
+
+
+def _refuse_second(state_dir: Path) -> None:
+    """There is one server of a state directory."""
+    if (running := read_state(state_dir)) and running.process():
+        stop_first = "nnunet-torchserve stop"
+        if state_dir != STATE_DIR:
+            stop_first += f" --state-dir {shlex.quote(str(state_dir))}"
+        msg = f"a server of this state directory runs already at {running.inference_url}; stop it first: {stop_first}"
+        raise UsageError(msg)
 
 
 def _prepare(plan: Plan, warn: Tell) -> Server:

@@ -22,6 +22,7 @@ from .java import java_home, utf8_environment
 from .model_store import WORKERS_ON_CPU, WORKERS_PER_GPU, Archive, check_gpus, find_archives
 from .properties import Properties
 from .readiness import READY_TIMEOUT_S
+from .server import STATE_DIR
 from .sizing import Sizes, compute_sizes
 
 
@@ -56,7 +57,7 @@ class ServeRequest:
 
     model_store: Path
     models: Sequence[str] = ("all",)
-    state_dir: Path = Path(".nnunet-torchserve")
+    state_dir: Path = STATE_DIR
     ports: Ports | AskedPorts = field(default_factory=AskedPorts)
     hosts: Hosts = field(default_factory=Hosts)
     tokens: bool = False

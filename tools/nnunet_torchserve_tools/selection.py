@@ -15,6 +15,7 @@ from typing import Literal
 from nnunet_torchserve.options import FoldName
 
 from .errors import ToolError, UsageError
+from .model_folders import NO_SOURCE
 from .recommendation import check_complete, read_recommendation
 from .results_folder import datasets_in, find_dataset, results_folder
 from .trained import previous_stage_of
@@ -119,8 +120,7 @@ def selected(choice: Choice) -> Iterator[Selection]:
 def _named(choice: Choice, zips: _Unpacked) -> Selection:
     """Folders, and some of the models of zips."""
     if not choice.sources:
-        msg = "name a trained model's folder or zip, or with --dataset one whose best model nnU-Net has found"
-        raise UsageError(msg)
+        raise UsageError(NO_SOURCE)
     zipped = [source for source in choice.sources if _is_zip(source)]
     if choice.configurations and not zipped:
         msg = "--configuration chooses from a zip; a folder is one configuration"

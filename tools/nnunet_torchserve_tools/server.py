@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+STATE_DIR = Path(".nnunet-torchserve")
+"""Where serve and stop look, unless they are told another place."""
+
 STATE_FILE = "server.json"
 DEFAULT_RESPONSE_TIMEOUT_S = 1200.0
 """Of a model that does not say."""

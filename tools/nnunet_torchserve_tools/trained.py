@@ -20,9 +20,10 @@ from nnunet_torchserve.own_code import Kind
 from nnunet_torchserve.stored_tensors import ALIASES_KEY
 
 from .checkpoint import Checkpoint, without_aliases
-from .errors import ToolError, UsageError
+from .errors import ToolError
 from .folds import numbered_folds, read_checkpoints
 from .json_files import read_object
+from .model_folders import check_model_folder, no_model_folder
 from .plans_check import check_mirroring, check_plans, network_builder
 from .trainer_files import NO_FILES, TrainerFiles, wanted_names, warn_of_copies
 
@@ -149,9 +150,7 @@ def read_trained_model(
         UsageError: the folder or a fold does not exist or cannot be meant.
         ToolError: a checkpoint or plans.json is damaged, disagrees with another, or names what it must not.
     """
-    if not folder.is_dir():
-        msg = f"{folder} does not exist or is no folder; name nnU-Net's TRAINER__PLANS__CONFIGURATION folder or a zip"
-        raise UsageError(msg)
+    check_model_folder(folder)
     plans, dataset = _read_json(folder / PLANS_FILE), _read_json(folder / DATASET_FILE)
     chosen = folds or numbered_folds(folder, checkpoint)
     checkpoints = read_checkpoints(folder, chosen, checkpoint, trust=trust)
@@ -202,5 +201,4 @@ def previous_stage_of(folder: Path) -> Path | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    missing = f"{file.parent} is no trained nnU-Net folder (TRAINER__PLANS__CONFIGURATION): it has no {file.name}"
-    return read_object(file, missing)
+    return read_object(file, no_model_folder(file.parent, file.name))

@@ -22,6 +22,7 @@ from nnunet_torchserve.options import FoldName
 
 from .errors import ToolError, UsageError
 from .harmless import printable
+from .model_folders import NO_ZIP
 
 MOST_BYTES = 2**36
 """64 GiB that are unpacked at most: four configurations of five folds have 3 GB for each checkpoint then."""
@@ -204,7 +205,7 @@ def chosen(file: Path, models: Sequence[ZippedModel], names: Sequence[str] | Non
 @contextmanager
 def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     if not file.is_file():
-        msg = f"{file} does not exist or is no file; name the zip that nnUNetv2_export_model_to_zip wrote"
+        msg = f"{file} {NO_ZIP}"
         raise UsageError(msg)
     try:
         archive = zipfile.ZipFile(file)

@@ -39,6 +39,11 @@ _PICTURE_READERS = {
 }
 """nnU-Net's readers of files without a spacing, and the one that they make up."""
 
+_FORMATS = "NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG, TIFF"
+_LABELS = f"{_FORMATS} or BMP"
+_IMAGES = f"{_FORMATS}, BMP or a DICOM series (zip, tar), as the raw body or as field image"
+"""What may be sent, for people."""
+
 
 def open_image(
     body: Payload | Sequence[Payload],
@@ -85,9 +90,7 @@ def _open_file(source: ByteSource, limits: Limits, reader: str, placement: Place
         return array
     if (picture := _open_picture(source, head, limits, placement or _PICTURE_READERS.get(reader))) is not None:
         return picture
-    image = _open_volume(
-        source, head, limits, reader, " or a DICOM series (zip, tar) as the raw body or as field image"
-    )
+    image = _open_volume(source, head, limits, reader, _IMAGES)
     _refuse_placement(placement)
     return image
 
@@ -129,7 +132,7 @@ def open_labels(body: Payload, limits: Limits, reader: str, image: Geometry) -> 
     return (
         _open_array(source, head, limits, Placements(default=there), names=("labels",))
         or _open_picture(source, head, limits, there)
-        or _open_volume(source, head, limits, reader)
+        or _open_volume(source, head, limits, reader, _LABELS)
     )
 
 
@@ -155,16 +158,13 @@ def _open_picture(source: ByteSource, head: bytes, limits: Limits, placement: Pl
     return None
 
 
-def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str, how: str = "") -> ImageSource:
-    """A file with a geometry of its own; ``how`` ends the advice where it is none that is known."""
+def _open_volume(source: ByteSource, head: bytes, limits: Limits, reader: str, wanted: str) -> ImageSource:
+    """A file with a geometry of its own; ``wanted`` is the advice where it is none that is known."""
     if (kind := header_class(head)) is not None:
         return NiftiSource(source, kind, limits, as_nibabel=reader.startswith("Nibabel"))
     if is_nrrd(head):
         return NrrdSource(source, limits)
     if is_metaimage(head):
         return MetaImageSource(source, limits)
-    msg = (
-        f"{name_of(head, packed=source.compressed)}; "
-        f"send NIfTI (.nii, .nii.gz), NRRD, MHA, npy, npz, PNG, TIFF or BMP{how}"
-    )
+    msg = f"{name_of(head, packed=source.compressed)}; send {wanted}"
     raise UnknownFormat(msg)

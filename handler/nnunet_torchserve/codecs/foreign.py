@@ -5,6 +5,8 @@ Only the first bytes are looked at, and nothing is parsed.
 
 from __future__ import annotations
 
+import codecs
+
 _DICOM_AT = 128
 _UNPACK = "unpack it and send the image"
 
@@ -59,4 +61,15 @@ def name_of(head: bytes, *, packed: bool) -> str:
         for magic, name in names.items():
             if head.startswith(magic):
                 return name
+    if _is_text(head):
+        return "text packed by gzip, and no image" if packed else "text, and no image"
     return "bytes of no format that is served"
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether these are characters that people write; the last one may be cut."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return text.replace("\t", "").replace("\r", "").replace("\n", "").isprintable()

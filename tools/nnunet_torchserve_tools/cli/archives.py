@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ToolError
+from ..model_folders import check_sources
 from .arguments import MIB, backend_of, device_ids_of, folds_of, postprocessing_of, tolerance_of, validation_of
 from .command_line import app, reports_errors, say, warn, warnings_as_lines
 
@@ -159,6 +160,10 @@ def archive(
     ] = None,
 ) -> None:
     """Package a trained nnU-Net model for TorchServe."""
+    chosen_folds, chosen_devices = folds_of(folds), device_ids_of(device_ids)
+    if dataset is None:
+        check_sources(models or (), previous_stage or ())
+    say("packaging: loads PyTorch and nnU-Net, then reads the model, checks it and tries it on a small case")
     from ..archive import make_archives
     from ..archive_request import ArchiveRequest
     from ..selection import Choice, selected
@@ -172,7 +177,7 @@ def archive(
         cache_bytes=cache * MIB,
         single_flight=single_flight,
         unload_after_s=None if unload_after is None else unload_after * 60,
-        device_ids=device_ids_of(device_ids),
+        device_ids=chosen_devices,
     )
     choice = Choice(
         sources=tuple(models or ()),
@@ -181,7 +186,7 @@ def archive(
         ensemble=ensemble,
         previous_stages=tuple(previous_stage or ()),
         postprocessing=postprocessing_of(postprocessing),
-        folds=folds_of(folds),
+        folds=chosen_folds,
         checkpoint=checkpoint,
     )
     with warnings_as_lines(), selected(choice) as selection:

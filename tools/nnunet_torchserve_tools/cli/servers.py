@@ -115,6 +115,7 @@ def serve(
         typer.echo(f"ready {server.inference_url} {' '.join(server.models)}")
 
     if not foreground:
+        say("serving: reads the archives, starts TorchServe, waits until each worker has loaded and tried its model")
         started(launcher.start(request, warn, tell=lambda _: None))
         return
     from ..foreground import Watchfulness, serve_in_foreground
