@@ -410,6 +410,7 @@ def test_the_command_blames_nobody_else(file: Path, monkeypatch: pytest.MonkeyPa
     from nnunet_torchserve_tools import archive
 
     said = []
+    file.touch()
     for name in ("monai.networks", "nnunetv2"):
         monkeypatch.setattr(archive, "make_archives", missing(name))
         result = CliRunner().invoke(cli.app, ["archive", str(file)])

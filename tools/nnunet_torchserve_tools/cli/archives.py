@@ -160,7 +160,7 @@ def archive(
     ] = None,
 ) -> None:
     """Package a trained nnU-Net model for TorchServe."""
-    chosen_folds, chosen_devices = folds_of(folds), device_ids_of(device_ids)
+    chosen_folds, chosen_devices, chosen_backend = folds_of(folds), device_ids_of(device_ids), backend_of(backend)
     if dataset is None:
         check_sources(models or (), previous_stage or ())
     say("packaging: loads PyTorch and nnU-Net, then reads the model, checks it and tries it on a small case")
@@ -209,7 +209,7 @@ def archive(
             requires=tuple(requires or ()),
             input_orientation=input_orientation and input_orientation.upper(),
             segments=segments,
-            backend=backend_of(backend),
+            backend=chosen_backend,
             calibration=tuple(calibrate or ()),
             validation=validation_of(validate or calibrate, labels, max_dice_loss),
             serving=serving,
