@@ -382,17 +382,29 @@ def test_nginx_and_the_server_share_no_volume_but_the_file_that_says_that_nginx_
     assert "proxy-end" not in serve().text
 
 
+def test_quantities_that_are_given_as_numbers_are_text() -> None:
+    """A Kubernetes of 1.20 takes no others from helm 4, which has it apply ("expected string")."""
+    numbers = {"requests": {"cpu": 1, "memory": 8589934592}, "limits": {"cpu": 2, "memory": None}}
+    server = render(SERVER_CHART, merged(STORE, {"resources": numbers})).container()["resources"]
+    [predict] = render(FOLDER_CHART, merged(FOLDER, {"resources": numbers}), "--kube-version=1.37.0").kind("Job")[
+        "spec"
+    ]["template"]["spec"]["containers"]
+    for resources in (server, predict["resources"]):
+        assert resources["requests"] == {"cpu": "1", "memory": "8.589934592e+09"}
+        assert resources["limits"] == {"cpu": "2"}
+
+
 def test_a_pod_has_one_gpu() -> None:
     gpu = ["--values", str(SERVER_CHART / "values-gpu.yaml")]
     row = render(SERVER_CHART, STORE, *gpu)
     container = row.container()
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert "--device=cuda" in container["args"]
     assert row.kind("Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
     slice_of_one = render(
         SERVER_CHART, merged(STORE, {"gpu": {"resource": "nvidia.com/mig-2g.20gb"}}), *gpu
     ).container()
-    assert slice_of_one["resources"]["limits"] == {"cpu": "8", "memory": "32Gi", "nvidia.com/mig-2g.20gb": 1}
+    assert slice_of_one["resources"]["limits"] == {"cpu": "8", "memory": "32Gi", "nvidia.com/mig-2g.20gb": "1"}
     assert "--device=cpu" in serve().container()["args"]
 
 

@@ -97,7 +97,7 @@ spec:
         capabilities:
           drop: [ALL]
       resources:
-        {{- toYaml .root.Values.resources | nindent 8 }}
+        {{- include "folder.resources" .root.Values.resources | trim | nindent 8 }}
       volumeMounts:
         - name: images
           mountPath: /images
@@ -130,4 +130,20 @@ spec:
       configMap:
         name: {{ .root.Values.authorities.configMap }}
     {{- end }}
+{{- end }}
+
+{{- /* Quantities as text: a Kubernetes of 1.20 takes no numbers where helm 4 has the API server apply. */ -}}
+{{- define "folder.resources" -}}
+{{- range $kind, $quantities := . }}
+{{- if kindIs "map" $quantities }}
+{{ $kind }}:
+  {{- range $name, $quantity := $quantities }}
+  {{- if not (kindIs "invalid" $quantity) }}
+  {{ $name }}: {{ $quantity | toString | quote }}
+  {{- end }}
+  {{- end }}
+{{- else if not (kindIs "invalid" $quantities) }}
+{{ $kind }}: {{ toJson $quantities }}
+{{- end }}
+{{- end }}
 {{- end }}

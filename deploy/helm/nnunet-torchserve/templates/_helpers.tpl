@@ -168,3 +168,19 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
 {{- end }}
+
+{{- /* Quantities as text: a Kubernetes of 1.20 takes no numbers where helm 4 has the API server apply. */ -}}
+{{- define "nnunet.resources" -}}
+{{- range $kind, $quantities := . }}
+{{- if kindIs "map" $quantities }}
+{{ $kind }}:
+  {{- range $name, $quantity := $quantities }}
+  {{- if not (kindIs "invalid" $quantity) }}
+  {{ $name }}: {{ $quantity | toString | quote }}
+  {{- end }}
+  {{- end }}
+{{- else if not (kindIs "invalid" $quantities) }}
+{{ $kind }}: {{ toJson $quantities }}
+{{- end }}
+{{- end }}
+{{- end }}
