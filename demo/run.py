@@ -84,7 +84,7 @@ def main() -> None:
         f"loading stock nnU-Net and predicting with it {stock_seconds:.1f} s"
     )
     console.print(
-        "With two folds and all mirrorings on a CPU, the network takes nearly all of both, and does the same in both. "
+        "With two folds and all mirrorings on a CPU, most of both is the network, which computes the same in both. "
         "README.md compares one fold without mirroring with nnU-Net's command: there the rest counts."
     )
     console.print(f"written: {segmentation}, {picture}")
