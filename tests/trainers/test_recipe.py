@@ -8,20 +8,27 @@ from statistics import fmean
 import pytest
 
 import distill_brain_tissue
-from distill_brain_tissue import DEMO_MODEL, TAUGHT, TEACHER, TRAINED, Recipe, follow, means_of
+from distill_brain_tissue import DEMO_MODEL, TAUGHT, TEACHER, TRAINED, Dice, Recipe, follow, means_of
 
 pytestmark = [pytest.mark.long, pytest.mark.serve]
 
 HELD_OUT = 1
 
 
-def test_a_student_is_taught_archived_and_served_and_nothing_is_done_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(distill_brain_tissue, "TRAINING_SEEDS", range(5))
     monkeypatch.setattr(distill_brain_tissue, "HELD_OUT_SEEDS", range(1000, 1000 + HELD_OUT))
-    recipe = Recipe(tmp_path / "home", DEMO_MODEL / TRAINED, epochs=1, iterations=2)
-    dice = follow(recipe)
+    return Recipe(tmp_path / "home", DEMO_MODEL / TRAINED, epochs=1, iterations=2)
+
+
+@pytest.fixture
+def dice(recipe: Recipe) -> Dice:
+    """What following it gives: minutes, so it is no part of the test."""
+    return follow(recipe)
+
+
+def test_a_student_is_taught_archived_and_served_and_nothing_is_done_twice(recipe: Recipe, dice: Dice) -> None:
     assert set(dice) == set(recipe.models())
     assert {len(cases) for cases in dice.values()} == {HELD_OUT}
     of_teacher, of_student = (fmean(means_of(dice[model]).values()) for model in (TEACHER, TAUGHT))
