@@ -152,10 +152,12 @@ def test_a_cluster_of_2020_gets_what_it_knows() -> None:
     old = serve(PROXY, kube=OLDEST)
     assert old.kind("PodDisruptionBudget")["apiVersion"] == "policy/v1beta1"
     assert "unhealthyPodEvictionPolicy" not in old.text
-    assert "terminationGracePeriodSeconds" not in old.container()["livenessProbe"]
+    probes = ("startupProbe", "livenessProbe")
+    assert {old.container()[each].get("terminationGracePeriodSeconds") for each in probes} == {None}
     assert hpa(OLDEST).kind("HorizontalPodAutoscaler")["apiVersion"] == "autoscaling/v2beta2"
     new = serve(kube="1.37.0")
     assert new.kind("PodDisruptionBudget")["apiVersion"] == "policy/v1"
+    assert {new.container()[each]["terminationGracePeriodSeconds"] for each in probes} == {30}
     assert hpa("1.37.0").kind("HorizontalPodAutoscaler")["apiVersion"] == "autoscaling/v2"
 
 
@@ -392,6 +394,37 @@ def test_quantities_that_are_given_as_numbers_are_text() -> None:
     for resources in (server, predict["resources"]):
         assert resources["requests"] == {"cpu": "1", "memory": "8.589934592e+09"}
         assert resources["limits"] == {"cpu": "2"}
+    limit = {"sizeLimit": "4294967296"}
+    volumes = dict.fromkeys(("tmp", "runtime", "state"), limit)
+    pod = serve(PROXY, {"volumes": volumes, "proxy": {"bodies": limit}}).pod
+    limits = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if "emptyDir" in volume]
+    assert limits == ["4294967296"] * 4 + ["1Mi"]
+
+
+@pytest.mark.parametrize(
+    ("chart", "values"),
+    [
+        pytest.param(SERVER_CHART, merged(STORE, {"models": {"store": {"claim": {"name": "7"}}}}), id="server"),
+        pytest.param(FOLDER_CHART, merged(FOLDER, {"images": {"claim": "7"}}), id="folder"),
+    ],
+)
+@pytest.mark.parametrize("kube", ["1.37.0", OLDEST])
+def test_releases_and_claims_may_be_named_by_a_number(chart: Path, values: Values, kube: str) -> None:
+    """As a folder of images by its date: Kubernetes refuses a name or a label that YAML takes for a number."""
+    command = [tool("helm"), "template", "20261129", str(chart), f"--kube-version={kube}", "--values", "-"]
+    run = subprocess.run(command, input=json.dumps(values), capture_output=True, text=True, check=True)
+    manifests = [each for each in yaml.safe_load_all(run.stdout) if each]
+    assert manifests
+    for each in manifests:
+        template = each.get("spec", {}).get("template", {})
+        labels = [*each["metadata"]["labels"].values(), *template.get("metadata", {}).get("labels", {}).values()]
+        claims = [
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in template.get("spec", {}).get("volumes", [])
+            if "persistentVolumeClaim" in volume
+        ]
+        names = [each["metadata"]["name"], *labels, *claims]
+        assert [name for name in names if not isinstance(name, str)] == []
 
 
 def test_a_pod_has_one_gpu() -> None:
@@ -437,7 +470,7 @@ def test_an_archive_comes_by_the_image_itself_with_its_secrets_from_secrets() ->
     models = [volume for volume in row.pod["volumes"] if volume["name"] == "models"]
     assert int(models[0]["emptyDir"]["sizeLimit"]) == 4 * GIB * 17 // 16
     egress = row.kind("NetworkPolicy")["spec"]["egress"]
-    assert {port["port"] for rule in egress for port in rule["ports"]} == {53, 443}
+    assert {port["port"] for rule in egress for port in rule["ports"]} == {53, 5353, 443}
 
 
 def test_notes_say_how_to_call_it() -> None:

@@ -22,6 +22,8 @@ from support.peer import Peer, Received, Wire, plain
 from support.ports import free_port
 
 TOKEN, OTHER = "5f0c" * 16, "77aa" * 16
+LEFT = "prefix/bodies/0000000001"
+"""A body that an nginx before this one did not live to delete."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     if nginx is None:
         pytest.skip("nginx is not installed")
     folder = tmp_path_factory.mktemp("proxy")
-    for name in ("tls", "prefix", "run"):
+    for name in ("tls", "prefix", "run", "prefix/bodies"):
         (folder / name).mkdir()
+    (folder / LEFT).write_bytes(b"a head")
     certificate = folder / "tls" / "tls.crt"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-keyout", str(folder / "tls" / "tls.key"), "-out", str(certificate), "-days", "2"]
@@ -70,6 +73,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         }
     )
     text = rendered.kind("ConfigMap", "-proxy")["data"]["nginx.conf"]
+    assert "worker_processes 2;" in text
     assert "client_max_body_size 68157440;" in text  # 65 MiB
     assert "proxy_read_timeout 9060s;" in text  # two requests may be ahead of it in the queue
     with Peer().listening() as peer:
@@ -110,6 +114,11 @@ def changed(text: str, words: dict[str, str]) -> str:
         assert there in text
         text = text.replace(there, here)
     return text
+
+
+def test_what_a_killed_nginx_has_left_is_gone(proxy: Proxy) -> None:
+    assert (proxy.folder / LEFT).parent.is_dir()
+    assert not (proxy.folder / LEFT).exists()
 
 
 def test_who_has_a_token_is_served_over_tls_and_the_token_goes_no_further(proxy: Proxy) -> None:

@@ -6,7 +6,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{- define "folder.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "folder.check" -}}
@@ -114,11 +114,11 @@ spec:
   volumes:
     - name: images
       persistentVolumeClaim:
-        claimName: {{ .root.Values.images.claim }}
+        claimName: {{ .root.Values.images.claim | quote }}
     {{- if not $shared }}
     - name: predictions
       persistentVolumeClaim:
-        claimName: {{ .root.Values.predictions.claim }}
+        claimName: {{ .root.Values.predictions.claim | quote }}
     {{- end }}
     # No image or answer lies here.
     - name: tmp

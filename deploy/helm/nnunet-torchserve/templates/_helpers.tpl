@@ -6,7 +6,7 @@
 
 {{- define "nnunet.selector" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "nnunet.labels" -}}
@@ -140,7 +140,9 @@ namespace="{{ .Release.Namespace }}",pod=~"{{ include "nnunet.name" . }}-[a-z0-9
 {{- $workers := .Values.server.workers | default (ternary 8 4 .Values.gpu.enabled) -}}
 {{- $queue := .Values.server.queue | default (mul 2 $workers) -}}
 {{- $wait := add (mul (add 1 (ceil (divf $queue $workers) | int)) .Values.server.longestRequestSeconds) 60 -}}
+{{- /* nginx would start a process for each core of the node, whatever the container's limits. */ -}}
 {{- $swaps := list
+  (list "worker_processes auto;" "worker_processes 2;")
   (list "listen 127.0.0.1:8443;" "# listen: below")
   (list "# tls: " "")
   (list "listen 8443 ssl;" (printf "listen %d ssl;" (int .Values.proxy.port)))
