@@ -154,10 +154,12 @@ def test_a_cluster_of_2020_gets_what_it_knows() -> None:
     assert "unhealthyPodEvictionPolicy" not in old.text
     probes = ("startupProbe", "livenessProbe")
     assert {old.container()[each].get("terminationGracePeriodSeconds") for each in probes} == {None}
+    assert "matchLabelKeys" not in old.pod["topologySpreadConstraints"][0]
     assert hpa(OLDEST).kind("HorizontalPodAutoscaler")["apiVersion"] == "autoscaling/v2beta2"
     new = serve(kube="1.37.0")
     assert new.kind("PodDisruptionBudget")["apiVersion"] == "policy/v1"
     assert {new.container()[each]["terminationGracePeriodSeconds"] for each in probes} == {30}
+    assert new.pod["topologySpreadConstraints"][0]["matchLabelKeys"] == ["pod-template-hash"]
     assert hpa("1.37.0").kind("HorizontalPodAutoscaler")["apiVersion"] == "autoscaling/v2"
 
 
