@@ -238,6 +238,7 @@ def load(cluster: Cluster, url: str, image: str, options: str) -> Iterator[Answe
             process.kill()
             process.wait()
             listener.join()
+            process.stdin.close()
             process.stdout.close()
 
 
