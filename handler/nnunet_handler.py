@@ -189,7 +189,12 @@ def _load(context: Any, model_dir: Path) -> Any:
         only_if_faster=wanted == AUTO,
     )
     if engine.backend is not backend:
-        logger.warning("%s runs the networks, not %s; the engine's log says why", engine.backend, backend)
+        logger.log(
+            logging.INFO if wanted == AUTO else logging.WARNING,
+            "%s runs the networks, not %s; the engine's log says why",
+            engine.backend,
+            backend,
+        )
     pipeline = Pipeline(
         bundle=bundle,
         engine=engine,

@@ -98,7 +98,7 @@ def checked_url(url: str) -> str:
 def check_host(url: httpx.URL) -> None:
     """Raise :class:`ValueError` unless a name server can be asked for its host, and it has a port."""
     url.raw_host.decode("ascii").encode("idna")  # as sockets do
-    if not url.host.isprintable() or not 0 < (url.port or 1) <= _HIGHEST_PORT:
+    if not url.host.isprintable() or not 0 < (1 if url.port is None else url.port) <= _HIGHEST_PORT:
         msg = "no host and port"
         raise ValueError(msg)
 

@@ -51,6 +51,9 @@ DEFAULT_PRECISIONS = {"openvino": Backend.OPENVINO_FLOAT32}
 FROM_WEIGHTS = frozenset({Backend.EAGER, Backend.COMPILED})
 """What needs nothing but the weights, which every archive has, and runs on every device."""
 
+WHOLE_NUMBERS = frozenset({Backend.OPENVINO_INT8})
+"""What computes in whole numbers: a float that another processor rounds otherwise may become the next one."""
+
 NEEDS_REPORT = frozenset({Backend.OPENVINO_BFLOAT16, Backend.OPENVINO_INT8})
 """What serves only archives in which its accuracy was measured: fewer digits are another network, as far as anybody
 knows who has not looked."""

@@ -3,7 +3,8 @@
 The archive's files are those that were measured (:func:`~.accuracy.read_accuracy`). What else decides the bits of an
 answer is the server's: the version of the library that runs the networks, and how many patches it takes at once, for
 which graphs are compiled. Where these are others, the measured number is of other answers, and is stated nowhere.
-Another processor may round otherwise too; but there are as many kinds as machines, so that is only said in the log.
+Another processor may round otherwise too; but there are as many kinds as machines, so that is only said in the log. It
+is more of int8, where what is rounded otherwise may become another whole number: that is not what was measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from .accuracy import ACCURACY_FILE, AccuracyReport
-from .backend import Backend, StoredBackend, why_not
+from .backend import WHOLE_NUMBERS, Backend, StoredBackend, why_not
 from .machine import processor_name
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,11 @@ def report_in_force(
     if (reason := _why_not_as_measured(report, stored.requires, patches_at_once(max_patch_batch))) is not None:
         logger.warning("%s is not of answers that %s gives here: %s; no Dice is stated", ACCURACY_FILE, wanted, reason)
         return None
-    if (here := processor_name()) != report.processor:
+    here = processor_name()
+    if here != report.processor and wanted in WHOLE_NUMBERS:
+        logger.warning("%s was measured on %s, and may answer otherwise on this %s", wanted, report.processor, here)
+        return None
+    if here != report.processor:
         logger.warning("%s was measured on %s; this is %s, and may round otherwise", wanted, report.processor, here)
     return report
 

@@ -255,6 +255,15 @@ def test_another_processor_is_a_warning_only(caplog: pytest.LogCaptureFixture) -
     assert f"measured on another processor; this is {processor_name()}, and" in warning.getMessage()
 
 
+def test_of_int8_another_processor_is_not_what_was_measured(caplog: pytest.LogCaptureFixture) -> None:
+    stored = StoredBackend(backend=Backend.OPENVINO_INT8, requires={"numpy": ">=1"}, made_with={})
+    here = made_here(backend=Backend.OPENVINO_INT8)
+    assert report_in_force(here, stored, Backend.OPENVINO_INT8, "cpu", 2) is here
+    elsewhere = made_here(backend=Backend.OPENVINO_INT8, processor="another processor")
+    assert report_in_force(elsewhere, stored, Backend.OPENVINO_INT8, "cpu", 2) is None
+    assert "was measured on another processor, and may answer otherwise" in caplog.text
+
+
 @pytest.mark.parametrize(("wanted", "device"), [(Backend.EAGER, "cpu"), (BF16, "cpu"), (OPENVINO, "cuda")])
 def test_a_server_that_runs_no_measured_backend_has_nothing_to_say_of_the_report(
     wanted: Backend, device: str, caplog: pytest.LogCaptureFixture

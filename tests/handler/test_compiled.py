@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import zipfile
 from functools import partial
@@ -15,7 +16,8 @@ from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, p
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import golden
-from nnunet_torchserve.engine.backends.compile_cache import FOLDER, compile_cache
+from nnunet_torchserve.engine.backends import compile_cache as compile_cache_module
+from nnunet_torchserve.engine.backends.compile_cache import FOLDER, compile_cache, compiling
 from nnunet_torchserve.engine.golden import check_golden, load_networks_or_eager, read_golden
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import Networks, probe_batch, seconds_per_patch
@@ -149,6 +151,41 @@ def test_auto_takes_eager_unless_the_other_is_faster(
     with caplog.at_level(logging.INFO):
         assert load_networks_or_eager(bundle, CPU, COMPILED, "auto", only_if_faster=True).backend is chosen
     assert f"{chosen} is the fastest" in caplog.text
+
+
+@pytest.mark.usefixtures("traced", "runtime")
+def test_auto_takes_eager_where_there_is_no_memory_for_both(
+    bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, loaded = golden.load_networks, []
+
+    def with_room_for_one(bundle: ModelBundle, device: torch.device, *of_another: Any) -> Networks:
+        loaded.append(of_another)
+        if len(loaded) == 2:
+            raise torch.OutOfMemoryError
+        return real(bundle, device, *of_another)
+
+    monkeypatch.setattr(golden, "load_networks", with_room_for_one)
+    networks = load_networks_or_eager(bundle, CPU, COMPILED, "auto", only_if_faster=True)
+    assert networks.backend is Backend.EAGER
+    assert len(loaded) == 3
+    assert "eager is used and not compiled" in caplog.text
+
+
+def test_an_engine_waits_only_so_long_for_another_that_compiles(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = compile_cache("0" * 64, CPU)
+    monkeypatch.setattr(compile_cache_module, "_LONGEST_WAIT_S", 0.0)
+    with compiling(folder), pytest.raises(BundleError, match="another process has been compiling"), compiling(folder):
+        pass
+
+
+def test_of_what_could_not_be_compiled_nothing_is_kept(runtime: Path) -> None:
+    folder = compile_cache("1" * 64, CPU)
+    (folder / "half").mkdir()
+    (folder / "half" / "code.so").touch()
+    with pytest.raises(OSError, match="full"), compiling(folder):
+        raise OSError(errno.ENOSPC, "full")
+    assert [each.name for each in folder.iterdir()] == ["lock"]
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ from .quantisation import REQUIRES as QUANTISER
 from .quantisation import check_installed
 
 REQUIRES = {"openvino": ">=2026.4,<2027"}
-COMPILED_REQUIRES = {"torch": ">=2.6"}
+COMPILED_REQUIRES = {"torch": ">=2.11"}
 """It makes nothing ahead; a report of it is of one version's answers."""
 
 

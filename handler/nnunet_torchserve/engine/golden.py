@@ -163,16 +163,20 @@ def load_networks_or_eager(
     """
     if backend is not Backend.EAGER:
         try:
-            networks = load_networks(bundle, device, backend, batch)
+            if only_if_faster:
+                return _faster(bundle, device, backend, batch)
+            return load_networks(bundle, device, backend, batch)
         except Exception as error:  # noqa: BLE001 (whatever another library does here, eager can answer)
             logger.warning("%s is used and not %s: %s", Backend.EAGER, backend, error)
-        else:
-            return _faster(networks, load_networks(bundle, device), batch) if only_if_faster else networks
     return load_networks(bundle, device)
 
 
-def _faster(networks: Networks, eager: Networks, batch: int | Literal["auto"]) -> Networks:
-    """Eager, unless the others are faster by more than chance: its answers are stock's."""
+def _faster(bundle: ModelBundle, device: torch.device, backend: Backend, batch: int | Literal["auto"]) -> Networks:
+    """Eager, unless the others are faster by more than chance: its answers are stock's.
+
+    For a moment both are loaded, for which there may be no memory; then eager alone may have enough.
+    """
+    networks, eager = load_networks(bundle, device, backend, batch), load_networks(bundle, device)
     each_s = seconds_per_patch(networks, networks.batch or 1)
     eager_s = seconds_per_patch(eager, probe_batch(eager) if batch == "auto" else batch)
     chosen = networks if each_s * WORTHWHILE < eager_s else eager

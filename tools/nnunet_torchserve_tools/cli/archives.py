@@ -163,6 +163,8 @@ def archive(
     chosen_folds, chosen_devices, chosen_backend = folds_of(folds), device_ids_of(device_ids), backend_of(backend)
     if dataset is None:
         check_sources(models or (), previous_stage or ())
+    if calibrate and not validate:
+        say("it will be measured on the images that it is calibrated on, which flatters: --validate names others")
     say("packaging: loads PyTorch and nnU-Net, then reads the model, checks it and tries it on a small case")
     from ..archive import make_archives
     from ..archive_request import ArchiveRequest

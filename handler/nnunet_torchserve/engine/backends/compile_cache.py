@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import importlib.metadata
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +28,11 @@ FOLDER = "compiled"
 """Of the runtime directory."""
 
 _LOCK = "lock"
+
+_LONGEST_WAIT_S = 150.0
+"""For another process that compiles: an engine has 300 s to be ready, and eager must load in the rest."""
+
+_POLL_S = 0.2
 _LIBRARIES = ("torch", "triton")
 _PLACES = {"TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": "triton"}
 """Variables that PyTorch and Triton read, and what they get of the folder."""
@@ -56,14 +63,15 @@ def compiling(folder: Path) -> Iterator[None]:
     """Compile in here, into the folder: one process at a time, so that the next one finds it done.
 
     This process compiles into that folder from now on. Headers are not precompiled: PyTorch would take them from a
-    folder in ``/tmp`` that anybody may have made.
+    folder in ``/tmp`` that anybody may have made. Where compiling fails, nothing of it is kept: the disk may be full.
 
     Raises:
+        BundleError: another process compiles for too long.
         OSError: the folder's lock cannot be taken.
     """
     lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock)
         os.environ.update({name: str(folder / part) for name, part in _PLACES.items()})
 
         import torch._inductor.config as inductor
@@ -72,11 +80,36 @@ def compiling(folder: Path) -> Iterator[None]:
         try:
             with inductor.patch(cpp_cache_precompile_headers=False):
                 yield
+        except Exception:
+            _empty(folder)
+            raise
         finally:
             with suppress(Exception):  # processes that compiled for us, and would stay
                 shutdown_compile_workers()
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int) -> None:
+    deadline = time.monotonic() + _LONGEST_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                msg = f"another process has been compiling for more than {_LONGEST_WAIT_S:.0f} s"
+                raise BundleError(msg) from error
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
+def _empty(folder: Path) -> None:
+    for each in folder.iterdir():
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        elif each.name != _LOCK:
+            each.unlink(missing_ok=True)
 
 
 def _kind(device: torch.device) -> str:

@@ -54,7 +54,14 @@ class CompiledNetworks:
         self._eager, self._cache = eager, cache
         self._passes: dict[FoldName, Pass] = {}
         self._captured: CapturedPasses | None = None
-        self._compile()
+        try:
+            self._compile()
+            self._capture()
+        except (BundleError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a compiler does here, eager can answer
+            msg = f"PyTorch cannot compile the network: {_reason_of(error)}"
+            raise BundleError(msg) from error
 
     @property
     def folds(self) -> tuple[FoldName, ...]:
@@ -92,8 +99,7 @@ class CompiledNetworks:
         """
         self._eager.load(weights)
         try:
-            if self.device.type == "cuda":
-                self._compile()
+            self._capture()
         except BaseException:
             self.unload()
             raise
@@ -126,25 +132,22 @@ class CompiledNetworks:
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Run each network once; the first time that is what compiles it. Then capture them, on CUDA."""
-        passes: dict[FoldName, Pass] = {fold: partial(self._pass, fold) for fold in self.folds}
-        try:
-            with compiling(self._cache):
-                import torch._dynamo.config as dynamo
+        """Run each network once; the first time that is what compiles it."""
+        import torch._dynamo.config as dynamo
 
-                if not self._passes:
-                    modules = zip(self.folds, self.modules, strict=True)
-                    self._passes = {fold: torch.compile(each, dynamic=False, fullgraph=True) for fold, each in modules}
-                place = self._place()
-                with dynamo.patch(recompile_limit=_RECOMPILES):
-                    for run in passes.values():
-                        run(place)
-                self._captured = CapturedPasses(passes, place) if self.device.type == "cuda" else None
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a compiler does here, eager can answer
-            msg = f"PyTorch cannot compile the network: {_reason_of(error)}"
-            raise BundleError(msg) from error
+        modules = zip(self.folds, self.modules, strict=True)
+        self._passes = {fold: torch.compile(each, dynamic=False, fullgraph=True) for fold, each in modules}
+        with compiling(self._cache), dynamo.patch(recompile_limit=_RECOMPILES):
+            place = self._place()
+            for fold in self.folds:
+                self._pass(fold, place)
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Capture the passes, on CUDA: with the weights where they are now."""
+        if self.device.type == "cuda":
+            passes: dict[FoldName, Pass] = {fold: partial(self._pass, fold) for fold in self.folds}
+            self._captured = CapturedPasses(passes, self._place())
 
 
 def _reason_of(error: BaseException) -> str:

@@ -46,7 +46,8 @@ _CAPABILITIES = {Backend.OPENVINO_BFLOAT16: "BF16", Backend.OPENVINO_INT8: "INT8
 
 _X86 = frozenset({"x86_64", "AMD64"})
 _FLAGS = {Backend.OPENVINO_INT8: frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})}
-"""Backend -> instructions of which an x86 processor must have one, beside that; OpenVINO has no name for them."""
+"""Backend -> instructions of which a processor must have one, beside that; OpenVINO has no name for them. It has run on
+x86 only, and others are refused."""
 
 _WANTS = {
     Backend.OPENVINO_BFLOAT16: "; it takes AVX512-BF16, AMX or AVX2-VNNI-2",
@@ -211,7 +212,7 @@ def _check_processor(core: Any, backend: Backend) -> None:
         msg = f"this CPU has no instructions for {backend}, which OpenVINO would imitate or run in another precision"
         raise BundleError(msg + _WANTS.get(backend, ""))
     flags = _FLAGS.get(backend)
-    if flags is not None and platform.machine() in _X86 and not flags & processor_flags():
+    if flags is not None and not (platform.machine() in _X86 and flags & processor_flags()):
         msg = f"this CPU has no instructions for {backend}: sums of its products would overflow"
         raise BundleError(msg + _WANTS.get(backend, ""))
 
