@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ROOT
 from benchmarks.gpu.gpu_engine import alone, back_to_back, spread
-from benchmarks.gpu.untrained_networks import FOLD, Network, staged
+from benchmarks.models.untrained_networks import FOLD, Network, staged
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.backends.compile_cache import compile_cache
 from nnunet_torchserve.engine.backends.compiled_networks import CompiledNetworks

@@ -28,9 +28,9 @@ from benchmarks import RESULTS
 from benchmarks.gpu.backend_points import SEED, Bench, How, Point, compile_again
 from benchmarks.gpu.concurrent_cases import SHAPES, measure_cases
 from benchmarks.gpu.gpu_engine import machine, matmul_peak
-from benchmarks.gpu.untrained_networks import Network
 from benchmarks.harness import provenance
 from benchmarks.harness.results import write_json
+from benchmarks.models.untrained_networks import Network
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 
 OUTPUT = RESULTS / "gpu_backends.json"

@@ -20,26 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.engine.backends.peak import TYPES
 from benchmarks.engine.backends.turns import Turns, compared
 from benchmarks.harness.material import FOLD
+from benchmarks.models import untrained_networks
+from benchmarks.models.untrained_networks import FEATURES, RESIDUAL_BLOCKS
 from nnunet_torchserve.backend import Backend
-from nnunet_torchserve.bundle import SCHEMA_VERSION, BundleDescription, ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks, build_network
 from nnunet_torchserve.engine.backends.interface import FoldNetworks
 from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks, graph_paths
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.member import Member
-from nnunet_torchserve_tools.composition import compose
-from nnunet_torchserve_tools.golden_patches import write_bundle
 from nnunet_torchserve_tools.graphs import write_graphs
 from nnunet_torchserve_tools.quantisation import quantise
-from nnunet_torchserve_tools.trained import read_trained_model
-from support import stock
 from support.untrained import standard_unet
 
 CPU = torch.device("cpu")
-FEATURES = (32, 64, 128, 256, 320, 320)
-RESIDUAL_BLOCKS = (1, 3, 4, 6, 6, 6)
-"""nnU-Net's planners: 32 features doubled up to 320; ``ResEncUNetPlanner.UNet_blocks_per_stage_encoder``."""
-
 NETWORKS = {"standard": None, "ResEnc-M": RESIDUAL_BLOCKS}
 """Name -> blocks of each stage of its encoder, if that is residual. ResEnc-M, L and XL are one network, for patches and
 batches that fill more or less of a GPU."""
@@ -76,22 +69,7 @@ class Untrained:
 
 def staged(model: Path, stage: Path) -> Member:
     """The model's one member as an archive would have it, without the checks and trials of one, which take minutes."""
-    composition = compose([read_trained_model(model, (FOLD,), stock.CHECKPOINT, trust=False)])
-    members = tuple(trained.describe(name, None) for name, trained in composition.members.items())
-    for member in members:
-        composition.members[member.name].write(stage / member.folder, member)
-    description = BundleDescription(
-        schema_version=SCHEMA_VERSION,
-        name="untrained",
-        version="1.0",
-        members=members,
-        recipe=composition.recipe,
-        requires={},
-        built_with={},
-        files={},
-    )
-    write_bundle(stage, description)
-    return ModelBundle(stage).lead
+    return untrained_networks.staged(model, stage, golden=False).lead
 
 
 @torch.inference_mode()
