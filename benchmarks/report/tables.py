@@ -14,6 +14,7 @@ from benchmarks.report.backend_tables import (
     backend_requests,
 )
 from benchmarks.report.dicom_tables import dicom_reading, dicom_series, dicom_writing
+from benchmarks.report.image_tables import image_start
 from benchmarks.report.results import (
     link,
     load,
@@ -451,7 +452,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         export, approximate, preprocess, postprocess, reading, writing, path, client, in_service,
         backend_patches, backend_requests, backend_mixture, backend_accuracy, backend_cold_start,
         dicom_reading, dicom_writing, dicom_series,
-        region_work, region_epochs, distill_dice, distill_costs,
+        region_work, region_epochs, distill_dice, distill_costs, image_start,
     )
 }  # fmt: skip
 """Every table by the name that stands in the page's marker."""
