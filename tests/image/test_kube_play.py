@@ -5,7 +5,7 @@ A smoke test, and no more. Podman skips ServiceAccount, Service, PodDisruptionBu
 judge (``tests/cluster``).
 
 What podman 4.3 cannot do is left out by the values: no Secret (it crashes on a volume of one that is not marked as
-optional), so no proxy and no token. From what helm has rendered only the probes are taken.
+optional), so no proxy and no token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from support.bad_requests import FAST, GOOD
 from support.chaos import has_ended
-from support.charts import NAME, Rendered, Values, serve
+from support.charts import NAME, RELEASE, Rendered, Values, serve
 from support.cluster import Image
 from support.image import Container, podman
 
@@ -54,17 +54,20 @@ def claim(archive_of: Callable[[str], Path]) -> Iterator[str]:
         podman("volume", "rm", "--force", name)
 
 
-def playable(rendered: Rendered) -> str:
-    """All manifests, without probes.
+def playable(rendered: Rendered, prefix: str) -> str:
+    """All manifests, with other names of the pod's volumes and without probes.
 
-    Podman 4.3 makes of ``httpGet`` a call of curl in the container, which has none, and of a port's name the port 0.
-    Where there is systemd, which has to call it, process 1 would be ended by that; elsewhere nothing would be called.
+    An ``emptyDir`` is to podman 4.3 a volume of its bare name, and ``tmp`` may be somebody else's. A liveness probe is
+    a healthcheck that cannot pass: it calls curl, which the image has not, on port 0, which a port's name becomes.
     """
     manifests = rendered.manifests
     [deployment] = [each for each in manifests if each["kind"] == "Deployment"]
-    for container in deployment["spec"]["template"]["spec"]["containers"]:
-        for probe in PROBES:
-            del container[probe]
+    pod = deployment["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    for each in (*pod["volumes"], *container["volumeMounts"]):
+        each["name"] = f"{prefix}-{each['name']}"
+    for probe in PROBES:
+        del container[probe]
     return yaml.safe_dump_all(manifests)
 
 
@@ -78,12 +81,13 @@ def played(image: str, claim: str, tmp_path: Path) -> Iterator[tuple[Container, 
         "resources": {"requests": enough, "limits": enough},
     }
     file = tmp_path / "manifests.yaml"
-    file.write_text(playable(serve(Image(image, pull="Never").values, values)))
+    file.write_text(playable(serve(Image(image, pull="Never").values, values), prefix=claim))
     try:
         said = podman("kube", "play", "--replace", f"--network={NETWORK}", str(file))
         yield Container(said.splitlines()[-1]), file
     finally:
-        podman("kube", "down", str(file))
+        for pod in listed("pod", f"--filter=label=app.kubernetes.io/instance={RELEASE}"):
+            podman("pod", "rm", "--force", pod)
         podman("volume", "rm", "--force", CONFIGURATION)
 
 
