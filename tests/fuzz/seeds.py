@@ -320,6 +320,7 @@ def _dicom() -> Iterator[tuple[str, bytes]]:
     voxels = _voxels((3, 8, 6), "int16")
     plain = {str(z): dicom_files.file_of(ds) for z, ds in enumerate(dicom_files.series(voxels, affine))}
     yield "zip", dicom_files.zipped(plain)
+    yield "zip with a comment", dicom_files.zipped(plain)[:-2] + b"\6\0" + b"a PACS"
     yield "zip deflated", dicom_files.zipped(plain, zipfile.ZIP_DEFLATED)
     yield "tar", dicom_files.tarred(plain)
     yield "tar gz", dicom_files.tarred(plain, packed=True)
