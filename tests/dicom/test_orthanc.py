@@ -24,7 +24,7 @@ from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
 from support.dicom_files import ACQUISITIONS, files_of, series, tarred, zipped
 from support.orthanc import Orthanc, orthanc
-from support.segmentations import by_pydicom
+from support.segmentations import by_pydicom, check_object, check_set
 from support.volumes import blobs
 
 pytestmark = pytest.mark.long
@@ -73,13 +73,15 @@ def stored(pacs: Orthanc) -> set[bytes]:
 
 @pytest.mark.parametrize("kind", SegType)
 def test_a_series_and_its_segmentation_come_back_as_they_were(
-    kind: SegType, pacs: Orthanc, ask: Callable[..., bytes]
+    kind: SegType, pacs: Orthanc, ask: Callable[..., bytes], tmp_path: Path
 ) -> None:
     """Byte for byte as objects, and as frames and data sets in the way in which viewers ask for them."""
     body = ask(archive(pacs, "series"), seg_type=kind)
     assert body == ask(zipped(FILES), seg_type=kind)
     assert pacs.store([body]).status == HTTPStatus.OK
     assert stored(pacs) == {*FILES.values(), body}
+    check_object(body, tmp_path)
+    check_set([*FILES.values(), body], tmp_path)
     assert pacs.counted() == pacs.counted() | {"CountStudies": 1, "CountSeries": 2, "CountInstances": len(FILES) + 1}
 
     for ds in IMAGES:

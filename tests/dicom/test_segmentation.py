@@ -430,12 +430,14 @@ def test_more_segments_than_a_byte_counts(kind: SegType, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (9, 3, 5), (17, 8, 8), (4, 5, 200)])
 @pytest.mark.parametrize("kind", SegType)
-def test_noise_of_any_size_comes_back(kind: SegType, shape: tuple[int, int, int]) -> None:
+def test_noise_of_any_size_comes_back(kind: SegType, shape: tuple[int, int, int], tmp_path: Path) -> None:
     """Bits of frames that are no whole bytes follow each other; RLE ends with each row."""
     random = np.random.default_rng(sum(shape))
     source = source_of(zip_of(series(np.zeros(shape, np.int16), AFFINE)))
     labels = random.integers(0, 4, shape).astype(np.uint8)
-    found = by_pydicom(written(source, labels, kind))
+    body = written(source, labels, kind)
+    check_object(body, tmp_path)
+    found = by_pydicom(body)
     pixels = np.reshape(found.pixel_array, (-1, *shape[1:]))
     if kind is SegType.LABELMAP:
         np.testing.assert_array_equal(pixels, labels)
