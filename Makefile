@@ -61,6 +61,7 @@ test: .venv/ready ## run the tests (about 9 minutes on two cores)
 
 test-long: .venv/ready ## run all tests, the long ones too, with all examples
 	@tests/deploy/install_tools.sh --checkov || echo "make test-long: tools for tests/deploy are missing; its tests are skipped" >&2
+	@tests/dicom/install_tools.sh || echo "make test-long: OHIF's reader for tests/dicom is missing; its tests are skipped" >&2
 	$(BIN)/pytest $(TOGETHER) --hypothesis-profile long -m "not image and not cluster"
 
 image-test: .venv/ready ## build the image of deploy/container and run it (podman, buildah, debootstrap; as root)

@@ -178,7 +178,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path: Path) -> None:
     hooks = [each["lifecycle"]["preStop"]["exec"]["command"] for each in row.pod["containers"]]
     commands = [*hooks, row.container("proxy")["command"]]
     assert {tuple(command[:2]) for command in commands} == {("/bin/sh", "-c")}
-    files = [Path(__file__).with_name("install_tools.sh"), DEPLOY / "container" / "lock.sh"]
+    files = [*ROOT.glob("tests/*/install_tools.sh"), DEPLOY / "container" / "lock.sh"]
     for number, command in enumerate(commands):
         files.append(tmp_path / f"{number}.sh")
         files[-1].write_text(f"#!/bin/sh\n{command[2]}\n")

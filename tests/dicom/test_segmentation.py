@@ -23,11 +23,10 @@ from nnunet_torchserve.codecs import DicomSource
 from nnunet_torchserve.codecs.dicom.frames import Frames
 from nnunet_torchserve.codecs.dicom.places import check_places
 from nnunet_torchserve.errors import BadOption, Malformed, ResponseTooLarge
-from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.options import Options, OutputFormat, SegType
 from nnunet_torchserve.painting import Painting, read_painting
 from nnunet_torchserve.provenance import Provenance
-from nnunet_torchserve.segments import Code, Codes, SegmentCodes
+from nnunet_torchserve.segments import Code, SegmentCodes
 from nnunet_torchserve.volume import LabelMap
 from support.dicom_files import (
     ACQUISITIONS,
@@ -42,6 +41,7 @@ from support.dicom_files import (
     zipped,
 )
 from support.segmentations import by_dcmqi, by_highdicom, by_pydicom, check_object, check_set, voxels
+from support.written_segmentations import PROVENANCE, segmentation_of, source_of
 
 SHAPE = (5, 6, 7)
 """z, y, x: 42 pixels a slice, which are no whole bytes of bits."""
@@ -49,8 +49,6 @@ SHAPE = (5, 6, 7)
 VOXELS = np.random.default_rng(3).integers(0, 3000, SHAPE).astype(np.int16)
 SPACING = (0.7, 0.9, 2.5)
 AFFINE = ACQUISITIONS["oblique"].affine(SPACING)
-PAINTING = read_painting({"background": 0, "liver": 1, "spleen": 2, "not there": 3}, None, has_regions=False)
-PROVENANCE = Provenance("model", "1.0", "ab" * 32, ("cd" * 32,), None, {"folds": [0]})
 LIVER = SegmentCodes(
     category=Code(value="91723000", scheme="SCT", meaning="Anatomical Structure"),
     type=Code(value="10200004", scheme="SCT", meaning="Liver"),
@@ -80,29 +78,10 @@ def label_map() -> npt.NDArray[np.uint8]:
 LABELS = label_map()
 
 
-def source_of(*bodies: bytes, **more: Any) -> DicomSource:
-    source = codecs.open_image(bodies, Limits(), "SimpleITKIO", **more)
-    assert isinstance(source, DicomSource)
-    return source
-
-
 def written(
-    source: DicomSource,
-    labels: npt.NDArray[Any] = LABELS,
-    kind: SegType = SegType.BINARY,
-    *,
-    painting: Painting = PAINTING,
-    provenance: Provenance = PROVENANCE,
-    codes: Codes | None = None,
-    others: Sequence[DicomSource] = (),
-    limit: int = 10**6,
+    source: DicomSource, labels: npt.NDArray[Any] = LABELS, kind: SegType = SegType.BINARY, **more: Any
 ) -> bytes:
-    options = Options(output_format=OutputFormat.DICOM_SEG, seg_type=kind)
-    form = codecs.answer_form(options, source.native_format, source.geometry, 3, painting)
-    about = codecs.About([source, *others], painting, codes or {}, provenance, limit)
-    file = codecs.encode(LabelMap(labels, source.geometry), form, about)
-    assert file.content_type == "application/dicom"
-    return file.body
+    return segmentation_of(source, labels, kind, **more)
 
 
 def plain(**changes: Any) -> DicomSource:
@@ -451,12 +430,14 @@ def test_more_segments_than_a_byte_counts(kind: SegType, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (9, 3, 5), (17, 8, 8), (4, 5, 200)])
 @pytest.mark.parametrize("kind", SegType)
-def test_noise_of_any_size_comes_back(kind: SegType, shape: tuple[int, int, int]) -> None:
+def test_noise_of_any_size_comes_back(kind: SegType, shape: tuple[int, int, int], tmp_path: Path) -> None:
     """Bits of frames that are no whole bytes follow each other; RLE ends with each row."""
     random = np.random.default_rng(sum(shape))
     source = source_of(zip_of(series(np.zeros(shape, np.int16), AFFINE)))
     labels = random.integers(0, 4, shape).astype(np.uint8)
-    found = by_pydicom(written(source, labels, kind))
+    body = written(source, labels, kind)
+    check_object(body, tmp_path)
+    found = by_pydicom(body)
     pixels = np.reshape(found.pixel_array, (-1, *shape[1:]))
     if kind is SegType.LABELMAP:
         np.testing.assert_array_equal(pixels, labels)

@@ -148,7 +148,36 @@ def bombs() -> dict[str, bytes]:
         "png international text": _with_chunk(png, b"iTXt", b"a\0\1\0\0\0" + zlibbed),
         "png profile": _with_chunk(png, b"iCCP", b"a\0\0" + zlibbed),
         "tiff": _tiff_bomb(zlibbed),
+        **_dicom_bombs(zeros),
     }
+
+
+def _dicom_bombs(zeros: bytes) -> dict[str, bytes]:
+    """Files that are no images, long elements in deflated data sets, and codestreams that claim 2**31 pixels a side."""
+    affine = dicom_files.ACQUISITIONS["axial"].affine()
+    images = dicom_files.series(_voxels((3, 8, 6), "int16"), affine)
+    plain = dicom_files.files_of(images)
+    whole = dicom_files.enhanced(_voxels((3, 8, 6), "int16"), affine)
+    huge = bytearray(imagecodecs.jpeg2k_encode(_voxels((8, 6), "int16"), level=0, codecformat="j2k"))
+    at = huge.index(b"\xff\x51") + 6  # the size of the image, in the marker segment SIZ
+    huge[at : at + 8] = b"\x7f\xff\xff\xff" * 2
+    for ds in images:
+        ds.add_new(0x00091001, "OB", zeros)
+    return {
+        "dicom zip": dicom_files.zipped(plain | {"a": zeros}, zipfile.ZIP_DEFLATED),
+        "dicom tar": dicom_files.tarred(plain | {"a": zeros}, packed=True),
+        "dicom deflated": dicom_files.file_of(images[0], "1.2.840.10008.1.2.1.99"),
+        "dicom jpeg 2000": dicom_files.compressed(whole, [bytes(huge)] * 3, "1.2.840.10008.1.2.4.90"),
+    }
+
+
+def dicom_lies() -> Iterator[tuple[str, bytes]]:
+    """``what`` -> a series in which four bytes somewhere say something else: every length and offset is among them."""
+    for name, body in _images().items():
+        if name.startswith("dicom/"):
+            for at in range(128 if body[128:132] == b"DICM" else 0, len(body) - 3):
+                for value in (b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"7777"):
+                    yield f"{name} at {at}: {value.hex()}", body[:at] + value + body[at + 4 :]
 
 
 def _zip_of(name: str, declared: bytes, *, deflated_of: bytes) -> bytes:
@@ -320,6 +349,7 @@ def _dicom() -> Iterator[tuple[str, bytes]]:
     voxels = _voxels((3, 8, 6), "int16")
     plain = {str(z): dicom_files.file_of(ds) for z, ds in enumerate(dicom_files.series(voxels, affine))}
     yield "zip", dicom_files.zipped(plain)
+    yield "zip with a comment", dicom_files.zipped(plain)[:-2] + b"\6\0" + b"a PACS"
     yield "zip deflated", dicom_files.zipped(plain, zipfile.ZIP_DEFLATED)
     yield "tar", dicom_files.tarred(plain)
     yield "tar gz", dicom_files.tarred(plain, packed=True)

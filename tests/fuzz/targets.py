@@ -12,6 +12,7 @@ import json
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -231,11 +232,13 @@ def _json_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -
 
 def _segmentation_back(body: bytes, labels: Any, geometry: Geometry, setting: Setting) -> None:
     """pydicom finds each segment in the slices where it is, by their places in the patient."""
-    found = pydicom.dcmread(io.BytesIO(body))
+    with warnings.catch_warnings(action="ignore"):  # of texts that stand there as the source has them
+        found = pydicom.dcmread(io.BytesIO(body))
+        groups = found.PerFrameFunctionalGroupsSequence
     frames = np.reshape(found.pixel_array, (-1, *labels.shape[1:])).astype(bool)
     normal = geometry.direction[:, 2]
     seen = np.zeros((2, *labels.shape), bool)
-    for frame, group in zip(frames, found.PerFrameFunctionalGroupsSequence, strict=True):
+    for frame, group in zip(frames, groups, strict=True):
         place = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float) - geometry.origin
         number = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         seen[number - 1, round(float(place @ normal) / geometry.spacing[2])] |= frame

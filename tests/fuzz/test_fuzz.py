@@ -11,7 +11,7 @@ from support.examples import thin
 from .child import Child
 from .guard import ACCEPTED, FIND
 from .mutate import SEEDS, Tally, fuzz
-from .seeds import bombs, image_seeds
+from .seeds import bombs, dicom_lies, image_seeds
 
 SEED = 1
 PATIENCE_S = 30
@@ -71,6 +71,14 @@ def test_seeds_reach_the_voxels_or_are_refused(name: str, child: Child) -> None:
     outcome = child.run(image_seeds()[name])
     assert outcome.word != FIND, outcome.report
     assert (outcome.word == ACCEPTED) is not name.startswith(REFUSED)
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.long)])
+def test_lengths_and_offsets_of_a_series_may_lie(count: int, child: Child) -> None:
+    lies = list(dicom_lies())
+    for name, body in lies[:: len(lies) // count]:
+        outcome = child.run(body)
+        assert outcome.word != FIND, f"{name}: {outcome.report}"
 
 
 def test_no_bomb_is_unpacked(child: Child) -> None:

@@ -40,7 +40,7 @@ from nnunet_torchserve.request import Request
 from nnunet_torchserve.volume import LabelMap, Placement
 from support.dicom_files import ACQUISITIONS, Acquisition, series, zip_of
 from support.examples import thin
-from support.segmentations import by_dcmqi, by_highdicom
+from support.segmentations import by_dcmqi, by_highdicom, check_object
 from support.tables import table
 from support.volumes import rotation
 
@@ -546,7 +546,8 @@ def as_series(acquisition: Acquisition) -> tuple[bytes, Grid]:
 
 
 def check_segmentation(body: bytes, where: Grid, folder: Path) -> None:
-    """highdicom and dcmqi find the marker as segment 1."""
+    """highdicom and dcmqi find the marker as segment 1, and dciodvfy no error."""
+    check_object(body, folder)
     for found in (by_highdicom(body), by_dcmqi(body, folder)):
         mask, affine = found[1]
         place = affine[:3, :3] @ np.argwhere(mask).mean(0) + affine[:3, 3]

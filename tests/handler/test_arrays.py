@@ -232,7 +232,11 @@ HOSTILE: dict[str, tuple[bytes, type[ServingError]]] = {
     "no npy in the npy": (zipped(("image.npy", b"hello")), Malformed),
     "an empty zip": (b"PK\x03\x04", Malformed),
     "a cut zip": (STORED[:-30], Malformed),
-    "a zip with a comment": (zipped(("image.npy", npy(PLAIN)), comment=b"hello"), Malformed),
+    "a cut comment": (zipped(("image.npy", npy(PLAIN)), comment=b"hello")[:-1], Malformed),
+    "bytes after a comment": (zipped(("image.npy", npy(PLAIN)), comment=b"hello") + b"\0", Malformed),
+    "another end in a comment": (zipped(("image.npy", npy(PLAIN)), comment=b"PK\5\6" + bytes(30)), Malformed),
+    "half an end in a comment": (zipped(("image.npy", npy(PLAIN)), comment=b"hello PK\5\6"), Malformed),
+    "a directory of 4 GB before a comment": (STORED[:-10] + b"\xff\xff\xff\x7f" + STORED[-6:-2] + b"\2\0hi", TooLarge),
     "bytes after the zip": (STORED + bytes(100), Malformed),
     "bzip2": (zipped(("image.npy", npy(PLAIN)), method=zipfile.ZIP_BZIP2), Malformed),
     "lzma": (zipped(("image.npy", npy(PLAIN)), method=zipfile.ZIP_LZMA), Malformed),
@@ -244,6 +248,12 @@ HOSTILE: dict[str, tuple[bytes, type[ServingError]]] = {
     "a directory of 4 GB": (STORED[:-10] + b"\xff\xff\xff\x7f" + STORED[-6:], TooLarge),
     "many members": (zipped(*((f"{n}.npy", b"") for n in range(300))), TooLarge),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("comment", [b"Created by Orthanc", b"x" * 65535, b"\0\0", b"PK\5"])
+def test_a_comment_of_a_zip_is_stepped_over(comment: bytes) -> None:
+    found = open_array(zipped(("image.npy", npy(PLAIN)), comment=comment)).read()
+    np.testing.assert_array_equal(found[0], PLAIN)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

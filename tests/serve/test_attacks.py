@@ -21,10 +21,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import psutil
 import pytest
 
 from support.attacks import ANSWERED, CATEGORIES, CLOSED, MARKER, Attack, Outcome, attacks, request, seeds, selection
+from support.peaks import forget_peak, peak
 from support.server import SERVED, LiveServer
 
 pytestmark = pytest.mark.serve
@@ -211,7 +211,7 @@ class Watch:
         self._server = server
         self._read = {log: log.stat().st_size for log in sorted(Path(server.server.log_dir).iterdir())}
         self._workers = {model: server.workers(model) for model in SERVED}
-        self._before = {worker: _forget_peak(worker) for workers in self._workers.values() for worker in workers}
+        self._before = {worker: forget_peak(worker) for workers in self._workers.values() for worker in workers}
 
     def harm(self) -> Iterator[str]:
         """Workers that are others than before, or grew; tracebacks in their log; a patient's name in any log."""
@@ -222,7 +222,7 @@ class Watch:
         for worker, (kept, resident) in self._before.items():
             if (growth := worker.memory_full_info().uss - kept) > MEMORY_GROWTH:
                 yield f"a worker keeps {growth} bytes more than before"
-            if (growth := _peak(worker) - resident) > PEAK_GROWTH:
+            if (growth := peak(worker) - resident) > PEAK_GROWTH:
                 yield f"a worker took {growth} bytes more in between"
         for log, size in self._read.items():
             text = log.read_bytes()[size:].decode("utf-8", "replace")
@@ -230,16 +230,3 @@ class Watch:
                 yield f"{log.name} tells {text[max(0, text.index(MARKER) - 200) : text.index(MARKER) + 50]!r}"
             if log.name == "model_log.log" and text.count(_TRACEBACK) != len(_TORCHSERVES_TRACEBACK.findall(text)):
                 yield f"a traceback in the log: {_ERROR.findall(text)}"
-
-
-def _forget_peak(process: psutil.Process) -> tuple[int, int]:
-    """USS and RSS in bytes; the peak of the latter counts from now on."""
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
-    return process.memory_full_info().uss, process.memory_info().rss
-
-
-def _peak(process: psutil.Process) -> int:
-    """The largest RSS in bytes since :func:`_forget_peak`."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024

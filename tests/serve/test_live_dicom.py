@@ -19,7 +19,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from support.dicom_attacks import hostile_series
 from support.dicom_files import ACQUISITIONS, SECRET, SECRET_DATE, SECRET_ID, series, zip_of
+from support.peaks import forget_peak, peak
 from support.segmentations import by_dcmqi, by_highdicom, by_pydicom, check_object, voxels
 from support.server import LiveServer
 from support.volumes import blobs
@@ -30,6 +32,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "dicom.md"
 NAME = "oriented"
 ASKED = {"folds": [0], "use_mirroring": False}
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+PEAK_GROWTH = 96 * 1024**2
+"""Bytes that a worker may take in between; a bomb is 160 MiB."""
+
 UIDS = "1.2.826.0.1.3680043.8.498."
 """What every UID of the series begins with."""
 
@@ -98,6 +103,24 @@ def test_the_command_of_the_page_works(live: LiveServer, tmp_path: Path) -> None
     done = subprocess.run(shlex.split(here), cwd=tmp_path, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     check_object((tmp_path / "segmentation.dcm").read_bytes(), tmp_path)
+
+
+def test_hostile_series_get_their_answer_and_hurt_nobody(live: LiveServer) -> None:
+    """The model's worker is the same one afterwards, took little memory in between, and answers as before."""
+    good = live.predict(NAME, body(), options=json.dumps(ASKED))
+    assert good.status_code == HTTPStatus.OK, good.text
+    [worker] = live.workers(NAME)
+    _, resident = forget_peak(worker)
+    answers = {}
+    for name, image, expected in hostile_series():
+        answer = live.predict(NAME, image, options=json.dumps(ASKED))
+        problem = answer.json() if "json" in answer.headers["content-type"] else {}
+        answers[name] = ((answer.status_code, problem.get("code")), expected)
+        assert SECRET not in answer.text
+    assert all(got == expected for got, expected in answers.values()), answers
+    assert live.workers(NAME) == [worker]
+    assert peak(worker) - resident < PEAK_GROWTH
+    assert live.predict(NAME, body(), options=json.dumps(ASKED)).content == good.content
 
 
 def test_nothing_of_the_patient_is_left_anywhere(live: LiveServer) -> None:

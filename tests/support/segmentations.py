@@ -98,7 +98,11 @@ def voxels(mask: Mask, affine: Matrix, grid: Matrix) -> set[tuple[int, ...]]:
         affine: of that, index to LPS mm.
         grid: affine of the other.
     """
-    places = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
+    return voxels_at(np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3], grid)
+
+
+def voxels_at(places: Matrix, grid: Matrix) -> set[tuple[int, ...]]:
+    """The voxels (x, y, z) of a grid whose centres these places (n, 3) are, exactly; LPS mm."""
     index = (places - grid[:3, 3]) @ np.linalg.inv(grid[:3, :3]).T
     np.testing.assert_allclose(index, np.rint(index), atol=OFF)
     return set(map(tuple, np.rint(index).astype(int).tolist()))

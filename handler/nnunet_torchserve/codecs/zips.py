@@ -18,6 +18,8 @@ _MAGIC = b"PK\x03\x04"
 _END_RECORD = struct.Struct("<4s4H2LH")
 """ZIP's end of central directory: signature, four counts, the directory's size and offset, the comment's length."""
 
+_END = b"PK\x05\x06"
+_LONGEST_COMMENT = 2**16 - 1
 _ZIP64_LOCATOR_BYTES = 20
 _ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, OverflowError, RuntimeError,
@@ -38,7 +40,8 @@ def refuse_damaged_zip() -> refuse_damage:
 def open_zip(body: memoryview, entries: int, directory_bytes: int) -> zipfile.ZipFile:
     """The directory of a zip.
 
-    The record at the very end is the one that zipfile takes, because it has no comment.
+    A comment may follow, as Orthanc writes one. zipfile gets the file without it, so that it takes the record that was
+    looked at here, whatever the comment holds.
 
     Args:
         body: the file.
@@ -49,12 +52,9 @@ def open_zip(body: memoryview, entries: int, directory_bytes: int) -> zipfile.Zi
         Malformed: it is damaged or cut off.
         TooLarge: more of them.
     """
-    end = len(body) - _END_RECORD.size
-    if end < 0:
-        msg = "the zip is cut off"
-        raise Malformed(msg)
-    signature, *_, found, found_bytes, _offset, comment = _END_RECORD.unpack_from(body, end)
-    if signature != b"PK\x05\x06" or comment:
+    end = _end_record(body)
+    *_, found, found_bytes, _offset, comment = _END_RECORD.unpack_from(body, end)
+    if end + _END_RECORD.size + comment != len(body):
         msg = "the zip is cut off, or something follows its directory; send it as numpy.savez or a packer writes it"
         raise Malformed(msg)
     if bytes(body[max(0, end - _ZIP64_LOCATOR_BYTES) : end]).startswith(b"PK\x06\x07"):
@@ -65,4 +65,17 @@ def open_zip(body: memoryview, entries: int, directory_bytes: int) -> zipfile.Zi
         msg += f"{directory_bytes} bytes"
         raise TooLarge(msg)
     with refuse_damaged_zip():
-        return zipfile.ZipFile(io.BufferedReader(MemoryFile(body)))
+        return zipfile.ZipFile(io.BufferedReader(MemoryFile(body[: end + _END_RECORD.size])))
+
+
+def _end_record(body: memoryview) -> int:
+    """Where the last end of a directory begins: at the very end, or before a comment."""
+    end = len(body) - _END_RECORD.size
+    if end >= 0 and bytes(body[end : end + 4]) == _END and bytes(body[-2:]) == b"\0\0":
+        return end
+    first = max(0, end - _LONGEST_COMMENT)
+    found = bytes(body[first:]).rfind(_END)
+    if found < 0 or first + found > end:
+        msg = "the zip is cut off"
+        raise Malformed(msg)
+    return first + found
