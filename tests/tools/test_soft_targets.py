@@ -265,6 +265,31 @@ def test_a_student_of_half_the_features_is_taught_and_costs_what_was_promised(tm
     )
 
 
+def test_a_cascades_second_stage_is_taught_with_the_labels_of_its_first_as_input(tmp_path: Path) -> None:
+    """By a teacher without stages. The first stage is one of the same trainer, as nnU-Net has it."""
+    model, student = OddModel(), OddModel(features=(2, 4, 4), named="3d_cascade_fullres", previous_stage="3d_lowres")
+    teacher, plans = lesson(tmp_path, model, student)
+    assert ask(plans, student, "--teacher", teacher).exit_code == 0
+    image, _, found = case_of(plans, student, "case_0")
+    logits = stock.loaded(teacher).predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    expected = torch.softmax(logits, 0).numpy()
+    np.testing.assert_array_equal(found, expected.astype(np.float16))
+    document = student.plans() | {"continue_training": False}
+    trainer: Any = nnUNetTrainerDistill(document, student.configuration, "all", student.dataset(), CPU)
+    previous = Path(trainer.folder_with_segs_from_previous_stage)
+    assert previous.parts[-3] == "nnUNetTrainerDistill__nnUNetPlans__3d_lowres"
+    previous.mkdir(parents=True)
+    for case in ("case_0", "case_1"):
+        shape = case_of(plans, student, case)[0].shape[1:]
+        nnUNetDatasetBlosc2.save_seg(np.full(shape, 3, np.uint8), str(previous / case))
+    trainer.initialize()
+    batch, *_ = batches(trainer, 0)
+    assert batch["data"].shape[1] == 1 + 3
+    assert (batch["data"][:, 3] == 1).any(), "nothing of the first stage's labels came"
+    assert not batch["data"][:, 1:3].any()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
