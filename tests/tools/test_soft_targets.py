@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,20 @@ def test_on_the_teachers_own_grid_they_are_what_nnunet_predicts(name: str, tmp_p
         np.testing.assert_array_equal(found, expected.astype(np.float16))
 
 
-def test_on_another_grid_they_are_turned_cropped_and_resampled(tmp_path: Path) -> None:
-    """The student's grid is the image's here, with other axes: so nnU-Net exports the same, on the image."""
-    model = OddModel(spacing=2.0, mirroring=(2,))
+def with_spacing(spacing: tuple[float, float, float], plans: dict[str, Any]) -> None:
+    """Of a network's grid, in mm along Z, Y and X."""
+    plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (6.0, 1.5, 1.5)], ids=["isotropic", "slice by slice"])
+def test_on_another_grid_they_are_turned_cropped_and_resampled(
+    spacing: tuple[float, float, float], tmp_path: Path
+) -> None:
+    """The student's grid is the image's here, with other axes: so nnU-Net exports the same, on the image.
+
+    Thick slices are resampled apart from the other two axes.
+    """
+    model = OddModel(mirroring=(2,), change_plans=partial(with_spacing, spacing))
     student = OddModel(spacing=SPACING, transposed=(2, 0, 1), plans_name="others")
     teacher, plans = lesson(tmp_path, model, student)
     assert ask(plans, student, "--teacher", teacher).exit_code == 0
