@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -187,6 +188,19 @@ def test_the_folder_says_whose_they_are_and_takes_no_others(tmp_path: Path) -> N
     torch.save(torch.load(weights, weights_only=False) | {"_best_ema": 0.7}, weights)
     assert "remove it" in ask(plans, model, "--teacher", teacher, "--folds", "1", "--disable-tta").stderr
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.long  # nnU-Net starts a process for its pool
+def test_they_go_with_the_cases_that_are_preprocessed_anew(tmp_path: Path) -> None:
+    model = MODELS["regions"]
+    teacher, plans = lesson(tmp_path, model)
+    assert ask(plans, model, "--teacher", teacher).exit_code == 0
+    student = Student(plans, model.configuration)
+    assert SoftTargets.beside(student.folder).teacher() is not None
+    preprocessor = DefaultPreprocessor(verbose=False)
+    preprocessor.run("Dataset950_Odd", model.configuration, model.plans_name, num_processes=1)
+    assert Student(plans, model.configuration).cases == ["case_0", "case_1"]
+    assert SoftTargets.beside(student.folder).teacher() is None
 
 
 class Ends:
