@@ -116,6 +116,6 @@ class DistillMixin(StockNameMixin):
         )
         if self.fold != "all" and (others := [fold for fold in teacher.folds if fold != self.fold]):
             self.print_to_log_file(
-                f"WARNING: the teacher's folds {', '.join(map(str, others))} have seen cases that fold {self.fold} is "
-                "validated on, so the student's validation Dice may be too good"
+                f"WARNING: if the teacher was trained on these cases, its folds {', '.join(map(str, others))} have "
+                f"seen some that fold {self.fold} is validated on, and the student's validation Dice is too good"
             )
