@@ -13,14 +13,20 @@ import httpx
 import nibabel as nib
 import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from typer.testing import CliRunner
 
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
+from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.list_models import Sources, list_models
+from nnunet_torchserve_trainers.soft_target_files import SoftTargets
 from support import stock, volumes
 from support.chaos import PATIENCE_S
+from support.distilling import SPACING, one_process, preprocess, write_dataset
 from support.odd_models import OddModel
 from support.server import LiveServer
+from support.training import named_folders
 
 pytestmark = [pytest.mark.serve, pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")]
 
@@ -94,6 +100,38 @@ def test_what_the_management_port_says_of_a_recipe_is_what_the_model_says(recipe
     )
     for name in ("version", "folds", "channels", "labels", "recipe", "members", "digest", "checkpoint"):
         assert in_json(getattr(by_torchserve, name)) == in_json(without_nulls(getattr(by_model, name))), name
+
+
+@pytest.mark.long
+def test_such_a_model_teaches_a_student(
+    recipe: str, server: LiveServer, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the mean that it predicts, on the image's own grid, cropped as the student's case is."""
+    for name, value in named_folders(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    one_process(monkeypatch)
+    student = OddModel(spacing=SPACING)
+    plans = write_dataset(tmp_path, student.plans(), student.dataset())
+    preprocess(plans, student.configuration)
+    command = ["soft-targets", str(plans), "--configuration", student.configuration, "--model", recipe]
+    done = CliRunner().invoke(app, [*command, "--server", server.server.inference_url])
+    assert done.exit_code == 0, done.output
+    targets = SoftTargets.beside(plans.parent / f"{student.plans_name}_{student.configuration}")
+    teacher = targets.teacher()
+    assert teacher is not None
+    assert "3d_cascade_fullres" in teacher.name
+    file = tmp_path / "raw" / "Dataset950_Odd" / "imagesTr" / "case_1_0000.nii.gz"
+    one = stock.predict(folders["2d"], [file]).probabilities
+    other = stock.cascade(folders["3d_lowres"], folders["3d_cascade_fullres"], [file]).probabilities
+    assert one is not None
+    assert other is not None
+    properties = nnUNetDatasetBlosc2(str(targets.folder.parent)).load_case("case_1")[3]
+    box = tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])
+    expected = ((one + other) / 2)[(slice(None), *box)]
+    found = targets.load("case_1")[:]
+    assert found.shape == expected.shape != one.shape
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def without_nulls(value: Any) -> Any:

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -87,9 +89,20 @@ def test_on_the_teachers_own_grid_they_are_what_nnunet_predicts(name: str, tmp_p
         np.testing.assert_array_equal(found, expected.astype(np.float16))
 
 
-def test_on_another_grid_they_are_turned_cropped_and_resampled(tmp_path: Path) -> None:
-    """The student's grid is the image's here, with other axes: so nnU-Net exports the same, on the image."""
-    model = OddModel(spacing=2.0, mirroring=(2,))
+def with_spacing(spacing: tuple[float, float, float], plans: dict[str, Any]) -> None:
+    """Of a network's grid, in mm along Z, Y and X."""
+    plans["configurations"]["3d_fullres"]["spacing"] = list(spacing)
+
+
+@pytest.mark.parametrize("spacing", [(2.0, 2.0, 2.0), (6.0, 1.5, 1.5)], ids=["isotropic", "slice by slice"])
+def test_on_another_grid_they_are_turned_cropped_and_resampled(
+    spacing: tuple[float, float, float], tmp_path: Path
+) -> None:
+    """The student's grid is the image's here, with other axes: so nnU-Net exports the same, on the image.
+
+    Thick slices are resampled apart from the other two axes.
+    """
+    model = OddModel(mirroring=(2,), change_plans=partial(with_spacing, spacing))
     student = OddModel(spacing=SPACING, transposed=(2, 0, 1), plans_name="others")
     teacher, plans = lesson(tmp_path, model, student)
     assert ask(plans, student, "--teacher", teacher).exit_code == 0
@@ -175,6 +188,19 @@ def test_the_folder_says_whose_they_are_and_takes_no_others(tmp_path: Path) -> N
     torch.save(torch.load(weights, weights_only=False) | {"_best_ema": 0.7}, weights)
     assert "remove it" in ask(plans, model, "--teacher", teacher, "--folds", "1", "--disable-tta").stderr
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.long  # nnU-Net starts a process for its pool
+def test_they_go_with_the_cases_that_are_preprocessed_anew(tmp_path: Path) -> None:
+    model = MODELS["regions"]
+    teacher, plans = lesson(tmp_path, model)
+    assert ask(plans, model, "--teacher", teacher).exit_code == 0
+    student = Student(plans, model.configuration)
+    assert SoftTargets.beside(student.folder).teacher() is not None
+    preprocessor = DefaultPreprocessor(verbose=False)
+    preprocessor.run("Dataset950_Odd", model.configuration, model.plans_name, num_processes=1)
+    assert Student(plans, model.configuration).cases == ["case_0", "case_1"]
+    assert SoftTargets.beside(student.folder).teacher() is None
 
 
 class Ends:
@@ -263,6 +289,31 @@ def test_a_student_of_half_the_features_is_taught_and_costs_what_was_promised(tm
         == promised
         < cost(json.loads(plans.read_text()), dataset, "3d_fullres").operations / 3
     )
+
+
+def test_a_cascades_second_stage_is_taught_with_the_labels_of_its_first_as_input(tmp_path: Path) -> None:
+    """By a teacher without stages. The first stage is one of the same trainer, as nnU-Net has it."""
+    model, student = OddModel(), OddModel(features=(2, 4, 4), named="3d_cascade_fullres", previous_stage="3d_lowres")
+    teacher, plans = lesson(tmp_path, model, student)
+    assert ask(plans, student, "--teacher", teacher).exit_code == 0
+    image, _, found = case_of(plans, student, "case_0")
+    logits = stock.loaded(teacher).predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    expected = torch.softmax(logits, 0).numpy()
+    np.testing.assert_array_equal(found, expected.astype(np.float16))
+    document = student.plans() | {"continue_training": False}
+    trainer: Any = nnUNetTrainerDistill(document, student.configuration, "all", student.dataset(), CPU)
+    previous = Path(trainer.folder_with_segs_from_previous_stage)
+    assert previous.parts[-3] == "nnUNetTrainerDistill__nnUNetPlans__3d_lowres"
+    previous.mkdir(parents=True)
+    for case in ("case_0", "case_1"):
+        shape = case_of(plans, student, case)[0].shape[1:]
+        nnUNetDatasetBlosc2.save_seg(np.full(shape, 3, np.uint8), str(previous / case))
+    trainer.initialize()
+    batch, *_ = batches(trainer, 0)
+    assert batch["data"].shape[1] == 1 + 3
+    assert (batch["data"][:, 3] == 1).any(), "nothing of the first stage's labels came"
+    assert not batch["data"][:, 1:3].any()
+    assert np.isfinite(trainer.train_step(batch)["loss"])
 
 
 @pytest.mark.parametrize(

@@ -172,12 +172,20 @@ def images_are_probabilities(home: Home, targets: SoftTargets) -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("trainer", [nnUNetTrainer, nnUNetTrainerNoDeepSupervision])
-@pytest.mark.parametrize("labels", [LABELS, REGIONS | IGNORE])
+@pytest.mark.parametrize(
+    ("labels", "trainer", "cascade"),
+    [
+        (LABELS, nnUNetTrainer, False),
+        (LABELS, nnUNetTrainer, True),
+        (LABELS, nnUNetTrainerNoDeepSupervision, False),
+        (REGIONS | IGNORE, nnUNetTrainer, False),
+        (REGIONS | IGNORE, nnUNetTrainerNoDeepSupervision, True),
+    ],
+)
 def test_a_step_has_stocks_loss_and_the_divergence_of_each_scale(
-    labels: dict[str, Any], trainer: type, tmp_path: Path
+    labels: dict[str, Any], trainer: type, cascade: bool, tmp_path: Path
 ) -> None:
-    with at_home(tmp_path, Task(labels, (16, 12))) as home:
+    with at_home(tmp_path, Task(labels, (16, 12), is_cascade=cascade)) as home:
         teach(home, doubtful)
         stock, ours = home.trainer(trainer), home.trainer(distilled(trainer))
         ours.distillation_weight, ours.distillation_temperature = 0.6, 3.0
@@ -256,6 +264,31 @@ def test_regions_may_be_packed_too(ignore: dict[str, int], tmp_path: Path) -> No
 def test_mixins_in_an_order_that_cannot_work_are_refused() -> None:
     with pytest.raises(TypeError, match="DistillMixin before"):
         type("Wrong", (RegionLabelmapMixin, DistillMixin, nnUNetTrainer), {})
+
+
+@pytest.mark.parametrize("trainer", [nnUNetTrainer, nnUNetTrainerDA5])
+@pytest.mark.parametrize("mixin", [DistillMixin, RegionLabelmapMixin])
+def test_a_mixin_behind_its_trainer_would_do_nothing_and_is_refused(mixin: type, trainer: type) -> None:
+    with pytest.raises(TypeError, match=f"Wrong: name {mixin.__name__} before the trainer"):
+        type("Wrong", (trainer, mixin), {})
+
+
+@pytest.mark.parametrize("base", [nnUNetTrainer, nnUNetTrainerNoDeepSupervision])
+def test_transforms_that_hide_the_mixins_are_named(base: type, tmp_path: Path) -> None:
+    """Written as a trainer's of nnU-Net's are: static, so that it asks nobody."""
+
+    class Mine(DistillMixin, base):  # type: ignore[misc]
+        @staticmethod
+        def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
+            return nnUNetTrainer.get_training_transforms(*args, **kwargs)
+
+    with at_home(tmp_path, Task(LABELS, (8, 8))) as home:
+        teach(home, certain)
+        trainer = home.trainer(Mine)
+        trainer.initialize()
+        batch, *_ = batches(trainer, 0)
+        with pytest.raises(TypeError, match=r"Mine\.get_training_transforms hides DistillMixin's"):
+            trainer.train_step(batch)
 
 
 class Drops(BasicTransform):  # type: ignore[misc]
@@ -339,8 +372,8 @@ def test_the_log_says_when_a_teacher_has_seen_the_cases_of_validation(
         trainer.get_dataloaders()
         log = Path(trainer.log_file).read_text()
     assert "soft targets of a teacher" in log
-    assert ("have seen cases that fold" in log) == (others is not None)
-    assert f"WARNING: the teacher's folds {others} have seen" in log or others is None
+    assert ("WARNING" in log) == (others is not None)
+    assert f"its folds {others} have seen some that fold {fold} is validated on" in log or others is None
 
 
 def others_labels(targets: SoftTargets, manager: Any) -> None:

@@ -1,4 +1,4 @@
-"""Trainers for nnU-Net v2: region-based training whose loader ships packed targets.
+"""Trainers for nnU-Net v2: region-based training whose loader ships packed targets, and training by a teacher.
 
 nnU-Net finds them through ``nnUNet_extTrainer``, which must name the folder ``external`` beside this file
 (``nnunet-torchserve trainers --path`` prints it). It imports each file of such a folder as a top-level module, and

@@ -21,7 +21,7 @@ from nnunet_torchserve_trainers.distillation_loss import DistillationLoss, label
 from nnunet_torchserve_trainers.region_targets import Batch, PackedRegionsMixin
 from nnunet_torchserve_trainers.soft_target_cases import CasesWithSoftTargets
 from nnunet_torchserve_trainers.soft_target_files import SoftTargetError, SoftTargets, channels_of
-from nnunet_torchserve_trainers.soft_target_transforms import with_soft_targets
+from nnunet_torchserve_trainers.soft_target_transforms import SHIPPED, with_soft_targets
 from nnunet_torchserve_trainers.stock_name import StockNameMixin
 
 _MAKE_THEM = "nnunet-torchserve soft-targets makes them"
@@ -79,8 +79,16 @@ class DistillMixin(StockNameMixin):
         return CasesWithSoftTargets(training, self.soft_targets, has_background=has_background), validation
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
-        """As the trainer's that is inherited from, while the loss sees the soft targets."""
+        """As the trainer's that is inherited from, while the loss sees the soft targets.
+
+        Raises:
+            TypeError: there are none in the batch, because the loader has other transforms than the mixin's.
+        """
         *targets, soft = batch["target"]
+        if not isinstance(batch["target"], list) or soft.dtype != SHIPPED:
+            name = self.get_training_transforms.__qualname__
+            msg = f"{name} hides DistillMixin's, so no soft targets come: put it into a trainer behind the mixin"
+            raise TypeError(msg)
         target = targets if self.enable_deep_supervision else targets[0]
         with self.loss.taught(soft.to(self.device, non_blocking=True)):
             step: dict[str, Any] = super().train_step(batch | {"target": target})
@@ -108,6 +116,6 @@ class DistillMixin(StockNameMixin):
         )
         if self.fold != "all" and (others := [fold for fold in teacher.folds if fold != self.fold]):
             self.print_to_log_file(
-                f"WARNING: the teacher's folds {', '.join(map(str, others))} have seen cases that fold {self.fold} is "
-                "validated on, so the student's validation Dice may be too good"
+                f"WARNING: if the teacher was trained on these cases, its folds {', '.join(map(str, others))} have "
+                f"seen some that fold {self.fold} is validated on, and the student's validation Dice is too good"
             )

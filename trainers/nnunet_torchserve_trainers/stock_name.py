@@ -8,9 +8,10 @@ lets everybody predict, export and serve the model without the other trainer's f
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 if TYPE_CHECKING:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as Trainer
@@ -27,6 +28,19 @@ class StockNameMixin(Trainer):  # type: ignore[misc]
     The results folder keeps the name of the trainer that was asked for. A trainer with a network of its own is named as
     ever.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a mixin that is named behind its trainer: Python would take the trainer's methods, and say nothing.
+
+        Raises:
+            TypeError: it is.
+        """
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if nnUNetTrainer in order and order.index(nnUNetTrainer) < order.index(StockNameMixin):
+            late = [base.__name__ for base in cls.__bases__ if nnUNetTrainer not in base.__mro__]
+            msg = f"{cls.__name__}: name {', '.join(late)} before the trainer; behind it, it does nothing"
+            raise TypeError(msg)
 
     def save_checkpoint(self, filename: str) -> None:
         """As the trainer's that is inherited from; then a file with the other name takes its place, at once."""
