@@ -10,11 +10,13 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, Reference, deciding_files, read_accuracy, said_of
+from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, deciding_files, read_accuracy
 from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.machine import processor_name
 from nnunet_torchserve.measured_here import report_in_force
+from nnunet_torchserve.stated_accuracy import said_of
+from nnunet_torchserve.structure_accuracy import Reference
 from support.accuracy import FILES, OPENVINO, not_in_labels, report, structure, to_labels
 
 BF16 = Backend.OPENVINO_BFLOAT16

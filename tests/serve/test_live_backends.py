@@ -15,10 +15,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nnunet_torchserve.accuracy import rounded_down
 from nnunet_torchserve.backend import AUTO, Backend
 from nnunet_torchserve.engine.backends import openvino_networks
 from nnunet_torchserve.machine import processor_flags
+from nnunet_torchserve.stated_accuracy import rounded_down
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nnunet_torchserve.accuracy import (
-    AccuracyReport,
-    CaseAccuracy,
-    DiceLimits,
-    LabelVoxels,
-    Reference,
-    StructureAccuracy,
-)
+from nnunet_torchserve.accuracy import AccuracyReport, CaseAccuracy, DiceLimits
 from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.structure_accuracy import LabelVoxels, Reference, StructureAccuracy
 
 OPENVINO = Backend.OPENVINO_FLOAT32
 FILES = {"members/m/fold_0.safetensors": "0" * 64}

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from nnunet_torchserve.accuracy import whole_layers
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.cases import Settings
@@ -24,6 +23,7 @@ from nnunet_torchserve.engine.backends import openvino_networks
 from nnunet_torchserve.engine.golden import golden_name, load_networks, load_networks_or_eager
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.layer_precisions import whole_layers
 from nnunet_torchserve.machine import processor_flags
 from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.open_weights import OpenWeights
@@ -107,7 +107,7 @@ def test_most_layers_run_in_int8_and_the_report_says_how_many(made: Made) -> Non
     report = made.bundle.accuracy
     assert report is not None
     assert report.backend is INT8
-    assert report.precisions == dict(networks.precisions)  # type: ignore[attr-defined]
+    assert report.precisions == dict(networks.precisions)
     whole, layers = whole_layers(report.precisions)
     assert layers > whole > layers / 2
     assert f"in int8: {whole} of {layers} convolutions and matrix products" in made.told

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nnunet_torchserve.accuracy import AccuracyReport, Reference, rounded_down, whole_layers
+from nnunet_torchserve.accuracy import AccuracyReport
+from nnunet_torchserve.layer_precisions import whole_layers
+from nnunet_torchserve.stated_accuracy import rounded_down
+from nnunet_torchserve.structure_accuracy import Reference
 
 _NONE = "-"
 
