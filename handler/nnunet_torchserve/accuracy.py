@@ -90,6 +90,8 @@ class AccuracyReport(Part):
         max_patch_batch: patches in a forward pass of the backend.
         precisions: name of a precision -> how many convolutions and matrix products of all networks ran in it, read
             from what was compiled; ``None`` of a backend that does not say it.
+        calibrated_on: sha256 of the image files that the backend was calibrated on; ``None`` of one that is not
+            calibrated, or of an archive that does not say it.
         limits: what might have been lost.
         cases: all that were predicted, by both, as a request without options is.
     """
@@ -101,6 +103,7 @@ class AccuracyReport(Part):
     software: dict[str, str]
     max_patch_batch: Annotated[int, Field(gt=0)]
     precisions: dict[str, Count] | None = None
+    calibrated_on: tuple[_Digest, ...] | None = None
     limits: DiceLimits
     cases: Annotated[tuple[CaseAccuracy, ...], Field(min_length=1)]
 
@@ -129,6 +132,14 @@ class AccuracyReport(Part):
     def has_labels(self) -> bool:
         """Whether somebody's labels were compared too."""
         return next(iter(self.cases[0].structures.values())).labels is not None
+
+    @property
+    def calibrated_cases(self) -> int | None:
+        """Cases that the backend was calibrated on, too: of these it loses less than of others; ``None``: not known."""
+        if self.calibrated_on is None:
+            return None
+        seen = set(self.calibrated_on)
+        return sum(not seen.isdisjoint(case.images) for case in self.cases)
 
     def of(self, structure: str) -> list[StructureAccuracy]:
         """A structure in each case."""
@@ -178,6 +189,7 @@ class AccuracyReport(Part):
             "software": self.software,
             "max_patch_batch": self.max_patch_batch,
             "precisions": self.precisions,
+            "calibrated_cases": self.calibrated_cases,
         }
 
     def _structure(self, name: str) -> dict[str, Any]:

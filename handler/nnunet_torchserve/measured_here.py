@@ -52,6 +52,11 @@ def report_in_force(
     if here != report.processor and wanted in WHOLE_NUMBERS:
         logger.warning("%s was measured on %s, and may answer otherwise on this %s", wanted, report.processor, here)
         return None
+    if seen := report.calibrated_cases:
+        logger.warning(
+            "%s was calibrated on %d of the %d cases that it was measured on: it may lose more of other images",
+            *(wanted, seen, len(report.cases)),
+        )
     if here != report.processor:
         logger.warning("%s was measured on %s; this is %s, and may round otherwise", wanted, report.processor, here)
     return report

@@ -26,7 +26,10 @@ def said_of(backends: Collection[str], measured: AccuracyReport | None) -> str:
     names = names_of(backends)
     if measured is None or set(backends) != {measured.backend} or (known := measured.dice) is None:
         return names
-    return f"{names}; dice={rounded_down(known, different=sum(case.different for case in measured.cases))}"
+    stated = f"{names}; dice={rounded_down(known, different=sum(case.different for case in measured.cases))}"
+    if not (seen := measured.calibrated_cases):
+        return stated
+    return f"{stated}; images={'calibration' if seen == len(measured.cases) else 'partly-calibration'}"
 
 
 def rounded_down(value: float, *, different: int = 0) -> str:

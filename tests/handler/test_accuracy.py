@@ -99,6 +99,25 @@ def test_a_header_has_a_number_of_the_backend_that_ran_and_of_no_other(backends:
     assert said_of(backends, None) == expected.partition(";")[0]
 
 
+@pytest.mark.parametrize(
+    ("calibrated_on", "cases", "said"),
+    [
+        (None, None, ""),
+        ((), 0, ""),
+        ((f"{9:064}",), 0, ""),
+        ((f"{9:064}", f"{1:064}"), 1, "; images=partly-calibration"),
+        ((f"{1:064}", f"{0:064}"), 2, "; images=calibration"),
+    ],
+    ids=["not calibrated", "on nothing", "on others", "on one of them", "on these"],
+)
+def test_what_was_measured_on_images_of_the_calibration_is_marked(
+    calibrated_on: tuple[str, ...] | None, cases: int | None, said: str
+) -> None:
+    measured = report({"a": SAME}, {"a": SAME}, calibrated_on=calibrated_on)
+    assert measured.summary()["calibrated_cases"] == cases
+    assert said_of({OPENVINO}, measured) == f"openvino:float32; dice=1.0000{said}"
+
+
 def test_a_header_has_no_number_where_nothing_was_seen() -> None:
     assert said_of({OPENVINO}, report({"a": ABSENT})) == "openvino:float32"
     assert said_of({OPENVINO}, report({"a": SAME})) == "openvino:float32; dice=1.0000"
@@ -248,6 +267,13 @@ def test_a_number_of_other_answers_is_stated_nowhere_and_lets_nothing_serve(
     [warning] = caplog.records
     assert reason in warning.getMessage()
     assert usable_backend(BF16, stored, "cpu", measured=found is not None) is Backend.EAGER
+
+
+def test_a_server_warns_of_what_was_measured_on_images_of_the_calibration(caplog: pytest.LogCaptureFixture) -> None:
+    flattered = made_here(calibrated_on=("0" * 64,))
+    assert report_in_force(flattered, NEEDS_NUMPY, OPENVINO, "cpu", 2) is flattered
+    [warning] = caplog.records
+    assert "calibrated on 1 of the 1 cases that it was measured on" in warning.getMessage()
 
 
 def test_another_processor_is_a_warning_only(caplog: pytest.LogCaptureFixture) -> None:

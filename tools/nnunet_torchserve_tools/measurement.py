@@ -71,6 +71,7 @@ def measure(
     cases: Sequence[ValidationCase],
     limits: DiceLimits,
     tell: Callable[[str], None],
+    calibrated_on: tuple[str, ...] | None = None,
 ) -> AccuracyReport:
     """Predict each case by eager and by the archive's backend, and count.
 
@@ -80,6 +81,7 @@ def measure(
         cases: at least one; all have labels, or none.
         limits: what may be lost; they are noted, and held by :mod:`.accuracy_gate`.
         tell: hears a line for each case, and what its answer warns of.
+        calibrated_on: sha256 of the files that the backend was calibrated on.
 
     Raises:
         UsageError: the archive has no other backend, or is the last stage of a cascade alone; or one image came as two
@@ -109,6 +111,7 @@ def measure(
         software={package: importlib.metadata.version(package) for package in (*_PACKAGES, *stored.requires)},
         max_patch_batch=batch,
         precisions=dict(sorted(engines[1].networks.precisions.items())) or None,
+        calibrated_on=calibrated_on,
         limits=limits,
         cases=tuple(measured),
     )
