@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -170,6 +172,36 @@ def test_auto_takes_eager_where_there_is_no_memory_for_both(
     assert networks.backend is Backend.EAGER
     assert len(loaded) == 3
     assert "eager is used and not compiled" in caplog.text
+
+
+def kept_for(**days: float) -> list[Path]:
+    """The folder of each archive, with something in it, as if it had been asked for so many days ago."""
+    folders = [compile_cache(archive * 64, CPU) for archive in days]
+    for folder, ago in zip(folders, days.values(), strict=True):
+        (folder / "code.so").touch()
+        then = time.time() - ago * 86400
+        os.utime(folder / "lock", (then, then))
+    return folders
+
+
+def test_what_was_compiled_for_an_archive_that_nobody_serves_any_more_goes(runtime: Path) -> None:
+    gone, compiles, rare = kept_for(a=31, b=99, c=29)
+    with compiling(compiles):
+        used = compile_cache("d" * 64, CPU)
+    assert set(used.parent.iterdir()) == {compiles, rare, used}
+    assert (rare / "code.so").exists()
+    assert compile_cache("a" * 64, CPU) == gone
+    assert [each.name for each in gone.iterdir()] == ["lock"]
+    assert set(used.parent.iterdir()) == {rare, used, gone}  # whoever compiled has ended
+
+
+def test_of_many_archives_those_that_were_served_last_are_kept(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, latest, oldest, _ = kept_for(a=3, b=1, c=5, d=4)
+    monkeypatch.setattr(compile_cache_module, "_MOST_FOLDERS", 3)
+    used = compile_cache("e" * 64, CPU)
+    assert set(used.parent.iterdir()) == {used, latest, older}
+    assert compile_cache("c" * 64, CPU) == oldest
+    assert set(used.parent.iterdir()) == {oldest, used, latest}
 
 
 def test_an_engine_waits_only_so_long_for_another_that_compiles(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
