@@ -30,6 +30,7 @@ from nnunet_torchserve_client.choosing import archive_name
 
 from .accuracy_gate import unseen
 from .archive_request import ArchiveRequest
+from .compiler import why_not_compiled
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
 from .golden_patches import NO_NETWORK, add_golden_patches
@@ -164,6 +165,9 @@ def _check_backend(request: ArchiveRequest) -> None:
     if validation is not None:
         validation.check()
     stored_backend(backend)
+    if backend is Backend.COMPILED and (reason := why_not_compiled()) is not None:
+        msg = f"--backend {backend}: {reason}"
+        raise ToolError(msg)
 
 
 def _compose(request: ArchiveRequest, files: TrainerFiles) -> Composition:
