@@ -14,7 +14,7 @@ from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, deciding_
 from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.machine import processor_name
-from nnunet_torchserve.measured_here import report_in_force
+from nnunet_torchserve.measured_here import backend_here, report_in_force
 from nnunet_torchserve.stated_accuracy import said_of
 from nnunet_torchserve.structure_accuracy import Reference
 from support.accuracy import FILES, OPENVINO, not_in_labels, report, structure, to_labels
@@ -262,11 +262,10 @@ def test_a_number_of_other_answers_is_stated_nowhere_and_lets_nothing_serve(
     changes: Any, batch: int | Literal["auto"], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored = NEEDS_NUMPY.model_copy(update={"backend": BF16})
-    found = report_in_force(made_here(backend=BF16, **changes), stored, BF16, "cpu", batch)
-    assert found is None
-    [warning] = caplog.records
-    assert reason in warning.getMessage()
-    assert usable_backend(BF16, stored, "cpu", measured=found is not None) is Backend.EAGER
+    assert backend_here(BF16, stored, made_here(backend=BF16, **changes), "cpu", batch) == (Backend.EAGER, None)
+    told, used_instead = (record.getMessage() for record in caplog.records)
+    assert reason in told
+    assert "no report of its accuracy that holds here" in used_instead
 
 
 def test_a_server_warns_of_what_was_measured_on_images_of_the_calibration(caplog: pytest.LogCaptureFixture) -> None:

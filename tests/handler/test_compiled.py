@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, parse_choice, usable_backend, why_not
+from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, parse_choice, why_not
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import golden
@@ -27,7 +27,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.measured_here import report_in_force
+from nnunet_torchserve.measured_here import backend_here, report_in_force
 from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -135,7 +135,7 @@ def test_auto_tries_what_the_archive_was_made_for() -> None:
     assert candidate(AUTO, None) is Backend.EAGER
     less = StoredBackend(backend=Backend.OPENVINO_BFLOAT16, requires={}, made_with={})
     assert candidate(AUTO, less) is Backend.OPENVINO_BFLOAT16
-    assert usable_backend(candidate(AUTO, less), less, "cpu") is Backend.EAGER  # nobody has measured it
+    assert backend_here(AUTO, less, None, "cpu", 1) == (Backend.EAGER, None)  # nobody has measured it
 
 
 @pytest.mark.usefixtures("traced", "runtime")
