@@ -132,10 +132,12 @@ def _check_core(model_dir: Path) -> None:
 
 
 def _load(context: Any, model_dir: Path) -> Any:
+    from nnunet_torchserve.extras import how_to_install
+
     try:
         import torch
 
-        from nnunet_torchserve.backend import AUTO, candidate, usable_backend, wanted_backend
+        from nnunet_torchserve.backend import AUTO, wanted_backend
         from nnunet_torchserve.bundle import ModelBundle
         from nnunet_torchserve.draining import Gate
         from nnunet_torchserve.engine.keeper import Keeper
@@ -144,14 +146,14 @@ def _load(context: Any, model_dir: Path) -> Any:
         from nnunet_torchserve.environment import control_dir, refuse_faults_outside_tests
         from nnunet_torchserve.limits import Limits
         from nnunet_torchserve.machine import torch_threads
-        from nnunet_torchserve.measured_here import report_in_force
+        from nnunet_torchserve.measured_here import backend_here
         from nnunet_torchserve.pipeline import Pipeline
         from nnunet_torchserve.relay import Relay
         from nnunet_torchserve.served import read_served
         from nnunet_torchserve.settings import HandlerSettings
         from nnunet_torchserve.telemetry import Counts
     except ImportError as error:
-        msg = f"{error}; install the server's packages: in a clone of the project, pip install '.[server]'"
+        msg = f"{error}; install the server's packages: {how_to_install('server')}"
         raise RuntimeError(msg) from error
 
     config = context.model_yaml_config or {}
@@ -167,11 +169,9 @@ def _load(context: Any, model_dir: Path) -> Any:
     timeout_s = float(config.get("responseTimeout") or _DEFAULT_RESPONSE_TIMEOUT_S)
     limits = Limits.from_settings(settings.limits).for_model(bundle.lead.channels)
     gate = Gate(control_dir(), context.model_name, str(context.manifest["model"]["modelVersion"]))
-    wanted = wanted_backend(bundle.description.backend, settings.backend)
     stored, batch = bundle.description.backend, settings.max_patch_batch
-    asked = candidate(wanted, stored)
-    bundle.accuracy = report_in_force(bundle.accuracy, stored, asked, device.type, batch)
-    backend = usable_backend(asked, stored, device.type, measured=bundle.accuracy is not None)
+    wanted = wanted_backend(stored, settings.backend)
+    backend, bundle.accuracy = backend_here(wanted, stored, bundle.accuracy, device.type, batch)
     counts, sink, model = Counts(), _metrics(context), (bundle.description.name, bundle.description.version)
     relay = Relay(sink, counts, model, device) if sink is not None else None
     engine = RemoteEngine(

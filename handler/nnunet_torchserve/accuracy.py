@@ -10,18 +10,17 @@ It holds no name of a case, which might be a patient's: clients may ask a model 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from .backend import Backend, StoredBackend, names_of
+from .backend import Backend, StoredBackend
 from .errors import BundleError
 from .member_description import MEMBERS_FOLDER
 from .own_code import CODE_FOLDER
+from .structure_accuracy import Count, Part, Reference, StructureAccuracy
 
 ACCURACY_FILE = "accuracy.json"
 REPORT_VERSION: Final = 1
@@ -29,33 +28,11 @@ REPORT_VERSION: Final = 1
 _DECIDING = (f"{MEMBERS_FOLDER}/", f"{CODE_FOLDER}/")
 """Where an archive keeps what decides a segmentation: plans, weights, graphs, somebody's own code."""
 
-INT8_NAMES = frozenset({"u8", "i8"})
-"""OpenVINO's names of whole numbers of 8 bits."""
-
-_HEADER_DIGITS = 4
-_ROUNDING = 1e-9
-"""Less than what one voxel of any image can do to a Dice of so many digits, more than what float64 does."""
-
-_Count = Annotated[int, Field(ge=0)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Loss = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Reference(StrEnum):
-    """What a loss of Dice is a loss against."""
-
-    LABELS = "labels"
-    """Of somebody who knows: eager's Dice to them less the backend's."""
-
-    EAGER = "eager"
-    """Eager's answer, which the backend's should be: 1 less the Dice of the two."""
-
-
-class DiceLimits(_Part):
+class DiceLimits(Part):
     """What may be lost, in Dice.
 
     Attributes:
@@ -72,99 +49,7 @@ class DiceLimits(_Part):
     unlabelled: _Loss
 
 
-class LabelVoxels(_Part):
-    """A structure in a case's labels, in voxels. Those that the labels say nothing of (``ignore``) are in no number.
-
-    Attributes:
-        voxels: of the labels.
-        eager, backend: of each answer.
-        eager_common, backend_common: of each answer, that the labels have too.
-    """
-
-    voxels: _Count
-    eager: _Count
-    backend: _Count
-    eager_common: _Count
-    backend_common: _Count
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> LabelVoxels:
-        if self.eager_common > min(self.voxels, self.eager) or self.backend_common > min(self.voxels, self.backend):
-            msg = "an answer has more voxels in common with the labels than there are"
-            raise ValueError(msg)
-        return self
-
-    @property
-    def eager_dice(self) -> float | None:
-        """Of eager's answer and the labels."""
-        return dice(self.voxels, self.eager, self.eager_common)
-
-    @property
-    def backend_dice(self) -> float | None:
-        """Of the backend's answer and the labels."""
-        return dice(self.voxels, self.backend, self.backend_common)
-
-
-class StructureAccuracy(_Part):
-    """A structure in both answers to a case.
-
-    Attributes:
-        eager, backend: voxels of each answer.
-        common: voxels of both.
-        surface_distance_95_mm: the 95 % surface distance; ``None`` if one answer has nothing of the structure.
-        labels: what it is like in the case's labels, if there are some.
-    """
-
-    eager: _Count
-    backend: _Count
-    common: _Count
-    surface_distance_95_mm: Annotated[float, Field(ge=0)] | None
-    labels: LabelVoxels | None = None
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> StructureAccuracy:
-        if self.common > min(self.eager, self.backend):
-            msg = "two answers have more voxels in common than there are"
-            raise ValueError(msg)
-        if (self.surface_distance_95_mm is None) != (min(self.eager, self.backend) == 0):
-            msg = "a surface distance is that of two structures, neither of them empty"
-            raise ValueError(msg)
-        if self.labels is not None and (self.labels.eager > self.eager or self.labels.backend > self.backend):
-            msg = "labels compare more voxels of an answer than it has"
-            raise ValueError(msg)
-        return self
-
-    @property
-    def dice(self) -> float | None:
-        """Of the two answers; ``None`` if neither has the structure."""
-        return dice(self.eager, self.backend, self.common)
-
-    @property
-    def different(self) -> int:
-        """Voxels that one answer has and the other has not."""
-        return self.eager + self.backend - 2 * self.common
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether labels of the case have any of it: without that every answer with it has a Dice of 0 to them."""
-        return self.labels is not None and self.labels.voxels > 0
-
-    def reference(self, against: Reference) -> Reference:
-        """What its loss is taken against: eager's answer, too, where labels have nothing that could be lost."""
-        return Reference.LABELS if against is Reference.LABELS and self.is_labelled else Reference.EAGER
-
-    def loss(self, against: Reference) -> float:
-        """What the backend loses; below 0 where it is nearer to the labels than eager.
-
-        Args:
-            against: the labels, as far as they have any of it; else eager's answer, as :meth:`reference` says.
-        """
-        if self.labels is None or self.reference(against) is Reference.EAGER:
-            return 1 - _or_one(self.dice)
-        return _or_one(self.labels.eager_dice) - _or_one(self.labels.backend_dice)
-
-
-class CaseAccuracy(_Part):
+class CaseAccuracy(Part):
     """Both answers to one case.
 
     Attributes:
@@ -178,7 +63,7 @@ class CaseAccuracy(_Part):
     name: str | None
     images: Annotated[tuple[_Digest, ...], Field(min_length=1)]
     voxels: Annotated[int, Field(gt=0)]
-    different: _Count
+    different: Count
     structures: Annotated[dict[str, StructureAccuracy], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -193,7 +78,7 @@ class CaseAccuracy(_Part):
         return self
 
 
-class AccuracyReport(_Part):
+class AccuracyReport(Part):
     """The content of ``accuracy.json``.
 
     Attributes:
@@ -205,6 +90,8 @@ class AccuracyReport(_Part):
         max_patch_batch: patches in a forward pass of the backend.
         precisions: name of a precision -> how many convolutions and matrix products of all networks ran in it, read
             from what was compiled; ``None`` of a backend that does not say it.
+        calibrated_on: sha256 of the image files that the backend was calibrated on; ``None`` of one that is not
+            calibrated, or of an archive that does not say it.
         limits: what might have been lost.
         cases: all that were predicted, by both, as a request without options is.
     """
@@ -215,7 +102,8 @@ class AccuracyReport(_Part):
     processor: str
     software: dict[str, str]
     max_patch_batch: Annotated[int, Field(gt=0)]
-    precisions: dict[str, _Count] | None = None
+    precisions: dict[str, Count] | None = None
+    calibrated_on: tuple[_Digest, ...] | None = None
     limits: DiceLimits
     cases: Annotated[tuple[CaseAccuracy, ...], Field(min_length=1)]
 
@@ -244,6 +132,14 @@ class AccuracyReport(_Part):
     def has_labels(self) -> bool:
         """Whether somebody's labels were compared too."""
         return next(iter(self.cases[0].structures.values())).labels is not None
+
+    @property
+    def calibrated_cases(self) -> int | None:
+        """Cases that the backend was calibrated on, too: of these it loses less than of others; ``None``: not known."""
+        if self.calibrated_on is None:
+            return None
+        seen = set(self.calibrated_on)
+        return sum(not seen.isdisjoint(case.images) for case in self.cases)
 
     def of(self, structure: str) -> list[StructureAccuracy]:
         """A structure in each case."""
@@ -293,6 +189,7 @@ class AccuracyReport(_Part):
             "software": self.software,
             "max_patch_batch": self.max_patch_batch,
             "precisions": self.precisions,
+            "calibrated_cases": self.calibrated_cases,
         }
 
     def _structure(self, name: str) -> dict[str, Any]:
@@ -310,24 +207,6 @@ class AccuracyReport(_Part):
             ),
             "dice_to_labels": to_labels if labels else None,
         }
-
-
-def dice(first: int, second: int, common: int) -> float | None:
-    """Sørensen and Dice's coefficient of two sets; ``None`` of two empty ones, as nnU-Net leaves such out.
-
-    >>> dice(4, 2, 2)
-    0.6666666666666666
-    """
-    return 2 * common / (first + second) if first + second else None
-
-
-def whole_layers(precisions: Mapping[str, int]) -> tuple[int, int]:
-    """Of layers that compute: how many do so in int8, and how many there are.
-
-    >>> whole_layers({"f32": 2, "u8": 10, "i8": 1})
-    (11, 13)
-    """
-    return sum(count for name, count in precisions.items() if name in INT8_NAMES), sum(precisions.values())
 
 
 def deciding_files(files: Mapping[str, str]) -> dict[str, str]:
@@ -362,41 +241,6 @@ def read_accuracy(text: bytes, stored: StoredBackend | None, files: Mapping[str,
         msg = f"{ACCURACY_FILE} was measured with other weights or graphs than the archive holds; make it again"
         raise BundleError(msg)
     return report
-
-
-def said_of(backends: Collection[str], measured: AccuracyReport | None) -> str:
-    """What ran the networks, for a header, with what is known of its answers.
-
-    Args:
-        backends: what ran.
-        measured: the archive's report, of an answer that was made as those were that it compares.
-
-    >>> said_of({Backend.EAGER}, None)
-    'eager'
-    """
-    names = names_of(backends)
-    if measured is None or set(backends) != {measured.backend} or (known := measured.dice) is None:
-        return names
-    return f"{names}; dice={rounded_down(known, different=sum(case.different for case in measured.cases))}"
-
-
-def rounded_down(value: float, *, different: int = 0) -> str:
-    """A Dice with four digits, and 1.0000 only for 1.
-
-    Args:
-        value: the Dice.
-        different: voxels that it is about; if there is any, it is not 1, however many others there are.
-
-    >>> rounded_down(0.99999), rounded_down(1.0), rounded_down(0.9989), rounded_down(1.0, different=1)
-    ('0.9999', '1.0000', '0.9989', '0.9999')
-    """
-    scale = 10**_HEADER_DIGITS
-    most = scale - 1 if different else scale
-    return f"{min(math.floor(value * scale + _ROUNDING), most) / scale:.{_HEADER_DIGITS}f}"
-
-
-def _or_one(value: float | None) -> float:
-    return 1.0 if value is None else value
 
 
 def _mean(values: Iterator[float | None]) -> float | None:

@@ -15,10 +15,31 @@ from collections.abc import Collection
 from typing import Literal
 
 from .accuracy import ACCURACY_FILE, AccuracyReport
-from .backend import WHOLE_NUMBERS, Backend, StoredBackend, why_not
+from .backend import WHOLE_NUMBERS, Backend, Choice, StoredBackend, candidate, usable_backend, why_not
 from .machine import processor_name
 
 logger = logging.getLogger(__name__)
+
+
+def backend_here(
+    wanted: Choice,
+    stored: StoredBackend | None,
+    report: AccuracyReport | None,
+    device_type: str,
+    max_patch_batch: int | Literal["auto"],
+) -> tuple[Backend, AccuracyReport | None]:
+    """What an engine is to run, or to compare with eager, and the report that holds of it; why not another, is logged.
+
+    Args:
+        wanted: of :func:`~.backend.wanted_backend`.
+        stored: what the archive holds for another backend than eager.
+        report: of the archive.
+        device_type: PyTorch's name.
+        max_patch_batch: of the archive's settings.
+    """
+    asked = candidate(wanted, stored)
+    in_force = report_in_force(report, stored, asked, device_type, max_patch_batch)
+    return usable_backend(asked, stored, device_type, measured=in_force is not None), in_force
 
 
 def report_in_force(
@@ -52,6 +73,11 @@ def report_in_force(
     if here != report.processor and wanted in WHOLE_NUMBERS:
         logger.warning("%s was measured on %s, and may answer otherwise on this %s", wanted, report.processor, here)
         return None
+    if seen := report.calibrated_cases:
+        logger.warning(
+            "%s was calibrated on %d of the %d cases that it was measured on: it may lose more of other images",
+            *(wanted, seen, len(report.cases)),
+        )
     if here != report.processor:
         logger.warning("%s was measured on %s; this is %s, and may round otherwise", wanted, report.processor, here)
     return report

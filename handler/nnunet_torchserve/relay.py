@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .backend import Backend
 from .engine.channel import ChannelError
 from .engine.tally import Level, TallyReader, Total
 from .errors import Busy, Deadline, OutOfMemory
@@ -40,6 +41,7 @@ from .telemetry import (
     DEVICE_MEMORY_TOTAL,
     DEVICE_MEMORY_USED,
     DEVICE_UTILIZATION,
+    ENGINE_BACKEND,
     ENGINE_BUSY,
     ENGINE_LOADED,
     ENGINE_RELOAD_SECONDS,
@@ -102,6 +104,10 @@ _TOTALS: Mapping[Total, Metric] = {
 _IN_MICROSECONDS = (Total.BUSY_MICROSECONDS, Total.RELOADING_MICROSECONDS)
 
 
+_Levels = dict[tuple[Metric, tuple[str, ...]], float]
+"""Metric and labels -> value."""
+
+
 class Relay:
     """Passes metrics of one worker, and of engines, to a sink."""
 
@@ -120,7 +126,7 @@ class Relay:
         self._monitor = DeviceMonitor(device, torch.cuda) if device.type == "cuda" else None
         self._found: queue.SimpleQueue[TallyReader] = queue.SimpleQueue()
         self._tallies: list[TallyReader] = []
-        self._levels: dict[Metric, float] = {}
+        self._levels: _Levels = {}
         self._refreshed = -_REFRESH_S
         self._settles_until = -math.inf
         self._has_met = False
@@ -217,18 +223,21 @@ class Relay:
 
         engine = (*self._model, self._device)
         ahead = level(Level.PASSES_AHEAD) + level(Level.PASSES_REMAINING)
-        levels: dict[Metric, tuple[float, tuple[str, ...]]] = {
-            ENGINE_UP: (int(tally is not None), engine),
-            ENGINE_LOADED: (level(Level.NETWORKS_LOADED), engine),
-            CASES_IN_FLIGHT: (level(Level.CASES_IN_FLIGHT), engine),
-            CASES_WAITING: (level(Level.CASES_WAITING), engine),
-            CASES_FOLLOWING: (level(Level.CASES_FOLLOWING), engine),
-            PASSES_WAITING: (ahead, engine),
-            CHARGED_BYTES: (level(Level.CHARGED_BYTES), engine),
-            CACHED_BYTES: (level(Level.CACHED_BYTES), engine),
+        levels: _Levels = {
+            (ENGINE_UP, engine): int(tally is not None),
+            (ENGINE_LOADED, engine): level(Level.NETWORKS_LOADED),
+            (CASES_IN_FLIGHT, engine): level(Level.CASES_IN_FLIGHT),
+            (CASES_WAITING, engine): level(Level.CASES_WAITING),
+            (CASES_FOLLOWING, engine): level(Level.CASES_FOLLOWING),
+            (PASSES_WAITING, engine): ahead,
+            (CHARGED_BYTES, engine): level(Level.CHARGED_BYTES),
+            (CACHED_BYTES, engine): level(Level.CACHED_BYTES),
         }
+        runs = None if tally is None else tally.backend
+        for backend in Backend:  # an engine that follows another one may run something else
+            levels[ENGINE_BACKEND, (*engine, label(backend))] = int(backend is runs)
         if total := level(Level.DEVICE_BYTES):
-            levels[DEVICE_MEMORY_TOTAL] = (total, (self._device,))
+            levels[DEVICE_MEMORY_TOTAL, (self._device,)] = total
         now = time.monotonic()
         if now < self._settles_until or now - self._refreshed >= _REFRESH_S:
             self._refreshed = now
@@ -236,12 +245,12 @@ class Relay:
         self._emit_changed(levels)
         if self._monitor is not None:  # last: a driver that hangs may do it here
             device = (self._device,)
-            self._emit_changed({metric: (value, device) for metric, value in self._monitor.read().items()})
+            self._emit_changed({(metric, device): value for metric, value in self._monitor.read().items()})
 
-    def _emit_changed(self, levels: Mapping[Metric, tuple[float, tuple[str, ...]]]) -> None:
-        for metric, (value, labels) in levels.items():
-            if self._levels.get(metric) != value:
-                self._levels[metric] = value
+    def _emit_changed(self, levels: _Levels) -> None:
+        for (metric, labels), value in levels.items():
+            if self._levels.get((metric, labels)) != value:
+                self._levels[metric, labels] = value
                 self._emit(metric, value, labels)
 
 

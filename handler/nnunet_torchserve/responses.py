@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 
-from .accuracy import AccuracyReport, said_of
+from .accuracy import AccuracyReport
 from .errors import ResponseTooLarge, ServingError
+from .stated_accuracy import said_of
 from .telemetry import SERVER_TIMING
 
 CLIENT_REQUEST_ID = "X-Request-Id"

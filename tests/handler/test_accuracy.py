@@ -10,11 +10,13 @@ from typing import Any, Literal
 import pytest
 from pydantic import ValidationError
 
-from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, Reference, deciding_files, read_accuracy, said_of
+from nnunet_torchserve.accuracy import REPORT_VERSION, AccuracyReport, deciding_files, read_accuracy
 from nnunet_torchserve.backend import Backend, StoredBackend, usable_backend
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.machine import processor_name
-from nnunet_torchserve.measured_here import report_in_force
+from nnunet_torchserve.measured_here import backend_here, report_in_force
+from nnunet_torchserve.stated_accuracy import said_of
+from nnunet_torchserve.structure_accuracy import Reference
 from support.accuracy import FILES, OPENVINO, not_in_labels, report, structure, to_labels
 
 BF16 = Backend.OPENVINO_BFLOAT16
@@ -95,6 +97,25 @@ def test_a_header_has_a_number_of_the_backend_that_ran_and_of_no_other(backends:
     assert 0.99995 < measured.dice < 1
     assert said_of(backends, measured) == expected
     assert said_of(backends, None) == expected.partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("calibrated_on", "cases", "said"),
+    [
+        (None, None, ""),
+        ((), 0, ""),
+        ((f"{9:064}",), 0, ""),
+        ((f"{9:064}", f"{1:064}"), 1, "; images=partly-calibration"),
+        ((f"{1:064}", f"{0:064}"), 2, "; images=calibration"),
+    ],
+    ids=["not calibrated", "on nothing", "on others", "on one of them", "on these"],
+)
+def test_what_was_measured_on_images_of_the_calibration_is_marked(
+    calibrated_on: tuple[str, ...] | None, cases: int | None, said: str
+) -> None:
+    measured = report({"a": SAME}, {"a": SAME}, calibrated_on=calibrated_on)
+    assert measured.summary()["calibrated_cases"] == cases
+    assert said_of({OPENVINO}, measured) == f"openvino:float32; dice=1.0000{said}"
 
 
 def test_a_header_has_no_number_where_nothing_was_seen() -> None:
@@ -241,11 +262,17 @@ def test_a_number_of_other_answers_is_stated_nowhere_and_lets_nothing_serve(
     changes: Any, batch: int | Literal["auto"], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored = NEEDS_NUMPY.model_copy(update={"backend": BF16})
-    found = report_in_force(made_here(backend=BF16, **changes), stored, BF16, "cpu", batch)
-    assert found is None
+    assert backend_here(BF16, stored, made_here(backend=BF16, **changes), "cpu", batch) == (Backend.EAGER, None)
+    told, used_instead = (record.getMessage() for record in caplog.records)
+    assert reason in told
+    assert "no report of its accuracy that holds here" in used_instead
+
+
+def test_a_server_warns_of_what_was_measured_on_images_of_the_calibration(caplog: pytest.LogCaptureFixture) -> None:
+    flattered = made_here(calibrated_on=("0" * 64,))
+    assert report_in_force(flattered, NEEDS_NUMPY, OPENVINO, "cpu", 2) is flattered
     [warning] = caplog.records
-    assert reason in warning.getMessage()
-    assert usable_backend(BF16, stored, "cpu", measured=found is not None) is Backend.EAGER
+    assert "calibrated on 1 of the 1 cases that it was measured on" in warning.getMessage()
 
 
 def test_another_processor_is_a_warning_only(caplog: pytest.LogCaptureFixture) -> None:

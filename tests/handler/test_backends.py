@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -233,18 +234,18 @@ def test_what_runs_is_read_from_what_was_compiled_and_not_from_what_was_asked_fo
 ) -> None:
     """OpenVINO takes the hint bf16 without a word where no bfloat16 can be computed."""
     monkeypatch.setitem(openvino_networks._HINTS, OPENVINO, "bf16")
-    read = openvino_networks.computing_precisions
+    read = openvino_networks.layer_precisions
     core, lead = openvino().Core(), bundle.lead
     model = core.read_model(lead.folder / "fold_0.openvino.xml")
     model.reshape([1, 1, *lead.patch_size])
-    granted = read(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}))
+    granted = set(read(core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})))
     if granted == {"bf16"}:
         assert Networks(bundle, CPU, OPENVINO).loaded
     else:
         with pytest.raises(BundleError, match=f"computes fold 0 in {', '.join(sorted(granted))} and not as"):
             Networks(bundle, CPU, OPENVINO)
-    for found in ({"f32"}, {"bf16", "f32"}):
-        monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled, found=found: found)
+    for found in (Counter(f32=3), Counter(bf16=2, f32=1)):
+        monkeypatch.setattr(openvino_networks, "layer_precisions", lambda _compiled, found=found: found)
         with pytest.raises(BundleError, match=f"computes fold 0 in {', '.join(sorted(found))} and not as"):
             Networks(bundle, CPU, OPENVINO)
 
@@ -274,7 +275,7 @@ def test_bfloat16_that_a_processor_would_only_imitate_is_run_by_eager(
     in_bfloat16: ModelBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """OpenVINO grants it to every processor with AVX-512, and the layers say bf16 then."""
-    monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"bf16"})
+    monkeypatch.setattr(openvino_networks, "layer_precisions", lambda _compiled: Counter(bf16=3))
     on_a_processor_with(monkeypatch, "FP32", "INT8", "BIN")
     with pytest.raises(BundleError, match=r"no instructions for openvino:bf16, .* takes AVX512-BF16, AMX or AVX2"):
         Networks(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16)
@@ -288,10 +289,10 @@ def test_bfloat16_is_run_by_processors_that_compute_in_it(
     """And what was compiled is read all the same: a layer may be left in float32."""
     on_a_processor_with(monkeypatch, "FP32", "BF16")
     with monkeypatch.context() as patched:
-        patched.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"bf16"})
+        patched.setattr(openvino_networks, "layer_precisions", lambda _compiled: Counter(bf16=3))
         runs = load_networks_or_eager(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16, 1)
     assert runs.backend is Backend.OPENVINO_BFLOAT16
-    monkeypatch.setattr(openvino_networks, "computing_precisions", lambda _compiled: {"f32"})
+    monkeypatch.setattr(openvino_networks, "layer_precisions", lambda _compiled: Counter(f32=3))
     assert load_networks_or_eager(in_bfloat16, CPU, Backend.OPENVINO_BFLOAT16, 1).backend is Backend.EAGER
     assert "computes fold 0 in f32 and not as openvino:bf16 on this CPU; it takes AVX512-BF16" in caplog.text
 
@@ -321,7 +322,7 @@ def test_whatever_else_a_library_raises_is_no_outage(bundle: ModelBundle, monkey
         return fail
 
     with monkeypatch.context() as patched:
-        patched.setattr(openvino_networks, "computing_precisions", raising(KeyError("layerType")))
+        patched.setattr(openvino_networks, "layer_precisions", raising(KeyError("layerType")))
         assert load_networks_or_eager(bundle, CPU, OPENVINO, 1).backend is Backend.EAGER
     monkeypatch.setattr(openvino_networks.OpenVinoNetworks, "_infer", raising(RuntimeError("no such kernel")))
     assert load_networks_or_eager(bundle, CPU, OPENVINO, 1).backend is Backend.EAGER

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import time
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, parse_choice, usable_backend, why_not
+from nnunet_torchserve.backend import AUTO, Backend, StoredBackend, candidate, parse_choice, why_not
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import golden
@@ -25,7 +27,7 @@ from nnunet_torchserve.engine.remote import RemoteEngine
 from nnunet_torchserve.environment import RUNTIME_DIR_VARIABLE
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
-from nnunet_torchserve.measured_here import report_in_force
+from nnunet_torchserve.measured_here import backend_here, report_in_force
 from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.request import Request
@@ -133,7 +135,7 @@ def test_auto_tries_what_the_archive_was_made_for() -> None:
     assert candidate(AUTO, None) is Backend.EAGER
     less = StoredBackend(backend=Backend.OPENVINO_BFLOAT16, requires={}, made_with={})
     assert candidate(AUTO, less) is Backend.OPENVINO_BFLOAT16
-    assert usable_backend(candidate(AUTO, less), less, "cpu") is Backend.EAGER  # nobody has measured it
+    assert backend_here(AUTO, less, None, "cpu", 1) == (Backend.EAGER, None)  # nobody has measured it
 
 
 @pytest.mark.usefixtures("traced", "runtime")
@@ -170,6 +172,36 @@ def test_auto_takes_eager_where_there_is_no_memory_for_both(
     assert networks.backend is Backend.EAGER
     assert len(loaded) == 3
     assert "eager is used and not compiled" in caplog.text
+
+
+def kept_for(**days: float) -> list[Path]:
+    """The folder of each archive, with something in it, as if it had been asked for so many days ago."""
+    folders = [compile_cache(archive * 64, CPU) for archive in days]
+    for folder, ago in zip(folders, days.values(), strict=True):
+        (folder / "code.so").touch()
+        then = time.time() - ago * 86400
+        os.utime(folder / "lock", (then, then))
+    return folders
+
+
+def test_what_was_compiled_for_an_archive_that_nobody_serves_any_more_goes(runtime: Path) -> None:
+    gone, compiles, rare = kept_for(a=31, b=99, c=29)
+    with compiling(compiles):
+        used = compile_cache("d" * 64, CPU)
+    assert set(used.parent.iterdir()) == {compiles, rare, used}
+    assert (rare / "code.so").exists()
+    assert compile_cache("a" * 64, CPU) == gone
+    assert [each.name for each in gone.iterdir()] == ["lock"]
+    assert set(used.parent.iterdir()) == {rare, used, gone}  # whoever compiled has ended
+
+
+def test_of_many_archives_those_that_were_served_last_are_kept(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, latest, oldest, _ = kept_for(a=3, b=1, c=5, d=4)
+    monkeypatch.setattr(compile_cache_module, "_MOST_FOLDERS", 3)
+    used = compile_cache("e" * 64, CPU)
+    assert set(used.parent.iterdir()) == {used, latest, older}
+    assert compile_cache("c" * 64, CPU) == oldest
+    assert set(used.parent.iterdir()) == {oldest, used, latest}
 
 
 def test_an_engine_waits_only_so_long_for_another_that_compiles(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:

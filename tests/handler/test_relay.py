@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.engine.shared_memory import share
 from nnunet_torchserve.engine.tally import Level, Tally, TallyReader, Total
 from nnunet_torchserve.relay import DeviceMonitor, Relay, label
@@ -21,6 +22,7 @@ from nnunet_torchserve.telemetry import (
     DEVICE_MEMORY_TOTAL,
     DEVICE_MEMORY_USED,
     DEVICE_UTILIZATION,
+    ENGINE_BACKEND,
     ENGINE_BUSY,
     ENGINE_UP,
     METRICS,
@@ -166,6 +168,30 @@ def test_an_engine_is_up_although_another_worker_says_last_that_the_one_before_i
     assert page.engine(ENGINE_UP) == 0
     quick.look()
     assert page.engine(ENGINE_UP) == 1
+
+
+def test_one_backend_runs_also_after_an_engine_that_ran_another(
+    engine: EngineProcess, successor: EngineProcess
+) -> None:
+    sink = Recorded()
+    relay = new_relay(sink)
+
+    def running() -> set[str]:
+        relay.look()
+        found = {key[-1]: value for key, value in sink.values.items() if key[0] == ENGINE_BACKEND.name}
+        assert len(found) == len(Backend)
+        assert set(found.values()) <= {0, 1}
+        return {name for name, value in found.items() if value}
+
+    engine.hello(relay)
+    assert running() == set()  # it has not said it
+    engine.tally.runs(Backend.OPENVINO_INT8)
+    assert running() == {"openvino_int8"}
+    engine.kill()
+    assert running() == set()
+    successor.tally.runs(Backend.EAGER)
+    successor.hello(relay)
+    assert running() == {"eager"}
 
 
 def test_the_same_engine_met_again_is_counted_once(engine: EngineProcess) -> None:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nnunet_torchserve.accuracy import (
-    AccuracyReport,
-    CaseAccuracy,
-    DiceLimits,
-    LabelVoxels,
-    Reference,
-    StructureAccuracy,
-)
+from nnunet_torchserve.accuracy import AccuracyReport, CaseAccuracy, DiceLimits
 from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.structure_accuracy import LabelVoxels, Reference, StructureAccuracy
 
 OPENVINO = Backend.OPENVINO_FLOAT32
 FILES = {"members/m/fold_0.safetensors": "0" * 64}
@@ -45,8 +39,12 @@ def report(
     unlabelled: float = 0.01,
     backend: Backend = OPENVINO,
     files: Mapping[str, str] = FILES,
+    calibrated_on: tuple[str, ...] | None = None,
 ) -> AccuracyReport:
-    """Of cases ``case_0``, ``case_1``, …, each with these structures; as many voxels as possible are different."""
+    """Of cases ``case_0``, ``case_1``, …, each with these structures; as many voxels as possible are different.
+
+    The sha256 of a case's image is its number, with zeros before it.
+    """
     return AccuracyReport(
         report_version=1,
         backend=backend,
@@ -54,11 +52,12 @@ def report(
         processor="a processor",
         software={"openvino": "2026.4.1"},
         max_patch_batch=1,
+        calibrated_on=calibrated_on,
         limits=DiceLimits(against=against, mean=mean, structure=most, unlabelled=unlabelled),
         cases=tuple(
             CaseAccuracy(
                 name=f"case_{number}",
-                images=("1" * 64,),
+                images=(f"{number:064}",),
                 voxels=VOXELS,
                 different=sum(each.different for each in case.values()),
                 structures=dict(case),

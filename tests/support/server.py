@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from nnunet_torchserve.backend import Choice
 from nnunet_torchserve_tools import launcher
 
 from . import warm
@@ -88,6 +89,7 @@ def running(
     body_limit: int | None = None,
     testing: bool = False,
     device: launcher.DeviceKind = launcher.DeviceKind.CPU,
+    backend: Choice | None = None,
     cold_workers: bool = False,
 ) -> Iterator[LiveServer]:
     """Start a server, whose engines and, unless they are to be cold, workers are :mod:`.warm`; stop it in the end."""
@@ -97,6 +99,7 @@ def running(
         state_dir,
         free_ports(),
         device=device,
+        backend=backend,
         workers=workers,
         body_limit=body_limit,
         heap=1024**3,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nnunet_torchserve.accuracy import AccuracyReport, Reference, StructureAccuracy
+from nnunet_torchserve.accuracy import AccuracyReport
+from nnunet_torchserve.structure_accuracy import Reference, StructureAccuracy
 from nnunet_torchserve_tools.accuracy_gate import DEFAULTS, FEW_VOXELS, check, limits_of, unseen
 from nnunet_torchserve_tools.accuracy_table import held, in_short, lines
 from nnunet_torchserve_tools.errors import ToolError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nnunet_torchserve.backend import Backend, StoredBackend
+from nnunet_torchserve.backend import AUTO, Backend, StoredBackend
 from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve_tools.archive import make_archives
@@ -19,6 +19,7 @@ from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.graphs import REQUIRES, write_graphs
 from nnunet_torchserve_tools.model_store import find_archives, missed_backend
+from support import volumes
 
 OPENVINO = Backend.OPENVINO_FLOAT32
 STORED = StoredBackend(backend=OPENVINO, requires=REQUIRES, made_with={})
@@ -38,6 +39,26 @@ def test_what_this_machine_cannot_make_is_refused_before_anything_else(
     with pytest.raises(ToolError, match=r"openvino:float32 needs openvino<1; .*pip install '\.\[openvino\]'"):
         make_archives(ArchiveRequest(models["flat"], tmp_path, backend=OPENVINO))
     assert not list(tmp_path.iterdir())
+
+
+def test_compiled_without_a_compiler_is_told_before_anything_starts(
+    models: dict[str, Path], archive_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of no archive but those that are to be compiled: with auto, or by eager, it does not matter."""
+    [plain] = find_archives(archive_of("flat").parent, ["flat.mar"])
+    monkeypatch.setenv("CXX", f"{tmp_path / 'ccache'} g++")
+    missed = missed_backend(plain, Backend.COMPILED, 0)
+    assert missed is not None
+    assert missed.startswith("flat.mar is served by eager and not by compiled: there is no C++ compiler")
+    assert "apt-get install g++" in missed
+    made = replace(plain, backend=STORED.model_copy(update={"backend": Backend.COMPILED, "requires": {}}))
+    assert "no C++ compiler" in (missed_backend(made, None, 1) or "")
+    assert {missed_backend(made, other, 0) for other in (AUTO, Backend.EAGER)} == {None}
+    with pytest.raises(ToolError, match=r"--backend compiled: there is no C\+\+ compiler .*/ccache"):
+        make_archives(ArchiveRequest(models["flat"], tmp_path / "store", backend=Backend.COMPILED))
+    assert not (tmp_path / "store").exists()
+    volumes.write(tmp_path, "ccache", b"#!/bin/sh").chmod(0o755)
+    assert missed_backend(plain, Backend.COMPILED, 0) is None
 
 
 class Odd(torch.nn.Module):

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from nnunet_torchserve.accuracy import whole_layers
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import BUNDLE_FILE, ModelBundle
 from nnunet_torchserve.cases import Settings
@@ -24,16 +23,19 @@ from nnunet_torchserve.engine.backends import openvino_networks
 from nnunet_torchserve.engine.golden import golden_name, load_networks, load_networks_or_eager
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.layer_precisions import whole_layers
 from nnunet_torchserve.machine import processor_flags
 from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.open_weights import OpenWeights
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve_tools import quantisation
+from nnunet_torchserve_tools.accuracy_table import lines
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.calibration import LEAST_PATCHES, calibration_patches
 from nnunet_torchserve_tools.cli import app
 from nnunet_torchserve_tools.errors import ToolError, UsageError
+from nnunet_torchserve_tools.validate import validate
 from nnunet_torchserve_tools.validation_cases import Tolerance, Validation, ValidationCase, cases_of
 from support import volumes
 from support.odd_models import OddModel
@@ -65,8 +67,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Made:
-    """An archive of int8, unpacked, and what was told meanwhile."""
+    """An archive of int8, the same unpacked, and what was told meanwhile."""
 
+    archive: Path
     bundle: ModelBundle
     told: list[str]
 
@@ -85,7 +88,7 @@ def made(models: dict[str, Path], images: Path, tmp_path_factory: pytest.TempPat
     )
     [archive] = make_archives(request, told.append)
     zipfile.ZipFile(archive).extractall(scratch / "model")
-    return Made(ModelBundle(scratch / "model"), told)
+    return Made(archive, ModelBundle(scratch / "model"), told)
 
 
 def changed(bundle: ModelBundle, target: Path, change: Callable[[Path], None]) -> ModelBundle:
@@ -107,13 +110,29 @@ def test_most_layers_run_in_int8_and_the_report_says_how_many(made: Made) -> Non
     report = made.bundle.accuracy
     assert report is not None
     assert report.backend is INT8
-    assert report.precisions == dict(networks.precisions)  # type: ignore[attr-defined]
+    assert report.precisions == dict(networks.precisions)
     whole, layers = whole_layers(report.precisions)
     assert layers > whole > layers / 2
     assert f"in int8: {whole} of {layers} convolutions and matrix products" in made.told
     assert f"calibrated on {WINDOWS} patches (3d_fullres) of 2 images" in made.told
     assert set(made.bundle.description.backend.made_with) == {"openvino", "nncf"}  # type: ignore[union-attr]
     assert list(made.bundle.lead.folder.glob("fold_0.safetensors"))
+
+
+@runs_int8
+def test_a_report_tells_images_of_the_calibration_from_others(made: Made, images: Path) -> None:
+    """Also one that is made later, of the archive alone."""
+    calibration = images / "calibration"
+    stored = made.bundle.accuracy
+    assert stored is not None
+    assert stored.calibrated_cases == 0
+    assert stored.calibrated_on == tuple(
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(calibration.iterdir())
+    )
+    one_of_two = Validation((images / "imagesTs", calibration / "case_1_0000.nii.gz"))
+    later = validate(made.archive, one_of_two, lambda _line: None)
+    assert later.calibrated_cases == 1
+    assert "calibrated on 1 of these 2 cases, which flatters: it may lose more of other images" in lines(later)
 
 
 @runs_int8

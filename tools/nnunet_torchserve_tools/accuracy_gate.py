@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nnunet_torchserve.accuracy import AccuracyReport, CaseAccuracy, DiceLimits, Reference, StructureAccuracy
+from nnunet_torchserve.accuracy import AccuracyReport, CaseAccuracy, DiceLimits
+from nnunet_torchserve.structure_accuracy import Reference, StructureAccuracy
 
 from .errors import ToolError
 from .validation_cases import Tolerance

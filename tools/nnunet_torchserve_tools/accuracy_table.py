@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nnunet_torchserve.accuracy import AccuracyReport, Reference, rounded_down, whole_layers
+from nnunet_torchserve.accuracy import AccuracyReport
+from nnunet_torchserve.layer_precisions import whole_layers
+from nnunet_torchserve.stated_accuracy import rounded_down
+from nnunet_torchserve.structure_accuracy import Reference
 
 _NONE = "-"
 
@@ -21,6 +24,7 @@ def lines(report: AccuracyReport) -> Iterator[str]:
     yield in_short(summary)
     yield from worst(summary)
     yield from in_whole_numbers(summary)
+    yield from calibrated(summary)
     against = "the labels" if report.limits.against is Reference.LABELS else "eager's answers"
     yield (
         f"loss of Dice to {against}: {report.mean_loss():.4g} in the mean; allowed are {report.limits.mean:g}, and "
@@ -51,6 +55,13 @@ def in_whole_numbers(summary: Mapping[str, Any]) -> Iterator[str]:
     whole, layers = whole_layers(summary.get("precisions") or {})
     if whole:
         yield f"in int8: {whole} of {layers} convolutions and matrix products"
+
+
+def calibrated(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Whether it was measured on images that it was calibrated on, from a report's summary; nothing if it was not."""
+    if seen := summary.get("calibrated_cases"):
+        cases = summary["cases"]
+        yield f"calibrated on {seen} of these {cases} cases, which flatters: it may lose more of other images"
 
 
 def held(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from nnunet_torchserve_client.choosing import archive_name
 
 from .accuracy_gate import unseen
 from .archive_request import ArchiveRequest
+from .compiler import why_not_compiled
 from .composition import Composition, compose
 from .errors import ModelWarning, ToolError, UsageError
 from .golden_patches import NO_NETWORK, add_golden_patches
@@ -164,6 +165,9 @@ def _check_backend(request: ArchiveRequest) -> None:
     if validation is not None:
         validation.check()
     stored_backend(backend)
+    if backend is Backend.COMPILED and (reason := why_not_compiled()) is not None:
+        msg = f"--backend {backend}: {reason}"
+        raise ToolError(msg)
 
 
 def _compose(request: ArchiveRequest, files: TrainerFiles) -> Composition:
@@ -252,9 +256,9 @@ def _make_archive(
             built_with=_installed_versions(code.requires if code is not None else ()),
             files={},
         )
-        add_golden_patches(stage, bundle, request.serving.handler, request.calibration, tell)
+        calibrated_on = add_golden_patches(stage, bundle, request.serving.handler, request.calibration, tell)
         if request.validation is not None:
-            _validate(stage, request, request.validation, tell)
+            _validate(stage, request, request.validation, calibrated_on, tell)
         (stage / MODEL_CONFIG_FILE).write_text(request.serving.to_yaml())
         (stage / MANIFEST_FILE).parent.mkdir()
         (stage / MANIFEST_FILE).write_text(manifest(name, request.version, Path(nnunet_handler.__file__).name))
@@ -263,9 +267,15 @@ def _make_archive(
     return target
 
 
-def _validate(stage: Path, request: ArchiveRequest, validation: Validation, tell: Callable[[str], None]) -> None:
+def _validate(
+    stage: Path,
+    request: ArchiveRequest,
+    validation: Validation,
+    calibrated_on: tuple[str, ...] | None,
+    tell: Callable[[str], None],
+) -> None:
     """Measure the archive's backend, and keep what was found with the archive."""
-    report = add_accuracy(stage, request.serving.handler, validation, tell)
+    report = add_accuracy(stage, request.serving.handler, validation, tell, calibrated_on)
     if missing := unseen(report):
         msg = f"{', '.join(missing)}: no answer to these images has any of it, so nothing is known of its accuracy"
         warnings.warn(msg, ModelWarning, stacklevel=3)

@@ -87,6 +87,11 @@ class _Listening(LocalEngine):
             taken.append(case.patch(chosen).clone())
 
 
+def spread(cases: Sequence[ValidationCase]) -> list[ValidationCase]:
+    """As many of the cases as there are patches to be taken, evenly over all."""
+    return [cases[number] for number in np.linspace(0, len(cases) - 1, min(len(cases), MOST_PATCHES)).astype(int)]
+
+
 def calibration_patches(
     bundle: ModelBundle, settings: HandlerSettings, cases: Sequence[ValidationCase], tell: Callable[[str], None]
 ) -> dict[str, npt.NDArray[np.float32]]:
@@ -95,7 +100,7 @@ def calibration_patches(
     Args:
         bundle: the archive, complete but for the graphs.
         settings: its own, to the handler.
-        cases: whose images are taken.
+        cases: whose images are taken; no more than :func:`spread` leaves.
         tell: hears a line.
 
     Returns:
@@ -115,12 +120,11 @@ def calibration_patches(
     limits = Limits.from_settings(settings.limits, {}).for_model(bundle.lead.channels)
     engine = _Listening(bundle, limits)
     pipeline = Pipeline(bundle, engine, limits, _TIME_LIMIT_S)
-    spread = [cases[number] for number in np.linspace(0, len(cases) - 1, min(len(cases), MOST_PATCHES)).astype(int)]
-    for number, case in enumerate(spread):
+    for number, case in enumerate(cases):
         left = MOST_PATCHES - min(map(len, engine.taken.values()))
-        engine.wanted = -(-left // (len(spread) - number))
+        engine.wanted = -(-left // (len(cases) - number))
         _ask(pipeline, case)
-    tell(f"calibrated on {_counted(engine.taken)} of {len(spread)} {'image' if len(spread) == 1 else 'images'}")
+    tell(f"calibrated on {_counted(engine.taken)} of {len(cases)} {'image' if len(cases) == 1 else 'images'}")
     if too_few := {name: found for name, found in engine.taken.items() if len(found) < LEAST_PATCHES}:
         msg = (
             f"int8 is calibrated on at least {LEAST_PATCHES} patches, and the images of --calibrate have "

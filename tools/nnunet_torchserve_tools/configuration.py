@@ -15,6 +15,7 @@ from nnunet_torchserve.environment import CONTROL_DIR_VARIABLE, RUNTIME_DIR_VARI
 from nnunet_torchserve.limits import LIMITS_VARIABLE
 from nnunet_torchserve.machine import THREADS_VARIABLE, usable_threads
 
+from .openmp import let_threads_sleep
 from .plan import Plan, packaged
 from .readiness import Tell
 from .server import Server
@@ -90,8 +91,7 @@ def environment(plan: Plan, server: Server) -> dict[str, str]:
     """The environment of TorchServe and its workers."""
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TS_CONFIG_FILE")}
     search = [str(Path(sys.executable).parent), str(plan.java / "bin"), variables.get("PATH", "")]
-    # threads that spin while they wait keep each other off busy cores: a request took up to ten times as long
-    variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep(variables)
     # libraries look at the host's processors when they are loaded, not at a container's quota
     variables[THREADS_VARIABLE] = str(usable_threads())
     variables |= _homes(server)

@@ -11,6 +11,8 @@ import signal
 import sys
 from types import FrameType
 
+from nnunet_torchserve.extras import how_to_install
+
 from .errors import ToolError
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -28,7 +30,7 @@ def explained(error: ToolError | ModuleNotFoundError) -> tuple[str, int]:
     if isinstance(error, ToolError):
         return f"error: {error}", error.exit_code
     ours = (error.name or "").partition(".")[0] in OF_THE_SERVER
-    of_ours = "this command needs nnunet-torchserve[server]: in a clone of the project, pip install '.[server]'"
+    of_ours = f"this command needs nnunet-torchserve[server]: {how_to_install('server')}"
     hint = of_ours if ours else "code that was loaded needs it"
     return f"error: {error.name} is not installed; {hint}", ToolError.exit_code
 

@@ -31,7 +31,7 @@ from nnunet_torchserve.member_description import GOLDEN_FILE
 from nnunet_torchserve.pipeline import Pipeline
 from nnunet_torchserve.settings import HandlerSettings
 
-from .calibration import calibration_patches
+from .calibration import calibration_patches, spread
 from .errors import ModelWarning, ToolError
 from .graphs import write_graphs
 from .measurement import not_measured
@@ -56,7 +56,7 @@ def add_golden_patches(
     settings: HandlerSettings,
     calibration: Sequence[Path] = (),
     tell: Callable[[str], None] = lambda _line: None,
-) -> None:
+) -> tuple[str, ...] | None:
     """Run the stored weights once on one thread and write ``bundle.json``, complete.
 
     Then load what was written as a worker does, with the archive's own settings: it must give the same again, and
@@ -69,6 +69,9 @@ def add_golden_patches(
         calibration: images that int8 is calibrated on.
         tell: hears lines for people.
 
+    Returns:
+        sha256 of the files that int8 was calibrated on; ``None`` of what is not calibrated.
+
     Raises:
         UsageError: there are too few images to calibrate on.
         ToolError: a network cannot be built or fails, a graph cannot be made of it, or the archive does not load.
@@ -79,6 +82,7 @@ def add_golden_patches(
     write_bundle(stage, description)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    calibrated_on = None
     try:
         for member in ModelBundle(stage).members.values():
             expected = (Exception,) if description.code is not None else NO_NETWORK
@@ -89,8 +93,9 @@ def add_golden_patches(
         write_bundle(stage, description)
         complete = ModelBundle(stage)
         if description.backend is not None and description.backend.backend is Backend.OPENVINO_INT8:
-            cases = cases_of(Validation(tuple(calibration)), complete.lead)
+            cases = spread(cases_of(Validation(tuple(calibration)), complete.lead))
             _quantise(complete, calibration_patches(complete, settings, cases, tell))
+            calibrated_on = tuple(digest for case in cases for digest in case.digests())
             write_bundle(stage, description)
             complete = ModelBundle(stage)
         limits = Limits.from_settings(settings.limits, {}).for_model(complete.lead.channels)
@@ -110,6 +115,7 @@ def add_golden_patches(
         raise ToolError(str(error)) from error
     finally:
         torch.set_num_threads(threads)
+    return calibrated_on
 
 
 def _quantise(bundle: ModelBundle, patches: Mapping[str, npt.NDArray[np.float32]]) -> None:

@@ -19,6 +19,7 @@ from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve.engine.backends.openvino_library import openvino
 from nnunet_torchserve.engine.backends.openvino_networks import graph_paths, reason_of
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.extras import how_to_install
 from nnunet_torchserve.member import Member
 
 from .errors import ToolError
@@ -40,7 +41,7 @@ def stored_backend(backend: Backend) -> StoredBackend:
     try:
         check_requirements(requires, f"--backend {backend}")
     except BundleError as error:
-        msg = f"{error}; in a clone of the project, pip install '.[{extra}]'"
+        msg = f"{error}; {how_to_install(extra)}"
         raise ToolError(msg) from error
     made_with = list(requires)
     if backend is Backend.OPENVINO_INT8:

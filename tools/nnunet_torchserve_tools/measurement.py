@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -23,15 +22,11 @@ from nnunet_torchserve.accuracy import (
     AccuracyReport,
     CaseAccuracy,
     DiceLimits,
-    LabelVoxels,
-    StructureAccuracy,
     deciding_files,
 )
 from nnunet_torchserve.backend import Backend
 from nnunet_torchserve.bundle import ModelBundle
-from nnunet_torchserve.engine.backends.openvino_networks import OpenVinoNetworks
 from nnunet_torchserve.engine.local import LocalEngine
-from nnunet_torchserve.engine.prediction import Engine
 from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.limits import Limits
 from nnunet_torchserve.machine import processor_name
@@ -43,6 +38,7 @@ from nnunet_torchserve.recipe import Cascade
 from nnunet_torchserve.request import Request
 from nnunet_torchserve.responses import BACKEND, WARNING
 from nnunet_torchserve.settings import HandlerSettings
+from nnunet_torchserve.structure_accuracy import LabelVoxels, StructureAccuracy
 from nnunet_torchserve.volume import LabelArray
 
 from .case_labels import read_labels
@@ -75,6 +71,7 @@ def measure(
     cases: Sequence[ValidationCase],
     limits: DiceLimits,
     tell: Callable[[str], None],
+    calibrated_on: tuple[str, ...] | None = None,
 ) -> AccuracyReport:
     """Predict each case by eager and by the archive's backend, and count.
 
@@ -84,6 +81,7 @@ def measure(
         cases: at least one; all have labels, or none.
         limits: what may be lost; they are noted, and held by :mod:`.accuracy_gate`.
         tell: hears a line for each case, and what its answer warns of.
+        calibrated_on: sha256 of the files that the backend was calibrated on.
 
     Raises:
         UsageError: the archive has no other backend, or is the last stage of a cascade alone; or one image came as two
@@ -98,7 +96,9 @@ def measure(
     images = digests_of(cases)
     batch = patches_at_once(settings.max_patch_batch)
     # eager takes one patch in a pass, whatever the archive says, as stock does
-    slow, fast = (_pipeline(bundle, settings, *how) for how in ((Backend.EAGER, 1), (stored.backend, batch)))
+    limits_here = Limits.from_settings(settings.limits, {}).for_model(bundle.lead.channels)
+    engines = [_engine(bundle, settings, limits_here, *how) for how in ((Backend.EAGER, 1), (stored.backend, batch))]
+    slow, fast = (Pipeline(bundle, each, limits_here, _TIME_LIMIT_S, backend=each.backend) for each in engines)
     measured = []
     for number, case in enumerate(cases, start=1):
         tell(f"comparing {case.name} ({number} of {len(cases)})")
@@ -110,7 +110,8 @@ def measure(
         processor=processor_name(),
         software={package: importlib.metadata.version(package) for package in (*_PACKAGES, *stored.requires)},
         max_patch_batch=batch,
-        precisions=_precisions(fast.engine),
+        precisions=dict(sorted(engines[1].networks.precisions.items())) or None,
+        calibrated_on=calibrated_on,
         limits=limits,
         cases=tuple(measured),
     )
@@ -142,24 +143,14 @@ def _structures(bundle: ModelBundle) -> dict[str, _Structure]:
     return found
 
 
-def _pipeline(bundle: ModelBundle, settings: HandlerSettings, backend: Backend, batch: int) -> Pipeline:
-    """What a worker has."""
-    limits = Limits.from_settings(settings.limits, {}).for_model(bundle.lead.channels)
+def _engine(
+    bundle: ModelBundle, settings: HandlerSettings, limits: Limits, backend: Backend, batch: int
+) -> LocalEngine:
+    """What a worker's engine computes, in this process."""
     try:
-        engine = LocalEngine(bundle, _CPU, batch, settings.policy, limits, backend)
+        return LocalEngine(bundle, _CPU, batch, settings.policy, limits, backend)
     except BundleError as error:
         raise ToolError(not_measured(backend, str(error))) from error
-    return Pipeline(bundle, engine, limits, _TIME_LIMIT_S, backend=backend)
-
-
-def _precisions(engine: Engine) -> dict[str, int] | None:
-    """In what the layers of all networks run, as far as the backend says it."""
-    members = engine.networks.members.values() if isinstance(engine, LocalEngine) else ()
-    found: Counter[str] = Counter()
-    for networks in members:
-        if isinstance(networks, OpenVinoNetworks):
-            found.update(networks.precisions)
-    return dict(sorted(found.items())) or None
 
 
 def not_measured(backend: str, reason: str) -> str:

@@ -31,7 +31,7 @@ from nnunet_torchserve.segments import SEGMENTS_FILE
 from nnunet_torchserve.settings import HandlerSettings
 from nnunet_torchserve.volume import Geometry
 
-from .accuracy_table import held, in_short, in_whole_numbers, worst
+from .accuracy_table import calibrated, held, in_short, in_whole_numbers, worst
 from .errors import ToolError, UsageError
 
 _WANTED = (PLANS_FILE, DATASET_FILE)
@@ -222,7 +222,7 @@ def _accuracy_lines(accuracy: Mapping[str, Any] | None) -> Iterator[str]:
         yield "    its accuracy was not measured: archive --validate"
         return
     yield f"    measured on {accuracy['processor']}: {in_short(accuracy)}"
-    yield from (f"    {line}" for told in (worst, in_whole_numbers, held) for line in told(accuracy))
+    yield from (f"    {line}" for told in (worst, in_whole_numbers, calibrated, held) for line in told(accuracy))
 
 
 def _code_lines(code: Mapping[str, Any] | None) -> Iterator[str]:

@@ -19,6 +19,7 @@ from nnunet_torchserve.errors import BundleError
 from nnunet_torchserve.served import ServedModel, served_model
 from nnunet_torchserve.settings import HandlerSettings
 
+from .compiler import why_not_compiled
 from .errors import UsageError
 from .mar import MANIFEST_FILE, MODEL_NAME
 from .server import DEFAULT_RESPONSE_TIMEOUT_S
@@ -169,6 +170,8 @@ def missed_backend(archive: Archive, asked: Choice | None, gpus: int) -> str | N
             check_requirements(stored.requires if wanted is stored.backend else {}, f"backend {wanted}")
         except BundleError as error:
             reason = str(error)
+    if reason is None and wanted is Backend.COMPILED:
+        reason = why_not_compiled()
     return reason and f"{archive.file} is served by {Backend.EAGER} and not by {wanted}: {reason}"
 
 

@@ -24,6 +24,7 @@ from nnunet_torchserve.bundle import check_requirements
 from nnunet_torchserve.engine.backends.openvino_library import openvino, silence
 from nnunet_torchserve.engine.backends.openvino_networks import reason_of
 from nnunet_torchserve.errors import BundleError
+from nnunet_torchserve.extras import how_to_install
 
 from .errors import ToolError
 
@@ -37,7 +38,7 @@ def check_installed() -> None:
     try:
         check_requirements(REQUIRES, "making int8")
     except BundleError as error:
-        msg = f"{error}; in a clone of the project, pip install '.[quantize]'"
+        msg = f"{error}; {how_to_install('quantize')}"
         raise ToolError(msg) from error
 
 

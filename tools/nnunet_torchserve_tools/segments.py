@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_torchserve.extras import how_to_install
 from nnunet_torchserve.segments import Code, Codes, SegmentCodes, read_segments
 
 from .errors import ToolError, UsageError
@@ -155,7 +156,7 @@ def _concepts() -> tuple[Mapping[_Key, Code], Mapping[_Key, Code], Mapping[str, 
     try:
         from pydicom.sr.codedict import codes
     except ModuleNotFoundError as error:
-        msg = "this command needs nnunet-torchserve[dicom]: in a clone of the project, pip install '.[dicom]'"
+        msg = f"this command needs nnunet-torchserve[dicom]: {how_to_install('dicom')}"
         raise ToolError(msg) from error
     found: dict[_Key, Code | None] = {}
     categories: dict[_Key, Code] = {}

@@ -47,11 +47,16 @@ def validate(file: Path, asked: Validation, tell: Callable[[str], None]) -> Accu
         except BundleError as error:
             msg = f"{file}: {error}"
             raise ToolError(msg) from error
-        return _measured(bundle, settings, asked, tell)
+        calibrated_on = None if bundle.accuracy is None else bundle.accuracy.calibrated_on
+        return _measured(bundle, settings, asked, tell, calibrated_on)
 
 
 def add_accuracy(
-    stage: Path, settings: HandlerSettings, asked: Validation, tell: Callable[[str], None]
+    stage: Path,
+    settings: HandlerSettings,
+    asked: Validation,
+    tell: Callable[[str], None],
+    calibrated_on: tuple[str, ...] | None = None,
 ) -> AccuracyReport:
     """Measure the backend of an archive that is being made, and put the report into it.
 
@@ -60,12 +65,13 @@ def add_accuracy(
         settings: the archive's own.
         asked: as of :func:`validate`.
         tell: hears a line for each case, and the table.
+        calibrated_on: sha256 of the files that the backend was calibrated on; ``None`` of one that is not calibrated.
 
     Raises:
         UsageError, ToolError: as :func:`validate`; or it loses too much.
     """
     bundle = ModelBundle(stage)
-    report = _measured(bundle, settings, asked, tell)
+    report = _measured(bundle, settings, asked, tell, calibrated_on)
     for line in lines(report):
         tell(line)
     check(report)
@@ -76,11 +82,15 @@ def add_accuracy(
 
 
 def _measured(
-    bundle: ModelBundle, settings: HandlerSettings, asked: Validation, tell: Callable[[str], None]
+    bundle: ModelBundle,
+    settings: HandlerSettings,
+    asked: Validation,
+    tell: Callable[[str], None],
+    calibrated_on: tuple[str, ...] | None,
 ) -> AccuracyReport:
     limits = limits_of(asked.tolerance, has_labels=asked.labels is not None)
     try:
-        return measure(bundle, settings, cases_of(asked, bundle.lead), limits, tell)
+        return measure(bundle, settings, cases_of(asked, bundle.lead), limits, tell, calibrated_on)
     except (ToolError, OSError, Warning):
         raise
     except Exception as error:  # what libraries raise while they load or run a network, or where memory ends

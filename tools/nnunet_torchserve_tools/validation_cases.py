@@ -72,6 +72,14 @@ class ValidationCase:
             return {RAW_BODY: contents[0]}
         return {f"image_{number:04d}": content for number, content in enumerate(contents)}
 
+    def digests(self) -> tuple[str, ...]:
+        """The sha256 of each file.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        return tuple(hashlib.sha256(read_bytes(file)).hexdigest() for file in self.files)
+
     def options(self, reader: str) -> dict[str, Any]:
         """Where the images lie, if the files cannot say it.
 
@@ -105,7 +113,7 @@ def digests_of(cases: Sequence[ValidationCase]) -> dict[str, tuple[str, ...]]:
     """
     names: dict[tuple[str, ...], str] = {}
     for case in cases:
-        digests = tuple(hashlib.sha256(read_bytes(file)).hexdigest() for file in case.files)
+        digests = case.digests()
         if digests in names:
             msg = f"the cases {names[digests]} and {case.name} are of the same image; name each image once"
             raise UsageError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
@@ -89,6 +90,11 @@ class Networks:
     def files(self) -> tuple[str, ...]:
         """See :attr:`FoldNetworks.files`."""
         return tuple(file for networks in self.members.values() for file in networks.files)
+
+    @property
+    def precisions(self) -> Mapping[str, int]:
+        """See :attr:`FoldNetworks.precisions`, of all members."""
+        return sum((Counter(networks.precisions) for networks in self.members.values()), Counter())
 
     def load(self, weights: Weights) -> None:
         """Load the weights again; if that fails, none is loaded.

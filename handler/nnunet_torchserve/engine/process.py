@@ -115,6 +115,7 @@ def _load(
         weights = OpenWeights(bundle.members.values(), bundle.description.files, networks.files)
     tally = Tally()
     tally.total(Total.RESTARTS, restarts)
+    tally.runs(networks.backend)
     compute = Compute(
         core,
         Ledger(folder, device_name(networks.device)),

@@ -22,6 +22,7 @@ from enum import IntEnum
 
 import torch
 
+from ..backend import Backend
 from . import channel, shared_memory
 
 
@@ -73,7 +74,12 @@ class Level(IntEnum):
     NETWORKS_LOADED = 8
     """1, or 0 while the networks are unloaded."""
 
+    BACKEND = 9
+    """What runs the networks: its place in :class:`~..backend.Backend`, from 1. An engine and its workers are of one
+    archive, and have the same list."""
 
+
+_BACKENDS = tuple(Backend)
 _SIZE = (2 * len(Total) + len(Level)) * torch.int64.itemsize
 
 
@@ -92,6 +98,10 @@ class Tally:
     def level(self, level: Level, value: int) -> None:
         """Note a level."""
         self._numbers[2 * len(Total) + level] = value
+
+    def runs(self, backend: Backend) -> None:
+        """Note what runs the networks."""
+        self.level(Level.BACKEND, 1 + _BACKENDS.index(backend))
 
 
 class TallyReader:
@@ -152,3 +162,9 @@ class TallyReader:
     def level(self, level: Level) -> int:
         """A level, as the engine last wrote it."""
         return self._numbers[2 * len(Total) + level]
+
+    @property
+    def backend(self) -> Backend | None:
+        """What runs the networks; ``None`` if the engine has not said it."""
+        place = self.level(Level.BACKEND)
+        return _BACKENDS[place - 1] if 0 < place <= len(_BACKENDS) else None

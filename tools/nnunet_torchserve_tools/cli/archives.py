@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from ..errors import ToolError
 from ..model_folders import check_sources
+from ..openmp import let_threads_sleep
 from .arguments import MIB, backend_of, device_ids_of, folds_of, postprocessing_of, tolerance_of, validation_of
 from .command_line import app, reports_errors, say, warn, warnings_as_lines
 
@@ -166,6 +168,7 @@ def archive(
     if calibrate and not validate:
         say("it will be measured on the images that it is calibrated on, which flatters: --validate names others")
     say("packaging: loads PyTorch and nnU-Net, then reads the model, checks it and tries it on a small case")
+    let_threads_sleep(os.environ)
     from ..archive import make_archives
     from ..archive_request import ArchiveRequest
     from ..selection import Choice, selected
@@ -285,6 +288,7 @@ def validate_(
 
     Code of its owner that the archive brings along is run.
     """
+    let_threads_sleep(os.environ)
     from ..accuracy_gate import check, unseen
     from ..accuracy_table import lines
     from ..validate import validate

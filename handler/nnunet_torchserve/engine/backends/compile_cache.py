@@ -3,6 +3,9 @@
 It is in the runtime directory: one folder for each archive, device and library, shared by all engines and left where it
 is when they end. PyTorch would take ``/tmp``, and Triton the home directory. What is in there is run, so the folder is
 its user's alone.
+
+An archive that is gone, and a library that was replaced, leave a folder that nobody asks for again. So whoever asks for
+one removes those that were not asked for in a month, and the oldest ones if there are too many.
 """
 
 from __future__ import annotations
@@ -33,13 +36,20 @@ _LONGEST_WAIT_S = 150.0
 """For another process that compiles: an engine has 300 s to be ready, and eager must load in the rest."""
 
 _POLL_S = 0.2
+
+_UNUSED_S = 30 * 86400.0
+"""A folder that nobody has asked for in so long is removed."""
+
+_MOST_FOLDERS = 32
+"""Those that were asked for last are kept: more archives than a machine compiles for."""
+
 _LIBRARIES = ("torch", "triton")
 _PLACES = {"TORCHINDUCTOR_CACHE_DIR": "", "TRITON_CACHE_DIR": "triton"}
 """Variables that PyTorch and Triton read, and what they get of the folder."""
 
 
 def compile_cache(digest: str, device: torch.device) -> Path:
-    """The folder of an archive on a kind of device; it is made.
+    """The folder of an archive on a kind of device; it is made, and those that nobody uses any more are removed.
 
     Args:
         digest: of the archive.
@@ -51,11 +61,41 @@ def compile_cache(digest: str, device: torch.device) -> Path:
     what = "\n".join([digest, _kind(device), *(f"{name}={_version(name)}" for name in _LIBRARIES)])
     try:
         folder = private(private(private(runtime_dir()) / FOLDER) / hashlib.sha256(what.encode()).hexdigest()[:16])
-        (folder / _LOCK).touch(mode=0o600)
+        (folder / _LOCK).touch(mode=0o600)  # its time says when it was used last
     except OSError as error:
         msg = f"what torch.compile makes cannot be kept in {runtime_dir() / FOLDER}: {error.strerror}"
         raise BundleError(msg) from error
+    with suppress(OSError):  # others may be removing them
+        _remove_unused(folder)
     return folder
+
+
+def _remove_unused(used: Path) -> None:
+    """Remove the folders beside one that is used which nobody has asked for in a long time, and the oldest of many.
+
+    An engine that runs keeps what it has loaded, and one that compiles holds its folder's lock.
+    """
+    last_used = {each: _last_used(each) for each in used.parent.iterdir() if each != used}
+    latest_first = sorted(last_used, key=lambda each: -last_used[each])
+    for place, folder in enumerate(latest_first, start=1):
+        if place >= _MOST_FOLDERS or time.time() - last_used[folder] > _UNUSED_S:
+            _remove(folder)
+
+
+def _last_used(folder: Path) -> float:
+    """When somebody asked for it last, in seconds since the epoch."""
+    lock = folder / _LOCK
+    return (lock if lock.exists() else folder).stat().st_mtime
+
+
+def _remove(folder: Path) -> None:
+    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(BlockingIOError):  # somebody compiles
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 @contextmanager

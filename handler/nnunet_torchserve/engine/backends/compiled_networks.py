@@ -10,7 +10,7 @@ network with other weights, and are compiled once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +72,11 @@ class CompiledNetworks:
     def files(self) -> tuple[str, ...]:
         """None: it reads weights."""
         return self._eager.files
+
+    @property
+    def precisions(self) -> Mapping[str, int]:
+        """Nothing: they are eager's."""
+        return self._eager.precisions
 
     @property
     def modules(self) -> Collection[torch.nn.Module]:

@@ -7,7 +7,7 @@ which costs time and makes concurrent requests impossible.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -94,6 +94,11 @@ class EagerNetworks:
     def files(self) -> tuple[str, ...]:
         """None: it reads weights."""
         return ()
+
+    @property
+    def precisions(self) -> Mapping[str, int]:
+        """Nothing: what runs is what PyTorch was told to run."""
+        return {}
 
     @property
     def modules(self) -> Collection[torch.nn.Module]:

@@ -67,6 +67,14 @@ class FoldNetworks(Protocol):
     def files(self) -> tuple[str, ...]:
         """Files of the archive, beside those of the weights, that :meth:`load` reads."""
 
+    @property
+    def precisions(self) -> Mapping[str, int]:
+        """In which precisions all folds' layers run, where that is read from what was compiled; else nothing.
+
+        Returns:
+            The library's name of a precision -> how many convolutions and matrix products run in it.
+        """
+
     def forward(self, fold: FoldName, patches: torch.Tensor) -> torch.Tensor:
         """Logits of a batch of patches.
 

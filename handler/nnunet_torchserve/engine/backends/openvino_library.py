@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 
 from ...errors import BundleError
+from ...extras import how_to_install
 
 _TELEMETRY = "openvino_telemetry"
 
@@ -27,7 +28,7 @@ def openvino() -> ModuleType:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        msg = f"OpenVINO cannot be imported ({error}); in a clone of the project, pip install '.[openvino]'"
+        msg = f"OpenVINO cannot be imported ({error}); {how_to_install('openvino')}"
         raise BundleError(msg) from error
 
 

@@ -28,9 +28,9 @@ import numpy.typing as npt
 import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-from ...accuracy import INT8_NAMES, whole_layers
 from ...backend import Backend
 from ...errors import BundleError
+from ...layer_precisions import INT8_NAMES, whole_layers
 from ...machine import processor_flags
 from ...member import Member
 from ...options import FoldName
@@ -170,7 +170,7 @@ class OpenVinoNetworks:
             model = self._core.read_model(model=graph.xml, weights=graph.weights)
             model.reshape([self._batch, self.input_channels, *self.patch_size])
             compiled = self._core.compile_model(model, "CPU", settings_of(self.backend, torch.get_num_threads()))
-            runs_in, self._layers[fold] = computing_precisions(compiled), layer_precisions(compiled)
+            layers = self._layers[fold] = layer_precisions(compiled)
             request = compiled.create_infer_request()
         except RuntimeError as error:
             explained = _explained(error)
@@ -178,12 +178,12 @@ class OpenVinoNetworks:
                 raise explained from error
             msg = f"OpenVINO cannot compile the graph of fold {fold}: {reason_of(error)}"
             raise BundleError(msg) from error
-        asked = {_HINTS[self.backend]}
+        runs_in, asked = set(layers), {_HINTS[self.backend]}
         if runs_in != asked and not (self.backend is Backend.OPENVINO_INT8 and runs_in <= asked | INT8_NAMES):
             msg = f"OpenVINO computes fold {fold} in {', '.join(sorted(runs_in))} and not as {self.backend} on this CPU"
             raise BundleError(msg + _WANTS.get(self.backend, ""))
         if self.backend is Backend.OPENVINO_INT8:
-            _check_most_are_whole(fold, self._layers[fold])
+            _check_most_are_whole(fold, layers)
         return request
 
 
@@ -237,13 +237,8 @@ def graph_paths(folder: Path, fold: FoldName) -> tuple[Path, Path]:
     return folder / xml, folder / weights
 
 
-def computing_precisions(compiled: Any) -> set[str]:
-    """In which precisions a compiled model's convolutions and matrix products run, in OpenVINO's names."""
-    return set(layer_precisions(compiled))
-
-
 def layer_precisions(compiled: Any) -> Counter[str]:
-    """The same, with how many of them run in each."""
+    """OpenVINO's name of a precision -> how many of a compiled model's convolutions and matrix products run in it."""
     found: Counter[str] = Counter()
     for layer in compiled.get_runtime_model().get_ops():
         information = layer.get_rt_info()
