@@ -24,6 +24,7 @@ from nnunet_torchserve.errors import ServingError
 from nnunet_torchserve.limits import Limits
 from support.dicom_files import (
     ACQUISITIONS,
+    SEVERAL_FRAMES,
     change,
     enhanced,
     file_of,
@@ -99,7 +100,7 @@ def test_ct_mr_and_pet_are_read(modality: str) -> None:
     check(open_series(zip_of(series(VOXELS, AFFINE, modality))))
 
 
-@pytest.mark.parametrize("modality", ["enhanced CT", "enhanced MR"])
+@pytest.mark.parametrize("modality", SEVERAL_FRAMES)
 def test_enhanced_objects_are_read_raw_and_in_a_zip(modality: str) -> None:
     body = file_of(enhanced(VOXELS, AFFINE, modality, FrameOfReferenceUID=None))
     check(open_series(body))
@@ -124,7 +125,7 @@ def test_highdicom_finds_the_same_values_in_the_same_places(name: str) -> None:
     check_places(theirs, open_series(zip_of(images)))
 
 
-@pytest.mark.parametrize("modality", ["enhanced CT", "enhanced MR"])
+@pytest.mark.parametrize("modality", SEVERAL_FRAMES)
 def test_highdicom_finds_the_same_in_an_enhanced_object(modality: str) -> None:
     slopes = [(1.0, -1024.0), (0.7324218, 13.5), (2.5, 0.0), (1e-3, -7.25), (3.0, 1.0)]
     body = file_of(enhanced(VOXELS, AFFINE, modality, order=[3, 1, 0, 4, 2], rescale=slopes.__getitem__))

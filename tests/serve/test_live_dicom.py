@@ -145,7 +145,7 @@ def test_nothing_of_the_patient_is_left_anywhere(live: LiveServer) -> None:
     metrics = f"{live.server.metrics_url}/metrics"
     seen.append(httpx.get(metrics, timeout=300, trust_env=False).content)
     assert live.logs(answers[-1].headers["x-nnunet-request-id"])
-    folders = (Path(live.server.log_dir), live.state_dir)
+    folders = (Path(live.server.log_dir), live.state_dir, Path(live.server.temp_dir))
     files = {file for folder in folders for file in folder.rglob("*") if file.is_file() and file.suffix != ".mar"}
     assert files
     seen += [file.read_bytes() for file in files]

@@ -21,8 +21,12 @@ from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
+    EnhancedPETImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    LegacyConvertedEnhancedPETImageStorage,
     MRImageStorage,
     PositronEmissionTomographyImageStorage,
     generate_uid,
@@ -43,7 +47,13 @@ CLASSES = {
     "PT": PositronEmissionTomographyImageStorage,
     "enhanced CT": EnhancedCTImageStorage,
     "enhanced MR": EnhancedMRImageStorage,
+    "enhanced PT": EnhancedPETImageStorage,
+    "converted CT": LegacyConvertedEnhancedCTImageStorage,
+    "converted MR": LegacyConvertedEnhancedMRImageStorage,
+    "converted PT": LegacyConvertedEnhancedPETImageStorage,
 }
+SEVERAL_FRAMES = tuple(CLASSES)[3:]
+"""Those of :data:`CLASSES` whose objects hold a frame for each slice."""
 
 
 @dataclass(frozen=True)
