@@ -30,7 +30,8 @@ from nnunet_torchserve_tools.errors import ToolError
 from support import stock
 
 STOCK = "stock, loaded"
-CLIENTS, WORKERS = 8, 3
+CLIENTS, WORKERS = 8, 4
+"""TorchServe lets two requests wait for each worker, so that all clients' may wait: more of them would get 503."""
 
 
 @dataclass(frozen=True, slots=True)
