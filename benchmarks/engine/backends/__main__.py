@@ -38,7 +38,7 @@ from benchmarks.engine.backends import models
 from benchmarks.engine.backends.archives import Archives, Trained, accuracy_of
 from benchmarks.engine.backends.cold_start import measure_cold_start
 from benchmarks.engine.backends.networks import NETWORKS, Untrained, measure_patch
-from benchmarks.engine.backends.peak import peaks
+from benchmarks.engine.backends.peak import peaks, shares
 from benchmarks.engine.backends.requests import Servers, measure_mixture, measure_request, servers_of
 from benchmarks.engine.backends.targets import targets_of
 from benchmarks.engine.backends.turns import Turns
@@ -111,19 +111,22 @@ class Run:
 
     def patches(self) -> None:
         """Each network and size, each written at once."""
-        kept = self.parts.get(Part.PATCHES, {}) if self.resume else {}
-        if "peaks" not in kept:
+        found: dict[str, Any] = {"networks": {}}
+        found |= self.parts.get(Part.PATCHES, {}) if self.resume else {}
+        if "peaks" not in found:
             self.quiet()
-        found: dict[str, Any] = kept if "peaks" in kept else {"peaks": peaks(), "networks": {}}
+            found["peaks"] = peaks()
+            for measured in found["networks"].values():
+                measured["share_of_peak"] = shares(measured, found["peaks"])
+            self.put(Part.PATCHES, found)
         for kind in NETWORKS:
             for size in self.sizes:
                 network = Untrained(kind, size)
                 if str(network) in found["networks"]:
                     continue
                 with tempfile.TemporaryDirectory(dir=self.scratch) as place:
-                    turns = self.turns(_PATCH_BUDGET_S)
-                    measured = measure_patch(network, self.backends, found["peaks"], turns, Path(place))
-                found["networks"][str(network)] = measured
+                    measured = measure_patch(network, self.backends, self.turns(_PATCH_BUDGET_S), Path(place))
+                found["networks"][str(network)] = measured | {"share_of_peak": shares(measured, found["peaks"])}
                 self.put(Part.PATCHES, found)
                 print(f"  {network}: {_told(measured['times_sooner'])}", flush=True)
 

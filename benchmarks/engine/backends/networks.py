@@ -8,7 +8,7 @@ part. int8 is calibrated on the noise that it is run on.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.engine.backends.peak import TYPES
 from benchmarks.engine.backends.turns import Turns, compared
 from benchmarks.harness.material import FOLD
 from benchmarks.models import untrained_networks
@@ -73,9 +72,7 @@ def staged(model: Path, stage: Path) -> Member:
 
 
 @torch.inference_mode()
-def measure_patch(
-    network: Untrained, backends: Sequence[Backend], peaks: Mapping[str, float], turns: Turns, scratch: Path
-) -> dict[str, Any]:
+def measure_patch(network: Untrained, backends: Sequence[Backend], turns: Turns, scratch: Path) -> dict[str, Any]:
     """One patch of a network by eager and by all backends that this machine runs."""
     member = staged(network.write(scratch), scratch / "stage")
     eager = EagerNetworks(member, CPU)
@@ -104,9 +101,6 @@ def measure_patch(
         "flops": flops,
         "rounds": len(seconds[Backend.EAGER]),
         "patches_per_second": per_second,
-        "share_of_peak": {
-            name: round(flops * rate / peaks[TYPES[Backend(name)]], 3) for name, rate in per_second.items()
-        },
         "made_in_seconds": made_s,
         "layers": {str(each): dict(networks.precisions) for each, networks in loaded.items()},
         "not_run": not_run,
