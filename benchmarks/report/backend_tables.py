@@ -33,10 +33,8 @@ def backend_patches() -> str:
         "of the processor's peak", "layers in int8",
     )  # fmt: skip
     peaks = ", ".join(f"{kind} {rate / 1e9:,.0f}" for kind, rate in _part("patches")["peaks"].items())
-    notes = (
-        "Peak: a product of two matrices of 4096 × 4096, by PyTorch or OpenVINO, whichever is faster, in 10⁹ operations "
-        f"a second: {peaks}."
-    )
+    product = "a product of two matrices of 4096 × 4096, by PyTorch or OpenVINO, whichever is faster"
+    notes = f"Peak: {product}, in 10⁹ operations a second: {peaks}."
     return f"{table(head, rows)}\n\n{notes}\n\n{source('backends')}"
 
 
