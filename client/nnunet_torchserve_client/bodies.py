@@ -65,7 +65,11 @@ class FileBody:
         except OSError as error:
             raise _unreadable(self._path, error) from error
         if not is_file or not found.st_size:
-            msg = f"{self._path} is empty" if is_file else f"{self._path} is no file"
+            msg = (
+                f"{self._path} is empty"
+                if is_file
+                else f"{self._path} is no file; a DICOM series is sent as a zip of it"
+            )
             raise UnreadableFile(msg)
         self.length = self.image_bytes = found.st_size
 

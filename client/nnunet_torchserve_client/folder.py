@@ -39,6 +39,8 @@ _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR)
 """The folder has gone, which is that of all cases here."""
 
 _NO_ENDING = "without an ending"
+_MOST_ENDINGS = 5  # of DICOM files that are named by UIDs each has another one
+_DICOM_ENDINGS = (".dcm", ".ima", ".zip")
 
 
 def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFiles], int]:
@@ -61,7 +63,10 @@ def cases_of(call: FolderCall, description: Description) -> tuple[list[ImageFile
         msg = f"{call.source} has no file that ends in {ending}, as the images of {description.model.dataset} do"
         others = Counter("".join(file.suffixes[-2:]) for file in Path(call.source).iterdir() if file.is_file())
         if others:
-            msg += f"; it has {', '.join(f'{count} {name or _NO_ENDING}' for name, count in others.items())}"
+            named = [f"{count} {name or _NO_ENDING}" for name, count in others.most_common(_MOST_ENDINGS)]
+            msg += f"; it has {', '.join(named)}{', …' if len(others) > _MOST_ENDINGS else ''}"
+        if any(name.lower().endswith(_DICOM_ENDINGS) for name in others):
+            msg += "; a DICOM series is sent as a zip of it, by curl or the plain client"
         raise WrongUse(msg)
     return wanted_of(
         with_previous_stage(files, call.previous_stage, description),

@@ -161,7 +161,7 @@ class Options(BaseModel):
     spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     origin: tuple[float, ...] | None = None
     direction: tuple[float, ...] | None = None
-    series_uid: tuple[SeriesUid, ...] | None = None
+    series_uid: Annotated[tuple[SeriesUid, ...], Field(min_length=1)] | None = None
     priority: Priority = Priority.INTERACTIVE
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     stream: bool = False

@@ -114,6 +114,10 @@ def test_what_is_no_image(image: Any) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    for path, reason in ((tmp_path, "no file"), (tmp_path / "empty", "empty"), (tmp_path / "none", "No such file")):
+    for path, reason in (
+        (tmp_path, "no file; a DICOM series is sent as a zip"),
+        (tmp_path / "empty", "empty"),
+        (tmp_path / "none", "No such file"),
+    ):
         with pytest.raises(errors.UnreadableFile, match=reason):
             body_of(path)

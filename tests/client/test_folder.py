@@ -302,6 +302,11 @@ def test_wrong_folders(call: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "slices" / "a_0000.nrrd").touch()
     with pytest.raises(UsageError, match=r"no file that ends in .nii.gz.*it has 1 .nrrd"):
         call(source=tmp_path / "slices")
+    (tmp_path / "dicom").mkdir()
+    for number in range(10):
+        (tmp_path / "dicom" / f"1.2.{number}.dcm").touch()
+    with pytest.raises(UsageError, match=r"it has 1 [^,]*(, 1 [^,]*){4}, …; a DICOM series is sent as a zip"):
+        call(source=tmp_path / "dicom")
     assert not (tmp_path / "out").exists()
 
 

@@ -34,6 +34,7 @@ def test_output_format_is_one_that_exists() -> None:
     "text",
     [
         '{"folds": []}',
+        '{"series_uid": []}',
         '{"folds": [0, 0]}',
         '{"folds": true}',
         '{"folds": "two"}',

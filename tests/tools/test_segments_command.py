@@ -29,7 +29,16 @@ def dataset(folder: Path, *names: str) -> Path:
 
 
 def test_a_concept_of_the_standard_is_proposed_with_its_side(tmp_path: Path) -> None:
-    names = ("kidney_right", "LeftKidney", "upper lobe of lung left", "vertebrae_L1", "tumour", "liver")
+    names = (
+        "kidney_right",
+        "LeftKidney",
+        "upper lobe of lung left",
+        "vertebrae_L1",
+        "tumour",
+        "liver",
+        "grey_matter",
+        "oesophagus",
+    )
     found = propose(dataset(tmp_path, *names))
     assert found.unknown == []
     said = {
@@ -42,6 +51,8 @@ def test_a_concept_of_the_standard_is_proposed_with_its_side(tmp_path: Path) -> 
         "vertebrae_L1": ("L1 vertebra", None),
         "tumour": ("Neoplasm", None),
         "liver": ("Liver", None),
+        "grey_matter": ("Gray Matter", None),
+        "oesophagus": ("Esophagus", None),
     }
     assert found.codes["liver"].type.value == "10200004"
     assert found.codes["liver"].category.meaning == "Anatomical Structure"

@@ -295,7 +295,7 @@ def _read_codes(file: Path | None, model: TrainedModel) -> bytes | None:
         return None
     content, missing = checked_segments(file, structures_of(model.dataset))
     if missing:
-        msg = f"{', '.join(missing)} have no codes: in a DICOM segmentation they are tissue, with their names"
+        msg = f"without codes: {', '.join(missing)}; in a DICOM segmentation each of these is tissue, with its name"
         warnings.warn(msg, ModelWarning, stacklevel=3)
     return content
 

@@ -124,13 +124,13 @@ def calibration_patches(
         left = MOST_PATCHES - min(map(len, engine.taken.values()))
         engine.wanted = -(-left // (len(cases) - number))
         _ask(pipeline, case)
-    tell(f"calibrated on {_counted(engine.taken)} of {len(cases)} {'image' if len(cases) == 1 else 'images'}")
     if too_few := {name: found for name, found in engine.taken.items() if len(found) < LEAST_PATCHES}:
         msg = (
             f"int8 is calibrated on at least {LEAST_PATCHES} patches, and the images of --calibrate have "
             f"{_counted(too_few)}: name more images, or larger ones"
         )
         raise UsageError(msg)
+    tell(f"calibrated on {_counted(engine.taken)} of {len(cases)} {'image' if len(cases) == 1 else 'images'}")
     return {name: np.stack([patch[None].numpy() for patch in found]) for name, found in engine.taken.items()}
 
 

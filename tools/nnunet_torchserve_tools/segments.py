@@ -32,7 +32,15 @@ _CONTEXTS = {
 """Context group -> the category (CID 7150) of its concepts."""
 
 _SIDES = {"left": "Left", "right": "Right"}
-_SAME_WORDS = {"vertebrae": "vertebra", "tumor": "neoplasm", "tumour": "neoplasm", "oedema": "edema"}
+_SAME_WORDS = {
+    "vertebrae": "vertebra",
+    "tumor": "neoplasm",
+    "tumour": "neoplasm",
+    "grey": "gray",
+    "haemorrhage": "hemorrhage",
+    "oedema": "edema",
+    "oesophagus": "esophagus",
+}
 """Other forms and spellings of words in the concepts."""
 
 _SAYS_NOTHING = frozenset({"of", "the", "structure"})

@@ -211,10 +211,14 @@ def _check_without_class(found: Walk) -> None:
 
 def _no_images(ignored: int, dicom: int) -> UnknownFormat | DicomRefused:
     if dicom:
-        msg = f"none of {dicom} DICOM files is an image of CT, MR or PET; {ignored - dicom} other files lay beside them"
+        beside = f"; {ignored - dicom} other files lay beside them" if ignored > dicom else ""
+        msg = f"none of {dicom} DICOM files is an image of CT, MR or PET{beside}; send the series of images"
         return DicomRefused(DicomReason.NO_IMAGES, msg)
-    msg = f"none of the {ignored} files in the archive is DICOM, and it is no .npz; send a DICOM series, the .npz that "
-    return UnknownFormat(f"{msg}numpy.savez writes, or unpack it and send the image")
+    msg = (
+        f"no DICOM file among the {ignored} that came (archives in archives are not opened), and no .npz; send a DICOM "
+        "series, the .npz that numpy.savez writes, or unpack the archive and send the image"
+    )
+    return UnknownFormat(msg)
 
 
 def _chosen(found: Sequence[ImageHeader], uid: str | None) -> Sequence[ImageHeader]:
