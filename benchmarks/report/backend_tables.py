@@ -34,7 +34,7 @@ def backend_patches() -> str:
     )  # fmt: skip
     peaks = ", ".join(f"{kind} {rate / 1e9:,.0f}" for kind, rate in _part("patches")["peaks"].items())
     product = "a product of two matrices of 4096 × 4096, by PyTorch or OpenVINO, whichever is faster"
-    notes = f"Peak: {product}, in 10⁹ operations a second: {peaks}."
+    notes = f"Peak: {product}, in 10⁹ operations a second: {peaks}. Convolutions can be somewhat faster."
     return f"{table(head, rows)}\n\n{notes}\n\n{source('backends')}"
 
 
