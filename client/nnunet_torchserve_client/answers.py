@@ -71,7 +71,8 @@ class Answer:
     def measured_dice(self) -> float | None:
         """The mean Dice of that backend's answers to nnU-Net's own, where the model's owner has measured it.
 
-        Of such answers as this one, not of this one.
+        Of such answers as this one, not of this one. It flatters where the header ``x-nnunet-backend`` says
+        ``images=calibration`` or ``images=partly-calibration``.
         """
         found = _DICE.search(self._backend[1])
         return None if found is None else float(found[1])

@@ -187,6 +187,7 @@ def test_a_damaged_zip_is_a_bad_answer(place: int, values: bytes) -> None:
         ("eager", None, None),
         ("openvino:float32", "openvino:float32", None),
         ("openvino:bf16; dice=0.9989", "openvino:bf16", 0.9989),
+        ("openvino:int8; dice=0.9989; images=calibration", "openvino:int8", 0.9989),
         ("openvino:bf16; dice=many", "openvino:bf16", None),
         ("eager, openvino:float32", "eager, openvino:float32", None),
     ],

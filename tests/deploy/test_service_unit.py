@@ -88,6 +88,16 @@ def test_a_stop_has_the_time_that_it_may_take_and_one_process_is_told(
     assert "KillSignal" not in service
 
 
+def test_gpus_stay_within_reach(service: configparser.SectionProxy) -> None:
+    """One device that is allowed shuts all others out, and before systemd 253 ``ProtectClock`` allows one."""
+    assert not {"PrivateDevices", "ProtectClock", "DevicePolicy", "DeviceAllow"} & set(service)
+
+
+def test_one_process_that_is_killed_for_its_memory_stops_no_other(service: configparser.SectionProxy) -> None:
+    """systemd's default stops the service; the server replaces an engine or a worker itself (tests/chaos)."""
+    assert service["OOMPolicy"] == "continue"
+
+
 def test_what_a_restart_cannot_mend_is_not_restarted(service: configparser.SectionProxy) -> None:
     """The exit codes of docs/operations.md: wrong usage, and a stop that somebody asked for."""
     assert service["Restart"] == "on-failure"

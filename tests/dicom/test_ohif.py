@@ -5,6 +5,8 @@ Long, for node and 100 MB of packages: ``test_segmentation.py`` reads the same o
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ import pytest
 from nnunet_torchserve.codecs import DicomSource
 from nnunet_torchserve.options import SegType
 from nnunet_torchserve.painting import read_painting
+from support import volumes
 from support.dicom_files import ACQUISITIONS, enhanced, file_of, files_of, series, zipped
 from support.ohif import Segment, Way, by_ohif, run_reader
 from support.segmentations import voxels_at
 from support.written_segmentations import segmentation_of, source_of
 
 pytestmark = pytest.mark.long
+
+INSTALL = Path(__file__).with_name("install_tools.sh")
 
 SHAPE = (5, 6, 8)
 """z, y, x; 48 pixels are whole bytes of bits: see :func:`test_binary_frames_that_are_no_whole_bytes`."""
@@ -100,6 +105,18 @@ def test_an_empty_mask_is_shown_as_such(kind: SegType, tmp_path: Path) -> None:
     found = by_ohif(axial(), body, Way.REFERENCE, tmp_path)
     check(found, source, {})
     assert set(NAMES) <= set(found)
+
+
+@pytest.mark.parametrize("version", ["v18.20.4", "nothing of the kind"])
+def test_the_reader_is_not_installed_for_a_node_that_is_too_old(version: str, tmp_path: Path) -> None:
+    script = volumes.write(tmp_path / "tests" / "dicom", INSTALL.name, INSTALL.read_bytes())
+    for program, said in {"node": version, "npm": "would install"}.items():
+        volumes.write(tmp_path / "bin", program, f"#!/bin/sh\necho {said}\n".encode()).chmod(0o755)
+    search = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", script], env={"PATH": search}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "node 20 or later is not installed" in done.stderr
+    assert not (tmp_path / ".tools").exists()
 
 
 # --- what this reader cannot do, as docs/dicom.md says; a version that can is a reason to change the page -------------

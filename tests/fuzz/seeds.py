@@ -11,6 +11,7 @@ import bz2
 import gzip
 import io
 import json
+import random
 import re
 import struct
 import tempfile
@@ -171,13 +172,26 @@ def _dicom_bombs(zeros: bytes) -> dict[str, bytes]:
     }
 
 
-def dicom_lies() -> Iterator[tuple[str, bytes]]:
-    """``what`` -> a series in which four bytes somewhere say something else: every length and offset is among them."""
-    for name, body in _images().items():
-        if name.startswith("dicom/"):
-            for at in range(128 if body[128:132] == b"DICM" else 0, len(body) - 3):
-                for value in (b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"7777"):
-                    yield f"{name} at {at}: {value.hex()}", body[:at] + value + body[at + 4 :]
+_LIES = (b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"7777")
+
+
+def dicom_lies(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """``what`` -> a series in which four bytes somewhere say something else: every length and offset may be drawn.
+
+    Args:
+        count: how many of all that there are; all of them are 2 GB, and one after another is made.
+        seed: of the draw.
+    """
+    series = {name: body for name, body in _images().items() if name.startswith("dicom/")}
+    places = [
+        (name, at)
+        for name, body in series.items()
+        for at in range(128 if body[128:132] == b"DICM" else 0, len(body) - 3)
+    ]
+    for drawn in random.Random(seed).sample(range(len(places) * len(_LIES)), count):
+        (name, at), lie = places[drawn // len(_LIES)], _LIES[drawn % len(_LIES)]
+        body = series[name]
+        yield f"{name} at {at}: {lie.hex()}", body[:at] + lie + body[at + 4 :]
 
 
 def _zip_of(name: str, declared: bytes, *, deflated_of: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import time
 import zipfile
 from functools import partial
@@ -19,7 +20,7 @@ from nnunet_torchserve.bundle import ModelBundle
 from nnunet_torchserve.cases import Settings
 from nnunet_torchserve.engine import golden
 from nnunet_torchserve.engine.backends import compile_cache as compile_cache_module
-from nnunet_torchserve.engine.backends.compile_cache import FOLDER, compile_cache, compiling
+from nnunet_torchserve.engine.backends.compile_cache import FOLDER, compile_cache, compiling, hold
 from nnunet_torchserve.engine.golden import check_golden, load_networks_or_eager, read_golden
 from nnunet_torchserve.engine.local import LocalEngine
 from nnunet_torchserve.engine.network import Networks, probe_batch, seconds_per_patch
@@ -202,6 +203,50 @@ def test_of_many_archives_those_that_were_served_last_are_kept(runtime: Path, mo
     assert set(used.parent.iterdir()) == {used, latest, older}
     assert compile_cache("c" * 64, CPU) == oldest
     assert set(used.parent.iterdir()) == {oldest, used, latest}
+
+
+@pytest.mark.usefixtures("traced")
+def test_what_loaded_networks_were_compiled_for_is_kept_however_old_it_is(bundle: ModelBundle, runtime: Path) -> None:
+    """An engine may run for months; the one that follows it must not compile for minutes."""
+    networks = Networks(bundle, CPU, COMPILED)
+    folder = compile_cache(bundle.digest, CPU)
+    with pytest.raises(OSError, match="full"), compiling(folder):  # of another one, which leaves nothing that it made
+        raise OSError(errno.ENOSPC, "full")
+    os.utime(folder / "lock", (0, 0))
+    other = compile_cache("d" * 64, CPU)
+    assert networks.loaded
+    assert set(other.parent.iterdir()) == {folder, other}
+
+
+def test_a_folder_that_is_held_is_kept_until_it_is_not(runtime: Path) -> None:
+    [folder] = kept_for(a=31)
+    held = hold(folder)
+    used = compile_cache("d" * 64, CPU)
+    assert set(used.parent.iterdir()) == {folder, used}
+    os.close(held)
+    compile_cache("d" * 64, CPU)
+    assert set(used.parent.iterdir()) == {used}
+
+
+def test_only_folders_are_removed_and_nothing_that_a_link_leads_to(runtime: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    [gone] = kept_for(f=99)
+    link, file = gone.parent / "0_link", gone.parent / "0_file"
+    link.symlink_to(elsewhere)
+    file.touch()
+    for each in (file, elsewhere):
+        os.utime(each, (0, 0))
+    used = compile_cache("d" * 64, CPU)
+    assert set(used.parent.iterdir()) == {used, link, file}
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_folder_that_was_removed_before_its_engine_began_to_compile_is_made_again(runtime: Path) -> None:
+    folder = compile_cache("2" * 64, CPU)
+    shutil.rmtree(folder)
+    with compiling(folder):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_an_engine_waits_only_so_long_for_another_that_compiles(runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:

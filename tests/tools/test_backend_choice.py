@@ -16,6 +16,7 @@ from nnunet_torchserve.engine.backends.eager import EagerNetworks
 from nnunet_torchserve_tools.archive import make_archives
 from nnunet_torchserve_tools.archive_request import ArchiveRequest
 from nnunet_torchserve_tools.cli import app
+from nnunet_torchserve_tools.compiler import why_not_compiled
 from nnunet_torchserve_tools.errors import ToolError
 from nnunet_torchserve_tools.graphs import REQUIRES, write_graphs
 from nnunet_torchserve_tools.model_store import find_archives, missed_backend
@@ -59,6 +60,12 @@ def test_compiled_without_a_compiler_is_told_before_anything_starts(
     assert not (tmp_path / "store").exists()
     volumes.write(tmp_path, "ccache", b"#!/bin/sh").chmod(0o755)
     assert missed_backend(plain, Backend.COMPILED, 0) is None
+
+
+@pytest.mark.parametrize("named", ["", " ", "g++ '-O3"], ids=["empty", "blank", "a quotation without end"])
+def test_a_compiler_that_pytorch_cannot_run_either_is_none(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert "there is no C++ compiler" in (why_not_compiled() or "")
 
 
 class Odd(torch.nn.Module):

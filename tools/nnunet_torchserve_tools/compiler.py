@@ -17,11 +17,15 @@ _VARIABLE, _DEFAULT = "CXX", "g++"
 
 def why_not_compiled() -> str | None:
     """What ``torch.compile`` lacks here, and what to do; ``None`` if it has a C++ compiler."""
-    command = shlex.split(os.environ.get(_VARIABLE, _DEFAULT)) or [_DEFAULT]
+    named = os.environ.get(_VARIABLE, _DEFAULT)
+    try:
+        program = (shlex.split(named) or [""])[0]
+    except ValueError:  # a quotation without end
+        program = named
     search = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]  # as workers have it
-    if shutil.which(command[0], path=os.pathsep.join(search)):
+    if shutil.which(program, path=os.pathsep.join(search)):
         return None
     return (
-        f"there is no C++ compiler {command[0]!r} on this machine, which torch.compile runs; install one (on Debian "
+        f"there is no C++ compiler {program!r} on this machine, which torch.compile runs; install one (on Debian "
         f"'apt-get install g++'), or name yours in {_VARIABLE}"
     )

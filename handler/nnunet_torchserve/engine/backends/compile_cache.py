@@ -5,7 +5,8 @@ is when they end. PyTorch would take ``/tmp``, and Triton the home directory. Wh
 its user's alone.
 
 An archive that is gone, and a library that was replaced, leave a folder that nobody asks for again. So whoever asks for
-one removes those that were not asked for in a month, and the oldest ones if there are too many.
+one removes those that were not asked for in a month, and the oldest ones if there are too many. One that networks hold
+stays: the engine that follows theirs, should it die, is to find it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,6 +32,10 @@ FOLDER = "compiled"
 """Of the runtime directory."""
 
 _LOCK = "lock"
+"""Held by the process that compiles; its time says when the folder was asked for last."""
+
+_IN_USE = "in_use"
+"""Held by all whose networks are loaded."""
 
 _LONGEST_WAIT_S = 150.0
 """For another process that compiles: an engine has 300 s to be ready, and eager must load in the rest."""
@@ -61,7 +66,7 @@ def compile_cache(digest: str, device: torch.device) -> Path:
     what = "\n".join([digest, _kind(device), *(f"{name}={_version(name)}" for name in _LIBRARIES)])
     try:
         folder = private(private(private(runtime_dir()) / FOLDER) / hashlib.sha256(what.encode()).hexdigest()[:16])
-        (folder / _LOCK).touch(mode=0o600)  # its time says when it was used last
+        (folder / _LOCK).touch(mode=0o600)
     except OSError as error:
         msg = f"what torch.compile makes cannot be kept in {runtime_dir() / FOLDER}: {error.strerror}"
         raise BundleError(msg) from error
@@ -70,16 +75,32 @@ def compile_cache(digest: str, device: torch.device) -> Path:
     return folder
 
 
-def _remove_unused(used: Path) -> None:
-    """Remove the folders beside one that is used which nobody has asked for in a long time, and the oldest of many.
+def hold(folder: Path) -> int:
+    """Keep the folder from being removed.
 
-    An engine that runs keeps what it has loaded, and one that compiles holds its folder's lock.
+    Returns:
+        A descriptor: to be closed when the folder is not needed any more; the end of the process closes it too.
+
+    Raises:
+        OSError: there is none, or it cannot be written to.
     """
-    last_used = {each: _last_used(each) for each in used.parent.iterdir() if each != used}
+    held = _opened(folder / _IN_USE)
+    try:
+        fcntl.flock(held, fcntl.LOCK_SH)
+    except BaseException:
+        os.close(held)
+        raise
+    return held
+
+
+def _remove_unused(used: Path) -> None:
+    """Remove the folders beside one that is used which nobody has asked for in a long time, and the oldest of many."""
+    others = [each for each in used.parent.iterdir() if each != used and each.is_dir() and not each.is_symlink()]
+    last_used = {each: _last_used(each) for each in others}
     latest_first = sorted(last_used, key=lambda each: -last_used[each])
     for place, folder in enumerate(latest_first, start=1):
         if place >= _MOST_FOLDERS or time.time() - last_used[folder] > _UNUSED_S:
-            _remove(folder)
+            _remove(folder, last_used[folder])
 
 
 def _last_used(folder: Path) -> float:
@@ -88,14 +109,21 @@ def _last_used(folder: Path) -> float:
     return (lock if lock.exists() else folder).stat().st_mtime
 
 
-def _remove(folder: Path) -> None:
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        with suppress(BlockingIOError):  # somebody compiles
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
+def _remove(folder: Path, last_used: float) -> None:
+    """Unless somebody compiles, has it in use, or has asked for it meanwhile."""
+    with ExitStack() as opened, suppress(BlockingIOError):
+        if _last_used(folder) != last_used:
+            return
+        for name in (_LOCK, _IN_USE):
+            descriptor = _opened(folder / name)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _opened(file: Path) -> int:
+    """A file to be locked; it is made."""
+    return os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 @contextmanager
@@ -109,7 +137,7 @@ def compiling(folder: Path) -> Iterator[None]:
         BundleError: another process compiles for too long.
         OSError: the folder's lock cannot be taken.
     """
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = _opened(private(folder) / _LOCK)  # where many start at once, one that is not compiled into yet may be gone
     try:
         _wait_for(lock)
         os.environ.update({name: str(folder / part) for name, part in _PLACES.items()})
@@ -148,7 +176,7 @@ def _empty(folder: Path) -> None:
     for each in folder.iterdir():
         if each.is_dir():
             shutil.rmtree(each, ignore_errors=True)
-        elif each.name != _LOCK:
+        elif each.name not in (_LOCK, _IN_USE):
             each.unlink(missing_ok=True)
 
 

@@ -10,6 +10,8 @@ network with other weights, and are compiled once.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from ...backend import Backend
 from ...errors import BundleError
 from ...options import FoldName
-from .compile_cache import compiling
+from .compile_cache import compiling, hold
 from .cuda_graph import CapturedPasses, Pass
 from .eager import EagerNetworks
 from .interface import Weights
@@ -146,6 +148,7 @@ class CompiledNetworks:
             place = self._place()
             for fold in self.folds:
                 self._pass(fold, place)
+            weakref.finalize(self, os.close, hold(self._cache))
 
     @torch.inference_mode()
     def _capture(self) -> None:
