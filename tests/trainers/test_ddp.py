@@ -17,6 +17,9 @@ from support.distilling import doubtful, teach
 from support.training import Home, at_home
 
 RANKS = 2
+LONGEST_S = 900.0
+"""A few times what both take on two busy cores; far less than gloo waits for a process that is gone."""
+
 Seen = dict[str, Any]
 
 # The processes load everything anew. In less time, tests of the steps in a single process guard them.
@@ -47,7 +50,11 @@ def ranks(folder: Path) -> list[dict[str, Seen]]:
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command in commands
     ]
-    said = [each.communicate()[0] for each in running]
+    try:
+        said = [each.communicate(timeout=LONGEST_S)[0] for each in running]
+    finally:  # if one dies, the other waits for it
+        for each in running:
+            each.kill()
     assert [each.returncode for each in running] == [0] * RANKS, "\n".join(text[-3000:] for text in said)
     return [torch.load(f"{output}.{rank}", weights_only=False) for rank in range(RANKS)]
 
