@@ -9,7 +9,7 @@ BENCHMARKS ?= request.command request.overhead request.whole_request request.rec
 	stages.preprocess stages.export stages.postprocess stages.dicom stages.dicom_seg load.throughput load.fairness load.priority \
 	load.memory load.reuse load.service load.stopping \
 	client.folder client.footprint client.outage client.transfer engine.gap engine.engine_memory engine.idle engine.backends \
-	training.region_loader training.distill
+	training.region_loader
 MODEL ?= demo/model/Dataset811_BrainTissueDemo/nnUNetTrainer__nnUNetPlans__3d_fullres
 
 # pip's own words are shown if it fails, all of them, and not otherwise.

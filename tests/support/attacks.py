@@ -702,8 +702,14 @@ def _npz_lies(placed: Mapping[str, object]) -> Iterator[_Row]:
     wrong_sum[300] ^= 1
     yield "npz with a wrong checksum", request(bytes(wrong_sum)), MALFORMED
     yield "npz with bytes in front", request(b"PK\3\4" + MARKER.encode() + npz()), ANSWERED
-    comment = npz()[:-2] + struct.pack("<H", len(MARKER)) + MARKER.encode()
-    yield "npz with a comment", request(comment), MALFORMED
+    for said, size, expected in (
+        ("with a comment", 0, ANSWERED),
+        ("whose comment is longer than it says", -1, MALFORMED),
+    ):
+        comment = npz()[:-2] + struct.pack("<H", len(MARKER) + size) + MARKER.encode()
+        yield f"npz {said}", request(comment), expected
+    cut_off = npz()[:-2] + struct.pack("<H", len(MARKER) + 1) + MARKER.encode()
+    yield "npz whose comment is cut off", request(cut_off), MALFORMED
     yield "npz with a place, and a place in the options", request(npz(), options=placed), BAD_OPTION
 
 
