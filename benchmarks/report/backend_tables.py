@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.report.results import load, median_and_quartiles, percent, seconds, shape, source, table, times
 from nnunet_torchserve.backend import Backend
+from nnunet_torchserve.layer_precisions import whole_layers
 
 _STOCK = "stock, loaded"
 
@@ -39,8 +40,8 @@ def backend_patches() -> str:
 
 
 def _int8_layers(layers: Mapping[str, int] | None) -> str:
-    whole = sum(count for name, count in (layers or {}).items() if name in {"u8", "i8"})
-    return f"{whole} of {sum((layers or {}).values())}" if whole else ""
+    whole, computing = whole_layers(layers or {})
+    return f"{whole} of {computing}" if whole else ""
 
 
 def backend_requests() -> str:

@@ -21,8 +21,8 @@ from nnunet_torchserve.painting import read_painting
 from support import volumes
 from support.dicom_files import ACQUISITIONS, enhanced, file_of, files_of, series, zipped
 from support.ohif import Segment, Way, by_ohif, run_reader
-from support.segmentations import voxels_at
-from support.written_segmentations import segmentation_of, source_of
+from support.segmentations import voxels_at, voxels_of
+from support.written_segmentations import label_map, segmentation_of, source_of
 
 pytestmark = pytest.mark.long
 
@@ -35,16 +35,7 @@ SPACING = (0.7, 0.9, 2.5)
 NAMES = {1: "liver", 2: "spleen", 3: "not there"}
 
 
-def label_map() -> npt.NDArray[np.uint8]:
-    """Two structures with no symmetry, (z, y, x); a third is not there."""
-    labels = np.zeros(SHAPE, np.uint8)
-    labels[1:4, 2:4, 3:6] = 1
-    labels[3, 1, 0:5] = 1
-    labels[2, 0:2, 1:4] = 2
-    return labels
-
-
-LABELS = label_map()
+LABELS = label_map(SHAPE)
 
 
 def check(found: Mapping[int, Segment], source: DicomSource, masks: Mapping[int, npt.NDArray[np.bool_]]) -> None:
@@ -52,7 +43,7 @@ def check(found: Mapping[int, Segment], source: DicomSource, masks: Mapping[int,
     assert set(masks) <= set(found)
     for number, segment in found.items():
         mask = masks.get(number, np.zeros(SHAPE, bool))
-        ours = set(map(tuple, np.argwhere(mask.transpose(2, 1, 0)).tolist()))
+        ours = voxels_of(mask)
         assert len(segment.places) == len(ours)
         assert voxels_at(segment.places, source.geometry.affine) == ours
 
@@ -144,7 +135,7 @@ def test_two_binary_frames_that_are_no_whole_bytes_are_shifted(tmp_path: Path) -
     source = source_of(zipped(files))
     found = by_ohif(files, segmentation_of(source, labels), Way.REFERENCE, tmp_path)
     shown = voxels_at(found[1].places, source.geometry.affine)
-    ours = set(map(tuple, np.argwhere(labels.transpose(2, 1, 0)).tolist()))
+    ours = voxels_of(labels)
     assert {voxel for voxel in shown if voxel[2] == 0} == {voxel for voxel in ours if voxel[2] == 0}
     assert shown != ours
 

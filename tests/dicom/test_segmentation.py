@@ -40,8 +40,8 @@ from support.dicom_files import (
     zip_of,
     zipped,
 )
-from support.segmentations import by_dcmqi, by_highdicom, by_pydicom, check_object, check_set, voxels
-from support.written_segmentations import PROVENANCE, segmentation_of, source_of
+from support.segmentations import by_dcmqi, by_highdicom, by_pydicom, check_object, check_set, voxels, voxels_of
+from support.written_segmentations import PROVENANCE, label_map, segmentation_of, source_of
 
 SHAPE = (5, 6, 7)
 """z, y, x: 42 pixels a slice, which are no whole bytes of bits."""
@@ -66,16 +66,7 @@ TUMOUR = SegmentCodes(
 )
 
 
-def label_map() -> npt.NDArray[np.uint8]:
-    """Two structures with no symmetry, one of them in a single slice; a third is not there."""
-    labels = np.zeros(SHAPE, np.uint8)
-    labels[1:4, 2:4, 3:6] = 1
-    labels[3, 1, 0:5] = 1
-    labels[2, 0:2, 1:4] = 2
-    return labels
-
-
-LABELS = label_map()
+LABELS = label_map(SHAPE)
 
 
 def written(
@@ -90,7 +81,7 @@ def plain(**changes: Any) -> DicomSource:
 
 def is_where(found: tuple[Any, Any], source: DicomSource, mask: npt.NDArray[np.bool_]) -> bool:
     """Whether a mask that another reader found has the voxels of ours (z, y, x), by their places in the patient."""
-    return voxels(*found, source.geometry.affine) == set(map(tuple, np.argwhere(mask.transpose(2, 1, 0)).tolist()))
+    return voxels(*found, source.geometry.affine) == voxels_of(mask)
 
 
 def check_by_others(body: bytes, source: DicomSource, folder: Path, labels: npt.NDArray[Any] = LABELS) -> None:

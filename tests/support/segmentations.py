@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import highdicom
 import numpy as np
@@ -99,6 +100,11 @@ def voxels(mask: Mask, affine: Matrix, grid: Matrix) -> set[tuple[int, ...]]:
         grid: affine of the other.
     """
     return voxels_at(np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3], grid)
+
+
+def voxels_of(mask: npt.NDArray[Any]) -> set[tuple[int, ...]]:
+    """The voxels (x, y, z) of a mask (z, y, x)."""
+    return set(map(tuple, np.argwhere(mask.transpose(2, 1, 0)).tolist()))
 
 
 def voxels_at(places: Matrix, grid: Matrix) -> set[tuple[int, ...]]:

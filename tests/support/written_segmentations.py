@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from nnunet_torchserve import codecs
@@ -18,6 +19,15 @@ from nnunet_torchserve.volume import LabelMap
 
 PAINTING = read_painting({"background": 0, "liver": 1, "spleen": 2, "not there": 3}, None, has_regions=False)
 PROVENANCE = Provenance("model", "1.0", "ab" * 32, ("cd" * 32,), None, {"folds": [0]})
+
+
+def label_map(shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """Two structures with no symmetry, (z, y, x), one of them in a single slice; a third is not there."""
+    labels = np.zeros(shape, np.uint8)
+    labels[1:4, 2:4, 3:6] = 1
+    labels[3, 1, 0:5] = 1
+    labels[2, 0:2, 1:4] = 2
+    return labels
 
 
 def source_of(*bodies: bytes, **more: Any) -> DicomSource:
